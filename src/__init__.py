@@ -1,0 +1,1 @@
+"""Distil causal protein language models into smaller GPT-2 students."""

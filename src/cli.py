@@ -1,0 +1,171 @@
+"""What all the scripts share: argument types, progress, and one-line errors."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+import time
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from typing import Any, TypeVar
+
+Item = TypeVar("Item")
+USER_ERROR = 2
+INTERRUPTED = 130
+QUIET_SECONDS = 30.0
+"""Seconds between two progress lines where no terminal shows a bar."""
+
+
+class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
+    """Shows defaults beside each flag and keeps the examples of a description as typed."""
+
+    def _get_help_string(self, action: argparse.Action) -> str | None:
+        if action.default in (None, False, argparse.SUPPRESS):
+            return action.help
+        return super()._get_help_string(action)
+
+
+def say(line: str = "") -> None:
+    """Print one line at once, also where the output is a file."""
+    print(line, flush=True)
+
+
+def run_script(
+    run: Callable[[argparse.Namespace], Any],
+    build_parser: Callable[[], argparse.ArgumentParser],
+    argv: Sequence[str] | None = None,
+) -> int:
+    """Parse, run, and turn what a user got wrong into one line and exit status 2.
+
+    Args:
+        run: does the work; a ``ValueError`` or ``OSError`` it raises is the user's to mend.
+        build_parser: makes the parser.
+        argv: arguments; None: those of the process.
+
+    Returns:
+        0, 2 after a user's error, 130 after Ctrl-C. A ``SystemExit`` passes through. With
+        ``DISTILL_TRACEBACK`` set in the environment, errors keep their traceback.
+    """
+    parser = build_parser()
+    args = parser.parse_args(argv)
+    try:
+        run(args)
+    except KeyboardInterrupt:
+        print(f"{parser.prog}: interrupted", file=sys.stderr)
+        return INTERRUPTED
+    except (ValueError, OSError) as error:
+        if os.environ.get("DISTILL_TRACEBACK"):
+            raise
+        print(f"{parser.prog}: error: {one_line(error)}", file=sys.stderr)
+        return USER_ERROR
+    return 0
+
+
+def one_line(error: BaseException) -> str:
+    """Return an error's message in one line."""
+    if isinstance(error, OSError) and error.strerror:
+        name = f"{error.filename}: " if error.filename else ""
+        return f"{name}{error.strerror}"
+    return " ".join(str(error).split()) or type(error).__name__
+
+
+def positive_int(text: str) -> int:
+    """Argparse type: a whole number of at least 1."""
+    value = _number(text, int, "a whole number")
+    if value < 1:
+        raise argparse.ArgumentTypeError(f"must be at least 1, got {text}")
+    return value
+
+
+def natural(text: str) -> int:
+    """Argparse type: a whole number of at least 0."""
+    value = _number(text, int, "a whole number")
+    if value < 0:
+        raise argparse.ArgumentTypeError(f"must not be negative, got {text}")
+    return value
+
+
+def positive_float(text: str) -> float:
+    """Argparse type: a finite number above 0."""
+    value = _number(text, float, "a number")
+    if not 0 < value < float("inf"):
+        raise argparse.ArgumentTypeError(f"must be above 0, got {text}")
+    return value
+
+
+def share(text: str) -> float:
+    """Argparse type: a share in (0, 1]."""
+    value = _number(text, float, "a number")
+    if not 0 < value <= 1:
+        raise argparse.ArgumentTypeError(f"must be above 0 and at most 1, got {text}")
+    return value
+
+
+def _number(text: str, kind: type, description: str) -> Any:
+    try:
+        return kind(text)
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"must be {description}, got {text!r}") from None
+
+
+def progress(
+    items: Iterable[Item],
+    total: int | None = None,
+    description: str = "",
+    unit: str = "it",
+) -> Iterator[Item]:
+    """Yield items while showing how many are done, the rate and the time that remains.
+
+    Args:
+        items: what to go through.
+        total: how many there are, where known.
+        description: what is being done.
+        unit: what one item is called.
+
+    Yields:
+        The items. On a terminal a bar is drawn on standard error; elsewhere one line is printed
+        every 30 seconds.
+    """
+    if total is None and hasattr(items, "__len__"):
+        total = len(items)  # type: ignore[arg-type]
+    if sys.stderr.isatty():
+        from tqdm import tqdm
+
+        yield from tqdm(items, total=total, desc=description, unit=f" {unit}", leave=False)
+        return
+    started = last = time.monotonic()
+    for done, item in enumerate(items, start=1):
+        yield item
+        now = time.monotonic()
+        if now - last >= QUIET_SECONDS:
+            last = now
+            rate = done / (now - started)
+            left = f", {duration((total - done) / rate)} left" if total else ""
+            of = f" of {total:,}" if total else ""
+            print(
+                f"{description}: {done:,}{of} {unit}, {rate:,.1f} {unit}/s{left}",
+                file=sys.stderr,
+                flush=True,
+            )
+
+
+def duration(seconds: float) -> str:
+    """Return a duration for a person: ``45 s``, ``3 min 20 s``, ``2 h 05 min``."""
+    seconds = round(seconds)
+    if seconds < 60:
+        return f"{seconds} s"
+    minutes, seconds = divmod(seconds, 60)
+    if minutes < 60:
+        return f"{minutes} min {seconds:02d} s"
+    return f"{minutes // 60} h {minutes % 60:02d} min"
+
+
+def size(number_of_bytes: float) -> str:
+    """Return a size for a person: ``3.4 MB``, in powers of 1,000."""
+    for unit in ("B", "kB", "MB", "GB"):
+        if number_of_bytes < 1000:
+            return (
+                f"{number_of_bytes:.0f} {unit}" if unit == "B" else f"{number_of_bytes:.1f} {unit}"
+            )
+        number_of_bytes /= 1000
+    return f"{number_of_bytes:.1f} TB"

@@ -1,0 +1,439 @@
+"""The Trainer that distils, and the loss it minimises (its pure functions live in ``src.losses``).
+
+In a notebook::
+
+    from src.distillation import DistillationTrainer
+
+    trainer = DistillationTrainer(
+        model=student, teacher_model=teacher, temperature=2.0, alpha=0.5,
+        use_uncertainty_weighting=True, use_calibration_smoothing=True,
+        args=training_arguments, train_dataset=dataset, data_collator=collator,
+    )
+    trainer.train()
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from transformers import Trainer
+from transformers.trainer_utils import EvalLoopOutput
+
+from src.losses import (
+    CONSTANT_ENTROPY,
+    IGNORED_LABEL,
+    LossParts,
+    at_least_float32,
+    check_vocabularies,
+    distillation_loss,
+    divergence,
+    entropy,
+    hard_loss,
+    masked_mean,
+    position_weights,
+    published_weights,
+    segments_from_positions,
+    smooth_log_probs,
+    smoothing_epsilon,
+    valid_positions,
+)
+from src.models import accepts, final_hidden_states, model_inputs, output_head
+from src.settings import LOSS_IMPLEMENTATIONS, LossSettings
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+__all__ = [
+    "DistillationTrainer",
+    "LossSettings",
+    "CONSTANT_ENTROPY",
+    "IGNORED_LABEL",
+    "LossParts",
+    "at_least_float32",
+    "check_vocabularies",
+    "distillation_loss",
+    "divergence",
+    "entropy",
+    "hard_loss",
+    "masked_mean",
+    "position_weights",
+    "published_weights",
+    "segments_from_positions",
+    "smooth_log_probs",
+    "smoothing_epsilon",
+    "valid_positions",
+]
+
+
+class DistillationTrainer(Trainer):
+    """A ``transformers.Trainer`` whose loss compares the student with a teacher.
+
+    The teacher is kept beside the model, not inside it: in eval mode, without gradients, in its
+    own dtype, moved to the device once, and in no checkpoint. A batch holds ``input_ids``,
+    ``labels`` and either ``attention_mask`` (padding on either side) or ``position_ids`` that begin
+    again at each protein (packed rows).
+
+    Args:
+        model: the student, a causal language model.
+        teacher_model: the teacher, with the student's vocabulary.
+        temperature: T of the soft loss.
+        alpha: share of the hard loss.
+        use_uncertainty_weighting: weight positions by the teacher's entropy.
+        use_calibration_smoothing: smooth the teacher's distribution.
+        smoothing_factor: λ.
+        weighting, smoothing, divergence, divergence_weight: see :class:`LossSettings`.
+        loss_impl: ``fused`` never holds logits of a whole batch; ``reference`` is the plain form.
+        **kwargs: everything that ``transformers.Trainer`` takes.
+
+    Raises:
+        ValueError: a setting is out of range, no teacher is given although α < 1, the vocabularies
+            differ, or several GPUs are driven by one process.
+    """
+
+    def __init__(
+        self,
+        model: PreTrainedModel | None = None,
+        teacher_model: PreTrainedModel | None = None,
+        temperature: float = 2.0,
+        alpha: float = 0.5,
+        use_uncertainty_weighting: bool = False,
+        use_calibration_smoothing: bool = False,
+        smoothing_factor: float = 0.1,
+        *,
+        weighting: str = "published",
+        smoothing: str = "published",
+        divergence: str = "forward_kl",
+        divergence_weight: float = 0.5,
+        loss_impl: str = "fused",
+        **kwargs: Any,
+    ) -> None:
+        self.loss_settings = LossSettings(
+            temperature=temperature,
+            alpha=alpha,
+            use_uncertainty_weighting=use_uncertainty_weighting,
+            use_calibration_smoothing=use_calibration_smoothing,
+            smoothing_factor=smoothing_factor,
+            weighting=weighting,
+            smoothing=smoothing,
+            divergence=divergence,
+            divergence_weight=divergence_weight,
+        )
+        if loss_impl not in LOSS_IMPLEMENTATIONS:
+            raise ValueError(
+                f"loss_impl must be one of {', '.join(LOSS_IMPLEMENTATIONS)}, got {loss_impl!r}"
+            )
+        self.loss_impl = loss_impl
+        super().__init__(model=model, **kwargs)
+        if self.args.n_gpu > 1:
+            raise ValueError(
+                f"one process drives {self.args.n_gpu} GPUs: start it with 'torchrun "
+                "--nproc_per_node N', or choose one with CUDA_VISIBLE_DEVICES=0"
+            )
+        student: PreTrainedModel = self.accelerator.unwrap_model(self.model)  # type: ignore[assignment]
+        self.teacher_model = self._adopt_teacher(teacher_model, student)
+        # Our loss is a sum over N positions of the whole step: accumulation must not divide again.
+        self.model_accepts_loss_kwargs = True
+        self.loss_is_scaled_for_ga = True
+        self._can_skip_head = accepts(student, "logits_to_keep")
+        self._tally = PartsTally()
+
+    def _adopt_teacher(
+        self, teacher: PreTrainedModel | None, student: PreTrainedModel
+    ) -> PreTrainedModel | None:
+        """Freeze the teacher and move it to the device, having checked that it fits."""
+        if teacher is None:
+            if self.loss_settings.alpha < 1.0:
+                raise ValueError("teacher_model is needed unless alpha is 1 (hard loss alone)")
+            return None
+        check_vocabularies(student.config.vocab_size, teacher.config.vocab_size)
+        teacher.requires_grad_(False).to(device=self.args.device)  # type: ignore[call-arg]
+        return teacher.eval()
+
+    # What the loss needs of a batch ------------------------------------------------------------
+
+    def _split_inputs(self, inputs: Mapping[str, Any]) -> tuple[dict[str, Tensor], Tensor, Any]:
+        """Return a forward pass's keyword arguments, the labels, and segments of packed rows."""
+        input_ids = inputs["input_ids"]
+        mask = inputs.get("attention_mask")
+        positions = inputs.get("position_ids")
+        segments = None
+        if positions is not None and mask is None:
+            segments = segments_from_positions(positions)
+        labels = inputs.get("labels")
+        if labels is None:
+            labels = input_ids if mask is None else input_ids.masked_fill(mask == 0, IGNORED_LABEL)
+        assert isinstance(self.model, nn.Module)
+        return model_inputs(self.model, input_ids, mask, positions), labels, segments
+
+    def _valid(self, inputs: Mapping[str, Any]) -> Tensor:
+        _, labels, segments = self._split_inputs(inputs)
+        return valid_positions(labels, inputs.get("attention_mask"), segments)
+
+    def _get_num_items_in_batch(self, batch_samples: list, device: torch.device) -> Tensor:
+        """Return N: valid positions of all accumulated batches, over all processes."""
+        counts = [self._valid(batch).sum() for batch in batch_samples]
+        total = torch.stack(counts).sum().to(device) if counts else torch.zeros((), device=device)
+        return self._sum_over_processes(total)
+
+    def _sum_over_processes(self, value: Tensor) -> Tensor:
+        if self.args.world_size > 1:
+            return self.accelerator.reduce(value, reduction="sum")  # type: ignore[return-value]
+        return value
+
+    def get_batch_samples(self, epoch_iterator: Any, num_batches: int, device: torch.device) -> Any:
+        """Collect the batches of one optimiser step, with the means that span all of them."""
+        batches, count = super().get_batch_samples(epoch_iterator, num_batches, device)
+        if batches and self.loss_settings.needs_batch_means:
+            batches = [self._prepare_inputs(batch) for batch in batches]
+            sums = torch.stack([self._uncertainty_sums(batch) for batch in batches]).sum(0)
+            sums = self._sum_over_processes(sums)
+            positions = sums[2].clamp(min=1)
+            for batch in batches:
+                batch["weight_mean"] = sums[0] / positions
+                batch["uncertainty_mean"] = sums[1] / positions
+        return batches, count
+
+    @torch.no_grad()
+    def _uncertainty_sums(self, inputs: Mapping[str, Any]) -> Tensor:
+        """Return (Σ published weights, Σ (1 - max p), positions) of a batch, shape ``(3,)``.
+
+        The teacher's hidden states stay in the batch, so that the loss need not run it again.
+        """
+        assert self.teacher_model is not None
+        _, labels, segments = self._split_inputs(inputs)
+        from src.fused import teacher_statistics
+
+        valid = valid_positions(labels, inputs.get("attention_mask"), segments)
+        hidden = self._teacher_hidden(inputs)
+        inputs["teacher_hidden_states"] = hidden  # type: ignore[index]
+        weight, bias = output_head(self.teacher_model)
+        shifted = None if segments is None else segments[:, :-1]
+        statistics = teacher_statistics(
+            hidden[:, :-1], weight, bias, valid, self.loss_settings.temperature
+        )
+        weights = published_weights(statistics.entropy, valid, shifted)
+        doubt = torch.where(valid, 1.0 - statistics.max_prob, 0.0)
+        return torch.stack([weights.sum(), doubt.sum(), valid.sum().to(weights.dtype)])
+
+    def _teacher_hidden(self, inputs: Mapping[str, Any]) -> Tensor:
+        """Return the teacher's final hidden states ``(B, T, E)``: the batch's, if it has them."""
+        if "teacher_hidden_states" in inputs:
+            return inputs["teacher_hidden_states"]
+        assert self.teacher_model is not None
+        with torch.no_grad():
+            return final_hidden_states(
+                self.teacher_model,
+                inputs["input_ids"],
+                inputs.get("attention_mask"),
+                inputs.get("position_ids"),
+            )
+
+    # The loss ----------------------------------------------------------------------------------
+
+    def compute_loss(
+        self,
+        model: nn.Module,
+        inputs: dict[str, Any],
+        return_outputs: bool = False,
+        num_items_in_batch: Tensor | int | None = None,
+    ) -> Any:
+        """Return the scalar loss of a batch, and the student's outputs if asked.
+
+        Args:
+            model: the student, possibly wrapped for several processes.
+            inputs: ``input_ids``, ``labels`` and ``attention_mask`` or ``position_ids``, each
+                ``(B, T)``.
+            return_outputs: also return the student's outputs, with full logits.
+            num_items_in_batch: N of the whole optimiser step; None: the positions of this batch.
+        """
+        if return_outputs or self.loss_impl == "reference":
+            parts, outputs = self._reference_parts(model, inputs, num_items_in_batch)
+        else:
+            parts, outputs = self._fused_parts(model, inputs, num_items_in_batch), None
+        if model.training:
+            self._tally.add(parts)
+        loss = parts.loss
+        if self.args.world_size > 1 and num_items_in_batch is not None:
+            # Gradients are averaged over processes, while N already counts all their positions.
+            loss = loss * self.args.world_size
+        return (loss, outputs) if return_outputs else loss
+
+    def _reference_parts(
+        self, model: nn.Module, inputs: Mapping[str, Any], count: Tensor | int | None
+    ) -> tuple[LossParts, Any]:
+        """Return the loss from full logits, and the student's outputs."""
+        forward, labels, segments = self._split_inputs(inputs)
+        outputs = model(**forward, use_cache=False)
+        teacher_logits = outputs.logits.detach()  # α = 1: anything of the right shape will do
+        if self.teacher_model is not None:
+            weight, bias = output_head(self.teacher_model)
+            teacher_logits = F.linear(self._teacher_hidden(inputs), weight, bias)
+        parts = distillation_loss(
+            outputs.logits,
+            teacher_logits,
+            labels,
+            inputs.get("attention_mask"),
+            self.loss_settings,
+            segments=segments,
+            num_positions=count,
+            weight_mean=inputs.get("weight_mean"),
+            uncertainty_mean=inputs.get("uncertainty_mean"),
+        )
+        return parts, outputs
+
+    def _fused_parts(
+        self, model: nn.Module, inputs: Mapping[str, Any], count: Tensor | int | None
+    ) -> LossParts:
+        """Return the loss from hidden states, chunk by chunk."""
+        forward, labels, segments = self._split_inputs(inputs)
+        student_hidden, student_head = self._student_hidden_and_head(model, forward)
+        teacher_hidden = teacher_weight = teacher_bias = None
+        if self.teacher_model is not None and self.loss_settings.alpha < 1.0:
+            teacher_hidden = self._teacher_hidden(inputs)
+            teacher_weight, teacher_bias = output_head(self.teacher_model)
+        from src.fused import fused_distillation_loss
+
+        return fused_distillation_loss(
+            student_hidden,
+            *student_head,
+            teacher_hidden,
+            teacher_weight,
+            teacher_bias,
+            labels,
+            inputs.get("attention_mask"),
+            self.loss_settings,
+            segments=segments,
+            num_positions=count,
+            weight_mean=inputs.get("weight_mean"),
+            uncertainty_mean=inputs.get("uncertainty_mean"),
+        )
+
+    def _student_hidden_and_head(
+        self, model: nn.Module, forward: Mapping[str, Tensor]
+    ) -> tuple[Tensor, tuple[Tensor, Tensor | None]]:
+        """Run the student up to its head and return hidden states ``(B, T, E)`` and the head.
+
+        The wrapped model is called, so that autocast and gradient averaging over processes work as
+        in any Trainer; a hook takes the hidden states, and the head is asked for no position.
+        """
+        student = self.accelerator.unwrap_model(model)
+        captured: list[Tensor] = []
+        hook = student.base_model.register_forward_hook(
+            lambda module, arguments, output: captured.append(output[0])
+        )
+        options = {"logits_to_keep": torch.zeros(0, dtype=torch.long, device=self.args.device)}
+        try:
+            model(**forward, use_cache=False, **(options if self._can_skip_head else {}))
+        finally:
+            hook.remove()
+        hidden = captured[0]
+        weight, bias = output_head(student)
+        dtype = torch.bfloat16 if self.args.bf16 else at_least_float32(hidden[:0]).dtype
+        return hidden.to(dtype), (weight.to(dtype), None if bias is None else bias.to(dtype))
+
+    # Evaluation and logging --------------------------------------------------------------------
+
+    def evaluation_loop(
+        self,
+        dataloader: Any,
+        description: str,
+        prediction_loss_only: bool | None = None,
+        ignore_keys: list[str] | None = None,
+        metric_key_prefix: str = "eval",
+    ) -> EvalLoopOutput:
+        """Return the loss and its parts over all valid positions, each position counted once.
+
+        With ``compute_metrics`` the Trainer's own loop runs, because it needs the logits.
+        """
+        if self.compute_metrics is not None:
+            return super().evaluation_loop(
+                dataloader, description, prediction_loss_only, ignore_keys, metric_key_prefix
+            )
+        assert isinstance(self.model, nn.Module)
+        model = self._wrap_model(self.model, training=False)
+        if not self.accelerator._models and model is self.model:
+            # Evaluated before any training: autocast is still to be set up, as the Trainer does it.
+            model = self.accelerator.prepare_model(model, evaluation_mode=True)
+        was_training = model.training
+        model.eval()
+        tally = PartsTally()
+        rows = 0
+        one = torch.ones((), device=self.args.device)
+        with torch.no_grad():
+            for batch in dataloader:
+                inputs = self._prepare_inputs(batch)
+                rows += len(inputs["input_ids"])
+                with self.compute_loss_context_manager():
+                    if self.loss_impl == "reference":
+                        parts, _ = self._reference_parts(model, inputs, one)
+                    else:
+                        parts = self._fused_parts(model, inputs, one)
+                tally.add(parts)
+                self.control = self.callback_handler.on_prediction_step(
+                    self.args, self.state, self.control
+                )
+        model.train(was_training)
+        sums = self._sum_over_processes(tally.sums.to(self.args.device))
+        means = PartsTally.means(sums, steps=None)
+        settings = self.loss_settings
+        means["loss"] = (
+            settings.alpha * means["hard_loss"]
+            + (1.0 - settings.alpha) * settings.temperature**2 * means["soft_loss"]
+        )
+        metrics = {f"{metric_key_prefix}_{name}": value for name, value in means.items()}
+        return EvalLoopOutput(None, None, metrics, rows)  # type: ignore[arg-type]
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        """Add the parts of the training loss since the last record, and the rate, to ``logs``."""
+        if "loss" in logs and self._tally.steps_pending(self.state.global_step):
+            steps = self.state.global_step - self._tally.last_step
+            sums = self._sum_over_processes(self._tally.sums.to(self.args.device))
+            logs.update(PartsTally.means(sums, steps=steps))
+            seconds = time.monotonic() - self._tally.since
+            logs["tokens_per_second"] = round(float(sums[-1]) / max(seconds, 1e-9), 1)
+            self._tally = PartsTally(self.state.global_step)
+        super().log(logs, start_time)
+
+
+class PartsTally:
+    """Sums of loss parts over batches, kept on the device so that adding never waits for it."""
+
+    NAMES = ("hard_loss", "soft_loss", "mean_weight", "mean_epsilon", "teacher_entropy")
+
+    def __init__(self, last_step: int = 0) -> None:
+        self.sums = torch.zeros(len(self.NAMES) + 1, dtype=torch.float64)
+        self.last_step = last_step
+        self.since = time.monotonic()
+
+    def add(self, parts: LossParts) -> None:
+        """Add one batch: losses as they are, means weighted by their positions."""
+        each = parts.positions.double()
+        losses = torch.stack([parts.hard.double(), parts.soft.double()])
+        means = torch.stack([parts.mean_weight, parts.mean_epsilon, parts.teacher_entropy])
+        new = torch.cat([losses, means.double() * each, each.reshape(1)])
+        self.sums = self.sums.to(new.device) + new
+
+    def steps_pending(self, step: int) -> bool:
+        """Return whether optimiser steps were made since the last record."""
+        return step > self.last_step
+
+    @classmethod
+    def means(cls, sums: Tensor, steps: int | None) -> dict[str, float]:
+        """Return the named means of ``sums`` ``(6,)``.
+
+        Args:
+            sums: what :meth:`add` summed.
+            steps: optimiser steps, where the losses were divided by their step's N; None where
+                they are sums over positions.
+        """
+        values = sums.tolist()
+        positions = max(values[-1], 1.0)
+        losses = [value / (steps or positions) for value in values[:2]]
+        return dict(
+            zip(cls.NAMES, losses + [value / positions for value in values[2:-1]], strict=True)
+        )

@@ -1,0 +1,272 @@
+"""Loads teachers and tokenizers, builds students, and opens a model at its output head.
+
+There is one way to load a model: safetensors, no remote code, a clear line when it cannot be had.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import inspect
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+
+from src.settings import BUNDLED_TEACHER, StudentSettings
+
+if TYPE_CHECKING:
+    from transformers import GPT2Config, GPT2LMHeadModel, PreTrainedModel
+    from transformers.tokenization_utils_base import PreTrainedTokenizerBase
+
+
+def load_tokenizer(name: str | Path, revision: str | None = None) -> PreTrainedTokenizerBase:
+    """Load a tokenizer from a directory or the hub.
+
+    Args:
+        name: directory or hub id.
+        revision: branch, tag or commit on the hub.
+
+    Returns:
+        The tokenizer, with the end-of-text marker to pad with where it names no padding token.
+
+    Raises:
+        ValueError: it is not there, broken, or the hub cannot be reached.
+    """
+    from transformers import AutoTokenizer
+
+    require_model_directory(name)
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(
+            str(name), revision=revision or "main", trust_remote_code=False
+        )
+    except Exception as error:  # the loader raises whatever a broken file makes it raise
+        raise ValueError(_why_not_loaded("tokenizer", name, error)) from error
+    if tokenizer.eos_token is None:
+        raise ValueError(f"{name}: its tokenizer has no end-of-text token")
+    if tokenizer.pad_token is None:
+        tokenizer.pad_token = tokenizer.eos_token
+    return tokenizer
+
+
+def load_causal_lm(
+    name: str | Path,
+    dtype: torch.dtype = torch.float32,
+    device: str | torch.device = "cpu",
+    revision: str | None = None,
+) -> PreTrainedModel:
+    """Load a causal language model from a directory or the hub, in eval mode.
+
+    Args:
+        name: directory or hub id.
+        dtype: of the weights in memory.
+        device: where they go.
+        revision: branch, tag or commit on the hub.
+
+    Returns:
+        The model. Directories must hold safetensors; a hub model that has none is read with
+        PyTorch's ``weights_only`` loader, which runs no code.
+
+    Raises:
+        ValueError: it is not there, broken, no causal language model, or the hub cannot be reached.
+    """
+    from transformers import AutoModelForCausalLM
+
+    local = require_model_directory(name)
+    options: dict[str, Any] = {
+        "dtype": dtype,
+        "revision": revision or "main",
+        "trust_remote_code": False,
+    }
+    try:
+        try:
+            model = AutoModelForCausalLM.from_pretrained(str(name), use_safetensors=True, **options)
+        except OSError as error:
+            if local or "safetensors" not in str(error):
+                raise
+            model = AutoModelForCausalLM.from_pretrained(
+                str(name), use_safetensors=False, weights_only=True, **options
+            )
+    except Exception as error:  # the loader raises whatever a broken file makes it raise
+        raise ValueError(_why_not_loaded("model", name, error)) from error
+    return model.to(device).eval()  # type: ignore[arg-type]
+
+
+def require_model_directory(name: str | Path) -> bool:
+    """Return whether ``name`` is a local directory.
+
+    Raises:
+        ValueError: ``name`` looks like a path but is no directory with a ``config.json``.
+    """
+    path = Path(name)
+    if path.is_dir():
+        if not (path / "config.json").is_file():
+            raise ValueError(f"{name}: no finished model (config.json is missing)")
+        return True
+    text = str(name)
+    if path.exists():
+        raise ValueError(f"{name}: is a file; a model is a directory or a hub id")
+    if text.startswith((".", "/", "~")) or text.count("/") > 1:
+        raise ValueError(f"{name}: there is no such directory")
+    return False
+
+
+def _why_not_loaded(kind: str, name: str | Path, error: Exception) -> str:
+    """Return one line on why a model or tokenizer was not loaded and what to do."""
+    if Path(name).is_dir():
+        reason = " ".join(str(error).split())[:200] or type(error).__name__
+        return f"{name}: the {kind} cannot be loaded ({reason})"
+    return (
+        f"the {kind} {name!r} is neither a directory here nor to be had from the hub (no network, "
+        f"or no such model): pass a directory instead, for example {BUNDLED_TEACHER}"
+    )
+
+
+def student_config(
+    student: StudentSettings, teacher_config: Any, n_positions: int | None = None
+) -> GPT2Config:
+    """Return the GPT-2 configuration of a student with its teacher's vocabulary and markers.
+
+    The activation is GPT-2's tanh GELU in PyTorch's fused form: the same function, one kernel.
+    """
+    from transformers import GPT2Config
+
+    return GPT2Config(
+        vocab_size=teacher_config.vocab_size,
+        n_positions=n_positions or max_positions(teacher_config),
+        n_embd=student.n_embd,
+        n_layer=student.n_layer,
+        n_head=student.n_head,
+        activation_function="gelu_pytorch_tanh",
+        resid_pdrop=student.dropout,
+        embd_pdrop=student.dropout,
+        attn_pdrop=student.dropout,
+        bos_token_id=teacher_config.bos_token_id,
+        eos_token_id=teacher_config.eos_token_id,
+    )
+
+
+def build_student(config: GPT2Config, seed: int) -> GPT2LMHeadModel:
+    """Build a student whose weights depend on its shape and ``seed`` alone.
+
+    Args:
+        config: from :func:`student_config`.
+        seed: seeds the generator right before the weights are drawn; the caller's generator is
+            left as it was.
+
+    Returns:
+        The student, in float32 and train mode.
+    """
+    from transformers import GPT2LMHeadModel
+
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        return GPT2LMHeadModel(config).train()
+
+
+def count_parameters(model: nn.Module) -> int:
+    """Return the number of parameters, tied ones once."""
+    return sum(p.numel() for p in model.parameters())
+
+
+def count_config_parameters(config: GPT2Config) -> int:
+    """Return the number of parameters of a GPT-2 without giving it memory."""
+    from transformers import GPT2LMHeadModel
+
+    with torch.device("meta"):
+        return count_parameters(GPT2LMHeadModel(config))
+
+
+def max_positions(config: Any) -> int:
+    """Return the longest input of a model, in tokens.
+
+    Raises:
+        ValueError: the configuration states none.
+    """
+    for name in ("n_positions", "max_position_embeddings", "n_ctx"):
+        value = getattr(config, name, None)
+        if value:
+            return int(value)
+    raise ValueError("the model's configuration states no longest input")
+
+
+def model_fingerprint(model: nn.Module) -> str:
+    """Return the SHA-256 of a model's weights: names, dtypes, shapes and bytes, tied ones once."""
+    digest = hashlib.sha256()
+    for name, parameter in sorted(model.named_parameters()):
+        digest.update(f"{name} {parameter.dtype} {tuple(parameter.shape)}\n".encode())
+        raw = parameter.detach().cpu().contiguous().reshape(-1).view(torch.uint8)
+        digest.update(raw.numpy().data)
+    return digest.hexdigest()
+
+
+def positions_from_mask(attention_mask: Tensor) -> Tensor:
+    """Return position ids ``(B, T)`` that count attended tokens from 0, on whichever side the pads.
+
+    With padding on the right they are 0, 1, 2, …, as the model counts by itself.
+    """
+    return (attention_mask.long().cumsum(-1) - 1).clamp(min=0)
+
+
+def accepts(model: nn.Module, argument: str) -> bool:
+    """Return whether a model's forward takes an argument of that name."""
+    return argument in inspect.signature(model.forward).parameters
+
+
+def output_head(model: PreTrainedModel) -> tuple[Tensor, Tensor | None]:
+    """Return the weight ``(V, E)`` and the bias ``(V,)`` or None of a model's output head.
+
+    Raises:
+        ValueError: the model has no linear output head.
+    """
+    head = model.get_output_embeddings()
+    if head is None or not isinstance(getattr(head, "weight", None), Tensor):
+        raise ValueError(f"{type(model).__name__} has no linear output head")
+    return head.weight, getattr(head, "bias", None)  # type: ignore[return-value]
+
+
+def final_hidden_states(
+    model: PreTrainedModel,
+    input_ids: Tensor,
+    attention_mask: Tensor | None = None,
+    position_ids: Tensor | None = None,
+) -> Tensor:
+    """Return what a model's output head is applied to: hidden states after the last norm.
+
+    Args:
+        model: a causal language model.
+        input_ids: ``(B, T)``.
+        attention_mask: ``(B, T)``, 0 at padding.
+        position_ids: ``(B, T)``; None: counted over attended tokens.
+
+    Returns:
+        ``(B, T, E)`` in the model's compute dtype.
+    """
+    inputs = model_inputs(model, input_ids, attention_mask, position_ids)
+    return model.base_model(**inputs, use_cache=False).last_hidden_state
+
+
+def model_inputs(
+    model: nn.Module,
+    input_ids: Tensor,
+    attention_mask: Tensor | None = None,
+    position_ids: Tensor | None = None,
+) -> dict[str, Tensor]:
+    """Return the keyword arguments for a forward pass over a possibly padded or packed batch.
+
+    A packed batch has ``position_ids`` that begin again at each protein and no attention mask:
+    transformers then keeps attention inside each protein. A row without any attended token gets
+    one, because attention over nothing is not a number; such a row has no valid position anyway.
+    """
+    inputs = {"input_ids": input_ids}
+    if attention_mask is not None:
+        empty = ~attention_mask.bool().any(-1)
+        if empty.any():
+            attention_mask = attention_mask.clone()
+            attention_mask[empty, 0] = 1
+        inputs["attention_mask"] = attention_mask
+        if position_ids is None:
+            position_ids = positions_from_mask(attention_mask)
+    if position_ids is not None and accepts(model, "position_ids"):
+        inputs["position_ids"] = position_ids
+    return inputs

@@ -1,0 +1,79 @@
+"""The alphabet of proteins and the one layout in which a language model sees them.
+
+ProtGPT2 was trained on FASTA bodies (Ferruz et al. 2022, Nature Communications 13:4348, Methods):
+an end-of-text marker, a newline, the residues with a newline after each 60, a newline, and the
+end-of-text marker again. Training, evaluation, scoring and generation all call the two functions
+below; nothing else in the project builds or reads such a text.
+"""
+
+from __future__ import annotations
+
+END_OF_TEXT = "<|endoftext|>"
+RESIDUES_PER_LINE = 60
+STANDARD_RESIDUES = "ACDEFGHIKLMNPQRSTVWY"
+AMBIGUOUS_RESIDUES = "BJOUXZ"
+"""Letters that UniProt allows beside the 20: ambiguity codes, selenocysteine and pyrrolysine."""
+PROTEIN_LETTERS = frozenset(STANDARD_RESIDUES + AMBIGUOUS_RESIDUES)
+
+
+def layout(residues: str) -> str:
+    r"""Return the text in which a model sees a protein.
+
+    Args:
+        residues: one-letter codes, without white space.
+
+    Returns:
+        ``<|endoftext|>\n`` + lines of 60 residues joined by ``\n`` + ``\n<|endoftext|>``.
+
+    Raises:
+        ValueError: ``residues`` is empty or holds a character that is no upper-case letter.
+    """
+    if not residues:
+        raise ValueError("a protein needs at least one residue")
+    if not (residues.isascii() and residues.isalpha() and residues.isupper()):
+        bad = next(c for c in residues if not ("A" <= c <= "Z"))
+        raise ValueError(f"{bad!r} is not a residue: clean the protein before laying it out")
+    lines = (
+        residues[start : start + RESIDUES_PER_LINE]
+        for start in range(0, len(residues), RESIDUES_PER_LINE)
+    )
+    return f"{END_OF_TEXT}\n" + "\n".join(lines) + f"\n{END_OF_TEXT}"
+
+
+def prompt_layout(residues: str = "") -> str:
+    """Return the beginning of a laid-out protein, for a model to continue.
+
+    Args:
+        residues: the first residues, possibly none.
+
+    Returns:
+        The text of :func:`layout` without what follows the last residue; without residues, the
+        marker and the first newline.
+    """
+    if not residues:
+        return f"{END_OF_TEXT}\n"
+    return layout(residues).removesuffix(f"\n{END_OF_TEXT}")
+
+
+def residues_of(text: str) -> str:
+    """Read the residues back from a laid-out protein: the inverse of :func:`layout`.
+
+    Args:
+        text: one protein's text; the markers at either end may be missing, as in a generated
+            sequence, and line breaks may stand anywhere.
+
+    Returns:
+        The residues alone.
+
+    Raises:
+        ValueError: ``text`` holds a marker between residues (more than one protein), or a
+            character that is neither an upper-case letter nor white space.
+    """
+    body = text.strip().removeprefix(END_OF_TEXT).removesuffix(END_OF_TEXT)
+    residues = "".join(body.split())
+    if END_OF_TEXT in residues:
+        raise ValueError("more than one protein in the text: split it at the end-of-text markers")
+    if residues and not (residues.isascii() and residues.isalpha() and residues.isupper()):
+        bad = next(c for c in residues if not ("A" <= c <= "Z"))
+        raise ValueError(f"{bad!r} is not a residue")
+    return residues

@@ -1,0 +1,76 @@
+"""What the tests share: the repository on the path, a tiny tokenizer and tiny models."""
+
+from __future__ import annotations
+
+import os
+import random
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT))
+# No test may wait for a model hub or report to an account.
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+os.environ.setdefault("WANDB_MODE", "disabled")
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+
+TINY_VOCABULARY = 64
+
+
+def make_proteins(count: int, low: int = 20, high: int = 120, seed: int = 0) -> list[str]:
+    """Return random proteins of the 20 standard residues."""
+    rng = random.Random(seed)
+    return [
+        "".join(rng.choices("ACDEFGHIKLMNPQRSTVWY", k=rng.randint(low, high))) for _ in range(count)
+    ]
+
+
+@pytest.fixture(scope="session")
+def random_proteins() -> Callable[..., list[str]]:
+    return make_proteins
+
+
+@pytest.fixture(scope="session")
+def tiny_tokenizer():
+    from src.pretraining import train_tokenizer
+
+    return train_tokenizer(make_proteins(200, seed=1), TINY_VOCABULARY, n_positions=256)
+
+
+@pytest.fixture
+def tiny_lm():
+    import torch
+    from transformers import GPT2Config, GPT2LMHeadModel
+
+    def build(n_layer: int = 2, n_head: int = 2, n_embd: int = 16, seed: int = 0, **config):
+        torch.manual_seed(seed)
+        settings = {
+            "vocab_size": TINY_VOCABULARY,
+            "n_positions": 256,
+            "bos_token_id": 0,
+            "eos_token_id": 0,
+            "resid_pdrop": 0.0,
+            "embd_pdrop": 0.0,
+            "attn_pdrop": 0.0,
+            # Wide enough that distributions differ visibly between positions.
+            "initializer_range": 0.4,
+        }
+        settings.update(config)
+        return GPT2LMHeadModel(
+            GPT2Config(n_layer=n_layer, n_head=n_head, n_embd=n_embd, **settings)
+        ).eval()
+
+    return build
+
+
+@pytest.fixture(scope="session")
+def small_teacher_dir() -> Path:
+    return ROOT / "data" / "small_teacher"
+
+
+@pytest.fixture(scope="session")
+def proteins_dir() -> Path:
+    return ROOT / "data" / "proteins"
