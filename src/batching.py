@@ -32,9 +32,10 @@ class TokenSequences(Protocol):
 class ProteinDataset(Dataset):
     """Tokenised proteins as a Trainer wants them: one dictionary for each protein."""
 
-    def __init__(self, proteins: TokenSequences) -> None:
+    def __init__(self, proteins: TokenSequences, by_length: bool = True) -> None:
         self.proteins = proteins
         self.lengths = np.asarray(proteins.lengths)
+        self.by_length = by_length
 
     def __len__(self) -> int:
         return len(self.proteins)
@@ -48,6 +49,7 @@ class PackedDataset(Dataset):
 
     def __init__(self, proteins: TokenSequences, row_tokens: int, seed: int = 0) -> None:
         self.proteins = proteins
+        self.by_length = False
         self.rows = pack(np.asarray(proteins.lengths), row_tokens, seed)
         lengths = np.asarray(proteins.lengths)
         self.lengths = np.array([int(lengths[row].sum()) for row in self.rows])

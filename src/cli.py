@@ -47,6 +47,9 @@ def run_script(
         ``DISTILL_TRACEBACK`` set in the environment, errors keep their traceback.
     """
     parser = build_parser()
+    parser.error = lambda message: parser.exit(  # type: ignore[method-assign]
+        USER_ERROR, f"{parser.prog}: error: {message} (--help shows all flags)\n"
+    )
     args = parser.parse_args(argv)
     try:
         run(args)
@@ -59,6 +62,14 @@ def run_script(
         print(f"{parser.prog}: error: {one_line(error)}", file=sys.stderr)
         return USER_ERROR
     return 0
+
+
+def quiet_libraries() -> None:
+    """Keep other libraries' progress bars and notices out of our output; errors still show."""
+    import transformers
+
+    transformers.utils.logging.set_verbosity_error()
+    transformers.utils.logging.disable_progress_bar()
 
 
 def one_line(error: BaseException) -> str:

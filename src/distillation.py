@@ -21,9 +21,10 @@ from typing import TYPE_CHECKING, Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from transformers import Trainer
 from transformers.trainer_utils import EvalLoopOutput
 
+from src.batching import EpochSampler, PackedDataset, ProteinDataset
+from src.checkpoints import AtomicCheckpointTrainer
 from src.losses import (
     CONSTANT_ENTROPY,
     IGNORED_LABEL,
@@ -70,7 +71,7 @@ __all__ = [
 ]
 
 
-class DistillationTrainer(Trainer):
+class DistillationTrainer(AtomicCheckpointTrainer):
     """A ``transformers.Trainer`` whose loss compares the student with a teacher.
 
     The teacher is kept beside the model, not inside it: in eval mode, without gradients, in its
@@ -233,6 +234,20 @@ class DistillationTrainer(Trainer):
                 inputs.get("position_ids"),
             )
 
+    def _get_train_sampler(self, train_dataset: Any = None) -> Any:
+        """Return an order that depends on seed and epoch alone for our datasets."""
+        dataset = self.train_dataset if train_dataset is None else train_dataset
+        if not isinstance(dataset, (ProteinDataset, PackedDataset)):
+            return super()._get_train_sampler(train_dataset)
+        seed = self.args.seed if self.args.data_seed is None else self.args.data_seed
+        return EpochSampler(
+            dataset.lengths,
+            self.args.train_batch_size,
+            seed,
+            epoch=lambda: int(self.state.epoch or 0),
+            by_length=dataset.by_length,
+        )
+
     # The loss ----------------------------------------------------------------------------------
 
     def compute_loss(
@@ -256,6 +271,8 @@ class DistillationTrainer(Trainer):
         else:
             parts, outputs = self._fused_parts(model, inputs, num_items_in_batch), None
         if model.training:
+            if not self._tally.started:
+                self._tally.start(self.state.global_step)
             self._tally.add(parts)
         loss = parts.loss
         if self.args.world_size > 1 and num_items_in_batch is not None:
@@ -390,13 +407,13 @@ class DistillationTrainer(Trainer):
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """Add the parts of the training loss since the last record, and the rate, to ``logs``."""
-        if "loss" in logs and self._tally.steps_pending(self.state.global_step):
-            steps = self.state.global_step - self._tally.last_step
+        if "loss" in logs and self._tally.started:
+            steps = self.state.global_step - self._tally.first_step
             sums = self._sum_over_processes(self._tally.sums.to(self.args.device))
             logs.update(PartsTally.means(sums, steps=steps))
             seconds = time.monotonic() - self._tally.since
             logs["tokens_per_second"] = round(float(sums[-1]) / max(seconds, 1e-9), 1)
-            self._tally = PartsTally(self.state.global_step)
+            self._tally = PartsTally()
         super().log(logs, start_time)
 
 
@@ -405,10 +422,15 @@ class PartsTally:
 
     NAMES = ("hard_loss", "soft_loss", "mean_weight", "mean_epsilon", "teacher_entropy")
 
-    def __init__(self, last_step: int = 0) -> None:
+    def __init__(self) -> None:
         self.sums = torch.zeros(len(self.NAMES) + 1, dtype=torch.float64)
-        self.last_step = last_step
-        self.since = time.monotonic()
+        self.started = False
+        self.first_step = 0
+        self.since = 0.0
+
+    def start(self, step: int) -> None:
+        """Note that the sums begin after ``step`` optimiser steps, now."""
+        self.started, self.first_step, self.since = True, step, time.monotonic()
 
     def add(self, parts: LossParts) -> None:
         """Add one batch: losses as they are, means weighted by their positions."""
@@ -417,10 +439,6 @@ class PartsTally:
         means = torch.stack([parts.mean_weight, parts.mean_epsilon, parts.teacher_entropy])
         new = torch.cat([losses, means.double() * each, each.reshape(1)])
         self.sums = self.sums.to(new.device) + new
-
-    def steps_pending(self, step: int) -> bool:
-        """Return whether optimiser steps were made since the last record."""
-        return step > self.last_step
 
     @classmethod
     def means(cls, sums: Tensor, steps: int | None) -> dict[str, float]:

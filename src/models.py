@@ -7,6 +7,8 @@ from __future__ import annotations
 
 import hashlib
 import inspect
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -36,12 +38,10 @@ def load_tokenizer(name: str | Path, revision: str | None = None) -> PreTrainedT
     from transformers import AutoTokenizer
 
     require_model_directory(name)
-    try:
+    with explain_loading("tokenizer", name):
         tokenizer = AutoTokenizer.from_pretrained(
             str(name), revision=revision or "main", trust_remote_code=False
         )
-    except Exception as error:  # the loader raises whatever a broken file makes it raise
-        raise ValueError(_why_not_loaded("tokenizer", name, error)) from error
     if tokenizer.eos_token is None:
         raise ValueError(f"{name}: its tokenizer has no end-of-text token")
     if tokenizer.pad_token is None:
@@ -78,7 +78,7 @@ def load_causal_lm(
         "revision": revision or "main",
         "trust_remote_code": False,
     }
-    try:
+    with explain_loading("model", name):
         try:
             model = AutoModelForCausalLM.from_pretrained(str(name), use_safetensors=True, **options)
         except OSError as error:
@@ -87,8 +87,6 @@ def load_causal_lm(
             model = AutoModelForCausalLM.from_pretrained(
                 str(name), use_safetensors=False, weights_only=True, **options
             )
-    except Exception as error:  # the loader raises whatever a broken file makes it raise
-        raise ValueError(_why_not_loaded("model", name, error)) from error
     return model.to(device).eval()  # type: ignore[arg-type]
 
 
@@ -109,6 +107,15 @@ def require_model_directory(name: str | Path) -> bool:
     if text.startswith((".", "/", "~")) or text.count("/") > 1:
         raise ValueError(f"{name}: there is no such directory")
     return False
+
+
+@contextmanager
+def explain_loading(kind: str, name: str | Path) -> Iterator[None]:
+    """Turn whatever a loader raises into one ``ValueError`` that says what to do."""
+    try:
+        yield
+    except Exception as error:  # the loaders raise whatever a broken file makes them raise
+        raise ValueError(_why_not_loaded(kind, name, error)) from error
 
 
 def _why_not_loaded(kind: str, name: str | Path, error: Exception) -> str:

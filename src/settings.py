@@ -6,7 +6,7 @@ Each dataclass checks itself; its ``ValueError`` names the flag.
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 DEFAULT_TEACHER = "nferruz/ProtGPT2"
 DEFAULT_DATA = "nferruz/UR50_2021_04"
@@ -114,3 +114,118 @@ PRESETS = {
     "hf-small": Preset(StudentSettings(6, 8, 768), 5e-4),
     "hf-medium": Preset(StudentSettings(12, 16, 1024), 1e-4),
 }
+
+
+PRECISIONS = ("auto", "fp32", "bf16", "fp16")
+BATCHINGS = ("bucketed", "packed", "padded")
+SCHEDULES = ("linear", "cosine", "constant_with_warmup")
+
+
+@dataclass(frozen=True)
+class TrainSettings:
+    """A distillation run: what decides its outcome, and nothing of where or how it is watched.
+
+    Lengths are in tokens, batch sizes in rows. ``warmup_steps``, ``eval_steps`` and ``save_steps``
+    of None are derived from the number of steps (:func:`derived_steps`).
+    """
+
+    student: StudentSettings = field(default_factory=StudentSettings)
+    loss: LossSettings = field(default_factory=LossSettings)
+    data: str = DEFAULT_DATA
+    teacher_model: str = DEFAULT_TEACHER
+    train_size_prop: float = 0.1
+    data_seed: int = 0
+    learning_rate: float = 1e-3
+    lr_schedule: str = "linear"
+    warmup_steps: int | None = None
+    weight_decay: float = 0.01
+    max_grad_norm: float = 1.0
+    batch_size: int = 16
+    gradient_accumulation_steps: int = 1
+    num_train_epochs: float = 3.0
+    max_steps: int = -1
+    max_length: int = 512
+    batching: str = "bucketed"
+    precision: str = "auto"
+    eval_steps: int | None = None
+    save_steps: int | None = None
+    validation_proteins: int = 500
+    loss_impl: str = "fused"
+    seed: int = 42
+
+    def __post_init__(self) -> None:
+        """Check every setting. Raises ``ValueError``."""
+        if not 0 < self.train_size_prop <= 1:
+            raise ValueError(f"--train_size_prop must be in (0, 1], got {self.train_size_prop}")
+        if not 0 < self.learning_rate < math.inf:
+            raise ValueError(f"--learning_rate must be above 0, got {self.learning_rate}")
+        if not 0 <= self.weight_decay < math.inf:
+            raise ValueError(f"--weight_decay must not be negative, got {self.weight_decay}")
+        if not 0 < self.num_train_epochs < math.inf:
+            raise ValueError(f"--num_train_epochs must be above 0, got {self.num_train_epochs}")
+        for name in ("batch_size", "gradient_accumulation_steps", "validation_proteins"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"--{name} must be at least 1, got {getattr(self, name)}")
+        if self.max_length < 8:
+            raise ValueError(f"--max_length must be at least 8 tokens, got {self.max_length}")
+        for name, choices in (
+            ("precision", PRECISIONS),
+            ("batching", BATCHINGS),
+            ("lr_schedule", SCHEDULES),
+            ("loss_impl", LOSS_IMPLEMENTATIONS),
+        ):
+            if getattr(self, name) not in choices:
+                raise ValueError(
+                    f"--{name} must be one of {', '.join(choices)}, got {getattr(self, name)!r}"
+                )
+
+
+def default_run_name(settings: TrainSettings) -> str:
+    """Return the name of a run's directory: its main settings, then every other choice.
+
+    ``protgpt2-distilled-t2.0-a0.5-l4-h4-e256-p0.1-lr1e-03.uniprot`` is the run of the defaults;
+    an enhancement or another non-default choice adds a suffix, so that two runs that differ do
+    not meet in one directory.
+    """
+    student, loss = settings.student, settings.loss
+    name = (
+        f"protgpt2-distilled-t{loss.temperature}-a{loss.alpha}"
+        f"-l{student.n_layer}-h{student.n_head}-e{student.n_embd}"
+        f"-p{settings.train_size_prop}-lr{settings.learning_rate:.0e}.uniprot"
+    )
+    suffixes = []
+    if loss.use_uncertainty_weighting:
+        kind = "" if loss.weighting == "published" else f"-{loss.weighting}"
+        suffixes.append(f"uncertainty{kind}")
+    if loss.use_calibration_smoothing:
+        kind = "" if loss.smoothing == "published" else f"-{loss.smoothing}"
+        factor = "" if loss.smoothing_factor == 0.1 else f"{loss.smoothing_factor}"
+        suffixes.append(f"calibration{factor}{kind}")
+    if loss.divergence != "forward_kl":
+        suffixes.append(f"{loss.divergence}{loss.divergence_weight}")
+    defaults = TrainSettings()
+    for field_name, label in (("seed", "s"), ("num_train_epochs", "ep"), ("max_steps", "steps")):
+        value = getattr(settings, field_name)
+        if value != getattr(defaults, field_name):
+            suffixes.append(f"{label}{value:g}")
+    if student.dropout:
+        suffixes.append(f"drop{student.dropout}")
+    if settings.teacher_model != DEFAULT_TEACHER:
+        suffixes.append(f"from-{settings.teacher_model.rstrip('/').split('/')[-1]}")
+    return "-".join([name, *suffixes])
+
+
+def derived_steps(settings: TrainSettings, steps: int) -> dict[str, int]:
+    """Return warm-up, evaluation, saving and logging steps for a run of ``steps`` steps.
+
+    Where a setting is None: warm-up is 5 % of the steps but at most 500, and there are ten
+    evaluations and ten checkpoints; fifty lines of log in any case.
+    """
+    tenth = max(1, math.ceil(steps / 10))
+    warmup = settings.warmup_steps
+    return {
+        "warmup_steps": min(500, math.ceil(0.05 * steps)) if warmup is None else warmup,
+        "eval_steps": settings.eval_steps or tenth,
+        "save_steps": settings.save_steps or tenth,
+        "logging_steps": max(1, steps // 50),
+    }

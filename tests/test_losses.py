@@ -1,4 +1,4 @@
-"""The pure loss functions against an independent float64 reference, closed forms and differences."""
+"""The pure loss functions against a float64 reference, closed forms and differences."""
 
 from __future__ import annotations
 
@@ -103,12 +103,15 @@ def reference_loss(student, teacher, labels, mask, segments, settings: LossSetti
             }[settings.weighting]
         p = x["p"]
         if settings.use_calibration_smoothing:
-            e = lam * {
-                "published": x["doubt"],
-                "confident": 1 - x["doubt"],
-                "constant": 1.0,
-                "matched": mean_doubt,
-            }[settings.smoothing]
+            e = (
+                lam
+                * {
+                    "published": x["doubt"],
+                    "confident": 1 - x["doubt"],
+                    "constant": 1.0,
+                    "matched": mean_doubt,
+                }[settings.smoothing]
+            )
             p = (1 - e) * p + e / vocabulary
         q = softmax64(student[x["b"], x["t"]] / T)
 
@@ -286,7 +289,9 @@ def test_weights_properties(kind):
         assert not torch.equal(weights, published)
         assert torch.equal(weights, position_weights(entropies, valid, kind))
     if kind == "inverse":
-        torch.testing.assert_close((weights + published)[valid], torch.full_like(weights, 1.5)[valid])
+        torch.testing.assert_close(
+            (weights + published)[valid], torch.full_like(weights, 1.5)[valid]
+        )
     if kind in ("published", "inverse"):
         rows = valid.any(-1)
         assert torch.equal(weights[rows].amax(-1), torch.ones(3, dtype=torch.float64))

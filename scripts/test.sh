@@ -1,0 +1,16 @@
+#!/usr/bin/env bash
+# Lint, types and the fast tests, in .venv, which is made if it is not there. What CI runs.
+# Further arguments go to pytest: bash scripts/test.sh -m slow
+set -euo pipefail
+cd "$(dirname "$0")/.."
+source scripts/environment.sh
+make_environment requirements-dev.txt
+
+echo "== ruff"
+.venv/bin/ruff check .
+.venv/bin/ruff format --check .
+echo "== pyright"
+.venv/bin/pyright
+echo "== pytest"
+export HF_HUB_OFFLINE=1 WANDB_MODE=disabled TOKENIZERS_PARALLELISM=false
+.venv/bin/python -m pytest "$@"

@@ -1,0 +1,133 @@
+#!/usr/bin/env python3
+"""Distil a causal protein language model into a smaller GPT-2.
+
+Examples:
+  python scripts/train.py --preset hf-tiny --use_uncertainty_weighting --use_calibration_smoothing
+  python scripts/train.py --teacher_model data/small_teacher --data data/proteins \
+      --n_layer 2 --n_head 4 --n_embd 160 --output_dir models/demo
+  python scripts/train.py --preset small --dry_run
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from src import settings as s
+from src.cli import HelpFormatter, natural, positive_float, positive_int, run_script, say, share
+
+DEFAULTS = s.TrainSettings()
+LOSS = s.LossSettings()
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """Return the parser of this script."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=HelpFormatter)
+    add = parser.add_argument_group("what to distil").add_argument
+    add("--teacher_model", default=s.DEFAULT_TEACHER, help="directory or hub id of the teacher")
+    add(
+        "--data",
+        default=s.DEFAULT_DATA,
+        help="hub data set, or a local FASTA[.gz], text, CSV, parquet or directory of parts",
+    )
+    add("--train_size_prop", type=share, default=0.1, help="share of the training proteins")
+    add("--data_seed", type=natural, default=0, help="chooses that share")
+    add("--max_length", type=positive_int, default=512, help="tokens; longer proteins are cut")
+
+    add = parser.add_argument_group("student").add_argument
+    add("--preset", choices=sorted(s.PRESETS), help="a named shape with its learning rate")
+    add("--n_layer", type=positive_int, help="blocks (default: 4, or the preset's)")
+    add("--n_head", type=positive_int, help="attention heads (default: 4, or the preset's)")
+    add("--n_embd", type=positive_int, help="width (default: 256, or the preset's)")
+    add("--dropout", type=float, default=0.0, help="probability, everywhere in the student")
+
+    add = parser.add_argument_group("loss").add_argument
+    add("--temperature", type=positive_float, default=2.0, help="T of the soft loss")
+    add("--alpha", type=float, default=0.5, help="share of the hard loss")
+    add("--use_uncertainty_weighting", action="store_true", help="weight by teacher entropy")
+    add("--use_calibration_smoothing", action="store_true", help="smooth the teacher's targets")
+    add("--smoothing_factor", type=float, default=0.1, help="largest share of the uniform")
+    add("--weighting", choices=s.WEIGHTINGS, default=LOSS.weighting, help="which weights")
+    add("--smoothing", choices=s.SMOOTHINGS, default=LOSS.smoothing, help="which smoothing")
+    add("--divergence", choices=s.DIVERGENCES, default=LOSS.divergence, help="of the soft loss")
+    add("--divergence_weight", type=float, default=0.5, help="beta of jsd, skew of skew_kl")
+    add("--loss_impl", choices=s.LOSS_IMPLEMENTATIONS, default="fused", help="fused saves memory")
+
+    add = parser.add_argument_group("training").add_argument
+    add("--learning_rate", type=positive_float, help="(default: 1e-3, or the preset's)")
+    add("--lr_schedule", choices=s.SCHEDULES, default="linear", help="after warm-up")
+    add("--warmup_steps", type=natural, help="(default: 5 %% of the steps, at most 500)")
+    add("--weight_decay", type=float, default=DEFAULTS.weight_decay, help="of AdamW")
+    add("--max_grad_norm", type=positive_float, default=1.0, help="gradients are clipped to it")
+    add("--batch_size", type=positive_int, default=DEFAULTS.batch_size, help="rows on a device")
+    add("--gradient_accumulation_steps", type=positive_int, default=1, help="batches a step")
+    add("--num_train_epochs", type=positive_float, default=3.0, help="passes over the data")
+    add("--max_steps", type=int, default=-1, help="stop there, whatever the epochs")
+    add("--batching", choices=s.BATCHINGS, default="bucketed", help="how rows become batches")
+    add("--precision", choices=s.PRECISIONS, default="auto", help="bf16 on a GPU, else fp32")
+    add("--seed", type=natural, default=DEFAULTS.seed, help="of the weights and the order")
+    add("--compile", action="store_true", help="run the student through torch.compile")
+
+    add = parser.add_argument_group("run").add_argument
+    add("--output_dir", type=Path, help="(default: models/ and a name made of the settings)")
+    add("--resume", action="store_true", help="go on with an unfinished run")
+    add("--eval_steps", type=positive_int, help="(default: ten times a run)")
+    add("--save_steps", type=positive_int, help="(default: ten times a run)")
+    add("--validation_proteins", type=positive_int, default=500, help="watched while training")
+    add("--report_to", choices=("none", "wandb", "tensorboard"), default="none", help="tracker")
+    add("--device", default="auto", help="auto, cpu or cuda")
+    add("--num_workers", type=natural, default=0, help="processes that prepare batches")
+    add("--cache_dir", help="where tokenised proteins are kept")
+    add("--skip_teacher_check", action="store_true", help="do not test the teacher first")
+    add("--dry_run", action="store_true", help="print sizes, memory and steps, and stop")
+    return parser
+
+
+def build_settings(args: argparse.Namespace) -> s.TrainSettings:
+    """Return the settings of the run that the arguments ask for."""
+    preset = s.PRESETS.get(args.preset) if args.preset else None
+    shape = preset.student if preset else DEFAULTS.student
+    student = s.StudentSettings(
+        **{k: getattr(args, k) or getattr(shape, k) for k in ("n_layer", "n_head", "n_embd")},
+        dropout=args.dropout,
+    )
+    rate = args.learning_rate or (preset.learning_rate if preset else DEFAULTS.learning_rate)
+    loss = s.LossSettings(**{k: getattr(args, k) for k in vars(LOSS)})
+    own = set(vars(DEFAULTS)) - {"student", "loss", "learning_rate"}
+    return s.TrainSettings(
+        student=student, loss=loss, learning_rate=rate, **{k: getattr(args, k) for k in own}
+    )
+
+
+def run(args: argparse.Namespace) -> dict:
+    """Train, or only plan. Returns the run's record, or the plan."""
+    settings = build_settings(args)
+    if args.dry_run:
+        from src.planning import plan
+
+        return plan(settings, args.preset, args.cache_dir, say)
+    from src.training import train
+
+    return train(
+        settings,
+        args.output_dir or Path("models") / s.default_run_name(settings),
+        resume=args.resume,
+        report_to=args.report_to,
+        device_name=args.device,
+        cache_dir=args.cache_dir,
+        skip_teacher_check=args.skip_teacher_check,
+        workers=args.num_workers,
+        compile_model=args.compile,
+    )
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run the script and return its exit status."""
+    return run_script(run, build_parser, argv)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,164 @@
+"""A run's directory: who may write to it, what made it, and where it stands."""
+
+from __future__ import annotations
+
+import fcntl
+import os
+import platform
+import subprocess
+import sys
+import time
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+from src.files import read_json, write_json
+
+RUN_FILE = "run.json"
+LOCK_FILE = ".lock"
+SCHEMA_VERSION = 1
+FINISHED = "finished"
+RUNNING = "running"
+PACKAGES = ("torch", "transformers", "tokenizers", "accelerate", "datasets", "numpy", "safetensors")
+
+
+@contextmanager
+def locked(folder: Path) -> Iterator[None]:
+    """Hold a run directory for this process alone.
+
+    The lock belongs to the process, so the system frees it however the process ends: a lock file
+    left by a killed run does not stand in the way.
+
+    Raises:
+        ValueError: another process holds it.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    with (folder / LOCK_FILE).open("a+") as handle:
+        try:
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            handle.seek(0)
+            holder = handle.read().strip() or "another process"
+            raise ValueError(
+                f"{folder} is in use by {holder}: wait for it, or choose another --output_dir"
+            ) from None
+        handle.seek(0)
+        handle.truncate()
+        handle.write(f"process {os.getpid()} on {platform.node()}")
+        handle.flush()
+        yield
+
+
+def read_run(folder: str | Path) -> dict[str, Any]:
+    """Read a run's record. Raises ``ValueError`` where there is none or it is not one."""
+    path = Path(folder) / RUN_FILE
+    record = read_json(path)
+    if not isinstance(record, dict) or "settings" not in record:
+        raise ValueError(f"{path}: not the record of a run")
+    return record
+
+
+def changed_settings(old: Mapping[str, Any], new: Mapping[str, Any], prefix: str = "") -> list[str]:
+    """Return the names of settings that differ, nested ones with dots."""
+    names = []
+    for key in sorted({*old, *new}):
+        before, after = old.get(key), new.get(key)
+        if isinstance(before, Mapping) and isinstance(after, Mapping):
+            names += changed_settings(before, after, f"{prefix}{key}.")
+        elif before != after:
+            names.append(prefix + key)
+    return names
+
+
+def claim_folder(folder: Path, settings: Mapping[str, Any], resume: bool) -> str:
+    """Decide what a run may do with its output directory. Nothing in it is touched.
+
+    Args:
+        folder: the output directory.
+        settings: what the run is about to do, as JSON values.
+        resume: whether the user asked to go on.
+
+    Returns:
+        ``new`` (empty or absent), ``resume`` (the same run, unfinished) or ``finished`` (the same
+        run, done).
+
+    Raises:
+        ValueError: something else is there, or the same run, unfinished, without ``--resume``.
+    """
+    contents = [p for p in folder.iterdir() if p.name != LOCK_FILE] if folder.exists() else []
+    if not contents:
+        return "new"
+    if not (folder / RUN_FILE).is_file():
+        raise ValueError(
+            f"{folder} holds files that no run of ours wrote: choose another --output_dir"
+        )
+    record = read_run(folder)
+    changed = changed_settings(record["settings"], settings)
+    if changed:
+        raise ValueError(
+            f"{folder} holds a run with other settings ({', '.join(changed)}): "
+            "choose another --output_dir"
+        )
+    if record.get("status") == FINISHED:
+        return "finished"
+    if not resume:
+        raise ValueError(
+            f"{folder} holds an unfinished run of these settings: pass --resume to go on, "
+            "or choose another --output_dir"
+        )
+    return "resume"
+
+
+def provenance() -> dict[str, Any]:
+    """Return what made a result: command, commit, versions and machine."""
+    return {
+        "command": [Path(sys.argv[0]).name, *sys.argv[1:]],
+        "git": git_state(),
+        "versions": versions(),
+        "platform": {
+            "system": platform.system(),
+            "machine": platform.machine(),
+            "cores": os.cpu_count(),
+        },
+        "started": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
+    }
+
+
+def git_state() -> dict[str, Any]:
+    """Return the commit of the code and whether files differ from it; None outside a checkout."""
+    root = Path(__file__).resolve().parents[1]
+
+    def git(*arguments: str) -> str | None:
+        try:
+            done = subprocess.run(
+                ["git", "-C", str(root), *arguments],
+                capture_output=True,
+                text=True,
+                timeout=10,
+                check=True,
+            )
+        except (OSError, subprocess.SubprocessError):
+            return None
+        return done.stdout.strip()
+
+    commit = git("rev-parse", "HEAD")
+    status = git("status", "--porcelain", "--untracked-files=no")
+    return {"commit": commit, "dirty": None if status is None else bool(status)}
+
+
+def versions() -> dict[str, str]:
+    """Return the versions of Python and of the packages that decide a run's numbers."""
+    found = {"python": platform.python_version()}
+    for package in PACKAGES:
+        try:
+            found[package] = metadata.version(package)
+        except metadata.PackageNotFoundError:
+            continue
+    return found
+
+
+def write_run(folder: Path, record: Mapping[str, Any]) -> None:
+    """Write a run's record atomically."""
+    write_json(folder / RUN_FILE, {"schema_version": SCHEMA_VERSION, **record})

@@ -1,0 +1,349 @@
+"""Runs one distillation from settings to a finished model directory."""
+
+from __future__ import annotations
+
+import os
+import resource
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import asdict
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+from transformers import TrainingArguments
+from transformers.trainer_callback import PrinterCallback, ProgressCallback
+
+from src.batching import PackedDataset, PackingCollator, PaddingCollator, ProteinDataset
+from src.callbacks import ConsoleProgress, MetricsFile
+from src.checkpoints import newest_valid
+from src.cli import duration, quiet_libraries, say, size
+from src.data import TokenisedProteins, chosen, has_split, tokenise
+from src.distillation import DistillationTrainer
+from src.evaluation import check_teacher
+from src.models import (
+    build_student,
+    count_parameters,
+    load_causal_lm,
+    load_tokenizer,
+    max_positions,
+    model_fingerprint,
+    student_config,
+)
+from src.runs import FINISHED, RUNNING, claim_folder, locked, provenance, read_run, write_run
+from src.settings import TrainSettings, derived_steps
+from src.sizing import total_steps
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+HELD_OUT_SHARE = 0.02
+"""Of a source without a validation part: proteins set aside, at most ``validation_proteins``."""
+WANDB_PROJECT = "PROTGPT2_DISTILLATION"
+CHECKPOINTS_KEPT = 2
+
+
+def choose_device(name: str) -> torch.device:
+    """Return the device of that name; ``auto`` is CUDA where there is one.
+
+    Raises:
+        ValueError: CUDA is asked for and not there.
+    """
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    if name.startswith("cuda") and not torch.cuda.is_available():
+        raise ValueError("--device cuda: PyTorch sees no CUDA device; pass --device cpu or auto")
+    return torch.device(name)
+
+
+def choose_precision(name: str, device: torch.device) -> str:
+    """Return fp32, bf16 or fp16; ``auto`` is bf16 on a CUDA device that has it, else fp32.
+
+    Raises:
+        ValueError: fp16 is asked for on a CPU, where gradients of a small loss vanish unscaled.
+    """
+    if name == "auto":
+        return "bf16" if device.type == "cuda" and torch.cuda.is_bf16_supported() else "fp32"
+    if name == "fp16" and device.type == "cpu":
+        raise ValueError("--precision fp16 needs a GPU: use bf16 or fp32 on a CPU")
+    return name
+
+
+def weights_dtype(precision: str) -> torch.dtype:
+    """Return the dtype in which a teacher is held."""
+    return {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[precision]
+
+
+def load_parts(
+    settings: TrainSettings,
+    tokenizer: Any,
+    max_length: int,
+    cache_dir: str | None = None,
+) -> dict[str, TokenisedProteins]:
+    """Return the tokenised training and validation proteins.
+
+    Validation proteins are the source's own validation part where it has one. Of any other source
+    a share is set aside by a hash of the sequence, the same whatever ``train_size_prop``.
+
+    Raises:
+        ValueError: the source is missing or broken, or nothing is left to train on.
+    """
+    options: dict[str, Any] = {"cache_dir": cache_dir}
+    separate = has_split(settings.data, "validation")
+    train = tokenise(
+        settings.data,
+        "train",
+        tokenizer,
+        max_length,
+        proportion=settings.train_size_prop,
+        seed=settings.data_seed,
+        **options,
+    )
+    if separate:
+        validation = tokenise(settings.data, "validation", tokenizer, max_length, **options)
+    else:
+        aside = chosen(train.hashes, HELD_OUT_SHARE, settings.data_seed + 1)
+        validation = train.subset(np.flatnonzero(aside))
+        train = train.subset(np.flatnonzero(~aside))
+    validation = validation.subset(np.arange(min(len(validation), settings.validation_proteins)))
+    if not len(train) or not len(validation):
+        raise ValueError(
+            f"--data {settings.data}: {len(train)} training and {len(validation)} validation "
+            f"proteins are left; give more data or raise --train_size_prop "
+            f"(now {settings.train_size_prop})"
+        )
+    return {"train": train, "validation": validation}
+
+
+def training_rows(settings: TrainSettings, train: TokenisedProteins, max_length: int) -> int:
+    """Return the rows of an epoch: proteins, or packed rows."""
+    if settings.batching == "packed":
+        return len(PackedDataset(train, max_length, settings.data_seed))
+    return len(train)
+
+
+def build_arguments(
+    settings: TrainSettings,
+    output_dir: Path,
+    steps: int,
+    precision: str,
+    device: torch.device,
+    report_to: str,
+    workers: int = 0,
+    compile_model: bool = False,
+) -> TrainingArguments:
+    """Return the Trainer's arguments for our settings."""
+    derived = derived_steps(settings, steps)
+    return TrainingArguments(
+        output_dir=str(output_dir),
+        per_device_train_batch_size=settings.batch_size,
+        per_device_eval_batch_size=settings.batch_size,
+        gradient_accumulation_steps=settings.gradient_accumulation_steps,
+        num_train_epochs=settings.num_train_epochs,
+        max_steps=settings.max_steps,
+        learning_rate=settings.learning_rate,
+        lr_scheduler_type=settings.lr_schedule,
+        warmup_steps=derived["warmup_steps"],
+        weight_decay=settings.weight_decay,
+        max_grad_norm=settings.max_grad_norm,
+        logging_steps=derived["logging_steps"],
+        logging_nan_inf_filter=False,
+        eval_strategy="steps",
+        eval_steps=derived["eval_steps"],
+        save_strategy="steps",
+        save_steps=derived["save_steps"],
+        save_total_limit=CHECKPOINTS_KEPT,
+        seed=settings.seed,
+        bf16=precision == "bf16",
+        fp16=precision == "fp16",
+        use_cpu=device.type == "cpu",
+        optim="adamw_torch_fused" if device.type == "cuda" else "adamw_torch",
+        report_to=report_to,
+        run_name=output_dir.name,
+        remove_unused_columns=False,
+        dataloader_num_workers=workers,
+        torch_compile=compile_model,
+        disable_tqdm=True,
+    )
+
+
+def build_trainer(
+    settings: TrainSettings,
+    parts: dict[str, TokenisedProteins],
+    student: PreTrainedModel,
+    teacher: PreTrainedModel,
+    tokenizer: Any,
+    arguments: TrainingArguments,
+    max_length: int,
+) -> DistillationTrainer:
+    """Wire data, models and loss into a Trainer with our own progress and log."""
+    pad = int(tokenizer.pad_token_id)
+    packed = settings.batching == "packed"
+    datasets: dict[str, Any] = {}
+    for name, proteins in parts.items():
+        if packed:
+            datasets[name] = PackedDataset(proteins, max_length, settings.data_seed)
+        else:
+            datasets[name] = ProteinDataset(proteins, by_length=settings.batching == "bucketed")
+    loss = asdict(settings.loss)
+    trainer = DistillationTrainer(
+        model=student,
+        teacher_model=teacher,
+        **loss,
+        loss_impl=settings.loss_impl,
+        args=arguments,
+        train_dataset=datasets["train"],
+        eval_dataset=datasets["validation"],
+        data_collator=PackingCollator(pad, max_length) if packed else PaddingCollator(pad),
+        processing_class=tokenizer,
+        callbacks=[MetricsFile(Path(str(arguments.output_dir))), ConsoleProgress()],
+    )
+    for callback in (PrinterCallback, ProgressCallback):
+        trainer.remove_callback(callback)
+    return trainer
+
+
+def peak_memory(device: torch.device) -> int:
+    """Return the most memory held so far, in bytes: of the GPU, or of the process on a CPU."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    factor = 1 if sys.platform == "darwin" else 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * factor
+
+
+def train(
+    settings: TrainSettings,
+    output_dir: Path,
+    *,
+    resume: bool = False,
+    report_to: str = "none",
+    device_name: str = "auto",
+    cache_dir: str | None = None,
+    skip_teacher_check: bool = False,
+    workers: int = 0,
+    compile_model: bool = False,
+    announce: Callable[[str], None] = say,
+) -> dict[str, Any]:
+    """Distil a student and leave a finished model directory.
+
+    Args:
+        settings: what to train.
+        output_dir: where; new, or holding the same run.
+        resume: go on with an unfinished run.
+        report_to: ``none``, ``wandb`` or ``tensorboard``.
+        device_name: ``auto``, ``cpu`` or ``cuda``.
+        cache_dir: where tokenised proteins are kept.
+        skip_teacher_check: do not measure the teacher on natural and shuffled proteins first.
+        workers: processes that prepare batches.
+        compile_model: run the student through ``torch.compile``.
+        announce: called with each line for a person.
+
+    Returns:
+        The run's record, as in ``run.json``.
+
+    Raises:
+        ValueError: anything that the user can mend.
+    """
+    quiet_libraries()
+    wanted = asdict(settings)
+    if claim_folder(output_dir, wanted, resume) == "finished":
+        announce(f"{output_dir} holds this run, finished: nothing to do")
+        return read_run(output_dir)
+    device = choose_device(device_name)
+    precision = choose_precision(settings.precision, device)
+    if report_to == "wandb":
+        os.environ.setdefault("WANDB_PROJECT", WANDB_PROJECT)
+
+    tokenizer = load_tokenizer(settings.teacher_model)
+    teacher = load_causal_lm(settings.teacher_model, weights_dtype(precision), device)
+    max_length = min(settings.max_length, max_positions(teacher.config))
+    parts = load_parts(settings, tokenizer, max_length, cache_dir)
+    student = build_student(student_config(settings.student, teacher.config), settings.seed)
+    initial = model_fingerprint(student)
+    teacher_parameters, parameters = count_parameters(teacher), count_parameters(student)
+    rows = training_rows(settings, parts["train"], max_length)
+    steps = total_steps(settings, rows)
+    assert steps is not None
+    for line in parts["train"].summary(settings.batch_size):
+        announce(line)
+    announce(
+        f"teacher {settings.teacher_model}: {teacher_parameters:,} parameters; student "
+        f"{settings.student.n_layer}L/{settings.student.n_head}H/{settings.student.n_embd}E: "
+        f"{parameters:,} ({parameters / teacher_parameters:.1%}, "
+        f"{teacher_parameters / parameters:.1f} times smaller)"
+    )
+    announce(
+        f"{steps:,} steps of {settings.batch_size * settings.gradient_accumulation_steps} rows "
+        f"over {rows:,} rows, {precision} on {device.type}"
+    )
+    checks = None
+    if not skip_teacher_check:
+        checks = check_teacher(teacher, tokenizer, parts["validation"], parts["train"])
+        announce(checks["summary"])
+
+    with locked(output_dir):
+        standing = claim_folder(output_dir, wanted, resume)
+        record: dict[str, Any] = {
+            "name": output_dir.name,
+            "status": RUNNING,
+            "settings": wanted,
+            **provenance(),
+            "device": describe_device(device),
+            "precision": precision,
+            "max_length": max_length,
+            "teacher": {
+                "name": settings.teacher_model,
+                "parameters": teacher_parameters,
+                "fingerprint": model_fingerprint(teacher),
+                "checks": checks,
+            },
+            "student": {"parameters": parameters, "initial_fingerprint": initial},
+            "compression": teacher_parameters / parameters,
+            "data": {
+                "source": settings.data,
+                "train": parts["train"].description(),
+                "validation": parts["validation"].description(),
+            },
+            "steps": steps,
+        }
+        if standing == "resume":
+            record["resumed"] = [*read_run(output_dir).get("resumed", []), record["started"]]
+        write_run(output_dir, record)
+        arguments = build_arguments(
+            settings, output_dir, steps, precision, device, report_to, workers, compile_model
+        )
+        trainer = build_trainer(settings, parts, student, teacher, tokenizer, arguments, max_length)
+        checkpoint = newest_valid(output_dir, announce) if standing == "resume" else None
+        if standing == "resume":
+            announce(f"going on from {checkpoint.name}" if checkpoint else "starting over")
+        started = time.monotonic()
+        if device.type == "cuda":
+            torch.cuda.reset_peak_memory_stats(device)
+        trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
+        seconds = time.monotonic() - started
+        final = trainer.evaluate()
+        trainer.save_model(str(output_dir))
+        record |= {
+            "status": FINISHED,
+            "finished": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
+            "train_seconds": round(seconds, 1),
+            "peak_memory_bytes": peak_memory(device),
+            "final": {name: value for name, value in final.items() if name.startswith("eval_")},
+        }
+        record["student"]["fingerprint"] = model_fingerprint(student)
+        write_run(output_dir, record)
+    announce(
+        f"trained in {duration(seconds)}, peak memory {size(record['peak_memory_bytes'])}; "
+        f"validation loss {final['eval_loss']:.4f}"
+    )
+    announce(f"student written to {output_dir}")
+    return record
+
+
+def describe_device(device: torch.device) -> dict[str, Any]:
+    """Return what a device is, for the record."""
+    if device.type == "cuda":
+        return {"type": "cuda", "name": torch.cuda.get_device_name(device)}
+    return {"type": device.type, "threads": torch.get_num_threads()}

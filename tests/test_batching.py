@@ -1,0 +1,108 @@
+"""Batches: nothing lost, nothing mixed, the same order for the same seed and epoch."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+
+from src.batching import (
+    EpochSampler,
+    PackedDataset,
+    PackingCollator,
+    PaddingCollator,
+    ProteinDataset,
+    length_grouped_order,
+    pack,
+    padding_share,
+)
+from src.losses import segments_from_positions, valid_positions
+
+
+class Tokens:
+    """Stands in for tokenised proteins: random ids of random lengths."""
+
+    def __init__(self, count: int, low: int = 3, high: int = 40, seed: int = 0) -> None:
+        rng = np.random.default_rng(seed)
+        self.rows = [rng.integers(1, 60, n) for n in rng.integers(low, high, count)]
+        self.lengths = np.array([len(row) for row in self.rows])
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def __getitem__(self, index: int) -> np.ndarray:
+        return self.rows[index]
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_packing_keeps_every_protein_once_and_whole(seed):
+    tokens = Tokens(300, seed=seed)
+    rows = pack(tokens.lengths, 64, seed, window=100)
+    assert sorted(np.concatenate(rows).tolist()) == list(range(300))
+    assert max(tokens.lengths[row].sum() for row in rows) <= 64
+    # First fit, longest first, wastes little: never half a row on average.
+    assert tokens.lengths.sum() > 0.8 * 64 * len(rows)
+
+
+def test_packing_refuses_what_does_not_fit():
+    with pytest.raises(ValueError, match="--max_length"):
+        pack(np.array([5, 70]), 64)
+
+
+@pytest.mark.parametrize("count", [1, 7, 64, 401])
+def test_grouped_order_is_a_permutation_with_little_padding(count):
+    lengths = Tokens(count, 10, 500).lengths
+    order = length_grouped_order(lengths, 8, seed=3, epoch=1)
+    assert sorted(order.tolist()) == list(range(count))
+    assert np.array_equal(order, length_grouped_order(lengths, 8, seed=3, epoch=1))
+    if count > 300:
+        assert not np.array_equal(order, length_grouped_order(lengths, 8, seed=3, epoch=2))
+        assert padding_share(lengths, 8, True) < 0.3 * padding_share(lengths, 8, False)
+
+
+def test_sampler_follows_the_epoch():
+    epoch = 0
+    sampler = EpochSampler(np.arange(1, 100), 4, seed=1, epoch=lambda: epoch)
+    first = list(sampler)
+    assert first == list(sampler)
+    epoch = 1
+    assert first != list(sampler)
+    assert sorted(sampler) == list(range(99))
+
+
+@pytest.mark.parametrize("side", ["left", "right"])
+def test_padding(side):
+    dataset = ProteinDataset(Tokens(9))
+    batch = PaddingCollator(pad_token_id=7, side=side, multiple_of=8)(
+        [dataset[i] for i in range(9)]
+    )
+    assert batch["input_ids"].shape[1] % 8 == 0
+    for row in range(9):
+        real = batch["attention_mask"][row].bool()
+        ids = torch.as_tensor(dataset[row]["input_ids"])
+        assert torch.equal(batch["input_ids"][row][real], ids)
+        assert torch.equal(batch["labels"][row][real], ids)
+        assert (batch["labels"][row][~real] == -100).all()
+        assert real[0 if side == "right" else -1]
+
+
+def test_packed_batch_predicts_what_single_proteins_predict():
+    tokens = Tokens(20)
+    dataset = PackedDataset(tokens, row_tokens=64)
+    batch = PackingCollator(0, 64)([dataset[i] for i in range(len(dataset))])
+    assert "attention_mask" not in batch
+    valid = valid_positions(batch["labels"], None, segments_from_positions(batch["position_ids"]))
+    assert valid.sum().item() == (tokens.lengths - 1).sum()
+    pairs = {
+        (int(a), int(b))
+        for a, b in zip(
+            batch["input_ids"][:, :-1][valid], batch["labels"][:, 1:][valid], strict=True
+        )
+    }
+    expected = {(int(a), int(b)) for row in tokens.rows for a, b in zip(row, row[1:], strict=False)}
+    assert pairs == expected
+
+
+def test_padding_side_is_checked():
+    with pytest.raises(ValueError, match="side"):
+        PaddingCollator(0, side="top")
