@@ -1,0 +1,766 @@
+"""Reading proteins from every source, what is wrong with them, and the tokenised store."""
+
+from __future__ import annotations
+
+import csv
+import gzip
+import io
+import itertools
+import json
+import multiprocessing
+import pickle
+import random
+import sys
+import types
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+
+from src import sources
+from src.data import (
+    ReadReport,
+    SeenHashes,
+    TokenisedProteins,
+    chosen,
+    data_summary,
+    has_split,
+    open_store,
+    read_proteins,
+    sequence_hash,
+    token_letters,
+    tokenise,
+    tokenizer_fingerprint,
+)
+from src.proteins import END_OF_TEXT, layout, prompt_layout, residues_of
+
+A, B, C = "MKVLAAGIT", "MSTNPKPQRKTKRNTNRRPQDVKFPGG", "MAAAK"
+
+
+def write(path: Path, content: str | bytes) -> Path:
+    data = content.encode() if isinstance(content, str) else content
+    if path.suffix == ".gz":
+        data = gzip.compress(data)
+    path.write_bytes(data)
+    return path
+
+
+def fasta(proteins: list[str], width: int = 60) -> str:
+    return "".join(
+        f">p{i} some words\n" + "".join(f"{p[j : j + width]}\n" for j in range(0, len(p), width))
+        for i, p in enumerate(proteins)
+    )
+
+
+def read(path: Path, **options) -> tuple[list[str], ReadReport]:
+    report = ReadReport()
+    found = [p.residues for p in read_proteins(path, report=report, **options)]
+    assert report.read == report.kept + report.dropped_count
+    assert report.kept == len(found)
+    assert report.residues == sum(map(len, found))
+    return found, report
+
+
+def counts(entries: dict) -> dict[str, int]:
+    return {kind: entry["count"] for kind, entry in entries.items()}
+
+
+# The layout
+
+
+@pytest.mark.parametrize("length", [1, 59, 60, 61, 120])
+def test_layout_at_the_edges_of_a_line(length):
+    residues = "".join(itertools.islice(itertools.cycle("ACDEFGHIKLMNPQRSTVWY"), length))
+    text = layout(residues)
+    lines = text.split("\n")
+    assert lines[0] == lines[-1] == END_OF_TEXT
+    assert all(len(line) == 60 for line in lines[1:-2])
+    assert 1 <= len(lines[-2]) <= 60
+    assert residues_of(text) == residues
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_layout_round_trip_on_random_proteins(random_proteins, seed, tiny_tokenizer):
+    for residues in random_proteins(30, 1, 400, seed):
+        assert residues_of(layout(residues)) == residues
+        assert layout(residues).startswith(prompt_layout(residues))
+        ids = tiny_tokenizer(layout(residues))["input_ids"]
+        assert residues_of(tiny_tokenizer.decode(ids)) == residues
+
+
+# Formats: the same proteins out of each
+
+
+def formats(folder: Path, proteins: list[str], tokenizer) -> dict[str, Path]:
+    rows = [[f"p{i}", p] for i, p in enumerate(proteins)]
+    table = io.StringIO()
+    csv.writer(table).writerows([["id", "sequence"], *rows])
+    texts = io.StringIO()
+    csv.writer(texts).writerows([["text"], *([layout(p)] for p in proteins)])
+    paths = {
+        "fasta": write(folder / "a.fasta", fasta(proteins)),
+        "fasta.gz": write(folder / "a.fa.gz", fasta(proteins, 80)),
+        "fasta by content": write(folder / "a.dat", "\n" + fasta(proteins)),
+        "fasta named txt": write(folder / "b.txt", fasta(proteins)),
+        "gzip without the suffix": folder / "c.fasta",
+        "text": write(folder / "a.txt", "\n".join(proteins)),
+        "text.gz": write(folder / "a.seq.gz", "\n\n".join(proteins) + "\n"),
+        "csv": write(folder / "a.csv", table.getvalue()),
+        "csv of layout": write(folder / "b.csv.gz", texts.getvalue()),
+        "tsv": write(
+            folder / "a.tsv", "Entry\tSequence\n" + "".join(f"x{n}\t{p}\n" for n, p in rows)
+        ),
+    }
+    paths["gzip without the suffix"].write_bytes(gzip.compress(fasta(proteins).encode()))
+    tables = {
+        "parquet": {"sequence": proteins, "name": [n for n, _ in rows]},
+        "parquet of layout": {"text": [layout(p) for p in proteins], "other": proteins},
+        "parquet of tokens": {"input_ids": tokenizer([layout(p) for p in proteins])["input_ids"]},
+    }
+    for name, columns in tables.items():
+        paths[name] = folder / f"{name.replace(' ', '_')}.parquet"
+        pq.write_table(pa.table(columns), paths[name], row_group_size=7)
+    return paths
+
+
+def test_every_format_gives_the_same_proteins(tmp_path, random_proteins, tiny_tokenizer):
+    proteins = [A, *random_proteins(20, 1, 200, 3)]
+    for name, path in formats(tmp_path, proteins, tiny_tokenizer).items():
+        found, report = read(path, tokenizer=tiny_tokenizer)
+        assert found == proteins, name
+        assert not report.dropped, name
+        assert not report.fixed, name
+
+
+def test_fasta_agrees_with_biopython(proteins_dir):
+    from Bio.SeqIO.FastaIO import SimpleFastaParser
+
+    with gzip.open(proteins_dir / "validation.fasta.gz", "rt") as handle:
+        expected = [(title.split()[0], sequence) for title, sequence in SimpleFastaParser(handle)]
+    assert [tuple(p) for p in read_proteins(proteins_dir, split="validation")] == expected
+
+
+def test_names(tmp_path):
+    path = write(tmp_path / "a.fasta", ">sp|P1|X_Y words\nMK\n>\nMKV\n> late\x1b\nMKVL\n")
+    assert [p.name for p in read_proteins(path)] == ["sp|P1|X_Y", "line_3", "late?"]
+    path = write(tmp_path / "a.csv", "sequence,accession\nMK,P1\nMKV,P2\n")
+    assert [p.name for p in read_proteins(path)] == ["P1", "P2"]
+
+
+def test_directory_of_parts(tmp_path):
+    write(tmp_path / "train.fasta.gz", fasta([A, B]))
+    write(tmp_path / "test.txt", C)
+    for number, protein in enumerate([B, A]):
+        shard = tmp_path / f"validation-0000{number}-of-00002.parquet"
+        pq.write_table(pa.table({"sequence": [protein]}), shard)
+    assert read(tmp_path, split="train")[0] == [A, B]
+    assert read(tmp_path, split="test")[0] == [C]
+    assert read(tmp_path, split="validation")[0] == [B, A]
+    assert has_split(tmp_path, "validation")
+    assert not has_split(tmp_path, "other")
+    assert has_split(tmp_path / "test.txt", "train")
+    assert not has_split(tmp_path / "test.txt", "validation")
+    write(tmp_path / "train.csv", "sequence\nMK\n")
+    with pytest.raises(ValueError, match="several files for the part 'train'"):
+        read(tmp_path, split="train")
+
+
+# One behaviour for each thing that is wrong
+
+
+@pytest.mark.parametrize(
+    ("text", "expected", "fixed"),
+    [
+        ("mkvLAAGIT", A, {sources.LOWER_CASE: 1}),
+        (f"{A}*", A, {sources.FINAL_STOP: 1}),
+        (f"{A}**", A, {sources.FINAL_STOP: 1}),
+        ("MKV LAA\tGIT", A, {sources.WHITE_SPACE: 1}),
+        ("MK-VLA..AGIT--", A, {sources.GAPS: 1}),
+        (f"  {A.lower()}-* ", A, dict.fromkeys(
+            (sources.WHITE_SPACE, sources.GAPS, sources.FINAL_STOP, sources.LOWER_CASE), 1)),
+    ],
+)  # fmt: skip
+def test_fixed_and_counted(tmp_path, text, expected, fixed):
+    found, report = read(write(tmp_path / "a.fasta", f">a\n{B}\n>b\n{text}\n"))
+    assert found == [B, expected]
+    assert counts(report.fixed) == fixed
+    assert all(entry["first"] == "a.fasta:3" for entry in report.fixed.values())
+
+
+@pytest.mark.parametrize(
+    ("text", "reason"),
+    [
+        ("", sources.NO_RESIDUES),
+        ("\n\n  ", sources.NO_RESIDUES),
+        ("*", sources.NO_RESIDUES),
+        ("---", sources.NO_RESIDUES),
+        ("MK*VL", sources.INNER_STOP),
+        ("MKXVL", sources.AMBIGUOUS),
+        ("MKUVL", sources.AMBIGUOUS),
+        ("MK1VL", sources.NO_RESIDUE),
+        ("MK;DROP", sources.NO_RESIDUE),
+        ("MKéVL", sources.NO_RESIDUE),
+        ("MKſVL", sources.NO_RESIDUE),
+        (b"MK\xff\xfeVL", sources.NO_RESIDUE),
+        (f"MK{END_OF_TEXT}VL", sources.NO_RESIDUE),
+    ],
+)
+def test_dropped_and_counted(tmp_path, text, reason):
+    body = text if isinstance(text, bytes) else text.encode()
+    content = f">a\n{A}\n>b\n".encode() + body + f"\n>c\n{B}\n".encode()
+    found, report = read(write(tmp_path / "a.fasta", content))
+    assert found == [A, B]
+    assert counts(report.dropped) == {reason: 1}
+    assert report.dropped[reason]["first"].startswith("a.fasta:3")
+    assert any("dropped 1: " + reason in line for line in report.lines())
+
+
+def test_ambiguous_residues_are_kept_when_asked(tmp_path):
+    path = write(tmp_path / "a.txt", "MKXV\nMBZJOU\nMK*XV")
+    found, report = read(path, keep_ambiguous=True)
+    assert found == ["MKXV", "MBZJOU"]
+    assert counts(report.dropped) == {sources.INNER_STOP: 1}
+
+
+def test_crlf_and_byte_order_mark(tmp_path):
+    content = b"\xef\xbb\xbf" + fasta([A, B]).replace("\n", "\r\n").encode()
+    found, report = read(write(tmp_path / "a.fasta", content))
+    assert found == [A, B]
+    assert counts(report.fixed) == {sources.CRLF: 4}
+
+
+REFUSED = {
+    "empty": ("a.fasta", b"", "is empty"),
+    "empty gzip": ("a.fasta.gz", gzip.compress(b""), "no protein"),
+    "only blank lines": ("a.txt", b"\n\n\n", "no protein"),
+    "headers only": ("a.fasta", b">a\n>b\n", "none of its 2 proteins is usable.*no residues"),
+    "text before a header": ("a.fasta", b"\nMKV\n>a\nMK\n", r"a\.fasta:2: text before"),
+    "NUL": ("a.fasta", b">a\nMK\0V\n", r"a\.fasta:2: a NUL byte"),
+    "UTF-16": ("a.txt", "MKV\n".encode("utf-16"), r"a\.txt:1: a NUL byte"),
+    "lone carriage returns": ("a.fasta", b">a\rMKV\r>b\rMK\r", r"a\.fasta:1: a carriage return"),
+    "truncated gzip": ("a.fasta.gz", gzip.compress(b">a\nMK\n" * 999)[:-20], "truncated gzip"),
+    "altered gzip": ("a.fa.gz", gzip.compress(b">a\nMK\n")[:-8] + b"12345678", "broken or trunc"),
+    "rubbish after gzip": ("a.fa.gz", gzip.compress(b">a\nMK\n") + b"rubbish", "broken or trunc"),
+    "not gzip": ("a.fasta.gz", b">a\nMK\n", "is named .gz but is not gzip"),
+    "zip": ("a.fasta", b"PK\x03\x04rest", "packed by zip"),
+    "long line": ("a.fasta", b">a\n" + b"A" * (2 << 20), r"a\.fasta:2: the line is longer"),
+    "long protein": ("a.fasta", b">a\nMK\n>b\n" + b"A" * 60_000 + b"\n" + b"A" * 60_000 + b"\n",
+                     r"a\.fasta:3: the protein is longer"),
+    "long text": ("a.txt", b"MK\n" + b"A" * 100_001, r"a\.txt:2: the protein is longer"),
+    "unknown": ("a.xyz", b"MKV\n", "not clear"),
+    "CSV without a column": ("a.csv", b"name,length\na,3\n", "no column 'sequence'.*name, length"),
+    "CSV with an open quote": ("a.csv", b'sequence\n"MKV\nMK\n', r"a\.csv:3: broken CSV"),
+    "CSV of tokens": ("a.csv", b"input_ids\n1\n", "use parquet"),
+    "parquet of nothing": ("a.parquet", b"PAR1rubbishPAR1", "broken parquet"),
+    "parquet by name": ("a.parquet", b"hello", "broken parquet"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("case", REFUSED)
+def test_refused_with_file_and_line(tmp_path, case):
+    name, content, message = REFUSED[case]
+    path = tmp_path / name
+    path.write_bytes(content)
+    with pytest.raises(ValueError, match=message) as caught:
+        read(path)
+    assert str(path) in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("table", "message"),
+    [
+        ({"sequence": [1, 2]}, "holds int64, not text"),
+        ({"input_ids": [1, 2]}, "holds int64, not lists"),
+        ({"input_ids": [[1.5]]}, "not lists of whole numbers"),
+        ({"input_ids": [[1, None]]}, "a token is null"),
+        ({"other": ["MK"]}, "no column"),
+        ({"sequence": pa.array([], pa.string())}, "no protein"),
+    ],
+)
+def test_parquet_of_the_wrong_kind(tmp_path, tiny_tokenizer, table, message):
+    pq.write_table(pa.table(table), tmp_path / "a.parquet")
+    with pytest.raises(ValueError, match=message):
+        read(tmp_path / "a.parquet", tokenizer=tiny_tokenizer)
+
+
+def test_nulls_and_short_rows_are_dropped(tmp_path):
+    pq.write_table(pa.table({"sequence": [A, None, B]}), tmp_path / "a.parquet")
+    found, report = read(tmp_path / "a.parquet")
+    assert found == [A, B]
+    assert report.dropped[sources.NO_RESIDUES] == {"count": 1, "first": "a.parquet row 2"}
+    found, report = read(write(tmp_path / "a.csv", f"id,sequence\n1,{A}\n2\n\n3,{B}\n"))
+    assert (found, report.dropped_count) == ([A, B], 1)
+
+
+def test_decompression_bomb(tmp_path, monkeypatch):
+    monkeypatch.setattr(sources, "FREE_EXPANSION_BYTES", 1 << 20)
+    bomb = gzip.compress((">a\n" + ("A" * 60 + "\n") * 1000).encode() * 100)
+    path = tmp_path / "bomb.fasta.gz"
+    path.write_bytes(bomb)
+    with pytest.raises(ValueError, match="decompression bomb"):
+        read(path)
+
+
+def test_a_row_of_csv_is_bounded(tmp_path, monkeypatch):
+    monkeypatch.setattr(sources, "MAX_ROW_BYTES", 1 << 16)
+    path = write(tmp_path / "a.csv", "sequence\n" + '"a\n",' * 50_000)
+    with pytest.raises(ValueError, match="a row of over"):
+        read(path)
+
+
+@pytest.mark.parametrize(
+    ("source", "split", "message"),
+    [
+        ("nowhere.fasta", None, "no such file"),
+        ("./nowhere", None, "no such file"),
+        ("a/b/c", None, "no such file"),
+        ("data", None, "directory of parts"),
+        ("empty", "train", "holds no part at all"),
+        ("data", "validation", "no validation.fasta.gz.*it has train"),
+        ("data/train.txt", "test", "one file and has no test part"),
+        ("/dev/null", None, "neither a file nor a directory"),
+    ],
+)
+def test_sources_that_are_not_there(tmp_path, monkeypatch, source, split, message):
+    monkeypatch.chdir(tmp_path)
+    Path("data").mkdir()
+    Path("empty").mkdir()
+    write(Path("data/train.txt"), A)
+    with pytest.raises(ValueError, match=message):
+        read(Path(source) if source != "./nowhere" else source, split=split)  # type: ignore[arg-type]
+
+
+# The hub
+
+
+def test_hub_out_of_reach_says_what_to_pass(monkeypatch):
+    monkeypatch.setitem(sys.modules, "datasets", None)
+    with pytest.raises(ValueError, match="'datasets' is not installed.*--data data/proteins"):
+        read("nferruz/UR50_2021_04", split="train")  # type: ignore[arg-type]
+
+    def fail(*args, **options):
+        raise ConnectionError("no route\nto host")
+
+    monkeypatch.setitem(sys.modules, "datasets", types.SimpleNamespace(load_dataset=fail))
+    with pytest.raises(ValueError, match="no network.*pass --data FILE") as caught:
+        read("nferruz/UR50_2021_04", split="train")  # type: ignore[arg-type]
+    assert "\n" not in str(caught.value)
+
+
+def test_hub_rows_are_streamed(monkeypatch, tiny_tokenizer):
+    def rows(name, split, streaming):
+        assert (name, split, streaming) == ("owner/proteins", "validation", True)
+        yield from ({"text": layout(p)} for p in (A, B))
+        raise OSError("the line went dead")
+
+    fake = types.SimpleNamespace(load_dataset=rows)
+    monkeypatch.setitem(sys.modules, "datasets", fake)
+    stream = read_proteins("owner/proteins", split="validation")
+    assert [next(stream).residues, next(stream).residues] == [A, B]
+    with pytest.raises(ValueError, match="row 2: the stream broke .the line went dead"):
+        next(stream)
+    ids = tiny_tokenizer([layout(A), layout(B)])["input_ids"]
+    fake.load_dataset = lambda *a, **k: [{"input_ids": row} for row in ids]
+    found, _ = read("owner/proteins", split="train", tokenizer=tiny_tokenizer)  # type: ignore[arg-type]
+    assert found == [A, B]
+
+
+# Rows of tokens
+
+
+def test_rows_of_tokens_are_cut_at_their_markers(tmp_path, tiny_tokenizer):
+    marker = tiny_tokenizer.eos_token_id
+    a, b, c = (row[1:-1] for row in tiny_tokenizer([layout(p) for p in (A, B, C)])["input_ids"])
+    rows = [
+        [marker, *a, marker],
+        [*a[3:], marker, *b, marker, *c, marker, *a[:4]],  # a block of a longer text
+        [marker, *c, marker, marker, marker],  # padded
+        [marker, marker],
+        [],
+    ]
+    path = tmp_path / "train.parquet"
+    pq.write_table(pa.table({"input_ids": pa.array(rows, pa.list_(pa.int32()))}), path)
+    found, report = read(path, tokenizer=tiny_tokenizer)
+    assert found == [A, B, C, residues_of(tiny_tokenizer.decode(a[:4])), C]
+    assert counts(report.dropped) == {sources.HEADLESS: 1, sources.NO_RESIDUES: 2}
+    assert counts(report.fixed) == {sources.CUT_IN_SOURCE: 1}
+
+    store = tokenise(path, None, tiny_tokenizer, 64, tmp_path / "cache", quiet=True)
+    assert [store[i].tolist() for i in range(3)] == [
+        [marker, *a, marker],
+        [marker, *b, marker],
+        [marker, *c, marker],
+    ]
+    assert store[3].tolist() == [marker, *a[:4]]
+    whole = tokenise(
+        path, None, tiny_tokenizer, 64, tmp_path / "cache", long_proteins="drop", quiet=True
+    )
+    assert len(whole) == 3
+
+
+def test_tokens_need_their_tokenizer(tmp_path, tiny_tokenizer):
+    path = tmp_path / "a.parquet"
+    pq.write_table(pa.table({"input_ids": [[0, 999, 0]]}), path)
+    with pytest.raises(ValueError, match="a tokenizer is needed"):
+        read(path)
+    with pytest.raises(ValueError, match="row 1: token 999 is outside the vocabulary"):
+        read(path, tokenizer=tiny_tokenizer)
+
+
+def test_tokens_in_another_layout_are_kept_and_told(tmp_path, tiny_tokenizer):
+    text = f"{END_OF_TEXT}{A}{END_OF_TEXT}"
+    path = tmp_path / "a.parquet"
+    pq.write_table(pa.table({"input_ids": [tiny_tokenizer(text)["input_ids"]]}), path)
+    found, report = read(path, tokenizer=tiny_tokenizer)
+    assert found == [A]
+    assert counts(report.fixed) == {sources.OTHER_LAYOUT: 1}
+
+
+# Hostile input: only ValueErrors of one line, whatever the bytes
+
+
+def mutated(data: bytes, rng: random.Random) -> bytes:
+    changed = bytearray(data)
+    for _ in range(rng.randint(1, 6)):
+        kind = rng.randrange(4)
+        place = rng.randrange(len(changed) + 1)
+        if kind == 0 and changed:
+            changed[place % len(changed)] = rng.randrange(256)
+        elif kind == 1:
+            changed[place:place] = rng.choice([b"\0", b">", b"\r", b'"', b"\n\n", b"\xff", b","])
+        elif kind == 2:
+            del changed[place : place + rng.randint(1, 40)]
+        else:
+            changed[place:place] = changed[place : place + rng.randint(1, 60)]
+    return bytes(changed)
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_broken_files_never_raise_anything_else(tmp_path, tiny_tokenizer, random_proteins, seed):
+    rng = random.Random(seed)
+    paths = formats(tmp_path, random_proteins(6, 5, 80, seed), tiny_tokenizer)
+    for path in paths.values():
+        original = path.read_bytes()
+        for _ in range(25):
+            path.write_bytes(mutated(original, rng))
+            message = path.name
+            try:
+                read(path, tokenizer=tiny_tokenizer)
+            except ValueError as error:
+                message = str(error)
+            assert path.name in message
+            assert "\n" not in message
+
+
+# The store
+
+
+def direct(tokenizer, proteins: list[str], max_length: int) -> list[list[int]]:
+    return [tokenizer(layout(p))["input_ids"][:max_length] for p in proteins]
+
+
+def test_store_equals_direct_tokenisation(tmp_path, random_proteins, tiny_tokenizer):
+    proteins = random_proteins(300, 1, 200, 5)
+    path = write(tmp_path / "a.fasta.gz", fasta(proteins))
+    store = tokenise(path, "train", tiny_tokenizer, 90, tmp_path / "cache", quiet=True)
+    distinct = list(dict.fromkeys(proteins))
+    expected = direct(tiny_tokenizer, distinct, 90)
+    assert [store[i].tolist() for i in range(len(store))] == expected
+    assert store.lengths.tolist() == [len(row) for row in expected]
+    visible = [residues_of(tiny_tokenizer.decode(row)) for row in expected]
+    assert [store.sequence(i) for i in range(len(store))] == visible
+    assert store.residues.tolist() == [len(v) for v in visible]
+    assert store.hashes.tolist() == [sequence_hash(p) for p in distinct]
+    assert store.names[0] == "p0"
+    assert len(store.names) == len(store)
+    assert isinstance(store.array("tokens.bin").base, np.memmap)
+    whole = [tiny_tokenizer(layout(p))["input_ids"] for p in distinct]
+    assert store.report.fixed["cut to 90 tokens"]["count"] == sum(len(row) > 90 for row in whole)
+
+
+def test_batches_do_not_show(tmp_path, random_proteins, tiny_tokenizer, monkeypatch):
+    path = write(tmp_path / "a.txt", "\n".join(random_proteins(50, 1, 60, 6)))
+    whole = tokenise(path, None, tiny_tokenizer, 64, tmp_path / "1", quiet=True)
+    monkeypatch.setattr("src.data.BATCH_PROTEINS", 3)
+    small = tokenise(path, None, tiny_tokenizer, 64, tmp_path / "2", quiet=True)
+    assert whole.fingerprint == small.fingerprint
+
+
+def test_long_proteins_are_cut_or_dropped(tmp_path, random_proteins, tiny_tokenizer):
+    proteins = random_proteins(40, 10, 120, 7)
+    path = write(tmp_path / "a.txt", "\n".join(proteins))
+    options = {"cache_dir": tmp_path / "cache", "quiet": True}
+    cut = tokenise(path, None, tiny_tokenizer, 50, **options)
+    dropped = tokenise(path, None, tiny_tokenizer, 50, long_proteins="drop", **options)
+    full = [tiny_tokenizer(layout(p))["input_ids"] for p in proteins]
+    assert len(cut) == 40
+    assert cut.lengths.max() == 50
+    assert [dropped.sequence(i) for i in range(len(dropped))] == [
+        p for p, row in zip(proteins, full, strict=True) if len(row) <= 50
+    ]
+    assert dropped.report.dropped["longer than 50 tokens"]["count"] == sum(
+        len(row) > 50 for row in full
+    )
+
+
+def test_duplicates_are_dropped_once_cleaned(tmp_path, tiny_tokenizer):
+    path = write(tmp_path / "a.fasta", fasta([A, B, A.lower(), C, f"{B}*", A]))
+    store = tokenise(path, None, tiny_tokenizer, 64, tmp_path / "cache", quiet=True)
+    assert [store.sequence(i) for i in range(len(store))] == [A, B, C]
+    assert store.report.dropped["duplicates"] == {"count": 3, "first": "p2"}
+    assert (store.report.read, store.report.kept) == (6, 3)
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_seen_hashes_behave_like_a_set(seed):
+    rng = np.random.default_rng(seed)
+    seen, known = SeenHashes(), set()
+    for _ in range(30):
+        batch = rng.integers(0, 2000, rng.integers(0, 100)).astype(np.uint64)
+        expected = []
+        for value in batch.tolist():
+            expected.append(value not in known)
+            known.add(value)
+        assert seen.add(batch).tolist() == expected
+    assert sum(map(len, seen.runs)) == len(known)
+    assert len(seen.runs) <= 12
+
+
+def test_a_store_is_found_again(tmp_path, tiny_tokenizer, capsys):
+    path = write(tmp_path / "a.txt", f"{A}\n{B}\n")
+    options = {"cache_dir": tmp_path / "cache", "quiet": True}
+    first = tokenise(path, None, tiny_tokenizer, 64, **options)
+    made = {p.name: p.stat().st_mtime_ns for p in first.folder.iterdir()}
+    # Calls with truncation leave their mark on a tokenizer; that must not make it another one.
+    tiny_tokenizer([layout(A)], truncation=True, max_length=5)
+    again = tokenise(path, None, tiny_tokenizer, 64, **options)
+    assert again.folder == first.folder
+    assert {p.name: p.stat().st_mtime_ns for p in again.folder.iterdir()} == made
+    other = tokenise(path, None, tiny_tokenizer, 63, **options)
+    assert other.folder != first.folder
+    path.write_text(f"{A}\n{C}\n")
+    changed = tokenise(path, None, tiny_tokenizer, 64, **options)
+    assert changed.folder != first.folder
+    assert changed.sequence(1) == C
+    assert not list((tmp_path / "cache").glob("*.tmp"))
+
+
+@pytest.mark.parametrize("damage", ["altered", "truncated", "missing", "manifest", "not JSON"])
+def test_a_damaged_store_is_built_anew(tmp_path, tiny_tokenizer, capsys, damage):
+    path = write(tmp_path / "a.txt", f"{A}\n{B}\n")
+    store = tokenise(path, None, tiny_tokenizer, 64, tmp_path / "cache", quiet=True)
+    tokens, manifest = store.folder / "tokens.bin", store.folder / "manifest.json"
+    if damage == "altered":
+        tokens.write_bytes(b"\1" + tokens.read_bytes()[1:])
+    elif damage == "truncated":
+        tokens.write_bytes(tokens.read_bytes()[:-2])
+    elif damage == "missing":
+        tokens.unlink()
+    elif damage == "manifest":
+        manifest.write_text(manifest.read_text().replace('"proteins": 2', '"proteins": 1'))
+    else:
+        manifest.write_text("{")
+    with pytest.raises(ValueError, match=str(store.folder)):
+        open_store(store.folder)
+    again = tokenise(path, None, tiny_tokenizer, 64, tmp_path / "cache")
+    assert "damaged" in capsys.readouterr().out
+    assert again.fingerprint == store.fingerprint
+    assert [again.sequence(i) for i in range(2)] == [A, B]
+
+
+def test_nothing_is_left_behind_by_a_broken_source(tmp_path, tiny_tokenizer):
+    path = write(tmp_path / "a.fasta", f">a\n{A}\n>b\nMK\0V\n")
+    with pytest.raises(ValueError, match="NUL"):
+        tokenise(path, None, tiny_tokenizer, 64, tmp_path / "cache", quiet=True)
+    assert [p.name for p in (tmp_path / "cache").iterdir() if not p.name.endswith(".lock")] == []
+
+
+def _build_in_process(path: str, cache: str, queue) -> None:
+    from src.pretraining import train_tokenizer
+    from tests.conftest import make_proteins
+
+    tokenizer = train_tokenizer(make_proteins(50, seed=1), 64, n_positions=256)
+    queue.put(tokenise(path, None, tokenizer, 64, cache, quiet=True).fingerprint)
+
+
+@pytest.mark.slow
+def test_concurrent_builders(tmp_path, random_proteins):
+    path = write(tmp_path / "a.txt", "\n".join(random_proteins(2000, 20, 60, 8)))
+    context = multiprocessing.get_context("spawn")
+    queue = context.Queue()
+    workers = [
+        context.Process(target=_build_in_process, args=(str(path), str(tmp_path / "c"), queue))
+        for _ in range(3)
+    ]
+    for worker in workers:
+        worker.start()
+    found = {queue.get(timeout=120) for _ in workers}
+    for worker in workers:
+        worker.join()
+    assert len(found) == 1
+    assert len([p for p in (tmp_path / "c").iterdir() if p.is_dir()]) == 1
+
+
+def test_selections(tmp_path, random_proteins, tiny_tokenizer):
+    path = write(tmp_path / "a.txt", "\n".join(random_proteins(20, 10, 30, 9)))
+    store = tokenise(path, None, tiny_tokenizer, 64, tmp_path / "cache", quiet=True)
+    part = store.subset([5, 3, -1])
+    assert [part.sequence(i) for i in range(3)] == [store.sequence(i) for i in (5, 3, 19)]
+    assert part.lengths.tolist() == store.lengths[[5, 3, 19]].tolist()
+    assert part.names[:] == [store.names[i] for i in (5, 3, 19)]
+    assert part.subset([2]).sequence(0) == store.sequence(19)
+    assert part.subset([]).lengths.tolist() == []
+    fingerprints = {s.fingerprint for s in (store, part, store.subset([3, 5, 19]))}
+    assert len(fingerprints) == 3
+    for wrong in (20, -21):
+        with pytest.raises(IndexError):
+            store[wrong]
+        with pytest.raises(IndexError):
+            store.subset([wrong])
+
+
+def test_workers_map_the_same_files(tmp_path, random_proteins, tiny_tokenizer):
+    from torch.utils.data import DataLoader
+
+    path = write(tmp_path / "a.txt", "\n".join(random_proteins(200, 20, 60, 10)))
+    store = tokenise(path, None, tiny_tokenizer, 64, tmp_path / "cache", quiet=True)
+    assert len(store.sequence(0)) == store.residues[0] < store.lengths[0] + 60
+    copy = pickle.loads(pickle.dumps(store.subset(range(100))))
+    assert isinstance(copy, TokenisedProteins)
+    assert not copy._arrays
+    assert copy[7].tolist() == store[7].tolist()
+    assert len(pickle.dumps(store)) < 5000
+    loader = DataLoader(store, batch_size=None, num_workers=2)  # type: ignore[arg-type]
+    assert [row.tolist() for row in loader] == [store[i].tolist() for i in range(200)]
+
+
+def test_at_most_so_many_proteins(tmp_path, random_proteins, tiny_tokenizer):
+    proteins = [A, A, *random_proteins(30, 10, 30, 11)]
+    path = write(tmp_path / "a.txt", "\n".join(proteins))
+    store = tokenise(path, None, tiny_tokenizer, 64, tmp_path / "c", max_proteins=10, quiet=True)
+    assert [store.sequence(i) for i in range(len(store))] == [A, *proteins[2:11]]
+    report = store.report
+    assert report.read == report.kept + report.dropped_count + report.not_chosen
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"max_length": 3}, "--max_length must be at least 4"),
+        ({"proportion": 0.0}, "--train_size_prop must be above 0"),
+        ({"proportion": 1.5}, "--train_size_prop must be above 0"),
+        ({"max_proteins": 0}, "--max_proteins must be at least 1"),
+        ({"long_proteins": "keep"}, "must be cut or drop"),
+        ({"proportion": 1e-9}, "raise --train_size_prop"),
+        ({"max_length": 4, "long_proteins": "drop"}, "none of 2 proteins fits.*raise --max_length"),
+    ],
+)
+def test_wrong_settings(tmp_path, tiny_tokenizer, options, message):
+    path = write(tmp_path / "a.txt", f"{A}\n{B}\n")
+    settings = {"max_length": 64, "cache_dir": tmp_path / "cache", "quiet": True, **options}
+    with pytest.raises(ValueError, match=message):
+        tokenise(path, None, tiny_tokenizer, **settings)
+
+
+def test_a_tokenizer_that_does_not_know_the_layout(tmp_path):
+    from tokenizers import Tokenizer, models, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast
+
+    letters = {c: i for i, c in enumerate(["[UNK]", "[END]", *"ACDEFGHIKLMNPQRSTVWY"])}
+    backend = Tokenizer(models.WordLevel(letters, "[UNK]"))
+    backend.pre_tokenizer = pre_tokenizers.Split("", "isolated")
+    tokenizer = PreTrainedTokenizerFast(
+        tokenizer_object=backend, unk_token="[UNK]", eos_token="[END]"
+    )
+    path = write(tmp_path / "a.txt", A)
+    with pytest.raises(ValueError, match="does not take <|endoftext|>"):
+        tokenise(path, None, tokenizer, 64, tmp_path / "cache", quiet=True)
+
+
+def test_token_letters_and_fingerprint(tiny_tokenizer):
+    from src.pretraining import train_tokenizer
+
+    letters = token_letters(tiny_tokenizer)
+    assert letters[tiny_tokenizer.eos_token_id] == ""
+    for residues in (A, B * 5):
+        ids = tiny_tokenizer(layout(residues))["input_ids"]
+        assert "".join(letters[i] for i in ids) == residues
+    other = train_tokenizer([A, B], 60, n_positions=256)
+    assert tokenizer_fingerprint(other) != tokenizer_fingerprint(tiny_tokenizer)
+
+
+# Shares of the training proteins
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_shares_are_nested_and_of_the_right_size(random_proteins, seed):
+    hashes = np.array([sequence_hash(p) for p in random_proteins(4000, 20, 40, seed)], np.uint64)
+    before = np.zeros(len(hashes), dtype=bool)
+    for proportion in (0.01, 0.05, 0.1, 0.5, 0.999, 1.0):
+        mask = chosen(hashes, proportion, seed)
+        assert not (before & ~mask).any(), "a smaller share is part of a larger one"
+        expected, spread = len(hashes) * proportion, np.sqrt(len(hashes) * proportion)
+        assert abs(mask.sum() - expected) <= 4.5 * spread * np.sqrt(1 - proportion) + 1e-9
+        assert (chosen(hashes[::-1], proportion, seed) == mask[::-1]).all()
+        before = mask
+    assert before.all()
+
+
+def test_shares_of_different_seeds_are_independent(random_proteins):
+    hashes = np.array([sequence_hash(p) for p in random_proteins(8000, 20, 40, 1)], np.uint64)
+    both = chosen(hashes, 0.5, 0) & chosen(hashes, 0.5, 1)
+    assert abs(both.mean() - 0.25) < 4.5 * np.sqrt(0.25 * 0.75 / 8000)
+
+
+def test_train_size_prop_takes_effect(tmp_path, random_proteins, tiny_tokenizer):
+    path = write(tmp_path / "a.txt", "\n".join(random_proteins(600, 20, 40, 12)))
+    options = {"cache_dir": tmp_path / "cache", "quiet": True}
+    stores = [
+        tokenise(path, None, tiny_tokenizer, 64, proportion=p, **options) for p in (0.05, 0.1, 1.0)
+    ]
+    names = [set(store.names) for store in stores]
+    assert names[0] < names[1] < names[2]
+    assert len(names[2]) == 600
+    expected = chosen(stores[2].hashes, 0.1)
+    assert names[1] == {stores[2].names[i] for i in np.flatnonzero(expected)}
+    assert stores[1].report.not_chosen == 600 - len(names[1])
+    other = tokenise(path, None, tiny_tokenizer, 64, proportion=0.1, seed=1, **options)
+    assert set(other.names) != names[1]
+
+
+# For a person
+
+
+def test_summary(tmp_path, random_proteins, tiny_tokenizer):
+    proteins = random_proteins(100, 20, 200, 13)
+    path = write(tmp_path / "a.fasta", fasta([*proteins, "MK1", proteins[0], "mkv"]))
+    store = tokenise(path, None, tiny_tokenizer, 128, tmp_path / "cache", quiet=True)
+    text = "\n".join(data_summary(store, 8, "train"))
+    for part in (
+        "103 proteins read, 101 kept",
+        "dropped 1: duplicates",
+        "dropped 1: characters that are no residues (first at a.fasta:",
+        "fixed 1: lower case",
+        f"train: 101 proteins, {int(store.residues.sum()):,} residues",
+        f"{int(store.lengths.sum()):,} tokens",
+        "quartiles",
+        "padding in batches of 8",
+    ):
+        assert part in text
+    assert json.dumps(store.report.as_dict())
+
+
+def test_reading_is_lazy_and_bounded(tmp_path):
+    """The first protein comes out before the rest of the file is read."""
+    path = tmp_path / "a.fasta"
+    with path.open("w") as handle:
+        handle.writelines(f">p{i}\n{A}\n" for i in range(30_000))
+        handle.write(">last\nMK\0\n")
+    stream = read_proteins(path)
+    assert next(stream).name == "p0"
+    with pytest.raises(ValueError, match=":60002: a NUL"):
+        for _ in stream:
+            pass
