@@ -1,0 +1,386 @@
+"""The fused loss against the plain one: values, gradients, and everything that must not matter."""
+
+from __future__ import annotations
+
+import dataclasses
+import random
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from src.fused import (
+    Student,
+    fused_distillation_loss,
+    fused_distillation_losses,
+    logits_chunks,
+    teacher_statistics,
+)
+from src.losses import distillation_loss, entropy, valid_positions
+from src.models import final_hidden_states, output_head
+from src.settings import DIVERGENCES, SMOOTHINGS, WEIGHTINGS, LossSettings
+
+PARTS = ("loss", "hard", "soft", "mean_weight", "mean_epsilon", "teacher_entropy")
+
+
+@dataclasses.dataclass
+class Batch:
+    hidden: torch.Tensor
+    weight: torch.Tensor
+    bias: torch.Tensor | None
+    teacher: tuple
+    labels: torch.Tensor
+    mask: torch.Tensor | None
+    segments: torch.Tensor | None
+
+    def student(self, settings: LossSettings, dtype=None) -> Student:
+        """Leaves of their own, so that gradients do not mix."""
+        tensors = [
+            None if t is None else t.detach().clone().to(dtype or t.dtype).requires_grad_()
+            for t in (self.hidden, self.weight, self.bias)
+        ]
+        hidden, weight, bias = tensors
+        assert hidden is not None
+        assert weight is not None
+        return Student(hidden, weight, bias, settings)
+
+    def reference(self, student: Student, **options):
+        teacher_hidden, teacher_weight, teacher_bias = self.teacher
+        return distillation_loss(
+            F.linear(student.hidden, student.weight, student.bias),
+            F.linear(teacher_hidden, teacher_weight, teacher_bias),
+            self.labels,
+            self.mask,
+            student.settings,
+            segments=self.segments,
+            **options,
+        )
+
+    def fused(self, student: Student, **options):
+        (parts,) = self.fused_all([student], **options)
+        return parts
+
+    def fused_all(self, students: list[Student], **options):
+        teacher_hidden, teacher_weight, teacher_bias = self.teacher
+        return fused_distillation_losses(
+            students,
+            teacher_hidden,
+            teacher_weight,
+            teacher_bias,
+            self.labels,
+            self.mask,
+            segments=self.segments,
+            **options,
+        )
+
+
+def random_batch(seed: int, dtype=torch.float64, vocabulary: int | None = None) -> Batch:
+    """Random shape, bias, padding on either side, ignored labels; every third one is packed."""
+    rng = random.Random(seed)
+    torch.manual_seed(seed)
+    rows, width = rng.randint(1, 4), rng.randint(2, 14)
+    vocabulary = vocabulary or rng.randint(2, 24)
+    features, teacher_features = rng.randint(1, 8), rng.randint(1, 8)
+    scale = rng.choice([0.1, 1.0, 3.0])
+
+    def normal(*shape):
+        return torch.randn(*shape, dtype=dtype)
+
+    hidden, weight = normal(rows, width, features), normal(vocabulary, features) * scale
+    teacher = (normal(rows, width, teacher_features), normal(vocabulary, teacher_features))
+    bias, teacher_bias = (normal(vocabulary) if rng.random() < 0.4 else None for _ in range(2))
+    labels = torch.randint(0, vocabulary, (rows, width))
+    labels = labels.masked_fill(torch.rand(rows, width) < 0.1, -100)
+    mask = segments = None
+    if seed % 3 == 0:
+        cuts = torch.rand(rows, width) < 0.25
+        segments = cuts.long().cumsum(-1)
+        labels = labels.masked_fill(cuts, -100)
+    else:
+        mask = torch.ones(rows, width, dtype=torch.long)
+        for row in range(rows):
+            padding = rng.randint(0, width)
+            mask[row, width - padding :] = 0
+            if rng.random() < 0.5:
+                mask[row] = mask[row].flip(0)
+    return Batch(hidden, weight, bias, (*teacher, teacher_bias), labels, mask, segments)
+
+
+def random_settings(seed: int, **fixed) -> LossSettings:
+    rng = random.Random(seed * 7919 + 1)
+    settings = LossSettings(
+        temperature=rng.choice([0.7, 1.0, 2.0, 2.0, 5.0]),
+        alpha=rng.choice([0.0, 0.3, 0.5, 1.0]),
+        use_uncertainty_weighting=rng.random() < 0.6,
+        use_calibration_smoothing=rng.random() < 0.6,
+        smoothing_factor=rng.choice([0.0, 0.01, 0.1, 0.5]),
+        weighting=rng.choice(WEIGHTINGS),
+        smoothing=rng.choice(SMOOTHINGS),
+        divergence=rng.choice(DIVERGENCES),
+        divergence_weight=rng.choice([0.1, 0.5, 0.8]),
+    )
+    return dataclasses.replace(settings, **fixed)
+
+
+def gradients(parts, student: Student) -> list[torch.Tensor]:
+    leaves = [t for t in student[:3] if t is not None]
+    return list(torch.autograd.grad(parts.loss, leaves))
+
+
+def assert_same(ours, theirs, rtol: float, atol: float = 0.0) -> None:
+    """Gradients are compared by their norms: single elements may cancel to nothing."""
+    for one, other in zip(ours, theirs, strict=True):
+        assert one.shape == other.shape
+        assert one.dtype == other.dtype
+        distance = (one.double() - other.double()).norm()
+        assert distance <= rtol * other.double().norm() + atol
+
+
+def assert_same_parts(ours, theirs, rtol: float, atol: float = 0.0, names=PARTS) -> None:
+    for name in names:
+        expected = getattr(theirs, name).item()
+        assert getattr(ours, name).item() == pytest.approx(expected, rel=rtol, abs=atol), name
+    assert ours.positions.item() == theirs.positions.item()
+
+
+def names_for(settings: LossSettings) -> tuple[str, ...]:
+    """With α = 1 the teacher is not looked at, so its figures are not reported."""
+    return ("loss", "hard") if settings.alpha == 1.0 else PARTS
+
+
+@pytest.mark.parametrize("seed", range(120))
+def test_equals_the_plain_loss_in_float64(seed):
+    batch, settings = random_batch(seed), random_settings(seed)
+    mine, plain = batch.student(settings), batch.student(settings)
+    options = {} if seed % 2 else {"num_positions": 100, "weight_mean": 0.7}
+    ours = batch.fused(mine, chunk_tokens=[None, 1, 5][seed % 3], **options)
+    theirs = batch.reference(plain, **options)
+    assert_same_parts(ours, theirs, 1e-9, 1e-12, names_for(settings))
+    assert_same(gradients(ours, mine), gradients(theirs, plain), 1e-9, 1e-13)
+
+
+@pytest.mark.parametrize("seed", range(60))
+def test_equals_the_plain_loss_in_float32(seed):
+    batch = random_batch(seed, torch.float32)
+    # A permutation is drawn by the weights' digits, which differ in their last ones.
+    settings = random_settings(seed)
+    if settings.weighting == "permuted":
+        settings = dataclasses.replace(settings, weighting="inverse")
+    mine, exact = batch.student(settings), batch.student(settings, torch.float64)
+    ours = batch.fused(mine)
+    batch.teacher = tuple(None if t is None else t.double() for t in batch.teacher)
+    theirs = batch.reference(exact)
+    assert ours.loss.dtype == torch.float32
+    assert_same_parts(ours, theirs, 1e-5, 1e-6, names_for(settings))
+    expected = [g.float() for g in gradients(theirs, exact)]
+    assert_same(gradients(ours, mine), expected, 2e-5, 1e-6)
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_half_precision_products_are_summed_in_float32(seed):
+    """bfloat16 inputs: only the logits and the products with dz are rounded, never the sums."""
+    batch = random_batch(seed, torch.float32)
+    settings = random_settings(seed, weighting="published", smoothing="published")
+    for tensors in (batch.hidden, batch.weight, *batch.teacher):
+        if tensors is not None:
+            tensors.copy_(tensors.bfloat16().float())
+    half = batch.student(settings, torch.bfloat16)
+    exact = batch.student(settings, torch.float64)
+    single, batch.teacher = (
+        batch.teacher,
+        tuple(None if t is None else t.bfloat16() for t in batch.teacher),
+    )
+    ours = batch.fused(half)
+    batch.teacher = tuple(None if t is None else t.double() for t in single)
+    theirs = batch.reference(exact)
+    assert ours.loss.dtype == torch.float32
+    names = tuple(n for n in ("loss", "hard", "soft") if n in names_for(settings))
+    assert_same_parts(ours, theirs, 0.03, 0.03, names)
+    found = [g.float() for g in gradients(ours, half)]
+    expected = [g.float() for g in gradients(theirs, exact)]
+    assert_same(found, expected, 0.06, 0.02)
+
+
+@pytest.mark.parametrize("divergence", DIVERGENCES)
+@pytest.mark.parametrize("seed", range(3))
+def test_gradcheck(divergence, seed):
+    batch = random_batch(100 + seed)
+    settings = random_settings(seed, divergence=divergence, alpha=0.4)
+    student = batch.student(settings)
+    leaves = [t for t in student[:3] if t is not None]
+
+    def loss(hidden, weight, bias=None):
+        return batch.fused(Student(hidden, weight, bias, settings), chunk_tokens=3).loss
+
+    assert torch.autograd.gradcheck(loss, leaves)
+
+
+@pytest.mark.parametrize("seed", range(12))
+def test_students_that_share_a_pass_get_the_bits_of_students_alone(seed):
+    batch = random_batch(seed, torch.float32, vocabulary=37)
+    kinds = [random_settings(seed * 10 + k) for k in range(4)]
+    together, alone = ([batch.student(s) for s in kinds] for _ in range(2))
+    # A wider student beside them: sizes may differ.
+    wide = Student(
+        torch.randn(*batch.labels.shape, 11, requires_grad=True),
+        torch.randn(37, 11, requires_grad=True),
+        None,
+        kinds[0],
+    )
+    shared = batch.fused_all([*together, wide])
+    for parts, one, other in zip(shared, together, alone, strict=False):
+        single = batch.fused(other)
+        for name in PARTS:
+            assert torch.equal(getattr(parts, name), getattr(single, name)), name
+        for a, b in zip(gradients(parts, one), gradients(single, other), strict=True):
+            assert torch.equal(a, b)
+
+
+def test_a_tied_head_adds_its_gradient_to_the_embeddings(tiny_lm):
+    student, teacher = tiny_lm(seed=1), tiny_lm(n_embd=24, seed=2)
+    ids = torch.randint(1, 60, (3, 20))
+    settings = LossSettings(use_uncertainty_weighting=True, use_calibration_smoothing=True)
+    grads = []
+    for fused in (True, False):
+        student.zero_grad()
+        if fused:
+            hidden = final_hidden_states(student, ids)
+            with torch.no_grad():
+                taught = final_hidden_states(teacher, ids)
+            head, teacher_head = output_head(student), output_head(teacher)
+            parts = fused_distillation_loss(
+                hidden, *head, taught, *teacher_head, ids, settings=settings
+            )
+        else:
+            with torch.no_grad():
+                logits = teacher(ids).logits
+            parts = distillation_loss(student(ids).logits, logits, ids, settings=settings)
+        parts.loss.backward()
+        grads.append([p.grad.clone() for p in student.parameters()])
+    assert student.lm_head.weight is student.transformer.wte.weight
+    for ours, theirs in zip(*grads, strict=True):
+        assert torch.allclose(ours, theirs, rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize("seed", range(6))
+def test_columns_that_pad_the_vocabulary_are_left_out(seed):
+    batch = random_batch(seed, vocabulary=13)
+    settings = random_settings(seed)
+    plain, wider = batch.student(settings), batch.student(settings)
+    weight = torch.cat([batch.weight, torch.full((3, batch.weight.shape[1]), 50.0)])
+    bias = None if batch.bias is None else torch.cat([batch.bias, torch.full((3,), 50.0)])
+    wider = Student(
+        wider.hidden,
+        weight.double().requires_grad_(),
+        None if bias is None else bias.requires_grad_(),
+        settings,
+    )
+    expected = batch.fused(plain)
+    hidden, teacher_weight, teacher_bias = batch.teacher
+    batch.teacher = (
+        hidden,
+        torch.cat([teacher_weight, torch.full((3, teacher_weight.shape[1]), 50.0)]),
+        None if teacher_bias is None else torch.cat([teacher_bias, torch.full((3,), 50.0)]),
+    )
+    found = batch.fused(wider, vocab_size=13)
+    assert_same_parts(found, expected, 1e-12)
+    for ours, theirs in zip(gradients(found, wider), gradients(expected, plain), strict=True):
+        rows = slice(None) if ours.shape == theirs.shape else slice(13)
+        assert torch.equal(ours[rows], theirs)
+        assert not ours[13:].any() or ours.shape == theirs.shape
+
+
+@pytest.mark.parametrize("chunk_tokens", [None, 1, 7])
+def test_logits_and_statistics_by_chunks(chunk_tokens):
+    torch.manual_seed(0)
+    hidden, weight, bias = torch.randn(4, 9, 6), torch.randn(21, 6), torch.randn(21)
+    logits = F.linear(hidden, weight, bias)
+    rows = hidden.flatten(0, 1)
+    seen = torch.cat([z.clone() for _, z in logits_chunks(rows, weight, bias, chunk_tokens)])
+    assert torch.allclose(seen, logits.flatten(0, 1), atol=1e-5)
+    valid = torch.rand(4, 9) < 0.7
+    found = teacher_statistics(hidden, weight, bias, valid, 2.0, chunk_tokens=chunk_tokens)
+    for ours, theirs in (
+        (found.entropy, entropy(logits.log_softmax(-1))),
+        (found.max_logit, logits.amax(-1)),
+        (found.log_sum_exp, logits.logsumexp(-1)),
+        (found.max_prob, (logits / 2.0).softmax(-1).amax(-1)),
+    ):
+        assert torch.allclose(ours, torch.where(valid, theirs, 0.0), atol=1e-5)
+
+
+def test_cached_entropies_give_the_same_loss():
+    for seed in range(8):
+        batch = random_batch(seed)
+        settings = random_settings(seed, use_uncertainty_weighting=True, alpha=0.5)
+        hidden, weight, bias = batch.teacher
+        figures = teacher_statistics(hidden, weight, bias)
+        one, other = batch.student(settings), batch.student(settings)
+        plain = batch.fused(one)
+        cached = batch.fused(other, teacher_entropy=figures.entropy)
+        assert_same_parts(cached, plain, 1e-9, 1e-12)
+
+
+def test_no_tensor_of_the_batchs_logits_is_made():
+    """Of 512 positions and 4,096 tokens nothing as large as a quarter of the logits exists."""
+    batch = random_batch(1, torch.float32, vocabulary=4096)
+    rows, width = 4, 128
+    batch.hidden, batch.labels = torch.randn(rows, width, 8), torch.randint(0, 4096, (rows, width))
+    batch.weight, batch.bias, batch.mask, batch.segments = torch.randn(4096, 8), None, None, None
+    batch.teacher = (torch.randn(rows, width, 8), torch.randn(4096, 8), None)
+    student = batch.student(LossSettings())
+    largest = 0
+
+    class Watch(TorchDispatchMode):
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            nonlocal largest
+            out = func(*args, **(kwargs or {}))
+            if isinstance(out, torch.Tensor):
+                largest = max(largest, out.untyped_storage().nbytes())
+            return out
+
+    with Watch():
+        batch.fused(student, chunk_tokens=64).loss.backward()
+    assert 0 < largest < rows * width * 4096 * 4 / 4
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"labels": torch.full((2, 5), 99)}, "outside the vocabulary"),
+        ({"labels": torch.zeros(2, 6, dtype=torch.long)}, "do not fit labels"),
+        ({"teacher_hidden": None}, "needed unless alpha is 1"),
+        ({"teacher_weight": torch.randn(8, 3)}, "vocabulary of"),
+        ({"student_weight": torch.randn(9, 2)}, "features, their head"),
+        ({"teacher_entropy": torch.zeros(3, 3)}, "do not fit a batch"),
+    ],
+)
+def test_what_does_not_fit_is_refused(change, message):
+    inputs = {
+        "student_hidden": torch.randn(2, 5, 4),
+        "student_weight": torch.randn(9, 4),
+        "student_bias": None,
+        "teacher_hidden": torch.randn(2, 5, 3),
+        "teacher_weight": torch.randn(9, 3),
+        "teacher_bias": None,
+        "labels": torch.randint(0, 9, (2, 5)),
+    }
+    with pytest.raises(ValueError, match=message):
+        fused_distillation_loss(**{**inputs, **change})
+
+
+@pytest.mark.parametrize("alpha", [0.5, 1.0])
+def test_a_batch_without_a_valid_position_costs_nothing(alpha):
+    student = Student(
+        torch.randn(2, 5, 4, requires_grad=True),
+        torch.randn(9, 4, requires_grad=True),
+        None,
+        LossSettings(alpha=alpha),
+    )
+    labels = torch.full((2, 5), -100)
+    teacher = (torch.randn(2, 5, 3), torch.randn(9, 3), None)
+    (parts,) = fused_distillation_losses([student], *teacher, labels)
+    assert parts.loss.item() == 0
+    assert valid_positions(labels).sum() == 0
+    assert all((g == 0).all() for g in gradients(parts, student))
