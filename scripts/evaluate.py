@@ -1,0 +1,133 @@
+#!/usr/bin/env python3
+"""Measure a student beside its teacher on held-out proteins.
+
+Examples:
+  python scripts/evaluate.py --student_model ./models/synergy-tiny --num_samples 100 \
+      --compute_ece --output results/eval_synergy_tiny.json
+  python scripts/evaluate.py --student_model models/demo --teacher_model data/small_teacher \
+      --data data/proteins --output results/demo.json --per_protein results/demo.parquet
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from src import settings as s
+from src.cli import HelpFormatter, natural, positive_int, run_script, say
+from src.results import check_output, print_table, write_results
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """Return the parser of this script."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=HelpFormatter)
+    add = parser.add_argument_group("what to measure").add_argument
+    add("--student_model", required=True, help="directory or hub id")
+    add("--teacher_model", help="(default: the student's, from its run.json)")
+    add("--data", help="held-out proteins (default: what the student's run.json names)")
+    add("--split", help="part of the data (default: test, else validation, else the whole file)")
+    add("--max_proteins", type=positive_int, help="the first so many (default: all)")
+    add("--max_length", type=positive_int, help="tokens (default: what both models can take)")
+
+    add = parser.add_argument_group("how").add_argument
+    add("--num_samples", type=natural, default=0, help="sequences that each model generates")
+    add("--compute_ece", action="store_true", help="measure calibration")
+    add("--bootstrap", type=natural, default=2000, help="replicates for intervals; 0: none")
+    add("--batch_size", type=positive_int, default=32, help="proteins of a batch, at most")
+    add("--seed", type=natural, default=0, help="of samples, shuffles and bootstrap")
+    add("--device", default="auto", help="auto, cpu or cuda")
+    add("--cache_dir", help="where tokenised proteins are kept")
+    add("--skip_teacher_check", action="store_true", help="measure even a nonsensical teacher")
+
+    add = parser.add_argument_group("output").add_argument
+    add("--output", type=Path, required=True, help="results file, JSON")
+    add("--per_protein", type=Path, help="parquet file with the figures of single proteins")
+    add("--overwrite", action="store_true", help="replace these files")
+    return parser
+
+
+def run(args: argparse.Namespace) -> dict:
+    """Evaluate, write the results and print a table. Returns the results."""
+    for path in filter(None, (args.output, args.per_protein)):
+        check_output(path, args.overwrite)
+    from src import evaluation as e
+    from src.data import read_proteins, tokenise
+    from src.devices import choose_device
+    from src.models import load_causal_lm, model_fingerprint, require_model_directory
+    from src.runs import provenance
+
+    record = e.run_of(args.student_model) if require_model_directory(args.student_model) else {}
+    teacher_name = args.teacher_model or e.named_teacher(record) or s.DEFAULT_TEACHER
+    source = args.data or e.named_data(record) or s.DEFAULT_DATA
+    split, has_train = e.choose_split(source, args.split)
+    device = choose_device(args.device)
+    tokenizer = e.shared_tokenizer(args.student_model, teacher_name)
+    student = load_causal_lm(args.student_model, device=device)
+    teacher = load_causal_lm(teacher_name, device=device)
+    settings = e.EvaluationSettings(
+        batch_size=args.batch_size,
+        max_length=args.max_length,
+        compute_ece=args.compute_ece,
+        bootstrap=args.bootstrap,
+        seed=args.seed,
+        check=not args.skip_teacher_check,
+    )
+    test = tokenise(
+        source,
+        split,
+        tokenizer,
+        e.longest(student, teacher, settings),
+        args.cache_dir,
+        long_proteins="drop",
+        max_proteins=args.max_proteins,
+    )
+    say(f"{source} ({split or 'the whole file'}): {len(test):,} proteins")
+    train = None
+    if has_train:
+        reader = read_proteins(source, split="train", tokenizer=tokenizer)
+        train = [protein.residues for protein in islice(reader, e.FLOOR_PROTEINS)]
+    found = e.evaluate(
+        student,
+        teacher,
+        tokenizer,
+        test,
+        settings,
+        train=train,
+        clusters=e.clusters_of(source),
+        announce=say,
+    )
+    results: dict[str, Any] = found.results
+    if args.num_samples:
+        models = {"student": student, "teacher": teacher}
+        held_out = e.residues_of_tokens(test, tokenizer)
+        e.measure_generation(results, models, tokenizer, held_out, args.num_samples, settings)
+    results["run"] = {
+        **provenance(),
+        "arguments": {k: str(v) if isinstance(v, Path) else v for k, v in vars(args).items()},
+        "student": {"name": args.student_model, "fingerprint": model_fingerprint(student)},
+        "teacher": {"name": teacher_name, "fingerprint": model_fingerprint(teacher)},
+        "data": {"source": source, "split": split, "fingerprint": test.fingerprint},
+        "device": str(device),
+        "seed": args.seed,
+    }
+    write_results(args.output, results, args.overwrite)
+    if args.per_protein:
+        e.write_per_protein(args.per_protein, found.per_protein)
+    print_table(results)
+    for path in filter(None, (args.output, args.per_protein)):
+        say(f"written: {path}")
+    return results
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run the script and return its exit status."""
+    return run_script(run, build_parser, argv)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

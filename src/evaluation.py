@@ -1,0 +1,1020 @@
+"""Measures a student beside its teacher on held-out proteins, and refuses to measure nonsense.
+
+Both models see the same whole proteins. Every token after the first is predicted: residues, line
+breaks and the end. What is summed over each protein is kept, so that every figure gets an interval
+from a bootstrap over clusters of related proteins (``src.statistics``).
+"""
+
+from __future__ import annotations
+
+import math
+import random
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from src import metrics
+from src.batching import TokenSequences
+from src.cli import progress
+from src.data import encode, has_split, tokenizer_fingerprint
+from src.devices import peak_memory
+from src.files import atomic_write
+from src.losses import check_vocabularies
+from src.models import (
+    count_parameters,
+    final_hidden_states,
+    load_tokenizer,
+    max_positions,
+    output_head,
+)
+from src.ngrams import UNIFORM_NATS, NgramModel, fit_ngrams
+from src.proteins import residues_of
+from src.results import figure
+from src.runs import RUN_FILE, read_run
+from src.splits import CLUSTERS_FILE, read_clusters
+from src.statistics import Estimate, PairedTest, cluster_bootstrap, paired_test
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+CHECKED_PROTEINS = 200
+FLOOR_PROTEINS = 50_000
+"""Training proteins, at most, that n-gram floors are fitted on where the caller has more."""
+NATURAL_SAMPLE = 1000
+"""Natural proteins, at most, that are described like the generated ones."""
+GATE_LEVEL = 0.01
+THRESHOLDS = ((0.05, 3.0), (0.11, 2.5), (0.27, 2.0))
+"""Shares of the teacher's parameters, and the perplexity ratio that each must stay below."""
+MODELS = ("student", "teacher")
+KEPT = ("confidence", "correct")
+"""What is kept of every token, for calibration."""
+
+Tokens = TokenSequences | Sequence[np.ndarray]
+"""Token ids of proteins, by index."""
+Proteins = Tokens | Sequence[str]
+"""Proteins as token ids or as residues."""
+
+
+@dataclass(frozen=True)
+class EvaluationSettings:
+    """How models are measured.
+
+    Attributes:
+        batch_size: proteins of a batch, at most.
+        batch_tokens: tokens of a batch with its padding, at most (one protein may exceed it).
+        chunk_tokens: tokens whose logits exist at a time.
+        max_length: longest protein in tokens; None: what both models can take.
+        compute_ece: measure calibration.
+        bootstrap: replicates for the intervals; 0: none.
+        level: of the intervals.
+        seed: of shuffling and bootstrap.
+        check: stop where the teacher fails its sanity checks.
+    """
+
+    batch_size: int = 32
+    batch_tokens: int = 16_384
+    chunk_tokens: int = 1024
+    max_length: int | None = None
+    compute_ece: bool = True
+    bootstrap: int = 2000
+    level: float = 0.95
+    seed: int = 0
+    check: bool = True
+
+    def __post_init__(self) -> None:
+        """Check every setting. Raises ``ValueError``."""
+        for name in ("batch_size", "batch_tokens", "chunk_tokens"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"--{name} must be at least 1, got {getattr(self, name)}")
+        if self.bootstrap < 0:
+            raise ValueError(f"--bootstrap must not be negative, got {self.bootstrap}")
+        if not 0 < self.level < 1:
+            raise ValueError(f"the level of an interval is in (0, 1), got {self.level}")
+
+
+@dataclass
+class Scores:
+    """What was measured on each protein; P proteins, N predicted tokens.
+
+    Attributes:
+        sums: ``(P,)`` each, over the protein's tokens: the keys of ``metrics.token_statistics``.
+        tokens: ``(P,)`` predicted tokens.
+        targets: ``(N,)`` ids of the tokens that came.
+        owners: ``(N,)`` protein of each token.
+        confidence: for each model ``(N,)``.
+        correct: for each model ``(N,)``.
+    """
+
+    sums: dict[str, np.ndarray]
+    tokens: np.ndarray
+    targets: np.ndarray
+    owners: np.ndarray
+    confidence: dict[str, np.ndarray]
+    correct: dict[str, np.ndarray]
+
+
+@dataclass
+class Evaluation:
+    """The results, ready for ``src.results``, and the table of single proteins by column."""
+
+    results: dict[str, Any]
+    per_protein: dict[str, Any]
+
+
+def length_batches(lengths: np.ndarray, batch_size: int, batch_tokens: int) -> list[np.ndarray]:
+    """Group sequences of similar length, longest first, so that memory peaks at once.
+
+    Returns:
+        Indices of the sequences of each batch; rows × longest stays within ``batch_tokens``
+        unless one sequence alone is longer.
+    """
+    batches = []
+    order = np.argsort(-lengths, kind="stable")
+    start = 0
+    while start < len(order):
+        rows = max(1, min(batch_size, batch_tokens // max(1, int(lengths[order[start]]))))
+        batches.append(order[start : start + rows])
+        start += rows
+    return batches
+
+
+def _padded(sequences: Sequence[np.ndarray], device: torch.device) -> tuple[Tensor, Tensor]:
+    """Return ids and attention mask ``(B, T)``, padded on the right with an id never read."""
+    width = max(map(len, sequences))
+    ids = torch.zeros((len(sequences), width), dtype=torch.long)
+    mask = torch.zeros((len(sequences), width), dtype=torch.long)
+    for row, sequence in enumerate(sequences):
+        ids[row, : len(sequence)] = torch.as_tensor(np.asarray(sequence, dtype=np.int64))
+        mask[row, : len(sequence)] = 1
+    return ids.to(device), mask.to(device)
+
+
+def _chunks_of_states(
+    models: Sequence[PreTrainedModel],
+    proteins: Tokens,
+    lengths: np.ndarray,
+    settings: EvaluationSettings,
+    description: str,
+) -> Iterator[tuple[np.ndarray, Tensor, list[Tensor]]]:
+    """Yield, chunk by chunk, the owner of each predicted token, its id, and each model's logits.
+
+    Owners are ``(n,)`` in numpy, targets ``(n,)``, logits ``(n, V)`` in float32.
+    """
+    heads = [output_head(model) for model in models]
+    check_vocabularies(heads[0][0].shape[0], heads[-1][0].shape[0])
+    device = heads[0][0].device
+    batches = length_batches(lengths, settings.batch_size, settings.batch_tokens)
+    for batch in progress(batches, len(batches), description, "batches"):
+        ids, mask = _padded([proteins[int(i)] for i in batch], device)
+        predicts = (mask[:, :-1] & mask[:, 1:]).bool()  # (B, T-1)
+        targets = ids[:, 1:][predicts]  # (n,)
+        owners = batch[predicts.nonzero()[:, 0].cpu().numpy()]
+        states = [final_hidden_states(m, ids, mask)[:, :-1][predicts] for m in models]  # (n, E)
+        for start in range(0, len(targets), settings.chunk_tokens):
+            part = slice(start, start + settings.chunk_tokens)
+            logits = [
+                F.linear(state[part], weight, bias).float()  # (chunk, V)
+                for state, (weight, bias) in zip(states, heads, strict=True)
+            ]
+            yield owners[part], targets[part], logits
+
+
+@torch.inference_mode()
+def protein_nll(
+    model: PreTrainedModel,
+    proteins: Tokens,
+    settings: EvaluationSettings | None = None,
+    description: str = "scoring",
+) -> np.ndarray:
+    """Return -log p(tokens after the first | the first) of each protein, ``(P,)`` in nats.
+
+    Args:
+        model: a causal language model.
+        proteins: token ids of each protein.
+        settings: batches and chunks.
+        description: for the progress.
+    """
+    settings = settings or EvaluationSettings()
+    lengths = np.array([len(proteins[i]) for i in range(len(proteins))])
+    total = np.zeros(len(lengths))
+    training = model.training
+    model.eval()
+    for owners, targets, (logits,) in _chunks_of_states(
+        [model], proteins, lengths, settings, description
+    ):
+        nll = F.cross_entropy(logits, targets, reduction="none")
+        total += np.bincount(owners, nll.double().cpu().numpy(), minlength=len(total))
+    model.train(training)
+    return total
+
+
+@torch.inference_mode()
+def score_proteins(
+    student: PreTrainedModel,
+    teacher: PreTrainedModel,
+    proteins: Tokens,
+    settings: EvaluationSettings | None = None,
+) -> Scores:
+    """Measure student and teacher at every predicted token of every protein.
+
+    Args:
+        student: a causal language model.
+        teacher: one with the same vocabulary, on the same device.
+        proteins: token ids of each protein.
+        settings: batches, chunks, and whether confidences are kept for calibration.
+
+    Returns:
+        Sums over each protein, in float64.
+
+    Raises:
+        ValueError: the vocabularies differ, or a figure is not finite.
+    """
+    settings = settings or EvaluationSettings()
+    lengths = np.array([len(proteins[i]) for i in range(len(proteins))])
+    count = len(lengths)
+    sums: dict[str, np.ndarray] = {}
+    all_targets: list[np.ndarray] = []
+    all_owners: list[np.ndarray] = []
+    kept: dict[str, list[np.ndarray]] = {f"{k}_{m}": [] for k in KEPT for m in MODELS}
+    for owners, targets, (student_logits, teacher_logits) in _chunks_of_states(
+        [student, teacher], proteins, lengths, settings, "evaluating"
+    ):
+        statistics = metrics.token_statistics(student_logits, teacher_logits, targets)
+        table = torch.stack(list(statistics.values())).double().cpu().numpy()  # (K, n)
+        if np.isnan(table).any():
+            raise ValueError("a model's output is not a number: its weights are broken or overflow")
+        for name, values in zip(statistics, table, strict=True):
+            here = np.bincount(owners, values, minlength=count)
+            sums[name] = sums[name] + here if name in sums else here
+        if settings.compute_ece:
+            all_targets.append(targets.cpu().numpy().astype(np.int32))
+            all_owners.append(owners.astype(np.int32))
+            for name, values in kept.items():
+                values.append(statistics[name].cpu().numpy())
+    joined = {name: _join(values) for name, values in kept.items()}
+    return Scores(
+        sums,
+        lengths - 1,
+        _join(all_targets),
+        _join(all_owners),
+        {m: joined[f"confidence_{m}"] for m in MODELS},
+        {m: joined[f"correct_{m}"] for m in MODELS},
+    )
+
+
+def _join(pieces: list[np.ndarray]) -> np.ndarray:
+    return np.concatenate(pieces) if pieces else np.zeros(0)
+
+
+def residues_of_tokens(proteins: Proteins, tokenizer: Any) -> list[str]:
+    """Read proteins back from their tokens; proteins that are strings are returned as they are.
+
+    Raises:
+        ValueError: the tokens are not those of a laid-out protein, as with a foreign tokenizer.
+    """
+    found = []
+    for index in range(len(proteins)):
+        protein = proteins[index]
+        if not isinstance(protein, str):
+            text = tokenizer.decode(
+                [int(i) for i in protein],
+                skip_special_tokens=False,
+                clean_up_tokenization_spaces=False,
+            )
+            try:
+                protein = residues_of(text)
+            except ValueError as error:
+                raise ValueError(
+                    f"protein {index + 1} does not read back from its tokens ({error}): "
+                    "wrong layout or tokenizer"
+                ) from None
+            if not protein:
+                raise ValueError(f"protein {index + 1} has no residues: wrong tokenizer?")
+        found.append(protein)
+    return found
+
+
+def sample(proteins: Proteins, count: int, seed: int) -> list[Any]:
+    """Return at most ``count`` proteins, drawn without replacement, in their order."""
+    if len(proteins) <= count:
+        return [proteins[i] for i in range(len(proteins))]
+    chosen = np.random.default_rng(seed).choice(len(proteins), count, replace=False)
+    return [proteins[int(i)] for i in np.sort(chosen)]
+
+
+def shuffled(residues: str, seed: int) -> str:
+    """Return the residues in a random order that depends on them and the seed alone."""
+    letters = list(residues)
+    random.Random(f"{seed} {residues}").shuffle(letters)
+    return "".join(letters)
+
+
+def floor_nll(
+    residues: Sequence[str],
+    train: Sequence[str] | None,
+    clusters: Sequence[Any],
+    seed: int = 0,
+) -> tuple[dict[str, np.ndarray], str]:
+    """Return each n-gram floor's NLL on each protein, and what it was fitted on.
+
+    Args:
+        residues: of the proteins to score.
+        train: proteins to fit on. None: each half of the scored proteins is fitted on the other,
+            divided by cluster, so that none is scored by a model that has seen a relative.
+        clusters: ``(P,)``.
+        seed: of the division and of the fit.
+
+    Returns:
+        ``unigram``, ``bigram`` and ``trigram`` ``(P,)`` in nats, and ``train`` or ``other half``;
+        no floors where there are too few proteins to fit any.
+    """
+    if train is not None and len(train) >= 2:
+        models = fit_ngrams(train, seed=seed)
+        return {name: model.nll(residues) for name, model in models.items()}, "train"
+    labels = sorted(set(clusters), key=str)
+    random.Random(seed).shuffle(labels)
+    left = set(labels[: len(labels) // 2])
+    inside = np.array([cluster in left for cluster in clusters])
+    if min(inside.sum(), (~inside).sum()) < 2:
+        return {}, "nothing"
+    floors: dict[str, np.ndarray] = {}
+    for half in (inside, ~inside):
+        fitted = fit_ngrams(_select(residues, ~half), seed=seed)
+        for name, model in fitted.items():
+            values = floors.setdefault(name, np.zeros(len(residues)))
+            values[half] = model.nll(_select(residues, half))
+    return floors, "other half"
+
+
+def _select(items: Sequence[str], chosen: np.ndarray) -> list[str]:
+    return [item for item, wanted in zip(items, chosen.tolist(), strict=True) if wanted]
+
+
+def check_teacher(
+    model: PreTrainedModel,
+    tokenizer: Any,
+    proteins: Tokens,
+    train: Proteins | None = None,
+    *,
+    count: int = CHECKED_PROTEINS,
+    seed: int = 0,
+    unigram: NgramModel | None = None,
+    settings: EvaluationSettings | None = None,
+    name: str = "the teacher",
+) -> dict[str, Any]:
+    """Stop unless a model prefers natural proteins to shuffled ones and beats unigram models.
+
+    A model that does not sees proteins in another layout than it was trained on, or through
+    another tokenizer, or is no model of proteins; distilling or measuring it would be worthless.
+    Two unigram models are needed: long tokens alone carry so much structure that a model which
+    ignores its input can beat the frequencies of residues, and finds shuffled proteins, which take
+    more tokens, less likely. It cannot beat the frequencies of tokens.
+
+    Args:
+        model: a causal language model.
+        tokenizer: its tokenizer.
+        proteins: token ids of natural proteins, as they will be used.
+        train: training proteins (residues or tokens) that the unigram floor is fitted on; None:
+            the checked proteins themselves, which makes the floor a little harder.
+        count: proteins checked, at most.
+        seed: draws and shuffles them.
+        unigram: the floor where it is already fitted.
+        settings: batches and chunks.
+        name: of the model, for messages.
+
+    Returns:
+        ``summary`` (a line for a person); ``natural``, ``shuffled``, ``unigram`` (of residues) and
+        ``token_unigram`` in nats for each residue; ``shuffled_minus_natural`` with ``mean``,
+        ``low``, ``high``, ``p_value`` and ``pairs`` (nats for each residue, protein by protein);
+        ``passed`` (always true).
+
+    Raises:
+        ValueError: a check failed, or there are no proteins to check with.
+    """
+    if not len(proteins):
+        raise ValueError("there are no proteins to check the teacher with")
+    limit = max_positions(model.config)
+    chosen = [ids for ids in sample(proteins, count, seed) if len(ids) <= limit]
+    residues = residues_of_tokens(chosen, tokenizer)
+    mixtures = encode(tokenizer, [shuffled(r, seed) for r in residues])
+    # Shuffled proteins take more tokens: those that no longer fit are left out with their pair.
+    fit = [i for i, ids in enumerate(mixtures) if len(ids) <= limit]
+    mixtures = [np.asarray(mixtures[i]) for i in fit]
+    chosen, residues = [chosen[i] for i in fit], [residues[i] for i in fit]
+    if not chosen:
+        raise ValueError(f"all proteins are longer than the {limit} tokens that {name} takes")
+    lengths = np.array([len(r) for r in residues])
+    natural = protein_nll(model, chosen, settings, "natural proteins")
+    mixed = protein_nll(model, mixtures, settings, "shuffled proteins")
+    fitted_on = residues if train is None or len(train) < 2 else train
+    drawn = residues_of_tokens(sample(fitted_on, 5000, seed), tokenizer)
+    if unigram is None:
+        unigram = fit_ngrams(drawn if len(drawn) > 1 else drawn * 2, seed=seed)["unigram"]
+    floor = unigram.nll(residues)
+    token_floor = token_unigram_nll(
+        chosen, encode(tokenizer, drawn), output_head(model)[0].shape[0]
+    )
+    test = paired_test((mixed - natural) / lengths)
+    per_residue = {
+        key: float(values.sum() / lengths.sum())
+        for key, values in (
+            ("natural", natural),
+            ("shuffled", mixed),
+            ("unigram", floor),
+            ("token_unigram", token_floor),
+        )
+    }
+    figures = (
+        f"natural {per_residue['natural']:.3f}, shuffled {per_residue['shuffled']:.3f}, unigram "
+        f"floor {per_residue['unigram']:.3f} (of tokens {per_residue['token_unigram']:.3f}) nats "
+        f"per residue over {len(residues)} proteins"
+    )
+    if not all(map(math.isfinite, per_residue.values())):
+        raise ValueError(f"{name} gives likelihoods that are not finite: its weights are broken")
+    if not (test.difference > 0 and test.p_value < GATE_LEVEL):
+        raise ValueError(
+            f"{name} does not find natural proteins clearly more likely than shuffled ones "
+            f"({figures}; p = {test.p_value:.2g}): wrong layout or tokenizer, or no protein model"
+        )
+    if per_residue["natural"] >= min(per_residue["unigram"], per_residue["token_unigram"]):
+        raise ValueError(
+            f"{name} predicts proteins worse than a unigram model does ({figures}): wrong layout "
+            "or tokenizer, or no protein model"
+        )
+    return {
+        "summary": f"{name} checked: {figures}",
+        "passed": True,
+        **per_residue,
+        "shuffled_minus_natural": _test_record(test),
+    }
+
+
+def token_unigram_nll(
+    proteins: Sequence[np.ndarray], train: Sequence[Sequence[int]], vocab_size: int
+) -> np.ndarray:
+    """Return the NLL of each protein's tokens after the first by token frequencies, ``(P,)`` nats.
+
+    Args:
+        proteins: token ids of each protein to score.
+        train: token ids of the proteins whose frequencies are taken, half a count added to each.
+        vocab_size: number of tokens.
+    """
+    counts = np.full(vocab_size, 0.5)
+    for row in train:
+        counts += np.bincount(np.asarray(row)[1:], minlength=vocab_size)
+    log_probs = np.log(counts / counts.sum())
+    return np.array([-log_probs[np.asarray(row)[1:]].sum() for row in proteins])
+
+
+def _test_record(test: PairedTest) -> dict[str, Any]:
+    return {
+        "mean": test.difference,
+        "low": _finite(test.low),
+        "high": _finite(test.high),
+        "p_value": test.p_value,
+        "pairs": test.pairs,
+    }
+
+
+def _finite(value: float) -> float | None:
+    return float(value) if math.isfinite(value) else None
+
+
+def threshold_for(share_of_teacher: float) -> float:
+    """Return the perplexity ratio that a student of some size must stay below.
+
+    5 % of the teacher's parameters: 3.0; 11 %: 2.5; 27 %: 2.0. Between these sizes the bound is
+    interpolated linearly in the share; beyond the ends it is the nearest one.
+    """
+    shares, ratios = zip(*THRESHOLDS, strict=True)
+    return float(np.interp(share_of_teacher, shares, ratios))
+
+
+def protein_clusters(
+    names: Sequence[str], residues: Sequence[str], table: Mapping[str, str] | None = None
+) -> list[str]:
+    """Return the cluster of each protein.
+
+    Args:
+        names: of the proteins.
+        residues: of the proteins.
+        table: cluster by name; a protein that is not in it is its own cluster, but exact
+            duplicates always share one.
+    """
+    first: dict[str, str] = {}
+    clusters = []
+    for name, sequence in zip(names, residues, strict=True):
+        cluster = (table or {}).get(name)
+        own = first.setdefault(sequence, cluster if cluster is not None else name)
+        clusters.append(cluster if cluster is not None else own)
+    return clusters
+
+
+def evaluate(
+    student: PreTrainedModel,
+    teacher: PreTrainedModel,
+    tokenizer: Any,
+    test: Any,
+    settings: EvaluationSettings | None = None,
+    *,
+    train: Proteins | None = None,
+    clusters: Mapping[str, str] | None = None,
+    announce: Callable[[str], None] = lambda line: None,
+) -> Evaluation:
+    """Measure a student beside its teacher on held-out proteins.
+
+    Args:
+        student: a causal language model in eval mode.
+        teacher: one with the same vocabulary, on the same device.
+        tokenizer: of both.
+        test: held-out proteins: token ids by index, with ``len``; ``names`` where they have any.
+        settings: what is measured and how.
+        train: training proteins, residues or tokens, to fit the n-gram floors on.
+        clusters: cluster of related proteins by name.
+        announce: called with one line for each stage.
+
+    Returns:
+        Results with every key of ``src.results`` but ``run``, and the table of single proteins:
+        ``protein``, ``cluster``, ``residues``, ``tokens``, ``nll_student``, ``nll_teacher``, ``kl``
+        (summed over the protein, in nats). Keys that concern generated proteins are null: see
+        :func:`add_generation`.
+
+    Raises:
+        ValueError: the teacher fails its checks, the vocabularies differ, or nothing can be scored.
+    """
+    settings = settings or EvaluationSettings()
+    started = time.monotonic()
+    limit = longest(student, teacher, settings)
+    lengths = np.array([len(test[i]) for i in range(len(test))])
+    fits = np.flatnonzero(lengths <= limit)
+    if not len(fits):
+        raise ValueError(f"no protein to evaluate fits {limit} tokens ({len(lengths)} given)")
+    proteins = [np.asarray(test[int(i)]) for i in fits]
+    all_names = getattr(test, "names", None)
+    names = [str(all_names[int(i)]) if all_names is not None else str(i + 1) for i in fits]
+    residues = residues_of_tokens(proteins, tokenizer)
+    labels = protein_clusters(names, residues, clusters)
+    drawn = None
+    if train is not None:
+        drawn = residues_of_tokens(sample(train, FLOOR_PROTEINS, settings.seed), tokenizer)
+    announce("fitting the n-gram floors")
+    floors, fitted_on = floor_nll(residues, drawn, labels, settings.seed)
+    gates: dict[str, Any] | None = None
+    if settings.check:
+        announce("checking the teacher on natural and shuffled proteins")
+        gates = check_teacher(
+            teacher, tokenizer, proteins, drawn, seed=settings.seed, settings=settings
+        )
+    scores = score_proteins(student, teacher, proteins, settings)
+    sizes = np.array([len(r) for r in residues])
+    if settings.check and "unigram" in floors:
+        _check_floor(scores.sums["nll_teacher"], floors["unigram"], sizes)
+
+    arrays = {**scores.sums, "tokens": scores.tokens, "residues": sizes}
+    arrays |= {f"floor_{name}": values for name, values in floors.items()}
+    calibration: dict[str, metrics.CalibrationSums] = {}
+    if settings.compute_ece:
+        top = int(np.bincount(scores.targets).argmax())
+        arrays["most_frequent"] = np.bincount(
+            scores.owners[scores.targets == top], minlength=len(sizes)
+        )
+        for model in MODELS:
+            calibration[model] = metrics.CalibrationSums.collect(
+                scores.confidence[model], scores.correct[model], scores.owners, len(sizes)
+            )
+            arrays |= calibration[model].arrays(f"{model}_")
+    announce(f"intervals over {len(set(labels)):,} clusters")
+    estimates = _estimates(arrays, labels, settings)
+
+    results = _results(estimates, student, teacher)
+    for model, sums in calibration.items():
+        interval = results["intervals"][f"{model}_ece.accuracy_over_floor"]
+        _describe_calibration(results[f"{model}_ece"], sums, interval)
+    results["floors"] = _floors(results.get("floors"), fitted_on, drawn)
+    results["gates"] = gates
+    results["data"] = {
+        "proteins": len(sizes),
+        "too_long": int(len(lengths) - len(fits)),
+        "residues": int(sizes.sum()),
+        "tokens": int(scores.tokens.sum()),
+        "clusters": len(set(labels)),
+        "fingerprint": getattr(test, "fingerprint", None),
+    }
+    device = output_head(student)[0].device
+    seconds = time.monotonic() - started
+    results["performance"] = {
+        "device": device.type,
+        "seconds": round(seconds, 2),
+        "peak_memory_bytes": peak_memory(device),
+    }
+    table = {
+        "protein": names,
+        "cluster": labels,
+        "residues": sizes,
+        "tokens": scores.tokens,
+        **{key: scores.sums[key] for key in ("nll_student", "nll_teacher", "kl")},
+    }
+    return Evaluation(results, table)
+
+
+def _check_floor(teacher: np.ndarray, unigram: np.ndarray, residues: np.ndarray) -> None:
+    """Stop where the teacher is worse than the unigram floor over all proteins."""
+    mine, floor = teacher.sum() / residues.sum(), unigram.sum() / residues.sum()
+    if mine >= floor:
+        raise ValueError(
+            f"the teacher predicts proteins worse than a unigram model does ({mine:.3f} against "
+            f"{floor:.3f} nats per residue): wrong layout or tokenizer, or no protein model"
+        )
+
+
+def figures(sums: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
+    """Return every figure of a results file that follows from sums over proteins.
+
+    Args:
+        sums: ``(R,)`` each (calibration sums have further dimensions), weighted or not.
+
+    Returns:
+        ``(R,)`` for each figure's dotted name. A quotient without a denominator is NaN.
+    """
+    tokens, residues = sums["tokens"], sums["residues"]
+    found: dict[str, np.ndarray] = {}
+    for model in MODELS:
+        nll = sums[f"nll_{model}"]
+        found[f"{model}_perplexity"] = np.exp(nll / tokens)
+        found[f"{model}_perplexity_per_residue"] = np.exp(nll / residues)
+        found[f"{model}_bits_per_residue"] = nll / residues / math.log(2)
+        found[f"{model}_nats_per_residue"] = nll / residues
+        found[f"{model}_accuracy"] = sums[f"correct_{model}"] / tokens
+        found[f"{model}_brier"] = sums[f"brier_{model}"] / tokens
+        found[f"{model}_entropy"] = sums[f"entropy_{model}"] / tokens
+    gap = sums["nll_student"] - sums["nll_teacher"]
+    found["perplexity_ratio"] = np.exp(gap / tokens)
+    found["perplexity_ratio_per_residue"] = np.exp(gap / residues)
+    for key, name in (("kl", "kl"), ("reverse_kl", "reverse_kl"), ("js", "js")):
+        found[f"{name}_divergence"] = sums[key] / tokens
+        found[f"{name}_per_residue"] = sums[key] / residues
+    found["top1_agreement"] = sums["agree"] / tokens
+    for floor in ("unigram", "bigram", "trigram"):
+        if f"floor_{floor}" in sums:
+            nll = sums[f"floor_{floor}"]
+            found[f"floors.{floor}.nats_per_residue"] = nll / residues
+            found[f"floors.{floor}.perplexity_per_residue"] = np.exp(nll / residues)
+            for model in MODELS:
+                found[f"floors.{floor}.{model}_gain"] = (nll - sums[f"nll_{model}"]) / residues
+    if "floor_unigram" in sums:
+        advantage = sums["floor_unigram"] - sums["nll_teacher"]
+        kept = sums["floor_unigram"] - sums["nll_student"]
+        positive = advantage > 0
+        found["kept_advantage"] = np.where(
+            positive, kept / np.where(positive, advantage, 1), np.nan
+        )
+    if "most_frequent" in sums:
+        rate = sums["most_frequent"] / tokens
+        for model in MODELS:
+            for key, value in metrics.calibration_figures(sums, f"{model}_").items():
+                found[f"{model}_ece.{key}"] = value
+            found[f"{model}_ece.brier"] = sums[f"brier_{model}"] / tokens
+            found[f"{model}_ece.accuracy_floor"] = rate
+            found[f"{model}_ece.accuracy_over_floor"] = found[f"{model}_accuracy"] - rate
+    return found
+
+
+def _estimates(
+    arrays: Mapping[str, np.ndarray], labels: Sequence[Any], settings: EvaluationSettings
+) -> dict[str, Estimate]:
+    if settings.bootstrap:
+        return cluster_bootstrap(
+            figures, arrays, labels, settings.bootstrap, settings.seed, settings.level
+        )
+    totals = {k: np.asarray(v, np.float64).sum(0, keepdims=True) for k, v in arrays.items()}
+    return {
+        name: Estimate(float(value[0]), math.nan, math.nan, settings.level)
+        for name, value in figures(totals).items()
+    }
+
+
+def _results(
+    estimates: Mapping[str, Estimate], student: PreTrainedModel, teacher: PreTrainedModel
+) -> dict[str, Any]:
+    """Lay figures out under their names, with intervals, sizes and the threshold."""
+    results: dict[str, Any] = {"perplexity_ratio": None, "kl_divergence": None}
+    results |= {"student_ece": None, "teacher_ece": None}
+    results["intervals"] = {}
+    for name, estimate in estimates.items():
+        put(results, name, estimate)
+    sizes = {
+        model: count_parameters(m) for model, m in (("student", student), ("teacher", teacher))
+    }
+    share = sizes["student"] / sizes["teacher"]
+    bound = threshold_for(share)
+    return results | {
+        "student_parameters": sizes["student"],
+        "teacher_parameters": sizes["teacher"],
+        "share_of_teacher": share,
+        "compression_ratio": sizes["teacher"] / sizes["student"],
+        "threshold": {
+            "perplexity_ratio_below": bound,
+            "passed": bool(results["perplexity_ratio"] < bound),
+            "rule": "5 % of the teacher: 3.0, 11 %: 2.5, 27 %: 2.0; linear between, nearest beyond",
+        },
+        "kl_from_natural": {"student": None, "teacher": None},
+        "kl_from_natural_uniprot": {"student": None, "teacher": None},
+        "generation": None,
+    }
+
+
+def put(results: dict[str, Any], name: str, estimate: Estimate) -> None:
+    """Store an estimate under its dotted name, and its interval; null where it is not finite."""
+    *path, last = name.split(".")
+    place = results
+    for part in path:
+        if not isinstance(place.get(part), dict):
+            place[part] = {}
+        place = place[part]
+    place[last] = _finite(estimate.estimate)
+    finite = math.isfinite(estimate.low) and math.isfinite(estimate.high)
+    results["intervals"][name] = [estimate.low, estimate.high] if finite else None
+
+
+def _describe_calibration(
+    record: dict[str, Any], sums: metrics.CalibrationSums, interval: Sequence[float] | None
+) -> None:
+    """Add whether calibration means anything, and the curves of the reliability diagram.
+
+    It does where the accuracy beats always naming the most frequent token, beyond chance where
+    there is an ``interval`` of the difference: else confidence has nothing to be right about.
+    """
+    least = record["accuracy_over_floor"] if interval is None else interval[0]
+    record["calibration_meaningful"] = bool(least > 0)
+    record["bins"] = len(sums.width_edges) - 1
+    record["reliability"] = metrics.reliability_curve(sums.width.sum(0), sums.width_edges)
+    record["reliability_equal_mass"] = metrics.reliability_curve(sums.mass.sum(0), sums.mass_edges)
+
+
+def _floors(
+    measured: dict[str, Any] | None, fitted_on: str, train: Sequence[str] | None
+) -> dict[str, Any]:
+    """Describe the floors: their figures, and what they were fitted on."""
+    return {
+        "fitted_on": fitted_on,
+        "fitted_proteins": len(train) if train is not None and fitted_on == "train" else None,
+        "uniform": {"nats_per_residue": UNIFORM_NATS, "perplexity_per_residue": 20.0},
+        **(measured or {}),
+    }
+
+
+def generation_metrics(
+    sequences: Sequence[str],
+    natural: np.ndarray,
+    settings: EvaluationSettings | None = None,
+) -> dict[str, Any]:
+    """Describe generated proteins.
+
+    Args:
+        sequences: residues of each; empty ones count as not valid.
+        natural: ``(20,)`` residue counts of natural proteins.
+        settings: of the intervals.
+
+    Returns:
+        ``sequences``; ``valid_share`` (at least one residue, all of them standard); ``length``
+        (mean, quartiles, extremes); ``kl_from_natural`` and ``kl_from_natural_uniprot`` (nats) with
+        ``intervals`` over sequences; ``kl_of_an_exact_sample`` (what chance alone would give);
+        ``repeat_share`` (sequences with six or more of one residue in a row);
+        ``low_complexity_share`` (of residues); ``distinct_share`` (of sequences);
+        ``distinct_4mers`` (of all words of four).
+    """
+    settings = settings or EvaluationSettings()
+    whole = [s for s in sequences if s]
+    if not whole:
+        return {"sequences": len(sequences), "valid_share": 0.0}
+    counts = np.stack([metrics.residue_counts([s]) for s in whole])
+    sizes = np.array([len(s) for s in whole])
+    low = np.array([metrics.low_complexity_share(s) for s in whole]) * sizes
+    repeats = np.array([metrics.longest_run(s) >= metrics.LONG_RUN for s in whole])
+    arrays = {"counts": counts, "sizes": sizes, "low": low, "repeats": repeats}
+    arrays["sequences"] = np.ones(len(whole))
+    published = metrics.swissprot_frequencies()
+
+    def statistic(sums: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
+        return {
+            "kl_from_natural": metrics.composition_kl(sums["counts"], natural),
+            "kl_from_natural_uniprot": metrics.composition_kl(sums["counts"], published),
+            "mean_length": sums["sizes"] / sums["sequences"],
+            "repeat_share": sums["repeats"] / sums["sequences"],
+            "low_complexity_share": sums["low"] / sums["sizes"],
+        }
+
+    estimates = cluster_bootstrap(
+        statistic, arrays, whole, max(1, settings.bootstrap), settings.seed, settings.level
+    )
+    record: dict[str, Any] = {"sequences": len(sequences), "intervals": {}}
+    record["valid_share"] = float(np.sum(counts.sum(1) == sizes) / len(sequences))
+    for name, estimate in estimates.items():
+        put(record, name, estimate)
+    quartiles = np.quantile(sizes, [0, 0.25, 0.5, 0.75, 1])
+    record["length_quartiles"] = [float(q) for q in quartiles]
+    record["kl_of_an_exact_sample"] = 19 / (2 * max(1, int(counts.sum())))
+    record["distinct_share"] = len(set(whole)) / len(whole)
+    record["distinct_4mers"] = metrics.distinct_share(whole)
+    record["composition"] = {
+        letter: float(value)
+        for letter, value in zip(
+            metrics.STANDARD_RESIDUES, counts.sum(0) / max(1, counts.sum()), strict=True
+        )
+    }
+    return record
+
+
+def add_generation(
+    results: dict[str, Any],
+    generated: Mapping[str, Sequence[str]],
+    natural: Sequence[str],
+    settings: EvaluationSettings | None = None,
+    extra: Mapping[str, Mapping[str, Any]] | None = None,
+) -> None:
+    """Add what generated proteins show to the results of :func:`evaluate`.
+
+    Args:
+        results: changed in place: ``generation``, ``kl_from_natural`` and its intervals.
+        generated: residues of each sequence by model, ``student`` and ``teacher``.
+        natural: held-out proteins, the reference of composition.
+        settings: of the intervals.
+        extra: further figures by model, such as counts of the sampler or sequences per second.
+    """
+    counts = metrics.residue_counts(natural)
+    some = sample(natural, NATURAL_SAMPLE, (settings or EvaluationSettings()).seed)
+    generation: dict[str, Any] = {"natural": generation_metrics(some, counts, settings)}
+    for model, sequences in generated.items():
+        record = generation_metrics(sequences, counts, settings)
+        generation[model] = {**record, **(extra or {}).get(model, {})}
+        for key in ("kl_from_natural", "kl_from_natural_uniprot"):
+            results[key][model] = record.get(key)
+            interval = record.get("intervals", {}).get(key)
+            if interval:
+                results["intervals"][f"{key}.{model}"] = interval
+    results["generation"] = generation
+
+
+def measure_generation(
+    results: dict[str, Any],
+    models: Mapping[str, PreTrainedModel],
+    tokenizer: Any,
+    natural: Sequence[str],
+    count: int,
+    settings: EvaluationSettings | None = None,
+) -> None:
+    """Let each model generate proteins, and add what they show to the results of an evaluation.
+
+    Args:
+        results: of :func:`evaluate`; changed in place.
+        models: ``student`` and ``teacher``.
+        tokenizer: of both.
+        natural: held-out proteins, the reference of composition.
+        count: sequences that each model generates.
+        settings: seed, batches and intervals.
+    """
+    from src.generation import GenerationSettings, sample_proteins
+
+    settings = settings or EvaluationSettings()
+    generated: dict[str, list[str]] = {}
+    extra: dict[str, dict[str, Any]] = {}
+    for name, model in models.items():
+        started = time.monotonic()
+        wanted = GenerationSettings(
+            num_sequences=count, seed=settings.seed, batch_size=settings.batch_size
+        )
+        sampled = sample_proteins(model, tokenizer, wanted)
+        seconds = time.monotonic() - started
+        generated[name] = list(sampled.sequences)
+        extra[name] = {
+            "sampling": asdict(wanted),
+            "counts": dict(sampled.counts),
+            "sequences_per_second": len(generated[name]) / seconds,
+            **perplexity_of(models["teacher"], tokenizer, generated[name], settings),
+        }
+    add_generation(results, generated, natural, settings, extra)
+
+
+def perplexity_of(
+    teacher: PreTrainedModel,
+    tokenizer: Any,
+    sequences: Sequence[str],
+    settings: EvaluationSettings,
+) -> dict[str, Any]:
+    """Return the teacher's perplexity per residue of generated proteins, with its interval.
+
+    Low values mean plausible or repetitive proteins: read it beside the repeats and diversity.
+    """
+    limit = max_positions(teacher.config)
+    kept = [s for s in sequences if s]
+    rows = [np.asarray(ids) for ids in encode(tokenizer, kept)]
+    short = [i for i, ids in enumerate(rows) if len(ids) <= limit]
+    kept, rows = [kept[i] for i in short], [rows[i] for i in short]
+    if not kept:
+        return {"teacher_perplexity_per_residue": None}
+    arrays = {
+        "nll": protein_nll(teacher, rows, settings, "scoring what was generated"),
+        "residues": np.array([len(s) for s in kept]),
+    }
+    found = cluster_bootstrap(
+        lambda sums: {"perplexity": np.exp(sums["nll"] / sums["residues"])},
+        arrays,
+        kept,
+        max(1, settings.bootstrap),
+        settings.seed,
+        settings.level,
+    )["perplexity"]
+    low, high = _finite(found.low), _finite(found.high)
+    return {
+        "teacher_perplexity_per_residue": _finite(found.estimate),
+        "teacher_perplexity_interval": None if low is None else [low, high],
+    }
+
+
+def write_per_protein(path: str | Path, table: Mapping[str, Any]) -> None:
+    """Write a table of single proteins as parquet, atomically."""
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    with atomic_write(path, "wb") as handle:
+        pq.write_table(pa.table({name: pa.array(values) for name, values in table.items()}), handle)
+
+
+# What a student's own record says about its teacher and its data
+
+
+def run_of(folder: str | Path) -> dict[str, Any]:
+    """Return the record of the run that made a model; empty where there is none."""
+    path = Path(folder) / RUN_FILE
+    return read_run(folder) if path.is_file() else {}
+
+
+def named_teacher(record: Mapping[str, Any]) -> str | None:
+    """Return the teacher that a run names."""
+    return figure(record, "teacher.name") or figure(record, "settings.teacher_model")
+
+
+def named_data(record: Mapping[str, Any]) -> str | None:
+    """Return the data that a run names."""
+    return figure(record, "data.source") or figure(record, "settings.data")
+
+
+def choose_split(source: str, wanted: str | None) -> tuple[str | None, bool]:
+    """Return the part of a source to evaluate, and whether it has a training part beside it.
+
+    Raises:
+        ValueError: the source is not there, or has neither the wanted nor a held-out part.
+    """
+    if Path(source).is_file():
+        if wanted not in (None, "train"):
+            raise ValueError(f"{source} is one file and has no part {wanted!r}: leave out --split")
+        return None, False
+    for part in (wanted,) if wanted else ("test", "validation"):
+        if has_split(source, part):
+            return part, part != "train" and has_split(source, "train")
+    missing = wanted or "test or validation"
+    raise ValueError(f"--data {source} has no {missing} part: pass --data with held-out proteins")
+
+
+def clusters_of(source: str | Path) -> dict[str, str] | None:
+    """Return the cluster by name from a directory's table of clusters, None without one.
+
+    Raises:
+        ValueError: the table is broken.
+    """
+    path = Path(source) / CLUSTERS_FILE
+    return read_clusters(path) if path.is_file() else None
+
+
+def shared_tokenizer(student: str, teacher: str) -> Any:
+    """Load the teacher's tokenizer, and make sure that the student has no other.
+
+    Raises:
+        ValueError: there is none, or the two differ.
+    """
+    tokenizer = load_tokenizer(teacher)
+    try:
+        own = load_tokenizer(student)
+    except ValueError:
+        return tokenizer  # weights alone: vocabularies are compared later
+    if tokenizer_fingerprint(own) != tokenizer_fingerprint(tokenizer):
+        raise ValueError(
+            f"{student} and {teacher} have different tokenizers: their likelihoods cannot be "
+            "compared; is --teacher_model the one that the student was distilled from?"
+        )
+    return tokenizer
+
+
+def longest(
+    student: PreTrainedModel, teacher: PreTrainedModel, settings: EvaluationSettings
+) -> int:
+    """Return the longest protein, in tokens, that both models take and the settings allow."""
+    limit = min(max_positions(student.config), max_positions(teacher.config))
+    return min(limit, settings.max_length or limit)

@@ -1,0 +1,305 @@
+"""The one form of a results file: what it holds, how it is written, how older ones are read.
+
+A results file is JSON. Figures stand under fixed names, ``null`` where they were not measured;
+``intervals`` holds ``[low, high]`` for each figure, nested names joined by dots
+(``student_ece.ece``); ``run`` says what made it. ``schema_version`` counts the forms: version 0 is
+any file without that key, as the project's first scripts wrote them.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+from src.files import read_json, write_json
+
+SCHEMA_VERSION = 1
+
+REQUIRED: dict[str, str] = {
+    "perplexity_ratio": "above 0",
+    "kl_divergence": "at least 0",
+    "student_ece": "calibration",
+    "teacher_ece": "calibration",
+    "student_perplexity": "above 0",
+    "teacher_perplexity": "above 0",
+    "compression_ratio": "above 0",
+    "kl_from_natural": "pair",
+    "intervals": "intervals",
+    "run": "object",
+}
+"""Keys of every results file. A value may also be null, except ``intervals`` and ``run``."""
+
+OPTIONAL: dict[str, str] = {
+    "perplexity_ratio_per_residue": "above 0",
+    "student_perplexity_per_residue": "above 0",
+    "teacher_perplexity_per_residue": "above 0",
+    "student_bits_per_residue": "at least 0",
+    "teacher_bits_per_residue": "at least 0",
+    "kl_per_residue": "at least 0",
+    "reverse_kl_divergence": "at least 0",
+    "reverse_kl_per_residue": "at least 0",
+    "js_divergence": "at least 0",
+    "js_per_residue": "at least 0",
+    "top1_agreement": "share",
+    "student_parameters": "above 0",
+    "teacher_parameters": "above 0",
+    "share_of_teacher": "above 0",
+    "kept_advantage": "number",
+    "kl_from_natural_uniprot": "pair",
+    "threshold": "object",
+    "floors": "object",
+    "gates": "object",
+    "generation": "object",
+    "data": "object",
+    "performance": "object",
+    "settings": "object",
+}
+
+
+def write_results(path: str | Path, results: Mapping[str, Any], overwrite: bool = False) -> None:
+    """Check a results file and write it atomically, with the current ``schema_version``.
+
+    Raises:
+        ValueError: a key is missing or wrong, or the file is there and ``overwrite`` is not set.
+    """
+    check_output(path, overwrite)
+    results = {"schema_version": SCHEMA_VERSION, **results}
+    validate(results, path)
+    write_json(path, results)
+
+
+def check_output(path: str | Path, overwrite: bool) -> None:
+    """Raise ``ValueError`` where a file would be overwritten without leave."""
+    path = Path(path)
+    if path.is_dir():
+        raise ValueError(f"--output {path} is a directory: name a file, for example {path}/x.json")
+    if path.exists() and not overwrite:
+        raise ValueError(f"{path} exists: pass --overwrite to replace it, or another --output")
+
+
+def read_results(path: str | Path) -> dict[str, Any]:
+    """Read a results file of any version and bring it to the current form.
+
+    Raises:
+        ValueError: not JSON, not a results file, of a newer version, or a key is wrong.
+    """
+    results = read_json(path)
+    if not isinstance(results, dict):
+        raise ValueError(f"{path}: not a results file (expected an object at the top)")
+    version = results.get("schema_version", 0)
+    if isinstance(version, bool) or not isinstance(version, int) or version < 0:
+        raise ValueError(f"{path}: schema_version must be a whole number, got {version!r:.40}")
+    if version > SCHEMA_VERSION:
+        raise ValueError(
+            f"{path}: schema_version {version} is newer than this program's {SCHEMA_VERSION}: "
+            "update the program"
+        )
+    for step in range(version, SCHEMA_VERSION):
+        results = _UPGRADES[step](results)
+    validate(results, path)
+    return results
+
+
+def _from_unversioned(results: dict[str, Any]) -> dict[str, Any]:
+    """Fill in what files without ``schema_version`` did not have; a bare ECE becomes an object."""
+    results = {**dict.fromkeys(REQUIRED), **results, "schema_version": 1}
+    for key in ("student_ece", "teacher_ece"):
+        if _is_number(results[key]):
+            results[key] = {"ece": results[key]}
+    if _is_number(results["kl_from_natural"]):
+        results["kl_from_natural"] = {"student": results["kl_from_natural"], "teacher": None}
+    for key in ("intervals", "run"):
+        if results[key] is None:
+            results[key] = {}
+    return results
+
+
+_UPGRADES: dict[int, Callable[[dict[str, Any]], dict[str, Any]]] = {0: _from_unversioned}
+
+
+def validate(results: Mapping[str, Any], path: str | Path = "results") -> None:
+    """Check a results file of the current version.
+
+    Raises:
+        ValueError: one line that names the file, the key and what is wrong with it.
+    """
+    if results.get("schema_version") != SCHEMA_VERSION:
+        raise ValueError(f"{path}: schema_version must be {SCHEMA_VERSION}")
+    for key in REQUIRED:
+        if key not in results:
+            raise ValueError(f"{path}: {key} is missing")
+    for key, kind in {**REQUIRED, **OPTIONAL}.items():
+        value = results.get(key)
+        if value is None and key not in ("intervals", "run"):
+            continue
+        problem = _problem(value, kind)
+        if problem:
+            raise ValueError(f"{path}: {key} {problem}")
+    bad = _not_finite(results)
+    if bad:
+        raise ValueError(f"{path}: {bad} is not a finite number")
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool)
+
+
+def _problem(value: Any, kind: str) -> str | None:
+    """Return what is wrong with a value of some kind, or None."""
+    if kind in ("number", "above 0", "at least 0", "share"):
+        if not _is_number(value):
+            return f"must be a number, got {value!r:.40}"
+        if (
+            (kind == "above 0" and not value > 0)
+            or (kind == "at least 0" and not value >= 0)
+            or (kind == "share" and not 0 <= value <= 1)
+        ):
+            wanted = {"share": "in [0, 1]"}.get(kind, kind)
+            return f"must be {wanted}, got {value!r:.40}"
+        return None
+    if not isinstance(value, dict):
+        return f"must be an object, got {value!r:.40}"
+    if kind == "calibration":
+        if value.get("ece") is not None and _problem(value["ece"], "share"):
+            return f"has an ece that {_problem(value['ece'], 'share')}"
+    elif kind == "pair":
+        for name in ("student", "teacher"):
+            if value.get(name) is not None and not _is_number(value[name]):
+                return f"has a {name} that is no number: {value[name]!r:.40}"
+    elif kind == "intervals":
+        for name, interval in value.items():
+            if interval is None:
+                continue
+            if not (
+                isinstance(interval, list | tuple)
+                and len(interval) == 2
+                and all(map(_is_number, interval))
+                and not interval[0] > interval[1]
+            ):
+                return f"must hold [low, high], but {name} is {interval!r:.40}"
+    return None
+
+
+def _not_finite(value: Any, name: str = "") -> str | None:
+    """Return the dotted name of the first NaN or infinity, or None. Deep nesting is no problem."""
+    stack = [(name, value)]
+    while stack:
+        where, item = stack.pop()
+        if isinstance(item, float) and not math.isfinite(item):
+            return where
+        if isinstance(item, Mapping):
+            stack += [(f"{where}.{key}" if where else str(key), each) for key, each in item.items()]
+        elif isinstance(item, list | tuple):
+            stack += [(f"{where}[{index}]", each) for index, each in enumerate(item)]
+    return None
+
+
+def figure(results: Mapping[str, Any], name: str) -> Any:
+    """Return a figure by its dotted name, None where it is missing: ``student_ece.ece``."""
+    value: Any = results
+    for part in name.split("."):
+        if not isinstance(value, Mapping):
+            return None
+        value = value.get(part)
+    return value
+
+
+TABLE = (
+    ("perplexity per token", "perplexity", "perplexity_ratio"),
+    ("perplexity per residue", "perplexity_per_residue", "perplexity_ratio_per_residue"),
+    ("bits per residue", "bits_per_residue", None),
+    ("top-1 accuracy", "accuracy", None),
+    ("ECE, 15 equal-width bins", "ece.ece", None),
+    ("ECE, debiased", "ece.ece_debiased", None),
+    ("smooth ECE", "ece.smooth_ece", None),
+    ("Brier score", "brier", None),
+)
+"""Label, figure of each model without its prefix, and the figure of their ratio."""
+
+
+def print_table(results: Mapping[str, Any]) -> None:
+    """Print the main figures of a results file for a person, each with its interval."""
+    from rich import box
+    from rich.console import Console
+    from rich.table import Table
+
+    table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
+    table.add_column("")
+    for title in ("student", "teacher", "student / teacher"):
+        table.add_column(title, justify="right")
+    for label, name, ratio in TABLE:
+        cells = [with_interval(results, f"{model}_{name}") for model in ("student", "teacher")]
+        if any(cells):
+            table.add_row(label, *cells, with_interval(results, ratio) if ratio else "")
+    for key in ("kl_from_natural", "kl_from_natural_uniprot"):
+        cells = [with_interval(results, f"{key}.{model}") for model in ("student", "teacher")]
+        if any(cells):
+            where = "UniProt" if key.endswith("uniprot") else "held-out"
+            table.add_row(f"composition KL from {where}", *cells, "")
+    # A fixed width, so that a log file shows the same table as a terminal.
+    console = Console(width=110, highlight=False)
+    console.print(table)
+    for line in summary_lines(results):
+        console.print(line, markup=False, soft_wrap=True)
+
+
+def summary_lines(results: Mapping[str, Any]) -> list[str]:
+    """Return what the table cannot hold: divergences, size and threshold, floors, warnings."""
+    lines = []
+    if figure(results, "kl_divergence") is not None:
+        lines.append(
+            f"KL(teacher‖student): {with_interval(results, 'kl_divergence')} nats per token, "
+            f"{with_interval(results, 'kl_per_residue')} per residue; same first choice: "
+            f"{with_interval(results, 'top1_agreement')}"
+        )
+    bound = figure(results, "threshold.perplexity_ratio_below")
+    if bound is not None:
+        verdict = "passed" if figure(results, "threshold.passed") else "not passed"
+        lines.append(
+            f"size: {results['student_parameters']:,} of {results['teacher_parameters']:,} "
+            f"parameters ({results['share_of_teacher']:.1%}, {results['compression_ratio']:.1f} "
+            f"times smaller); ratio below {bound:.2f}: {verdict}"
+        )
+    kept = figure(results, "kept_advantage")
+    if kept is not None:
+        lines.append(
+            "kept of the teacher's advantage over unigram: "
+            + with_interval(results, "kept_advantage")
+        )
+    floors = [
+        f"{name} {figure(results, f'floors.{name}.perplexity_per_residue'):.2f}"
+        for name in ("uniform", "unigram", "bigram", "trigram")
+        if figure(results, f"floors.{name}.perplexity_per_residue") is not None
+    ]
+    if floors:
+        lines.append(f"floors, perplexity per residue: {', '.join(floors)}")
+    for model in ("student", "teacher"):
+        if figure(results, f"{model}_ece.calibration_meaningful") is False:
+            lines.append(
+                f"calibration of the {model} is not meaningful: it is right no more often than "
+                "always naming the most frequent token"
+            )
+    if figure(results, "data.proteins"):
+        lines.append(
+            f"{results['data']['proteins']:,} proteins in {results['data']['clusters']:,} "
+            "clusters; intervals: 95 %, bootstrap over clusters"
+        )
+    return lines
+
+
+def with_interval(results: Mapping[str, Any], name: str) -> str:
+    """Return a figure as ``1.23 [1.20, 1.26]``; without its interval where there is none."""
+    value = figure(results, name)
+    if value is None:
+        return ""
+    interval = (results.get("intervals") or {}).get(name)
+    if not interval:
+        return _short(value)
+    return f"{_short(value)} [{_short(interval[0])}, {_short(interval[1])}]"
+
+
+def _short(value: float) -> str:
+    """Return a number with three decimals, or four significant digits where it is large."""
+    return f"{value:.3f}" if abs(value) < 100 else f"{value:.4g}"

@@ -1,0 +1,525 @@
+from __future__ import annotations
+
+import gzip
+import json
+import math
+import random
+import subprocess
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from types import ModuleType, SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+
+from src import evaluation as e
+from src.data import encode
+from src.ngrams import fit_ngrams
+from src.proteins import STANDARD_RESIDUES, layout
+from src.results import read_results, validate
+
+ROOT = Path(__file__).resolve().parents[1]
+
+
+class Tokens(list):
+    """Token ids of some proteins, in memory."""
+
+    def __init__(self, rows, names=None):
+        super().__init__(np.asarray(row) for row in rows)
+        self.names = names or [f"p{i}" for i in range(len(self))]
+        self.lengths = np.array([len(row) for row in self])
+        self.fingerprint = "0" * 64
+
+
+def ordered_proteins(count, seed=0, low=20, high=70):
+    """Proteins in which most residues follow from the one before: easy to learn."""
+    rng = random.Random(seed)
+    proteins = []
+    for _ in range(count):
+        letters = [rng.choice(STANDARD_RESIDUES)]
+        for _ in range(rng.randint(low, high) - 1):
+            following = (STANDARD_RESIDUES.index(letters[-1]) + 3) % 20
+            letters.append(
+                STANDARD_RESIDUES[following]
+                if rng.random() < 0.7
+                else rng.choice(STANDARD_RESIDUES)
+            )
+        proteins.append("".join(letters))
+    return proteins
+
+
+@pytest.fixture(scope="module")
+def tokenizer():
+    from src.pretraining import train_tokenizer
+
+    return train_tokenizer(ordered_proteins(200, seed=1), 64, n_positions=256)
+
+
+@pytest.fixture(scope="module")
+def teacher(tokenizer):
+    """A small model that has learnt the ordered proteins: a few seconds of training."""
+    from src.batching import PaddingCollator
+    from tests.conftest import TINY_VOCABULARY
+
+    assert len(tokenizer) == TINY_VOCABULARY
+    return trained(tokenizer, PaddingCollator(0), width=32, steps=150)
+
+
+def trained(tokenizer, collate, width, steps):
+    from transformers import GPT2Config, GPT2LMHeadModel
+
+    torch.manual_seed(0)
+    config = GPT2Config(
+        vocab_size=64,
+        n_positions=256,
+        n_layer=1,
+        n_head=2,
+        n_embd=width,
+        bos_token_id=0,
+        eos_token_id=0,
+        resid_pdrop=0.0,
+        embd_pdrop=0.0,
+        attn_pdrop=0.0,
+    )
+    model = GPT2LMHeadModel(config).train()
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
+    rows = encode(tokenizer, ordered_proteins(steps * 8, seed=2))
+    for step in range(steps):
+        batch = collate([{"input_ids": r} for r in rows[8 * step : 8 * step + 8]])
+        model(**batch).loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    return model.eval()
+
+
+@pytest.fixture(scope="module")
+def student(tokenizer):
+    from src.batching import PaddingCollator
+
+    return trained(tokenizer, PaddingCollator(0), width=8, steps=50)
+
+
+@pytest.fixture(scope="module")
+def proteins():
+    return ordered_proteins(60, seed=3)
+
+
+@pytest.fixture(scope="module")
+def tokens(tokenizer, proteins):
+    return Tokens(encode(tokenizer, proteins))
+
+
+@pytest.fixture(scope="module")
+def evaluation(student, teacher, tokenizer, tokens):
+    settings = e.EvaluationSettings(bootstrap=300)
+    return e.evaluate(
+        student, teacher, tokenizer, tokens, settings, train=ordered_proteins(300, seed=4)
+    )
+
+
+@torch.no_grad()
+def plain_figures(model, other, rows):
+    """One protein at a time, whole logits, float64: an evaluator that shares no code with ours."""
+    model, other = model.double(), other.double()
+    nll = kl = brier = correct = 0.0
+    count = 0
+    confidences, outcomes = [], []
+    for row in rows:
+        ids = torch.tensor(np.asarray(row))[None]
+        log_q = torch.log_softmax(model(ids).logits[0, :-1], -1)
+        log_p = torch.log_softmax(other(ids).logits[0, :-1], -1)
+        for position, target in enumerate(ids[0, 1:].tolist()):
+            q, p = log_q[position].exp(), log_p[position].exp()
+            nll -= float(log_q[position, target])
+            kl += float((p * (log_p[position] - log_q[position])).sum())
+            one_hot = torch.zeros_like(q)
+            one_hot[target] = 1
+            brier += float(((q - one_hot) ** 2).sum())
+            correct += float(q.argmax() == target)
+            confidences.append(float(q.max()))
+            outcomes.append(float(q.argmax() == target))
+            count += 1
+    model.float()
+    other.float()
+    ece = 0.0
+    confidence, outcome = np.array(confidences), np.array(outcomes)
+    for b in range(15):
+        inside = (confidence > b / 15) & (confidence <= (b + 1) / 15)
+        if inside.any():
+            ece += inside.mean() * abs(outcome[inside].mean() - confidence[inside].mean())
+    return {"nll": nll, "kl": kl, "brier": brier, "correct": correct, "tokens": count, "ece": ece}
+
+
+def test_an_independent_evaluator_agrees(evaluation, student, teacher, tokens, proteins):
+    residues = sum(map(len, proteins))
+    mine = plain_figures(student, teacher, tokens)
+    theirs = plain_figures(teacher, student, tokens)
+    found = evaluation.results
+    n = mine["tokens"]
+    assert found["data"]["tokens"] == n
+    expected = {
+        "student_perplexity": math.exp(mine["nll"] / n),
+        "teacher_perplexity": math.exp(theirs["nll"] / n),
+        "perplexity_ratio": math.exp((mine["nll"] - theirs["nll"]) / n),
+        "student_perplexity_per_residue": math.exp(mine["nll"] / residues),
+        "student_bits_per_residue": mine["nll"] / residues / math.log(2),
+        "perplexity_ratio_per_residue": math.exp((mine["nll"] - theirs["nll"]) / residues),
+        "kl_divergence": mine["kl"] / n,
+        "kl_per_residue": mine["kl"] / residues,
+        "reverse_kl_divergence": theirs["kl"] / n,
+        "student_accuracy": mine["correct"] / n,
+        "student_brier": mine["brier"] / n,
+    }
+    for name, value in expected.items():
+        assert found[name] == pytest.approx(value, rel=1e-3), name
+    assert found["student_ece"]["ece"] == pytest.approx(mine["ece"], rel=1e-3)
+    assert found["teacher_ece"]["ece"] == pytest.approx(theirs["ece"], rel=1e-3)
+
+
+@pytest.mark.parametrize(("rows", "budget", "chunk"), [(1, 100, 7), (5, 150, 1024), (64, 9000, 50)])
+def test_batches_and_chunks_do_not_matter(teacher, tokens, rows, budget, chunk):
+    usual = e.protein_nll(teacher, tokens)
+    other = e.protein_nll(
+        teacher,
+        tokens,
+        e.EvaluationSettings(batch_size=rows, batch_tokens=budget, chunk_tokens=chunk),
+    )
+    np.testing.assert_allclose(other, usual, rtol=1e-5)
+    with torch.no_grad():
+        plain = [
+            float(torch.nn.functional.cross_entropy(
+                teacher(torch.tensor(r)[None]).logits[0, :-1], torch.tensor(r[1:]), reduction="sum"
+            ))
+            for r in tokens
+        ]  # fmt: skip
+    np.testing.assert_allclose(usual, plain, rtol=1e-5)
+
+
+def test_length_batches_hold_everything_once_within_the_budget():
+    lengths = np.random.default_rng(0).integers(5, 300, 200)
+    batches = e.length_batches(lengths, 16, 1000)
+    assert sorted(np.concatenate(batches)) == list(range(200))
+    assert all(len(b) <= 16 and len(b) * lengths[b].max() <= 1000 for b in batches)
+    assert [len(b) for b in e.length_batches(np.array([5000, 3]), 8, 1000)] == [1, 1]
+
+
+def test_results_fit_the_schema_and_every_figure_has_its_interval(evaluation):
+    results = {"schema_version": 1, **evaluation.results, "run": {}}
+    validate(results)
+    json.dumps(results, allow_nan=False)
+    for name, interval in results["intervals"].items():
+        value = e.figure(results, name)
+        assert value is not None, name
+        assert interval[0] <= value <= interval[1] or interval[1] - interval[0] < 1e-9, name
+    for name in ("perplexity_ratio", "kl_divergence", "student_ece.ece", "kept_advantage"):
+        assert results["intervals"][name]
+    assert results["performance"]["peak_memory_bytes"] > 1e6
+    curve = results["student_ece"]["reliability"]
+    assert sum(curve["count"]) == results["data"]["tokens"]
+    assert len(curve["edges"]) == 16
+
+
+def test_the_better_model_is_told_from_the_worse(evaluation):
+    found = evaluation.results
+    assert found["perplexity_ratio"] > 1
+    assert 0 < found["kept_advantage"] < 1
+    assert found["floors"]["trigram"]["teacher_gain"] is not None
+    assert found["floors"]["fitted_on"] == "train"
+    assert found["gates"]["passed"]
+    assert found["teacher_ece"]["calibration_meaningful"]
+
+
+def test_kept_advantage_and_floors_follow_their_definition(evaluation, proteins):
+    floor = fit_ngrams(ordered_proteins(300, seed=4))["unigram"].nats_per_residue(proteins)
+    found = evaluation.results
+    student, teacher = found["student_nats_per_residue"], found["teacher_nats_per_residue"]
+    assert found["floors"]["unigram"]["nats_per_residue"] == pytest.approx(floor)
+    assert found["kept_advantage"] == pytest.approx((floor - student) / (floor - teacher), rel=1e-6)
+    assert found["floors"]["uniform"]["perplexity_per_residue"] == 20.0
+
+
+def test_single_proteins_add_up_to_the_whole(evaluation, tmp_path):
+    table = evaluation.per_protein
+    found = evaluation.results
+    total = table["residues"].sum()
+    assert math.exp(table["nll_student"].sum() / total) == pytest.approx(
+        found["student_perplexity_per_residue"]
+    )
+    assert table["kl"].sum() / table["tokens"].sum() == pytest.approx(found["kl_divergence"])
+    e.write_per_protein(tmp_path / "p.parquet", table)
+    import pyarrow.parquet as pq
+
+    read = pq.read_table(tmp_path / "p.parquet")
+    assert read.column_names == [
+        "protein", "cluster", "residues", "tokens", "nll_student", "nll_teacher", "kl",
+    ]  # fmt: skip
+    assert read.num_rows == 60
+
+
+def test_a_teacher_beside_itself(teacher, tokenizer, tokens):
+    found = e.evaluate(
+        teacher, teacher, tokenizer, tokens, e.EvaluationSettings(bootstrap=50)
+    ).results
+    assert found["perplexity_ratio"] == pytest.approx(1)
+    assert found["kl_divergence"] == pytest.approx(0, abs=1e-6)
+    assert found["top1_agreement"] == 1
+    assert found["kept_advantage"] == pytest.approx(1)
+    assert found["compression_ratio"] == 1
+    assert found["floors"]["fitted_on"] == "other half"
+
+
+def test_duplicates_leave_intervals_unchanged(student, teacher, tokenizer, tokens):
+    settings = e.EvaluationSettings(bootstrap=200)
+    train = ordered_proteins(50, seed=4)
+    rows = list(tokens)
+    names = [f"p{i}" for i in range(len(rows))]
+    clusters = {name: f"c{i // 2}" for i, name in enumerate(names)}
+    once = e.evaluate(
+        student, teacher, tokenizer, Tokens(rows, names), settings, train=train, clusters=clusters
+    ).results
+    copies = [f"copy{i}" for i in range(len(rows))]
+    also = clusters | {copy: clusters[name] for copy, name in zip(copies, names, strict=True)}
+    twice = e.evaluate(
+        student,
+        teacher,
+        tokenizer,
+        Tokens(rows + rows, names + copies),
+        settings,
+        train=train,
+        clusters=also,
+    ).results
+    assert twice["data"]["proteins"] == 2 * once["data"]["proteins"]
+    # Debiased figures depend on the number of tokens; everything else is a ratio of sums.
+    for name, interval in once["intervals"].items():
+        if "debiased" not in name and "equal_mass" not in name and ".l2" not in name:
+            assert twice["intervals"][name] == pytest.approx(interval, rel=1e-4, abs=1e-6), name
+
+
+def test_exact_duplicates_share_a_cluster_without_a_table():
+    clusters = e.protein_clusters(["a", "b", "c"], ["MKV", "MKV", "AAA"])
+    assert clusters[0] == clusters[1] != clusters[2]
+    assert e.protein_clusters(["a", "b"], ["MKV", "AAA"], {"a": "x", "b": "x"}) == ["x", "x"]
+
+
+def test_natural_proteins_beat_shuffled_ones(teacher, tokenizer, tokens):
+    found = e.check_teacher(teacher, tokenizer, tokens, ordered_proteins(100, seed=4))
+    assert found["natural"] < found["unigram"]
+    assert found["natural"] < found["shuffled"]
+    assert 0 < found["shuffled_minus_natural"]["low"] < found["shuffled_minus_natural"]["high"]
+    assert "natural" in found["summary"]
+    assert teacher.training is False
+
+
+def test_a_random_teacher_is_stopped(tiny_lm, tokenizer, tokens):
+    with pytest.raises(ValueError, match="wrong layout or tokenizer") as caught:
+        e.check_teacher(tiny_lm(), tokenizer, tokens)
+    assert "\n" not in str(caught.value)
+
+
+def test_a_broken_layout_is_stopped(teacher, tokenizer, proteins):
+    def without(text):
+        return tokenizer(text, add_special_tokens=False)["input_ids"]
+
+    backwards = Tokens(without(layout(p[::-1])) for p in proteins)
+    spaced = Tokens(
+        without(layout(p).replace("\n", "")[:13] + "\n".join(p) + "\n<|endoftext|>")
+        for p in proteins
+    )
+    for broken in (backwards, spaced):
+        with pytest.raises(ValueError, match="wrong layout or tokenizer"):
+            e.evaluate(teacher, teacher, tokenizer, broken, e.EvaluationSettings(bootstrap=0))
+
+
+def test_foreign_tokens_are_stopped(teacher, tokenizer):
+    rows = np.random.default_rng(0).integers(0, 64, (20, 30))
+    rows[:, 15] = 0
+    with pytest.raises(ValueError, match="wrong layout or tokenizer"):
+        e.check_teacher(teacher, tokenizer, Tokens(rows))
+
+
+def test_shuffling_keeps_residues_and_depends_on_the_seed_alone():
+    assert sorted(e.shuffled("ACDEFGHIKL", 1)) == list("ACDEFGHIKL")
+    assert e.shuffled("ACDEFGHIKL", 1) == e.shuffled("ACDEFGHIKL", 1)
+    assert e.shuffled("ACDEFGHIKL", 1) != e.shuffled("ACDEFGHIKL", 2)
+
+
+def test_vocabularies_must_match(teacher, tiny_lm, tokenizer, tokens):
+    with pytest.raises(ValueError, match="vocabulary"):
+        e.evaluate(
+            tiny_lm(vocab_size=80), teacher, tokenizer, tokens, e.EvaluationSettings(check=False)
+        )
+
+
+def test_long_proteins_are_left_out_and_counted(student, teacher, tokenizer, tokens):
+    settings = e.EvaluationSettings(bootstrap=0, max_length=int(np.median(tokens.lengths)))
+    found = e.evaluate(student, teacher, tokenizer, tokens, settings).results
+    assert found["data"]["too_long"] + found["data"]["proteins"] == 60
+    assert found["data"]["too_long"] > 10
+    with pytest.raises(ValueError, match="fits 3 tokens"):
+        e.evaluate(student, teacher, tokenizer, tokens, e.EvaluationSettings(max_length=3))
+
+
+def test_calibration_is_measured_when_asked(student, teacher, tokenizer, tokens):
+    settings = e.EvaluationSettings(compute_ece=False, bootstrap=0)
+    found = e.evaluate(student, teacher, tokenizer, tokens, settings).results
+    assert found["student_ece"] is None
+    validate({"schema_version": 1, **found, "run": {}})
+
+
+def test_calibration_of_an_ignorant_model_is_not_meaningful(tiny_lm, teacher, tokenizer, tokens):
+    found = e.evaluate(
+        tiny_lm(initializer_range=0.02), teacher, tokenizer, tokens, e.EvaluationSettings()
+    ).results
+    assert found["student_ece"]["calibration_meaningful"] is False
+
+
+@pytest.mark.parametrize(
+    ("share", "bound"),
+    [(0.01, 3.0), (0.05, 3.0), (0.08, 2.75), (0.11, 2.5), (0.27, 2.0), (0.9, 2.0)],
+)
+def test_threshold_depends_on_size(share, bound):
+    assert e.threshold_for(share) == pytest.approx(bound)
+
+
+def test_generated_proteins_are_described(random_proteins):
+    natural = random_proteins(100, seed=1)
+    results = {
+        "kl_from_natural": {"student": None, "teacher": None},
+        "kl_from_natural_uniprot": {"student": None, "teacher": None},
+        "intervals": {},
+    }
+    generated = {
+        "student": ["A" * 50, "A" * 50, "", "MKXV"],
+        "teacher": random_proteins(50, seed=2),
+    }
+    extra = {"student": {"sequences_per_second": 3.0}}
+    e.add_generation(results, generated, natural, e.EvaluationSettings(bootstrap=100), extra)
+    poor, fine = results["generation"]["student"], results["generation"]["teacher"]
+    assert poor["sequences"] == 4
+    assert poor["valid_share"] == 0.5
+    assert poor["sequences_per_second"] == 3.0
+    assert poor["distinct_share"] == pytest.approx(2 / 3)
+    assert poor["repeat_share"] == pytest.approx(2 / 3)
+    assert fine["repeat_share"] < 0.05
+    assert results["kl_from_natural"]["student"] > 1
+    assert 0 <= results["kl_from_natural"]["teacher"] < 0.02
+    low, high = results["intervals"]["kl_from_natural.teacher"]
+    assert low <= results["kl_from_natural"]["teacher"] <= high
+    assert e.generation_metrics(["", ""], np.ones(20)) == {"sequences": 2, "valid_share": 0.0}
+    json.dumps(results, allow_nan=False)
+
+
+def test_clusters_are_read_from_their_table(tmp_path):
+    assert e.clusters_of(tmp_path) is None
+    with gzip.open(tmp_path / "clusters.tsv.gz", "wt") as handle:
+        handle.write("protein\tcluster\na\tx\nb\tx\n")
+    assert e.clusters_of(tmp_path) == {"a": "x", "b": "x"}
+
+
+@pytest.fixture(scope="module")
+def run_folders(tmp_path_factory, student, teacher, tokenizer):
+    """A teacher, a student with its record, and a data directory, as training leaves them."""
+    root = tmp_path_factory.mktemp("run")
+    for name, model in (("teacher", teacher), ("student", student)):
+        model.save_pretrained(root / name)
+        tokenizer.save_pretrained(root / name)
+    (root / "proteins").mkdir()
+    for part, count, seed in (("train", 200, 4), ("test", 30, 3)):
+        with gzip.open(root / "proteins" / f"{part}.fasta.gz", "wt") as handle:
+            for i, residues in enumerate(ordered_proteins(count, seed=seed)):
+                handle.write(f">{part}{i}\n{residues}\n")
+    record = {
+        "settings": {},
+        "teacher": {"name": str(root / "teacher")},
+        "data": {"source": str(root / "proteins")},
+    }
+    (root / "student" / "run.json").write_text(json.dumps(record))
+    return root
+
+
+def call(*arguments):
+    """Run the script inside this process, which has loaded everything already."""
+    import importlib.util
+
+    spec = importlib.util.spec_from_file_location("evaluate", ROOT / "scripts" / "evaluate.py")
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module.main([str(a) for a in arguments])
+
+
+@pytest.fixture
+def sampler(monkeypatch):
+    """A sampler with the interface of ``src.generation``, so that these tests stand alone."""
+
+    @dataclass
+    class GenerationSettings:
+        num_sequences: int = 10
+        seed: int = 0
+        batch_size: int = 8
+
+    def sample_proteins(model, tokenizer, settings):
+        sequences = ordered_proteins(settings.num_sequences, settings.seed + 50)
+        return SimpleNamespace(sequences=sequences, counts={"unfinished": 1})
+
+    module = ModuleType("src.generation")
+    vars(module).update(GenerationSettings=GenerationSettings, sample_proteins=sample_proteins)
+    monkeypatch.setitem(sys.modules, "src.generation", module)
+
+
+def test_the_owners_command(run_folders, tmp_path, capsys, sampler):
+    output, table = tmp_path / "r.json", tmp_path / "p.parquet"
+    arguments = [
+        "--student_model", run_folders / "student", "--num_samples", 4, "--compute_ece",
+        "--output", output, "--per_protein", table, "--cache_dir", tmp_path / "cache",
+        "--bootstrap", 100, "--device", "cpu",
+    ]  # fmt: skip
+    assert call(*arguments) == 0
+    shown = capsys.readouterr().out
+    assert "perplexity per token" in shown
+    assert "kept of the teacher's advantage" in shown
+    results = read_results(output)
+    assert results["data"]["proteins"] == 30
+    assert results["run"]["teacher"]["name"] == str(run_folders / "teacher")
+    assert results["student_ece"]["ece"] is not None
+    assert results["kl_from_natural"]["student"] is not None
+    generated = results["generation"]["student"]
+    assert generated["sequences"] == 4
+    assert generated["counts"] == {"unfinished": 1}
+    low, high = generated["teacher_perplexity_interval"]
+    assert 1 < low <= generated["teacher_perplexity_per_residue"] <= high
+    assert table.exists()
+    assert call(*arguments) == 2
+    assert "--overwrite" in capsys.readouterr().err
+    assert call(*arguments, "--overwrite", "--num_samples", 0) == 0
+
+
+def test_user_errors_are_one_line(run_folders, tmp_path, capsys):
+    student = run_folders / "student"
+    for arguments, message in (
+        (["--student_model", tmp_path / "none"], "no such directory"),
+        (["--student_model", student, "--data", tmp_path / "none"], "no such"),
+        (["--student_model", student, "--split", "holdout"], "holdout"),
+        (["--student_model", student, "--device", "abacus"], "--device"),
+    ):
+        assert call(*arguments, "--output", tmp_path / "r.json") == 2
+        captured = capsys.readouterr().err.strip().splitlines()
+        assert message in captured[-1]
+        assert "Traceback" not in "".join(captured)
+
+
+def test_help_is_quick_and_needs_no_torch():
+    code = (
+        "import runpy, sys; sys.argv = ['evaluate.py', '--help']\n"
+        "try: runpy.run_path('scripts/evaluate.py', run_name='__main__')\n"
+        "except SystemExit as done: assert done.code == 0\n"
+        "assert 'torch' not in sys.modules and 'transformers' not in sys.modules"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT, check=False
+    )
+    assert done.returncode == 0, done.stderr
+    assert "--compute_ece" in done.stdout

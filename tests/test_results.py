@@ -1,0 +1,179 @@
+from __future__ import annotations
+
+import json
+import random
+
+import pytest
+
+from src.results import (
+    OPTIONAL,
+    REQUIRED,
+    SCHEMA_VERSION,
+    figure,
+    print_table,
+    read_results,
+    summary_lines,
+    validate,
+    with_interval,
+    write_results,
+)
+
+
+def good() -> dict:
+    return {
+        "perplexity_ratio": 1.5,
+        "kl_divergence": 0.2,
+        "student_ece": {"ece": 0.03, "smooth_ece": 0.02, "calibration_meaningful": False},
+        "teacher_ece": {"ece": 0.02},
+        "student_perplexity": 30.0,
+        "teacher_perplexity": 20.0,
+        "compression_ratio": 4.0,
+        "student_parameters": 10,
+        "teacher_parameters": 40,
+        "share_of_teacher": 0.25,
+        "kept_advantage": 0.6,
+        "threshold": {"perplexity_ratio_below": 2.0, "passed": True},
+        "floors": {"uniform": {"perplexity_per_residue": 20.0}},
+        "data": {"proteins": 5, "clusters": 4},
+        "kl_from_natural": {"student": 0.01, "teacher": None},
+        "intervals": {"perplexity_ratio": [1.4, 1.6], "kl_divergence": None},
+        "run": {"seed": 0},
+    }
+
+
+def test_what_is_written_is_read_back(tmp_path):
+    path = tmp_path / "new" / "results.json"
+    write_results(path, good())
+    assert read_results(path) == {"schema_version": SCHEMA_VERSION, **good()}
+    assert [p.name for p in path.parent.iterdir()] == ["results.json"]
+
+
+def test_the_keys_that_the_commands_read_are_where_they_look(tmp_path):
+    write_results(tmp_path / "r.json", good())
+    data = json.loads((tmp_path / "r.json").read_text())
+    assert data["perplexity_ratio"] == 1.5
+    assert data["kl_divergence"] == 0.2
+    assert data["student_ece"]["ece"] == 0.03
+
+
+def test_a_file_is_not_overwritten_without_leave(tmp_path):
+    path = tmp_path / "r.json"
+    path.write_text("precious")
+    with pytest.raises(ValueError, match="--overwrite"):
+        write_results(path, good())
+    assert path.read_text() == "precious"
+    write_results(path, good(), overwrite=True)
+    assert read_results(path)["perplexity_ratio"] == 1.5
+    with pytest.raises(ValueError, match="is a directory"):
+        write_results(tmp_path, good(), overwrite=True)
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "message"),
+    [
+        ("perplexity_ratio", -1.0, "perplexity_ratio must be above 0"),
+        ("perplexity_ratio", "2", "perplexity_ratio must be a number"),
+        ("perplexity_ratio", True, "perplexity_ratio must be a number"),
+        ("perplexity_ratio", float("nan"), "perplexity_ratio must be above 0"),
+        ("kl_divergence", float("inf"), "kl_divergence is not a finite number"),
+        ("student_ece", 0.1, "student_ece must be an object"),
+        ("student_ece", {"ece": 2}, "student_ece has an ece"),
+        ("intervals", None, "intervals must be an object"),
+        ("intervals", {"x": [2, 1]}, "intervals must hold"),
+        ("intervals", {"x": [1]}, "intervals must hold"),
+        ("kl_from_natural", {"student": "a"}, "kl_from_natural has a student"),
+        ("run", [], "run must be an object"),
+        ("top1_agreement", 1.2, "top1_agreement must be in"),
+        ("run", {"a": [{"b": float("nan")}]}, r"run\.a\[0\]\.b is not a finite"),
+    ],
+)
+def test_what_is_wrong_is_named_with_its_file(tmp_path, key, value, message):
+    path = tmp_path / "bad.json"
+    with pytest.raises(ValueError, match=message) as caught:
+        write_results(path, {**good(), key: value})
+    assert "bad.json" in str(caught.value)
+    assert "\n" not in str(caught.value)
+    assert not path.exists()
+
+
+@pytest.mark.parametrize("key", sorted(REQUIRED))
+def test_missing_keys_are_named(tmp_path, key):
+    results = good()
+    del results[key]
+    with pytest.raises(ValueError, match=f"{key} is missing"):
+        write_results(tmp_path / "r.json", results)
+
+
+def test_files_of_the_first_scripts_are_read(tmp_path):
+    path = tmp_path / "old.json"
+    path.write_text(
+        json.dumps(
+            {
+                "perplexity_ratio": 18.95,
+                "kl_divergence": 2.23,
+                "student_ece": {"ece": 0.274},
+                "teacher_ece": 0.1,
+                "kl_from_natural": 0.03,
+            }
+        )
+    )
+    results = read_results(path)
+    assert results["schema_version"] == SCHEMA_VERSION
+    assert results["student_ece"]["ece"] == 0.274
+    assert results["teacher_ece"] == {"ece": 0.1}
+    assert results["kl_from_natural"] == {"student": 0.03, "teacher": None}
+    assert results["student_perplexity"] is None
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("", "not valid JSON"),
+        ("[]", "not a results file"),
+        ('{"schema_version": 99}', "newer"),
+        ('{"schema_version": "1"}', "whole number"),
+        ('{"schema_version": 1}', "is missing"),
+        ('{"schema_version": true}', "whole number"),
+        ("[" * 100_000, "not valid JSON"),
+        ('{"perplexity_ratio": NaN}', "above 0"),
+    ],
+)
+def test_broken_files_are_refused_in_one_line(tmp_path, text, message):
+    path = tmp_path / "broken.json"
+    path.write_text(text)
+    with pytest.raises(ValueError, match=message) as caught:
+        read_results(path)
+    assert "broken.json" in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+def test_any_mixture_of_values_is_read_or_refused_with_a_line():
+    rng = random.Random(0)
+    pool = [None, -1, 0, 0.5, 3, True, "x", [], [1, 2], {}, {"ece": []}, {"student": {}}, 1e400]
+    for _ in range(3000):
+        results = {"schema_version": 1, **good()}
+        for key in rng.sample([*REQUIRED, *OPTIONAL], k=rng.randint(1, 4)):
+            results[key] = rng.choice(pool)
+        refused = None
+        try:
+            validate(results, "r.json")
+        except ValueError as error:
+            refused = str(error)
+        assert refused is None or refused.startswith("r.json: ")
+
+
+def test_figures_by_dotted_name():
+    assert figure(good(), "student_ece.ece") == 0.03
+    assert figure(good(), "student_ece.nothing") is None
+    assert figure(good(), "perplexity_ratio.nothing") is None
+
+
+def test_table_for_a_person(capsys):
+    assert with_interval(good(), "perplexity_ratio") == "1.500 [1.400, 1.600]"
+    assert with_interval(good(), "kl_divergence") == "0.200"
+    print_table(good())
+    shown = capsys.readouterr().out
+    assert "1.500 [1.400, 1.600]" in shown
+    assert "ratio below 2.00: passed" in shown
+    assert "calibration of the student is not meaningful" in shown
+    assert summary_lines({}) == []
