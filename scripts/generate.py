@@ -1,0 +1,114 @@
+#!/usr/bin/env python3
+r"""Generate proteins with a causal protein language model and write them as FASTA.
+
+Examples:
+  python scripts/generate.py --model models/demo --num_sequences 100 --output new.fasta
+  python scripts/generate.py --model models/demo --prompt MKT --min_length 100 --max_length 300 \
+      --rank_by_perplexity --scorer data/small_teacher --output ranked.fasta
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from src.cli import HelpFormatter, natural, positive_float, positive_int, run_script, say, share
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """Return the parser of this script."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=HelpFormatter)
+    add = parser.add_argument_group("what to generate").add_argument
+    add("--model", required=True, help="directory or hub id")
+    add("--num_sequences", type=positive_int, default=10, help="how many proteins")
+    add("--min_length", type=positive_int, default=1, help="residues; shorter ones are discarded")
+    add("--max_length", type=positive_int, help="residues; longer ones are discarded")
+    add("--prompt", default="", help="first residues of every protein")
+    add(
+        "--allow_unfinished",
+        action="store_true",
+        help="keep proteins that the model did not end, cut at --max_length",
+    )
+    add("--max_attempts", type=positive_int, help="give up after (default: 20 a protein, or 200)")
+
+    add = parser.add_argument_group("sampling").add_argument
+    add("--top_k", type=natural, default=950, help="among so many likeliest tokens; 0: all")
+    add("--top_p", type=share, default=1.0, help="among the tokens with this share")
+    add("--repetition_penalty", type=positive_float, default=1.2, help="1: none")
+    add("--temperature", type=positive_float, default=1.0, help="divides the logits")
+    add("--seed", type=natural, default=0, help="of all random numbers")
+    add("--batch_size", type=positive_int, default=64, help="at a time; does not change the result")
+    add("--device", default="auto", help="auto, cpu or cuda")
+
+    add = parser.add_argument_group("output").add_argument
+    add("--output", type=Path, required=True, help="FASTA file")
+    add("--rank_by_perplexity", action="store_true", help="most likely proteins first")
+    add("--scorer", help="model that gives the perplexities (default: the model itself)")
+    add("--overwrite", action="store_true", help="replace the file")
+    return parser
+
+
+def run(args: argparse.Namespace) -> dict:
+    """Generate, score and write. Returns the counts."""
+    if args.output.is_dir():
+        raise ValueError(f"--output {args.output} is a directory: name a file")
+    if args.output.exists() and not args.overwrite:
+        raise ValueError(f"{args.output} exists: pass --overwrite or another --output")
+    if args.scorer and args.scorer == args.model:
+        args.scorer = None
+    from src import generation as g
+    from src.cli import quiet_libraries
+    from src.devices import choose_device
+    from src.fasta import write_fasta
+    from src.models import load_causal_lm, load_tokenizer
+
+    quiet_libraries()
+    settings = g.GenerationSettings(
+        **{k: v for k, v in vars(args).items() if k in g.GenerationSettings.__dataclass_fields__},
+        whole_only=not args.allow_unfinished,
+    )
+    device = choose_device(args.device)
+    tokenizer = load_tokenizer(args.model)
+    model = load_causal_lm(args.model, device=device)
+    scorer, scorer_tokenizer = model, tokenizer
+    if args.scorer:  # before the sampling: what is wrong with it shows at once
+        scorer_tokenizer = load_tokenizer(args.scorer)
+        scorer = load_causal_lm(args.scorer, device=device)
+    result = g.sample_proteins(model, tokenizer, settings, say)
+    lost = g.reasons_line(result.discarded)
+    say(f"{result.attempts:,} attempts: {len(result.proteins):,} kept" + (lost and f", {lost}"))
+    if len(result.proteins) < args.num_sequences:
+        few = (
+            f"only {len(result.proteins)} of {args.num_sequences} proteins found: widen "
+            "--min_length and --max_length, pass --allow_unfinished or raise --max_attempts"
+        )
+        if not result.proteins:
+            raise ValueError(f"{few} ({lost})")
+        say(few)
+    say(
+        f"{len(result.proteins) / result.seconds:.1f} proteins/s, "
+        f"{result.tokens / result.seconds:,.0f} tokens/s"
+    )
+    found = list(
+        zip(result.proteins, g.perplexities(scorer, scorer_tokenizer, result.proteins), strict=True)
+    )
+    if args.rank_by_perplexity:
+        found.sort(key=lambda pair: float("inf") if pair[1] is None else pair[1])
+    names = {"model": Path(args.model).name or args.model}
+    if args.scorer:
+        names["scorer"] = Path(args.scorer).name or args.scorer
+    write_fasta(args.output, g.fasta_records(found, args.seed, names))
+    say(f"written: {args.output}")
+    return result.counts
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run the script and return its exit status."""
+    return run_script(run, build_parser, argv)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

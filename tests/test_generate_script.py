@@ -1,0 +1,147 @@
+"""scripts/generate.py as a user runs it."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+import torch
+
+from scripts.generate import main
+from src.fasta import parse_header
+from src.sources import read_proteins
+
+
+@pytest.fixture
+def folder(tiny_lm, tiny_tokenizer, tmp_path):
+    """Write a model that ends proteins often enough."""
+    model = tiny_lm(n_embd=24, seed=4, initializer_range=0.1)
+    model.save_pretrained(tmp_path / "model")
+    tiny_tokenizer.save_pretrained(tmp_path / "model")
+    return tmp_path
+
+
+def run(folder, *options, name="new.fasta"):
+    return main(
+        ["--model", str(folder / "model"), "--output", str(folder / name), "--device", "cpu"]
+        + [str(option) for option in options]
+    )
+
+
+def headers(path):
+    return [parse_header(line) for line in path.read_text().splitlines() if line[0] == ">"]
+
+
+def test_a_run(folder, capsys):
+    options = ("--num_sequences", 4, "--min_length", 2, "--max_length", 200, "--prompt", "MK")
+    assert run(folder, *options) == 0
+    shown = capsys.readouterr().out
+    assert "attempts: 4 kept" in shown
+    assert "proteins/s" in shown
+    assert f"written: {folder / 'new.fasta'}" in shown
+    proteins = list(read_proteins(folder / "new.fasta", keep_ambiguous=True))
+    assert len(proteins) == 4
+    assert all(p.residues.startswith("MK") and len(p.residues) <= 200 for p in proteins)
+    for (name, fields), protein in zip(headers(folder / "new.fasta"), proteins, strict=True):
+        assert name == protein.name
+        assert float(fields["perplexity_per_residue"]) > 1
+        assert int(fields["residues"]) == len(protein.residues)
+        assert (fields["model"], fields["seed"], fields["whole"]) == ("model", "0", "yes")
+        assert "scorer" not in fields
+    assert run(folder, *options, "--batch_size", 2, name="again.fasta") == 0
+    assert (folder / "again.fasta").read_text() == (folder / "new.fasta").read_text()
+
+
+def test_ranking_by_another_model(folder, tiny_lm, tiny_tokenizer):
+    tiny_lm(seed=9).save_pretrained(folder / "judge")
+    tiny_tokenizer.save_pretrained(folder / "judge")
+    options = ("--num_sequences", 6, "--rank_by_perplexity")
+    assert run(folder, *options) == 0
+    assert run(folder, *options, "--scorer", folder / "judge", name="judged.fasta") == 0
+    ranked, judged = headers(folder / "new.fasta"), headers(folder / "judged.fasta")
+    for found in (ranked, judged):
+        values = [float(fields["perplexity_per_residue"]) for _, fields in found]
+        assert values == sorted(values)
+        assert [name for name, _ in found] == [f"protein_000{i}" for i in range(1, 7)]
+    assert judged[0][1]["scorer"] == "judge"
+    assert {f["attempt"] for _, f in ranked} == {f["attempt"] for _, f in judged}
+
+
+def test_every_sampling_flag_changes_something(folder):
+    run(folder, "--num_sequences", 3)
+    plain = (folder / "new.fasta").read_text().splitlines()[1:]
+    for number, option in enumerate(
+        (
+            ("--top_k", 3),
+            ("--top_p", 0.3),
+            ("--repetition_penalty", 2.0),
+            ("--temperature", 0.5),
+            ("--seed", 1),
+            ("--prompt", "W"),
+            ("--min_length", 40),
+            ("--max_length", 5, "--allow_unfinished"),
+        )
+    ):
+        assert run(folder, "--num_sequences", 3, *option, name=f"{number}.fasta") == 0
+        assert (folder / f"{number}.fasta").read_text().splitlines()[1:] != plain, option
+
+
+def test_nothing_is_overwritten_unasked(folder, capsys):
+    (folder / "new.fasta").write_text("mine")
+    assert run(folder, "--num_sequences", 1) == 2
+    assert "--overwrite" in capsys.readouterr().err
+    assert (folder / "new.fasta").read_text() == "mine"
+    assert run(folder, "--num_sequences", 1, "--overwrite") == 0
+    assert (folder / "new.fasta").read_text().startswith(">")
+    assert run(folder, name=".") == 2
+
+
+def test_too_few_are_told_and_none_is_an_error(folder, capsys):
+    assert run(folder, "--num_sequences", 9, "--max_attempts", 9, "--min_length", 60) == 0
+    kept = len(headers(folder / "new.fasta"))
+    assert 0 < kept < 9
+    assert f"only {kept} of 9 proteins found: widen" in capsys.readouterr().out
+    hopeless = ("--num_sequences", 3, "--min_length", 200, "--max_length", 201)
+    assert run(folder, *hopeless, "--max_attempts", 5, name="none.fasta") == 2
+    error = capsys.readouterr().err
+    assert "only 0 of 3 proteins found" in error
+    assert error.count("\n") == 1
+    assert not (folder / "none.fasta").exists()
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (("--prompt", "MK2"), "--prompt: '2' is not a residue"),
+        (("--max_length", 99999), "the model's 256 positions hold at most"),
+        (("--min_length", 9, "--max_length", 5), "--max_length 5 is below --min_length 9"),
+        (("--scorer", "./nowhere"), "there is no such directory"),
+        (("--device", "cuda"), "no CUDA device"),
+    ],
+)
+def test_errors_are_one_line(folder, capsys, options, message):
+    if "cuda" in options and torch.cuda.is_available():
+        pytest.skip("there is a CUDA device")
+    parsed = run(folder, *options)
+    error = capsys.readouterr().err
+    assert parsed == 2
+    assert message in error
+    assert error.count("\n") == 1
+
+
+def test_a_tokenizer_without_an_end(folder, capsys):
+    for name in ("tokenizer_config.json", "special_tokens_map.json"):
+        path = folder / "model" / name
+        if path.exists():
+            record = json.loads(path.read_text())
+            path.write_text(json.dumps({k: v for k, v in record.items() if k != "eos_token"}))
+    assert run(folder) == 2
+    assert "no end-of-text token" in capsys.readouterr().err
+
+
+def test_help_is_quick_and_complete(capsys):
+    with pytest.raises(SystemExit) as stop:
+        main(["--help"])
+    assert stop.value.code == 0
+    shown = capsys.readouterr().out
+    assert all(flag in shown for flag in ("--rank_by_perplexity", "--scorer", "--allow_unfinished"))

@@ -1,0 +1,371 @@
+"""Sampling: the distribution, the warps, whole proteins, counts, seeds, batches, cache, scores."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from scipy.stats import chisquare
+
+from src.fasta import FastaRecord, fasta_lines, format_header, parse_header, write_fasta
+from src.generation import (
+    EMPTY,
+    NO_PROTEIN,
+    TOO_LONG,
+    TOO_SHORT,
+    UNFINISHED,
+    GeneratedProtein,
+    GenerationSettings,
+    attempt_stream,
+    fasta_records,
+    logits_warp,
+    perplexities,
+    pick,
+    sample_proteins,
+    score_proteins,
+)
+from src.proteins import layout, prompt_layout
+from src.sources import read_proteins
+
+
+@pytest.fixture(scope="module")
+def tokenizer(tiny_tokenizer):
+    return tiny_tokenizer
+
+
+@pytest.fixture
+def model(tiny_lm):
+    """Return a model in float64 that ends about one protein in twenty tokens."""
+    return ending(tiny_lm(n_embd=24, seed=4), 2.0)
+
+
+def ending(model, logit: float):
+    """Add ``logit`` to the end token's wherever the model is, and make the model exact."""
+    head = torch.nn.Linear(model.config.n_embd, model.config.vocab_size)
+    with torch.no_grad():
+        head.weight.copy_(model.lm_head.weight * 0.5)
+        head.bias.zero_()
+        head.bias[0] = logit
+    model.lm_head = head
+    return model.double().eval()
+
+
+def test_picked_tokens_follow_the_distribution():
+    torch.manual_seed(0)
+    scores = torch.randn(1, 12)
+    scores[0, 3] = scores[0, 11] = -torch.inf
+    uniforms = torch.rand(20_000, dtype=torch.float64)
+    counts = torch.bincount(pick(scores.expand(20_000, 12), uniforms), minlength=12).numpy()
+    expected = scores.softmax(-1)[0].double().numpy() * 20_000
+    possible = expected > 0
+    assert counts[~possible].sum() == 0
+    expected = expected[possible] * counts.sum() / expected[possible].sum()
+    assert chisquare(counts[possible], expected).pvalue > 0.001
+    largest = torch.tensor([np.nextafter(1.0, 0.0)], dtype=torch.float64)
+    assert pick(scores, largest).item() == 10  # never an excluded token
+    scores[0, 0] = -torch.inf
+    assert pick(scores, torch.zeros(1, dtype=torch.float64)).item() == 1
+
+
+def test_sampled_proteins_follow_the_models_distribution(model, tokenizer):
+    """The first residues of a thousand proteins, against softmax of the model's logits."""
+    settings = GenerationSettings(
+        num_sequences=1000, top_k=0, repetition_penalty=1.0, whole_only=False, max_length=1,
+        batch_size=200,
+    )  # fmt: skip
+    result = sample_proteins(model, tokenizer, settings)
+    prompt = torch.tensor([tokenizer(prompt_layout())["input_ids"]])
+    with torch.no_grad():
+        probs = model(input_ids=prompt).logits[0, -1].softmax(-1).numpy()
+    tokens = tokenizer.convert_ids_to_tokens(list(range(64)))
+    # Of the attempts whose first token has residues, by first residue.
+    letters = sorted({t[0] for t in tokens if t and "A" <= t[0] <= "Z"})
+    expected = np.array(
+        [sum(p for t, p in zip(tokens, probs, strict=True) if t[0] == c) for c in letters]
+    )
+    first = []
+    for protein in result.proteins:
+        level = attempt_stream(0, protein.attempt, 1)[0]
+        if tokens[int(np.searchsorted(probs.cumsum(), level, side="right"))][0] in letters:
+            first.append(protein.residues[0])
+    counts = np.array([first.count(c) for c in letters])
+    assert len(first) > 500
+    assert chisquare(counts, expected / expected.sum() * counts.sum()).pvalue > 0.001
+
+
+@pytest.mark.parametrize("penalty", [1.0, 1.3])
+def test_one_likeliest_token_is_the_librarys_greedy_decoding(model, tokenizer, penalty):
+    settings = GenerationSettings(
+        num_sequences=1, top_k=1, repetition_penalty=penalty, whole_only=False, prompt="MK"
+    )
+    result = sample_proteins(model, tokenizer, settings)
+    prompt = torch.tensor([tokenizer(prompt_layout("MK"))["input_ids"]])
+    greedy: Any = model.generate(
+        prompt, attention_mask=torch.ones_like(prompt), do_sample=False, max_length=256,
+        repetition_penalty=penalty, pad_token_id=0,
+    )  # fmt: skip
+    text = tokenizer.decode(greedy[0]).replace("<|endoftext|>", "").replace("\n", "")
+    assert result.sequences == [text]
+
+
+def test_warps_are_the_librarys_in_its_order():
+    torch.manual_seed(1)
+    ids: Any = torch.randint(0, 64, (3, 9))
+    scores = torch.randn(3, 64)
+    settings = GenerationSettings(top_k=10, top_p=0.8, repetition_penalty=1.3, temperature=0.7)
+    warped = logits_warp(settings)(ids, scores.clone())
+    expected = scores.clone()
+    for row in range(3):
+        for token in set(ids[row].tolist()):
+            value = expected[row, token]
+            expected[row, token] = value * 1.3 if value < 0 else value / 1.3
+    expected = expected / 0.7
+    kept = warped > -torch.inf
+    assert (kept.sum(-1) <= 10).all()
+    torch.testing.assert_close(warped[kept], expected[kept])
+    none = GenerationSettings(top_k=0, repetition_penalty=1.0)
+    assert len(logits_warp(none)) == 0
+
+
+@pytest.mark.parametrize("prompt", ["", "MKTAYIAKQRQISFVKSHFSRQ"])
+def test_batches_do_not_change_what_is_sampled(model, tokenizer, prompt):
+    """Slots are refilled, made fewer and more; every protein is the one of its attempt alone."""
+    found = []
+    for batch in (1, 3, 8, 64):
+        settings = GenerationSettings(
+            num_sequences=14, batch_size=batch, seed=5, min_length=30, max_length=150, prompt=prompt
+        )
+        result = sample_proteins(model, tokenizer, settings)
+        found.append((result.proteins, result.attempts, result.discarded))
+        assert len(result.proteins) == 14
+    assert found[0] == found[1] == found[2] == found[3]
+    assert found[0][2]  # some were discarded, or nothing was tested
+    assert all(s.startswith(prompt) for s in [p.residues for p in found[0][0]])
+
+
+def test_another_seed_gives_other_proteins(model, tokenizer):
+    first, again, other = (
+        sample_proteins(model, tokenizer, GenerationSettings(num_sequences=3, seed=seed)).sequences
+        for seed in (1, 1, 2)
+    )
+    assert first == again
+    assert first != other
+
+
+def test_dropout_is_off_for_the_while(tiny_lm, tokenizer):
+    settings = GenerationSettings(num_sequences=3, whole_only=False, max_length=30)
+    found = []
+    for training in (False, True):
+        dropping = ending(tiny_lm(embd_pdrop=0.5, resid_pdrop=0.5, attn_pdrop=0.5), 2.0)
+        dropping.train(training)
+        found.append(sample_proteins(dropping, tokenizer, settings).proteins)
+        assert dropping.training == training
+    assert found[0] == found[1]
+
+
+def test_cached_steps_equal_uncached_ones(model, tokenizer):
+    """Each protein, found with slots and cache, is the one that full passes find."""
+    settings = GenerationSettings(num_sequences=6, seed=11, top_k=20, batch_size=2)
+    warp = logits_warp(settings)
+    for protein in sample_proteins(model, tokenizer, settings).proteins:
+        ids: Any = torch.tensor([tokenizer(prompt_layout())["input_ids"]])
+        for level in torch.from_numpy(attempt_stream(11, protein.attempt, 256)):
+            with torch.no_grad():
+                scores = warp(ids, model(ids).logits[:, -1].float())
+            ids = torch.cat([ids, pick(scores, level[None])[None]], -1)
+            if ids[0, -1] == tokenizer.eos_token_id:
+                break
+        text = tokenizer.decode(ids[0]).replace("<|endoftext|>", "").replace("\n", "")
+        assert text == protein.residues
+
+
+def test_every_attempt_is_accounted_for(model, tokenizer):
+    settings = GenerationSettings(num_sequences=12, min_length=8, max_length=25, batch_size=5)
+    result = sample_proteins(model, tokenizer, settings)
+    assert len(result.proteins) == 12
+    assert result.attempts == 12 + sum(result.discarded.values())
+    assert result.counts == {"attempts": result.attempts, "kept": 12, **result.discarded}
+    assert set(result.discarded) <= {EMPTY, TOO_SHORT, TOO_LONG, UNFINISHED, NO_PROTEIN}
+    assert {TOO_SHORT, TOO_LONG} <= set(result.discarded)
+    assert all(8 <= len(p.residues) <= 25 and p.whole for p in result.proteins)
+    assert [p.attempt for p in result.proteins] == sorted(p.attempt for p in result.proteins)
+    assert result.surplus >= 0
+    assert result.tokens > sum(len(p.residues) for p in result.proteins) / 3
+    assert not model.training
+
+
+def test_short_proteins_are_not_preferred(model, tokenizer):
+    """The ten first attempts are taken, not the ten that are done first of many."""
+    few = GenerationSettings(num_sequences=10, batch_size=10, min_length=30, max_length=200)
+    many = GenerationSettings(num_sequences=40, batch_size=40, min_length=30, max_length=200)
+    first = sample_proteins(model, tokenizer, few).proteins
+    assert first == sample_proteins(model, tokenizer, many).proteins[:10]
+
+
+def test_both_bounds_of_the_length_are_allowed(model, tokenizer):
+    protein = sample_proteins(model, tokenizer, GenerationSettings(num_sequences=1)).proteins[0]
+    size = len(protein.residues)
+    for low, high, kept in ((size, size, True), (size + 1, 200, False), (1, size - 1, False)):
+        settings = GenerationSettings(num_sequences=1, min_length=low, max_length=high)
+        found = sample_proteins(model, tokenizer, settings).proteins
+        assert (found == [protein]) == kept
+
+
+def test_a_model_that_never_ends(tiny_lm, tokenizer):
+    endless = ending(tiny_lm(n_layer=1, n_positions=40), -50.0)
+    lines = []
+    result = sample_proteins(endless, tokenizer, GenerationSettings(num_sequences=1), lines.append)
+    assert result.proteins == []
+    assert result.counts == {"attempts": 200, "kept": 0, UNFINISHED: 200}
+    assert len(lines) == 1
+    assert "none good so far" in lines[0]
+    unfinished = GenerationSettings(num_sequences=3, whole_only=False, max_length=12)
+    kept = sample_proteins(endless, tokenizer, unfinished).proteins
+    assert [(len(p.residues), p.whole) for p in kept] == [(12, False)] * 3
+    one = GenerationSettings(num_sequences=1, whole_only=False)
+    all_positions = 40 - len(tokenizer(prompt_layout())["input_ids"])
+    assert sample_proteins(endless, tokenizer, one).tokens == all_positions
+    to_the_end = GenerationSettings(num_sequences=3, whole_only=False, repetition_penalty=1.0)
+    for protein in sample_proteins(endless, tokenizer, to_the_end).proteins:
+        assert len(protein.residues) > 12
+        assert not protein.whole
+
+
+def test_padding_columns_of_the_vocabulary_are_never_sampled(tiny_lm, tokenizer):
+    padded = tiny_lm(n_layer=1, vocab_size=80, n_positions=40)
+    ending(padded, 2.0)
+    with torch.no_grad():
+        padded.lm_head.bias[64:] = 100.0
+    settings = GenerationSettings(num_sequences=4, top_k=0)
+    assert len(sample_proteins(padded, tokenizer, settings).proteins) == 4
+
+
+def test_other_architectures(tokenizer):
+    """Rotary positions and fewer key heads than heads: nothing here is GPT-2's own."""
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    torch.manual_seed(0)
+    llama = LlamaForCausalLM(
+        LlamaConfig(
+            vocab_size=64,
+            hidden_size=16,
+            intermediate_size=32,
+            num_hidden_layers=2,
+            num_attention_heads=4,
+            num_key_value_heads=2,
+            max_position_embeddings=60,
+            bos_token_id=0,
+            eos_token_id=0,
+            pad_token_id=0,
+            initializer_range=0.4,
+        )  # fmt: skip
+    )
+    llama = llama.double().eval()
+    found = [
+        sample_proteins(
+            llama, tokenizer, GenerationSettings(num_sequences=6, whole_only=False, batch_size=b)
+        ).proteins
+        for b in (1, 4)
+    ]
+    assert found[0] == found[1]
+
+
+def test_what_does_not_fit_is_refused(model, tiny_lm, tokenizer):
+    def sample(other=model, words=tokenizer, **options):
+        return sample_proteins(other, words, GenerationSettings(**options))
+
+    with pytest.raises(ValueError, match="leave no room"):
+        sample(prompt="ACDEFGHIKL" * 60)
+    with pytest.raises(ValueError, match="--max_length 100000: the model's 256 positions"):
+        sample(max_length=100_000)
+    with pytest.raises(ValueError, match="--min_length 9999: the model's 256 positions"):
+        sample(min_length=9999)
+    with pytest.raises(ValueError, match="more tokens than the model"):
+        sample(tiny_lm(vocab_size=10), prompt="MKT")
+    broken = tiny_lm()
+    with torch.no_grad():
+        broken.lm_head.weight.fill_(torch.nan)
+    with pytest.raises(ValueError, match="not a number"):
+        sample(broken)
+
+
+def test_scores_equal_a_plain_pass(model, tokenizer, random_proteins):
+    proteins = [*random_proteins(4, 5, 90, seed=2), "ACDEF" * 300]  # the last does not fit
+    scores = score_proteins(model, tokenizer, proteins)
+    assert scores.perplexity_per_residue[-1] is None
+    assert math.isnan(scores.nll[-1])
+    values = scores.perplexity_per_residue[:-1]
+    for residues, nll, tokens, value in zip(
+        proteins, scores.nll, scores.tokens, values, strict=False
+    ):
+        ids = torch.tensor([tokenizer(layout(residues))["input_ids"]])
+        with torch.no_grad():
+            log_probs = model(ids).logits[0].log_softmax(-1)
+        expected = -sum(log_probs[t, ids[0, t + 1]].item() for t in range(ids.shape[1] - 1))
+        assert tokens == ids.shape[1] - 1
+        assert nll == pytest.approx(expected, rel=1e-5)
+        assert value == pytest.approx(math.exp(expected / len(residues)), rel=1e-5)
+    unfinished = GeneratedProtein(proteins[0], False, 0)
+    whole = GeneratedProtein(proteins[0], True, 0)
+    first, second = perplexities(model, tokenizer, [unfinished, whole])
+    assert first is not None
+    assert second is not None
+    assert first < second == pytest.approx(values[0])
+    assert perplexities(model, tokenizer, []) == []
+
+
+def test_fasta_round_trip(tmp_path, random_proteins):
+    residues = [*random_proteins(7, 1, 200, seed=3), "M" * 60, "M" * 61, "M"]
+    scored = [(GeneratedProtein(s, i % 2 == 0, i), 1.5 + i) for i, s in enumerate(residues)]
+    records = fasta_records([*scored[:-1], (scored[-1][0], None)], 7, {"model": "my model"})
+    path = tmp_path / "new" / "out.fasta"
+    write_fasta(path, records)
+    lines = path.read_text().splitlines()
+    assert max(len(line) for line in lines if line[0] != ">") == 60
+    assert [p.residues for p in read_proteins(path)] == residues
+    headers = [parse_header(line) for line in lines if line[0] == ">"]
+    assert headers[0] == (
+        "protein_0001",
+        {
+            "perplexity_per_residue": "1.5",
+            "residues": str(len(residues[0])),
+            "model": "my_model",
+            "seed": "7",
+            "attempt": "0",
+            "whole": "yes",
+        },
+    )
+    assert headers[-1][1]["perplexity_per_residue"] == "none"
+
+
+def test_headers_stay_one_line():
+    record = FastaRecord("a\nb", "MK", {"model": " x\ty=z ", "empty": "", "value": 1 / 3})
+    header = format_header(record)
+    assert header == ">a_b model=x_y=z empty=_ value=0.333333"
+    assert parse_header(header + "\n")[1]["model"] == "x_y=z"
+    assert fasta_lines(record) == [header, "MK"]
+    assert parse_header(">") == ("", {})
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"num_sequences": 0}, "--num_sequences"),
+        ({"min_length": 9, "max_length": 5}, "--max_length"),
+        ({"prompt": "mk"}, "--prompt"),
+        ({"prompt": "MK1"}, "--prompt: '1' is not a residue"),
+        ({"prompt": "MKT", "max_length": 2}, "--prompt has more"),
+        ({"top_p": 0.0}, "--top_p"),
+        ({"temperature": 0.0}, "--temperature"),
+        ({"repetition_penalty": -1.0}, "--repetition_penalty"),
+        ({"top_k": -1}, "--top_k"),
+        ({"seed": -1}, "--seed"),
+        ({"num_sequences": 9, "max_attempts": 8}, "--max_attempts"),
+    ],
+)
+def test_bad_settings_name_the_flag(options, message):
+    with pytest.raises(ValueError, match=message):
+        GenerationSettings(**options)
