@@ -96,7 +96,7 @@ class ConsoleProgress(TrainerCallback):
         line = self._line(state, logs)
         if line and self.bar is None:
             say(line)
-        elif line and "eval_loss" in logs:
+        elif self.bar is not None and "eval_loss" in logs:
             self.bar.write(line)
 
     def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:

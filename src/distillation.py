@@ -25,6 +25,7 @@ from transformers.trainer_utils import EvalLoopOutput
 
 from src.batching import EpochSampler, PackedDataset, ProteinDataset
 from src.checkpoints import AtomicCheckpointTrainer
+from src.fused import fused_distillation_loss, teacher_statistics
 from src.losses import (
     CONSTANT_ENTROPY,
     IGNORED_LABEL,
@@ -207,8 +208,6 @@ class DistillationTrainer(AtomicCheckpointTrainer):
         """
         assert self.teacher_model is not None
         _, labels, segments = self._split_inputs(inputs)
-        from src.fused import teacher_statistics
-
         valid = valid_positions(labels, inputs.get("attention_mask"), segments)
         hidden = self._teacher_hidden(inputs)
         inputs["teacher_hidden_states"] = hidden  # type: ignore[index]
@@ -313,8 +312,6 @@ class DistillationTrainer(AtomicCheckpointTrainer):
         if self.teacher_model is not None and self.loss_settings.alpha < 1.0:
             teacher_hidden = self._teacher_hidden(inputs)
             teacher_weight, teacher_bias = output_head(self.teacher_model)
-        from src.fused import fused_distillation_loss
-
         return fused_distillation_loss(
             student_hidden,
             *student_head,

@@ -88,12 +88,13 @@ def known_rows(
 
     if not Path(settings.data).exists() or not Path(settings.teacher_model).is_dir():
         return None
+    from src.data import data_summary
     from src.models import load_tokenizer
     from src.training import load_parts, training_rows
 
     parts = load_parts(
         settings, load_tokenizer(settings.teacher_model), settings.max_length, cache_dir
     )
-    for line in parts["train"].summary(settings.batch_size):
+    for line in data_summary(parts["train"], settings.batch_size, "training"):
         announce(line)
     return training_rows(settings, parts["train"], settings.max_length)

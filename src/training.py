@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import os
-import resource
-import sys
 import time
 from collections.abc import Callable
 from dataclasses import asdict
@@ -20,7 +18,14 @@ from src.batching import PackedDataset, PackingCollator, PaddingCollator, Protei
 from src.callbacks import ConsoleProgress, MetricsFile
 from src.checkpoints import newest_valid
 from src.cli import duration, quiet_libraries, say, size
-from src.data import TokenisedProteins, chosen, has_split, tokenise
+from src.data import TokenisedProteins, chosen, data_summary, tokenise
+from src.devices import (
+    choose_device,
+    choose_precision,
+    describe_device,
+    peak_memory,
+    weights_dtype,
+)
 from src.distillation import DistillationTrainer
 from src.evaluation import check_teacher
 from src.models import (
@@ -35,6 +40,7 @@ from src.models import (
 from src.runs import FINISHED, RUNNING, claim_folder, locked, provenance, read_run, write_run
 from src.settings import TrainSettings, derived_steps
 from src.sizing import total_steps
+from src.sources import has_split
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -43,37 +49,6 @@ HELD_OUT_SHARE = 0.02
 """Of a source without a validation part: proteins set aside, at most ``validation_proteins``."""
 WANDB_PROJECT = "PROTGPT2_DISTILLATION"
 CHECKPOINTS_KEPT = 2
-
-
-def choose_device(name: str) -> torch.device:
-    """Return the device of that name; ``auto`` is CUDA where there is one.
-
-    Raises:
-        ValueError: CUDA is asked for and not there.
-    """
-    if name == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    if name.startswith("cuda") and not torch.cuda.is_available():
-        raise ValueError("--device cuda: PyTorch sees no CUDA device; pass --device cpu or auto")
-    return torch.device(name)
-
-
-def choose_precision(name: str, device: torch.device) -> str:
-    """Return fp32, bf16 or fp16; ``auto`` is bf16 on a CUDA device that has it, else fp32.
-
-    Raises:
-        ValueError: fp16 is asked for on a CPU, where gradients of a small loss vanish unscaled.
-    """
-    if name == "auto":
-        return "bf16" if device.type == "cuda" and torch.cuda.is_bf16_supported() else "fp32"
-    if name == "fp16" and device.type == "cpu":
-        raise ValueError("--precision fp16 needs a GPU: use bf16 or fp32 on a CPU")
-    return name
-
-
-def weights_dtype(precision: str) -> torch.dtype:
-    """Return the dtype in which a teacher is held."""
-    return {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[precision]
 
 
 def load_parts(
@@ -205,14 +180,6 @@ def build_trainer(
     return trainer
 
 
-def peak_memory(device: torch.device) -> int:
-    """Return the most memory held so far, in bytes: of the GPU, or of the process on a CPU."""
-    if device.type == "cuda":
-        return torch.cuda.max_memory_allocated(device)
-    factor = 1 if sys.platform == "darwin" else 1024
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * factor
-
-
 def train(
     settings: TrainSettings,
     output_dir: Path,
@@ -266,7 +233,7 @@ def train(
     rows = training_rows(settings, parts["train"], max_length)
     steps = total_steps(settings, rows)
     assert steps is not None
-    for line in parts["train"].summary(settings.batch_size):
+    for line in data_summary(parts["train"], settings.batch_size, "training"):
         announce(line)
     announce(
         f"teacher {settings.teacher_model}: {teacher_parameters:,} parameters; student "
@@ -303,8 +270,8 @@ def train(
             "compression": teacher_parameters / parameters,
             "data": {
                 "source": settings.data,
-                "train": parts["train"].description(),
-                "validation": parts["validation"].description(),
+                "train": describe_data(parts["train"]),
+                "validation": describe_data(parts["validation"]),
             },
             "steps": steps,
         }
@@ -323,7 +290,7 @@ def train(
             torch.cuda.reset_peak_memory_stats(device)
         trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
         seconds = time.monotonic() - started
-        final = trainer.evaluate()
+        final = last_evaluation(trainer) or trainer.evaluate()
         trainer.save_model(str(output_dir))
         record |= {
             "status": FINISHED,
@@ -342,8 +309,20 @@ def train(
     return record
 
 
-def describe_device(device: torch.device) -> dict[str, Any]:
-    """Return what a device is, for the record."""
-    if device.type == "cuda":
-        return {"type": "cuda", "name": torch.cuda.get_device_name(device)}
-    return {"type": device.type, "threads": torch.get_num_threads()}
+def last_evaluation(trainer: DistillationTrainer) -> dict[str, float] | None:
+    """Return the validation that was made after the last step, or None where none was."""
+    for record in reversed(trainer.state.log_history):
+        if "eval_loss" in record:
+            return record if record["step"] == trainer.state.global_step else None
+    return None
+
+
+def describe_data(proteins: TokenisedProteins) -> dict[str, Any]:
+    """Return what a set of proteins is, for the record."""
+    return {
+        "proteins": len(proteins),
+        "residues": int(proteins.residues.sum(dtype=np.int64)),
+        "tokens": int(proteins.lengths.sum(dtype=np.int64)),
+        "fingerprint": proteins.fingerprint,
+        "read": proteins.report.as_dict(),
+    }

@@ -21,6 +21,7 @@ from src.checkpoints import (
 )
 from src.distillation import DistillationTrainer
 from src.files import sha256_file
+from src.models import model_fingerprint
 
 
 class Tokens:
@@ -109,16 +110,18 @@ def test_a_resumed_run_ends_in_the_same_bits(tiny_lm, tmp_path, stop_after):
     cut.training_step = stopping_step
     with pytest.raises(Stop):
         cut.train()
-    torch.rand(5), random.random(), np.random.rand(3)
+    # Whatever the process did meanwhile must not matter.
+    torch.rand(5)
+    random.random()
+    np.random.rand(3)
     resumed = make_trainer(tiny_lm, tmp_path / "cut", save_total_limit=None)
     resumed.train(resume_from_checkpoint=str(newest_valid(tmp_path / "cut")))
-    for number in (8,):
-        a, b = (tmp_path / name / f"checkpoint-{number}" for name in ("whole", "cut"))
-        for file in ("model.safetensors", "optimizer.safetensors", "random-0.safetensors"):
-            assert sha256_file(a / file) == sha256_file(b / file), file
-        assert history(a) == history(b)
-    for one, other in zip(whole.model.parameters(), resumed.model.parameters(), strict=True):
-        assert torch.equal(one, other)
+    a, b = (tmp_path / name / "checkpoint-8" for name in ("whole", "cut"))
+    for file in ("model.safetensors", "optimizer.safetensors", "random-0.safetensors"):
+        assert sha256_file(a / file) == sha256_file(b / file), file
+    assert history(a) == history(b)
+    one, other = (model_fingerprint(ours.model) for ours in (whole, resumed))  # type: ignore[arg-type]
+    assert one == other
 
 
 def test_old_checkpoints_go_and_no_pickle_is_written(tiny_lm, tmp_path):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from typing import Any
 
 import numpy as np
 import pytest
@@ -15,7 +16,7 @@ from src.distillation import DistillationTrainer, distillation_loss
 from src.models import build_student, model_fingerprint, student_config
 from src.settings import LossSettings, StudentSettings
 
-BOTH = {"use_uncertainty_weighting": True, "use_calibration_smoothing": True}
+BOTH: dict[str, Any] = {"use_uncertainty_weighting": True, "use_calibration_smoothing": True}
 
 
 class Tokens:
@@ -262,8 +263,8 @@ def test_hard_loss_alone_needs_no_teacher(models, tmp_path):
     student, _ = models()
     ours = DistillationTrainer(model=student, alpha=1.0, args=arguments(tmp_path / "hard"))
     batch = padded(Tokens())
-    loss = ours.compute_loss(ours.model, batch)
-    expected = ours.model(batch["input_ids"], batch["attention_mask"], labels=batch["labels"]).loss
+    loss = ours.compute_loss(student, batch)
+    expected = student(**batch).loss
     assert loss.item() == pytest.approx(expected.item(), rel=1e-5)
 
 

@@ -1,0 +1,268 @@
+"""scripts/train.py as a user types it: settings, names, refusals, planning, and a whole run."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from scripts import train as script
+from src.settings import PRESETS, LossSettings, StudentSettings, TrainSettings, default_run_name
+
+ROOT = Path(__file__).resolve().parents[1]
+
+
+def settings_of(*arguments: str) -> TrainSettings:
+    return script.build_settings(script.build_parser().parse_args(list(arguments)))
+
+
+def test_help_is_quick_and_needs_no_torch():
+    code = (
+        "import sys; sys.argv = ['train.py', '--help']\n"
+        "import runpy\n"
+        "try: runpy.run_path('scripts/train.py', run_name='__main__')\n"
+        "except SystemExit as stop: assert not stop.code\n"
+        "assert 'torch' not in sys.modules and 'transformers' not in sys.modules"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stderr
+    assert "--use_uncertainty_weighting" in done.stdout
+
+
+def test_default_name_is_the_designs():
+    name = default_run_name(settings_of())
+    assert name == "protgpt2-distilled-t2.0-a0.5-l4-h4-e256-p0.1-lr1e-03.uniprot"
+
+
+def test_the_owners_command():
+    typed = (
+        "--temperature 2.0 --alpha 0.5 --n_layer 4 --n_head 4 --n_embd 512 --train_size_prop 0.1 "
+        "--learning_rate 1e-3 --use_uncertainty_weighting --use_calibration_smoothing "
+        "--output_dir ./models/synergy-tiny"
+    )
+    settings = settings_of(*typed.split())
+    assert settings.student == StudentSettings(4, 4, 512)
+    assert settings.loss == LossSettings(
+        use_uncertainty_weighting=True, use_calibration_smoothing=True
+    )
+    assert settings.data == "nferruz/UR50_2021_04"
+    assert settings.teacher_model == "nferruz/ProtGPT2"
+
+
+@pytest.mark.parametrize("preset", sorted(PRESETS))
+def test_presets_set_shape_and_rate_and_flags_win(preset):
+    settings = settings_of("--preset", preset)
+    assert settings.student == PRESETS[preset].student
+    assert settings.learning_rate == PRESETS[preset].learning_rate
+    changed = settings_of("--preset", preset, "--n_layer", "3", "--learning_rate", "2e-4")
+    assert changed.student.n_layer == 3
+    assert changed.learning_rate == 2e-4
+
+
+CHANGES = {
+    "--teacher_model": "other",
+    "--data": "other",
+    "--train_size_prop": "0.5",
+    "--data_seed": "3",
+    "--max_length": "100",
+    "--n_layer": "3",
+    "--n_head": "2",
+    "--n_embd": "64",
+    "--dropout": "0.1",
+    "--temperature": "3",
+    "--alpha": "0.25",
+    "--use_uncertainty_weighting": None,
+    "--use_calibration_smoothing": None,
+    "--smoothing_factor": "0.2",
+    "--weighting": "mean_one",
+    "--smoothing": "confident",
+    "--divergence": "jsd",
+    "--divergence_weight": "0.3",
+    "--loss_impl": "reference",
+    "--learning_rate": "5e-4",
+    "--lr_schedule": "cosine",
+    "--warmup_steps": "7",
+    "--weight_decay": "0.1",
+    "--max_grad_norm": "2",
+    "--batch_size": "4",
+    "--gradient_accumulation_steps": "2",
+    "--num_train_epochs": "1",
+    "--max_steps": "5",
+    "--batching": "packed",
+    "--precision": "fp32",
+    "--seed": "1",
+    "--eval_steps": "3",
+    "--save_steps": "3",
+    "--validation_proteins": "10",
+}
+
+
+@pytest.mark.parametrize("flag", CHANGES)
+def test_every_flag_changes_the_settings(flag):
+    value = CHANGES[flag]
+    assert settings_of(flag, *([] if value is None else [value])) != settings_of()
+
+
+def test_no_flag_is_forgotten_here():
+    beside = {"--preset", "--output_dir", "--resume", "--report_to", "--device", "--num_workers"}
+    beside |= {"--cache_dir", "--skip_teacher_check", "--dry_run", "--compile", "--help", "-h"}
+    options = {o for a in script.build_parser()._actions for o in a.option_strings}
+    assert options == set(CHANGES) | beside
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--n_embd", "250"], "--n_embd 250 is not divisible by --n_head 4"),
+        (["--preset", "huge"], "--preset"),
+        (["--alpha", "2"], "--alpha must be in [0, 1]"),
+        (["--temperature", "0"], "--temperature"),
+        (["--train_size_prop", "0"], "--train_size_prop"),
+        (["--teacher_model", "no/such/place"], "there is no such directory"),
+        (["--teacher_model", "data/small_teacher", "--data", "missing.fasta"], "missing.fasta"),
+        (["--device", "cuda", "--teacher_model", "data/small_teacher"], "--device"),
+        (["--data", "data/proteins"], "data/small_teacher"),
+    ],
+)
+def test_user_errors_are_one_line(arguments, message, capsys, monkeypatch, tmp_path):
+    monkeypatch.chdir(ROOT)
+    if "--device" in arguments:
+        import torch
+
+        if torch.cuda.is_available():
+            pytest.skip("this machine has a GPU")
+    with pytest.raises(SystemExit) if "--preset" in arguments else no_exit():
+        status = script.main([*arguments, "--output_dir", str(tmp_path / "run")])
+        assert status == 2
+    shown = capsys.readouterr()
+    assert message in shown.err
+    assert shown.err.strip().count("\n") == 0
+    assert not (tmp_path / "run").exists()
+
+
+class no_exit:  # noqa: N801
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *details):
+        return False
+
+
+def tiny_run(teacher, proteins, output, cache, *more: str) -> int:
+    return script.main(
+        f"--teacher_model {teacher} --data {proteins} --output_dir {output} --cache_dir {cache} "
+        "--n_layer 1 --n_head 2 --n_embd 16 --max_steps 6 --batch_size 4 --eval_steps 3 "
+        "--save_steps 2 --validation_proteins 8 --train_size_prop 0.01 --dropout 0.1 "
+        "--use_uncertainty_weighting --use_calibration_smoothing --device cpu".split()
+        + list(more)
+    )
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory, small_teacher_dir, proteins_dir):
+    folder = tmp_path_factory.mktemp("train")
+    assert tiny_run(small_teacher_dir, proteins_dir, folder / "run", folder / "cache") == 0
+    return folder
+
+
+def test_a_run_leaves_a_finished_model(finished, small_teacher_dir):
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    run = finished / "run"
+    record = json.loads((run / "run.json").read_text())
+    assert record["status"] == "finished"
+    assert record["teacher"]["name"] == str(small_teacher_dir)
+    assert record["data"]["train"]["proteins"] > 0
+    assert record["final"]["eval_loss"] > 0
+    assert {"commit", "dirty"} <= record["git"].keys()
+    model = AutoModelForCausalLM.from_pretrained(run)
+    tokenizer = AutoTokenizer.from_pretrained(run)
+    assert model.config.vocab_size == len(tokenizer)
+    lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    assert {"loss", "hard_loss", "soft_loss", "learning_rate", "grad_norm"} <= lines[0].keys()
+    assert sum("eval_loss" in line for line in lines) == 2
+    suffixes = {p.suffix for p in run.rglob("*") if p.is_file()}
+    assert not suffixes & {".bin", ".pt", ".pth", ".pkl"}
+
+
+def test_a_finished_run_is_not_run_again(finished, small_teacher_dir, proteins_dir, capsys):
+    before = (finished / "run" / "run.json").stat().st_mtime_ns
+    assert tiny_run(small_teacher_dir, proteins_dir, finished / "run", finished / "cache") == 0
+    assert "nothing to do" in capsys.readouterr().out
+    assert (finished / "run" / "run.json").stat().st_mtime_ns == before
+
+
+def test_another_run_may_not_take_its_place(finished, small_teacher_dir, proteins_dir, capsys):
+    status = tiny_run(
+        small_teacher_dir, proteins_dir, finished / "run", finished / "cache", "--seed", "1"
+    )
+    assert status == 2
+    assert "other settings (seed)" in capsys.readouterr().err
+
+
+def test_foreign_files_are_left_alone(tmp_path, small_teacher_dir, proteins_dir, capsys):
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "thesis.txt").write_text("years of work")
+    assert tiny_run(small_teacher_dir, proteins_dir, tmp_path / "run", tmp_path / "cache") == 2
+    assert "no run of ours" in capsys.readouterr().err
+    assert [p.name for p in (tmp_path / "run").iterdir()] == ["thesis.txt"]
+
+
+def test_a_killed_run_goes_on_to_the_same_weights(
+    finished, tmp_path, small_teacher_dir, proteins_dir, capsys, monkeypatch
+):
+    from src.distillation import DistillationTrainer
+    from src.files import sha256_file
+
+    def stop_at_fifth(self, *arguments, **options):
+        if self.state.global_step == 5:
+            raise KeyboardInterrupt
+        return original(self, *arguments, **options)
+
+    original = DistillationTrainer.training_step
+    monkeypatch.setattr(DistillationTrainer, "training_step", stop_at_fifth)
+    cut = tmp_path / "run"
+    assert tiny_run(small_teacher_dir, proteins_dir, cut, finished / "cache") == 130
+    monkeypatch.setattr(DistillationTrainer, "training_step", original)
+    assert tiny_run(small_teacher_dir, proteins_dir, cut, finished / "cache") == 2
+    assert "--resume" in capsys.readouterr().err
+    assert tiny_run(small_teacher_dir, proteins_dir, cut, finished / "cache", "--resume") == 0
+    assert "going on from checkpoint-4" in capsys.readouterr().out
+    assert sha256_file(cut / "model.safetensors") == sha256_file(
+        finished / "run" / "model.safetensors"
+    )
+
+
+def test_dry_run_trains_nothing(tmp_path, small_teacher_dir, proteins_dir, capsys):
+    arguments = ["--dry_run", "--teacher_model", str(small_teacher_dir), "--data"]
+    arguments += [str(proteins_dir), "--cache_dir", str(tmp_path / "cache"), "--preset", "tiny"]
+    assert script.main([*arguments, "--output_dir", str(tmp_path / "run")]) == 0
+    shown = capsys.readouterr().out
+    assert all(name in shown for name in PRESETS)
+    assert "nothing was trained" in shown
+    assert not (tmp_path / "run").exists()
+
+
+def test_planning_knows_the_default_teacher(capsys):
+    assert script.main(["--dry_run", "--preset", "hf-tiny"]) == 0
+    shown = capsys.readouterr().out
+    assert "774,030,080" in shown
+    assert "38,866,432" in shown
+
+
+def test_parameter_formula_equals_the_models():
+    from types import SimpleNamespace
+
+    from src.models import count_config_parameters, student_config
+    from src.sizing import gpt2_parameters
+
+    teacher = SimpleNamespace(vocab_size=777, n_positions=99, bos_token_id=0, eos_token_id=0)
+    for preset in PRESETS.values():
+        s = preset.student
+        expected = count_config_parameters(student_config(s, teacher))
+        assert gpt2_parameters(s.n_layer, s.n_embd, 777, 99) == expected
