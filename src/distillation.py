@@ -18,6 +18,7 @@ import time
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -25,7 +26,7 @@ from transformers.trainer_utils import EvalLoopOutput
 
 from src.batching import EpochSampler, PackedDataset, ProteinDataset
 from src.checkpoints import AtomicCheckpointTrainer
-from src.fused import fused_distillation_loss, teacher_statistics
+from src.fused import Student, fused_distillation_losses, teacher_statistics
 from src.losses import (
     CONSTANT_ENTROPY,
     IGNORED_LABEL,
@@ -44,11 +45,14 @@ from src.losses import (
     smoothing_epsilon,
     valid_positions,
 )
-from src.models import accepts, final_hidden_states, model_inputs, output_head
+from src.models import accepts, final_hidden_states, has_dropout, model_inputs, output_head
 from src.settings import LOSS_IMPLEMENTATIONS, LossSettings
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
+
+Head = tuple[Tensor, Tensor | None]
+"""Weight ``(V, E)`` and bias ``(V,)`` or None of an output head."""
 
 __all__ = [
     "DistillationTrainer",
@@ -142,7 +146,9 @@ class DistillationTrainer(AtomicCheckpointTrainer):
         self.model_accepts_loss_kwargs = True
         self.loss_is_scaled_for_ga = True
         self._can_skip_head = accepts(student, "logits_to_keep")
-        self._tally = PartsTally()
+        self._tallies = [PartsTally() for _ in self.all_settings]
+        self._waited = 0.0
+        self._micro_batch = (-1, 0)
 
     def _adopt_teacher(
         self, teacher: PreTrainedModel | None, student: PreTrainedModel
@@ -189,20 +195,29 @@ class DistillationTrainer(AtomicCheckpointTrainer):
 
     def get_batch_samples(self, epoch_iterator: Any, num_batches: int, device: torch.device) -> Any:
         """Collect the batches of one optimiser step, with the means that span all of them."""
+        started = time.monotonic()
         batches, count = super().get_batch_samples(epoch_iterator, num_batches, device)
-        if batches and self.loss_settings.needs_batch_means:
+        self._waited += time.monotonic() - started
+        if batches and any(settings.needs_batch_means for settings in self.all_settings):
+            temperatures = sorted({settings.temperature for settings in self.all_settings})
             batches = [self._prepare_inputs(batch) for batch in batches]
-            sums = torch.stack([self._uncertainty_sums(batch) for batch in batches]).sum(0)
-            sums = self._sum_over_processes(sums)
-            positions = sums[2].clamp(min=1)
+            each = [self._uncertainty_sums(batch, temperatures) for batch in batches]
+            sums = self._sum_over_processes(torch.stack(each).sum(0))
+            positions = sums[1].clamp(min=1)
             for batch in batches:
                 batch["weight_mean"] = sums[0] / positions
-                batch["uncertainty_mean"] = sums[1] / positions
+                doubts = sums[2:] / positions
+                batch["uncertainty_means"] = dict(zip(temperatures, doubts, strict=True))
         return batches, count
 
+    @property
+    def all_settings(self) -> list[LossSettings]:
+        """The loss settings of each student."""
+        return [self.loss_settings]
+
     @torch.no_grad()
-    def _uncertainty_sums(self, inputs: Mapping[str, Any]) -> Tensor:
-        """Return (Σ published weights, Σ (1 - max p), positions) of a batch, shape ``(3,)``.
+    def _uncertainty_sums(self, inputs: Mapping[str, Any], temperatures: list[float]) -> Tensor:
+        """Return Σ published weights, positions, and Σ (1 - max p) at each temperature ``(2+t,)``.
 
         The teacher's hidden states stay in the batch, so that the loss need not run it again.
         """
@@ -213,12 +228,12 @@ class DistillationTrainer(AtomicCheckpointTrainer):
         inputs["teacher_hidden_states"] = hidden  # type: ignore[index]
         weight, bias = output_head(self.teacher_model)
         shifted = None if segments is None else segments[:, :-1]
-        statistics = teacher_statistics(
-            hidden[:, :-1], weight, bias, valid, self.loss_settings.temperature
-        )
-        weights = published_weights(statistics.entropy, valid, shifted)
-        doubt = torch.where(valid, 1.0 - statistics.max_prob, 0.0)
-        return torch.stack([weights.sum(), doubt.sum(), valid.sum().to(weights.dtype)])
+        doubts = []
+        for temperature in temperatures:
+            figures = teacher_statistics(hidden[:, :-1], weight, bias, valid, temperature)
+            doubts.append(torch.where(valid, 1.0 - figures.max_prob, 0.0).sum())
+        weights = published_weights(figures.entropy, valid, shifted)
+        return torch.stack([weights.sum(), valid.sum().to(weights.dtype), *doubts])
 
     def _teacher_hidden(self, inputs: Mapping[str, Any]) -> Tensor:
         """Return the teacher's final hidden states ``(B, T, E)``: the batch's, if it has them."""
@@ -232,6 +247,24 @@ class DistillationTrainer(AtomicCheckpointTrainer):
                 inputs.get("attention_mask"),
                 inputs.get("position_ids"),
             )
+
+    def training_step(self, model: nn.Module, inputs: dict[str, Any], *more: Any) -> Tensor:
+        """Do one batch's forward and backward pass, knowing which batch of its step it is."""
+        step, number = self._micro_batch
+        here = self.state.global_step
+        self._micro_batch = (here, number + 1 if step == here else 0)
+        return super().training_step(model, inputs, *more)
+
+    def _seed_dropout(self, student: nn.Module) -> None:
+        """Let a student's dropout depend on seed, step, batch and process alone.
+
+        So a resumed run draws what an undisturbed one draws, and a student of several in one
+        process what it would draw alone.
+        """
+        if student.training and has_dropout(student):
+            state = [self.args.seed, max(self._micro_batch[0], 0), self._micro_batch[1]]
+            sequence = np.random.SeedSequence([*state, self.args.process_index])
+            torch.manual_seed(int(sequence.generate_state(1, np.uint64)[0]))
 
     def _get_train_sampler(self, train_dataset: Any = None) -> Any:
         """Return an order that depends on seed and epoch alone for our datasets."""
@@ -270,10 +303,11 @@ class DistillationTrainer(AtomicCheckpointTrainer):
         else:
             parts, outputs = self._fused_parts(model, inputs, num_items_in_batch), None
         if model.training:
-            if not self._tally.started:
-                self._tally.start(self.state.global_step)
-            self._tally.add(parts)
-        loss = parts.loss
+            for tally, each in zip(self._tallies, parts, strict=True):
+                if not tally.started:
+                    tally.start(self.state.global_step)
+                tally.add(each)
+        loss = parts[0].loss if len(parts) == 1 else torch.stack([p.loss for p in parts]).sum()
         if self.args.world_size > 1 and num_items_in_batch is not None:
             # Gradients are averaged over processes, while N already counts all their positions.
             loss = loss * self.args.world_size
@@ -281,9 +315,10 @@ class DistillationTrainer(AtomicCheckpointTrainer):
 
     def _reference_parts(
         self, model: nn.Module, inputs: Mapping[str, Any], count: Tensor | int | None
-    ) -> tuple[LossParts, Any]:
+    ) -> tuple[list[LossParts], Any]:
         """Return the loss from full logits, and the student's outputs."""
         forward, labels, segments = self._split_inputs(inputs)
+        self._seed_dropout(model)
         outputs = model(**forward, use_cache=False)
         teacher_logits = outputs.logits.detach()  # α = 1: anything of the right shape will do
         if self.teacher_model is not None:
@@ -298,44 +333,50 @@ class DistillationTrainer(AtomicCheckpointTrainer):
             segments=segments,
             num_positions=count,
             weight_mean=inputs.get("weight_mean"),
-            uncertainty_mean=inputs.get("uncertainty_mean"),
+            uncertainty_mean=self._uncertainty_mean(inputs, self.loss_settings),
         )
-        return parts, outputs
+        return [parts], outputs
+
+    @staticmethod
+    def _uncertainty_mean(inputs: Mapping[str, Any], settings: LossSettings) -> Tensor | None:
+        return inputs.get("uncertainty_means", {}).get(settings.temperature)
 
     def _fused_parts(
         self, model: nn.Module, inputs: Mapping[str, Any], count: Tensor | int | None
-    ) -> LossParts:
-        """Return the loss from hidden states, chunk by chunk."""
+    ) -> list[LossParts]:
+        """Return each student's loss from hidden states, chunk by chunk."""
         forward, labels, segments = self._split_inputs(inputs)
-        student_hidden, student_head = self._student_hidden_and_head(model, forward)
+        states = self._hidden_states_and_heads(model, forward)
         teacher_hidden = teacher_weight = teacher_bias = None
-        if self.teacher_model is not None and self.loss_settings.alpha < 1.0:
+        if self.teacher_model is not None and any(s.alpha < 1.0 for s in self.all_settings):
             teacher_hidden = self._teacher_hidden(inputs)
             teacher_weight, teacher_bias = output_head(self.teacher_model)
-        return fused_distillation_loss(
-            student_hidden,
-            *student_head,
+        return fused_distillation_losses(
+            [
+                Student(hidden, *head, settings, self._uncertainty_mean(inputs, settings))
+                for (hidden, head), settings in zip(states, self.all_settings, strict=True)
+            ],
             teacher_hidden,
             teacher_weight,
             teacher_bias,
             labels,
             inputs.get("attention_mask"),
-            self.loss_settings,
             segments=segments,
             num_positions=count,
             weight_mean=inputs.get("weight_mean"),
-            uncertainty_mean=inputs.get("uncertainty_mean"),
+            teacher_entropy=inputs.get("teacher_entropy"),
         )
 
-    def _student_hidden_and_head(
+    def _hidden_states_and_heads(
         self, model: nn.Module, forward: Mapping[str, Tensor]
-    ) -> tuple[Tensor, tuple[Tensor, Tensor | None]]:
+    ) -> list[tuple[Tensor, Head]]:
         """Run the student up to its head and return hidden states ``(B, T, E)`` and the head.
 
         The wrapped model is called, so that autocast and gradient averaging over processes work as
         in any Trainer; a hook takes the hidden states, and the head is asked for no position.
         """
         student = self.accelerator.unwrap_model(model)
+        self._seed_dropout(student)
         captured: list[Tensor] = []
         hook = student.base_model.register_forward_hook(
             lambda module, arguments, output: captured.append(output[0])
@@ -345,8 +386,11 @@ class DistillationTrainer(AtomicCheckpointTrainer):
             model(**forward, use_cache=False, **(options if self._can_skip_head else {}))
         finally:
             hook.remove()
-        hidden = captured[0]
-        weight, bias = output_head(student)
+        return [self._in_product_dtype(captured[0], output_head(student))]
+
+    def _in_product_dtype(self, hidden: Tensor, head: Head) -> tuple[Tensor, Head]:
+        """Return hidden states and head in the dtype in which they are to be multiplied."""
+        weight, bias = head
         dtype = torch.bfloat16 if self.args.bf16 else at_least_float32(hidden[:0]).dtype
         return hidden.to(dtype), (weight.to(dtype), None if bias is None else bias.to(dtype))
 
@@ -375,7 +419,7 @@ class DistillationTrainer(AtomicCheckpointTrainer):
             model = self.accelerator.prepare_model(model, evaluation_mode=True)
         was_training = model.training
         model.eval()
-        tally = PartsTally()
+        tallies = [PartsTally() for _ in self.all_settings]
         rows = 0
         one = torch.ones((), device=self.args.device)
         with torch.no_grad():
@@ -387,30 +431,43 @@ class DistillationTrainer(AtomicCheckpointTrainer):
                         parts, _ = self._reference_parts(model, inputs, one)
                     else:
                         parts = self._fused_parts(model, inputs, one)
-                tally.add(parts)
+                for tally, each in zip(tallies, parts, strict=True):
+                    tally.add(each)
                 self.control = self.callback_handler.on_prediction_step(
                     self.args, self.state, self.control
                 )
         model.train(was_training)
-        sums = self._sum_over_processes(tally.sums.to(self.args.device))
-        means = PartsTally.means(sums, steps=None)
-        settings = self.loss_settings
-        means["loss"] = (
-            settings.alpha * means["hard_loss"]
-            + (1.0 - settings.alpha) * settings.temperature**2 * means["soft_loss"]
-        )
-        metrics = {f"{metric_key_prefix}_{name}": value for name, value in means.items()}
+        found = []
+        for tally, settings in zip(tallies, self.all_settings, strict=True):
+            sums = self._sum_over_processes(tally.sums.to(self.args.device))
+            means = PartsTally.means(sums, steps=None)
+            means["loss"] = (
+                settings.alpha * means["hard_loss"]
+                + (1.0 - settings.alpha) * settings.temperature**2 * means["soft_loss"]
+            )
+            found.append(means)
+        metrics = {f"{metric_key_prefix}_{k}": v for k, v in self._join(found, "eval").items()}
         return EvalLoopOutput(None, None, metrics, rows)  # type: ignore[arg-type]
 
+    def _join(self, records: list[dict[str, float]], when: str) -> dict[str, Any]:
+        """Return one record of the figures of all students, of ``train`` or ``eval``."""
+        return records[0]
+
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
-        """Add the parts of the training loss since the last record, and the rate, to ``logs``."""
-        if "loss" in logs and self._tally.started:
-            steps = self.state.global_step - self._tally.first_step
-            sums = self._sum_over_processes(self._tally.sums.to(self.args.device))
-            logs.update(PartsTally.means(sums, steps=steps))
-            seconds = time.monotonic() - self._tally.since
-            logs["tokens_per_second"] = round(float(sums[-1]) / max(seconds, 1e-9), 1)
-            self._tally = PartsTally()
+        """Add the parts of the training loss since the last record, and the rate, to ``logs``.
+
+        ``data_wait_share`` is the share of that time in which the step waited for its batches.
+        """
+        first = self._tallies[0]
+        if "loss" in logs and first.started:
+            steps = self.state.global_step - first.first_step
+            sums = [self._sum_over_processes(t.sums.to(self.args.device)) for t in self._tallies]
+            logs.update(self._join([PartsTally.means(each, steps=steps) for each in sums], "train"))
+            seconds = max(time.monotonic() - first.since, 1e-9)
+            logs["tokens_per_second"] = round(float(sums[0][-1]) / seconds, 1)
+            logs["data_wait_share"] = round(min(self._waited / seconds, 1.0), 4)
+            self._tallies = [PartsTally() for _ in self.all_settings]
+            self._waited = 0.0
         super().log(logs, start_time)
 
 

@@ -220,6 +220,13 @@ def accepts(model: nn.Module, argument: str) -> bool:
     return argument in inspect.signature(model.forward).parameters
 
 
+def has_dropout(model: nn.Module) -> bool:
+    """Return whether a model draws random numbers in train mode."""
+    return any(isinstance(m, nn.Dropout) and m.p > 0 for m in model.modules()) or (
+        getattr(getattr(model, "config", None), "attn_pdrop", 0.0) > 0
+    )
+
+
 def output_head(model: PreTrainedModel) -> tuple[Tensor, Tensor | None]:
     """Return the weight ``(V, E)`` and the bias ``(V,)`` or None of a model's output head.
 

@@ -205,7 +205,11 @@ def test_half_precision_products_are_summed_in_float32(seed):
 @pytest.mark.parametrize("divergence", DIVERGENCES)
 @pytest.mark.parametrize("seed", range(3))
 def test_gradcheck(divergence, seed):
-    batch = random_batch(100 + seed)
+    batch = random_batch(100 + seed, vocabulary=5)
+    for name in ("hidden", "labels", "mask", "segments"):
+        value = getattr(batch, name)
+        setattr(batch, name, None if value is None else value[:2])
+    batch.teacher = (batch.teacher[0][:2], *batch.teacher[1:])
     settings = random_settings(seed, divergence=divergence, alpha=0.4)
     student = batch.student(settings)
     leaves = [t for t in student[:3] if t is not None]

@@ -1,0 +1,181 @@
+"""Several students in one process: each ends in the bits that it would reach alone."""
+
+from __future__ import annotations
+
+import json
+import math
+
+import numpy as np
+import pytest
+import torch
+from transformers import TrainingArguments
+
+from src.batching import PackedDataset, PackingCollator, PaddingCollator, ProteinDataset
+from src.checkpoints import newest_valid
+from src.cohort import CohortTrainer, Member
+from src.distillation import DistillationTrainer
+from src.models import build_student, model_fingerprint, student_config
+from src.settings import LossSettings, StudentSettings
+from tests.test_distillation import Tokens
+
+ARMS = {
+    "baseline": LossSettings(),
+    "uncertainty": LossSettings(use_uncertainty_weighting=True),
+    "mean-one": LossSettings(use_uncertainty_weighting=True, weighting="mean_one", temperature=1.0),
+    "calibration": LossSettings(use_calibration_smoothing=True, alpha=0.3),
+    "matched": LossSettings(use_calibration_smoothing=True, smoothing="matched"),
+    "hard": LossSettings(alpha=1.0),
+}
+RATES = dict(zip(ARMS, (1e-2, 3e-3, 1e-2, 2e-2, 1e-2, 5e-3), strict=True))
+WIDTHS = dict(zip(ARMS, (16, 16, 24, 16, 32, 16), strict=True))
+
+
+def arguments(folder, **overrides) -> TrainingArguments:
+    settings = {
+        "output_dir": str(folder),
+        "use_cpu": True,
+        "report_to": "none",
+        "disable_tqdm": True,
+        "save_strategy": "steps",
+        "save_steps": 3,
+        "remove_unused_columns": False,
+        "per_device_train_batch_size": 4,
+        "gradient_accumulation_steps": 2,
+        "max_steps": 6,
+        "logging_steps": 2,
+        "learning_rate": 1.0,
+        "max_grad_norm": 0.05,
+        "weight_decay": 0.1,
+        "warmup_steps": 2,
+        "optim": "adamw_torch",
+        "seed": 5,
+    }
+    return TrainingArguments(**{**settings, **overrides})
+
+
+@pytest.fixture
+def parts(tiny_lm):
+    """Return what a Trainer needs of data and teacher, and a maker of students."""
+    teacher = tiny_lm(n_layer=3, n_embd=24, seed=2)
+
+    def student(arm: str, dropout: float):
+        shape = StudentSettings(n_layer=2, n_head=2, n_embd=WIDTHS[arm], dropout=dropout)
+        return build_student(student_config(shape, teacher.config), seed=7)
+
+    def options(packed: bool) -> dict:
+        tokens = Tokens(28)
+        return {
+            "teacher_model": teacher,
+            "train_dataset": PackedDataset(tokens, 64) if packed else ProteinDataset(tokens),
+            "eval_dataset": ProteinDataset(Tokens(6, seed=9)),
+            "data_collator": PackingCollator(0, 64) if packed else PaddingCollator(0),
+        }
+
+    return student, options
+
+
+def alone(arm, student, options, folder, **overrides):
+    args = arguments(folder, **{"learning_rate": RATES[arm], **overrides})
+    trainer = DistillationTrainer(model=student, **vars(ARMS[arm]), args=args, **options)
+    trainer.train()
+    return trainer
+
+
+def cohort(student, options, folder, dropout=0.0, **overrides):
+    members = [Member(arm, student(arm, dropout), ARMS[arm], RATES[arm]) for arm in ARMS]
+    return CohortTrainer(members, args=arguments(folder, **overrides), **options)
+
+
+@pytest.mark.parametrize(
+    ("packed", "dropout", "precision"),
+    [(False, 0.0, {}), (True, 0.0, {}), (False, 0.1, {}), (False, 0.0, {"bf16": True})],
+)
+def test_each_student_ends_in_the_bits_of_training_it_alone(
+    parts, tmp_path, packed, dropout, precision
+):
+    student, options = parts
+    together = cohort(student, options(packed), tmp_path / "all", dropout, **precision)
+    together.train()
+    for member in together.members:
+        folder = tmp_path / member.name
+        other = alone(
+            member.name, student(member.name, dropout), options(packed), folder, **precision
+        )
+        assert model_fingerprint(member.model) == model_fingerprint(other.model), member.name  # type: ignore[arg-type]
+        records = [r for r in other.state.log_history if "hard_loss" in r]
+        ours = [r["students"][member.name] for r in together.state.log_history if "loss" in r]
+        for mine, theirs in zip(ours, records, strict=True):
+            for key in ("hard_loss", "soft_loss", "mean_weight", "mean_epsilon", "grad_norm"):
+                if ARMS[member.name].alpha < 1 or key != "teacher_entropy":
+                    assert mine[key] == pytest.approx(theirs[key], rel=1e-12), key
+
+
+def test_the_reference_loss_agrees(parts, tmp_path):
+    student, options = parts
+    together = cohort(student, options(False), tmp_path / "all")
+    together.train()
+    member = together.members[1]
+    plain = alone(
+        member.name,
+        student(member.name, 0.0),
+        {**options(False), "loss_impl": "reference"},
+        tmp_path / "plain",
+    )
+    for ours, theirs in zip(member.model.parameters(), plain.model.parameters(), strict=True):  # type: ignore[union-attr]
+        assert torch.allclose(ours, theirs, atol=1e-4)
+
+
+@pytest.mark.parametrize("dropout", [0.0, 0.1])
+def test_a_resumed_cohort_ends_in_the_same_bits(parts, tmp_path, dropout):
+    student, options = parts
+    whole = cohort(student, options(False), tmp_path / "whole", dropout)
+    whole.train()
+    cut = cohort(student, options(False), tmp_path / "cut", dropout)
+    step = cut.training_step
+
+    class Stop(Exception):
+        pass
+
+    def stopping(*rest, **more):
+        if cut.state.global_step == 4:
+            raise Stop
+        return step(*rest, **more)
+
+    cut.training_step = stopping  # type: ignore[method-assign]
+    with pytest.raises(Stop):
+        cut.train()
+    resumed = cohort(student, options(False), tmp_path / "cut", dropout)
+    resumed.train(resume_from_checkpoint=str(newest_valid(tmp_path / "cut")))
+    for one, other in zip(whole.members, resumed.members, strict=True):
+        assert model_fingerprint(one.model) == model_fingerprint(other.model)
+
+
+def test_evaluation_gives_each_student_its_own_figures(parts, tmp_path):
+    student, options = parts
+    together = cohort(student, options(False), tmp_path / "all")
+    found = together.evaluate()
+    for member in together.members:
+        args = arguments(tmp_path / member.name)
+        single = DistillationTrainer(
+            model=student(member.name, 0.0), **vars(member.loss), args=args, **options(False)
+        ).evaluate()
+        assert found["eval_students"][member.name]["loss"] == single["eval_loss"]
+    losses = [record["loss"] for record in found["eval_students"].values()]
+    assert found["eval_loss"] == pytest.approx(np.mean(losses))
+    json.dumps(together.state.log_history)
+    assert all(math.isfinite(loss) for loss in losses)
+
+
+def test_cohorts_that_make_no_sense_are_refused(parts, tiny_lm, tmp_path):
+    student, options = parts
+    one = Member("a", student("baseline", 0.0), LossSettings(), 1e-3)
+    other = Member("b", tiny_lm(vocab_size=32), LossSettings(), 1e-3)
+    args = arguments(tmp_path / "x")
+    with pytest.raises(ValueError, match="a name of its own"):
+        CohortTrainer([one, one], args=args, **options(False))
+    with pytest.raises(ValueError, match="one vocabulary"):
+        CohortTrainer([one, other], args=args, **options(False))
+    with pytest.raises(ValueError, match="teacher_model is needed"):
+        CohortTrainer([one], args=args, **{**options(False), "teacher_model": None})
+    with pytest.raises(ValueError, match="loss_impl must be 'fused'"):
+        CohortTrainer([one], args=args, loss_impl="reference", **options(False))
