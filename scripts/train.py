@@ -27,7 +27,7 @@ def build_parser() -> argparse.ArgumentParser:
     """Return the parser of this script."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=HelpFormatter)
     add = parser.add_argument_group("what to distil").add_argument
-    add("--teacher_model", default=s.DEFAULT_TEACHER, help="directory or hub id of the teacher")
+    add("--teacher_model", help=f"directory or hub id (default: {s.DEFAULT_TEACHER})")
     add(
         "--data",
         default=s.DEFAULT_DATA,
@@ -42,6 +42,7 @@ def build_parser() -> argparse.ArgumentParser:
     add("--n_layer", type=positive_int, help="blocks (default: 4, or the preset's)")
     add("--n_head", type=positive_int, help="attention heads (default: 4, or the preset's)")
     add("--n_embd", type=positive_int, help="width (default: 256, or the preset's)")
+    add("--init_from", help="start from this model's weights: directory or hub id")
     add("--dropout", type=float, default=0.0, help="probability, everywhere in the student")
 
     add = parser.add_argument_group("loss").add_argument
@@ -81,6 +82,7 @@ def build_parser() -> argparse.ArgumentParser:
     add("--device", default="auto", help="auto, cpu or cuda")
     add("--num_workers", type=natural, default=0, help="processes that prepare batches")
     add("--cache_dir", help="where tokenised proteins are kept")
+    add("--teacher_cache", type=Path, help="keep the teacher's hidden states there, run it once")
     add("--skip_teacher_check", action="store_true", help="do not test the teacher first")
     add("--dry_run", action="store_true", help="print sizes, memory and steps, and stop")
     return parser
@@ -90,15 +92,26 @@ def build_settings(args: argparse.Namespace) -> s.TrainSettings:
     """Return the settings of the run that the arguments ask for."""
     preset = s.PRESETS.get(args.preset) if args.preset else None
     shape = preset.student if preset else DEFAULTS.student
+    if args.init_from:
+        from src.models import shape_of
+
+        shape = shape_of(args.init_from)
     student = s.StudentSettings(
         **{k: getattr(args, k) or getattr(shape, k) for k in ("n_layer", "n_head", "n_embd")},
         dropout=args.dropout,
     )
     rate = args.learning_rate or (preset.learning_rate if preset else DEFAULTS.learning_rate)
     loss = s.LossSettings(**{k: getattr(args, k) for k in vars(LOSS)})
-    own = set(vars(DEFAULTS)) - {"student", "loss", "learning_rate"}
+    # Fine-tuning alone asks no teacher: the model that it starts from gives the tokenizer.
+    untaught = args.init_from if loss.alpha == 1 else None
+    own = set(vars(DEFAULTS)) & set(vars(args)) - {"learning_rate", "teacher_model"}
     return s.TrainSettings(
-        student=student, loss=loss, learning_rate=rate, **{k: getattr(args, k) for k in own}
+        student=student,
+        loss=loss,
+        learning_rate=rate,
+        teacher_model=args.teacher_model or untaught or s.DEFAULT_TEACHER,
+        cached_teacher=args.teacher_cache is not None,
+        **{k: getattr(args, k) for k in own},
     )
 
 
@@ -118,6 +131,7 @@ def run(args: argparse.Namespace) -> dict:
         report_to=args.report_to,
         device_name=args.device,
         cache_dir=args.cache_dir,
+        teacher_cache=args.teacher_cache,
         skip_teacher_check=args.skip_teacher_check,
         workers=args.num_workers,
         compile_model=args.compile,

@@ -29,26 +29,53 @@ class TokenSequences(Protocol):
     def __getitem__(self, index: int) -> np.ndarray: ...
 
 
-class ProteinDataset(Dataset):
-    """Tokenised proteins as a Trainer wants them: one dictionary for each protein."""
+class HiddenStates(Protocol):
+    """A teacher's hidden states ``(T, E)`` and figures ``(T, 3)`` of each protein, by index."""
 
-    def __init__(self, proteins: TokenSequences, by_length: bool = True) -> None:
+    def __getitem__(self, index: int) -> tuple[Tensor, Tensor]: ...
+
+
+class ProteinDataset(Dataset):
+    """Tokenised proteins as a Trainer wants them: one dictionary for each protein.
+
+    With a teacher's ``cache`` each has what the cache holds of it under ``teacher``, a list.
+    """
+
+    def __init__(
+        self,
+        proteins: TokenSequences,
+        by_length: bool = True,
+        cache: HiddenStates | None = None,
+    ) -> None:
         self.proteins = proteins
         self.lengths = np.asarray(proteins.lengths)
         self.by_length = by_length
+        self.cache = cache
 
     def __len__(self) -> int:
         return len(self.proteins)
 
     def __getitem__(self, index: int) -> dict[str, Any]:
-        return {"input_ids": self.proteins[int(index)], "index": int(index)}
+        row: dict[str, Any] = {"input_ids": self.proteins[int(index)]}
+        return row | _taught(self.cache, [int(index)])
+
+
+def _taught(cache: HiddenStates | None, proteins: Sequence[int]) -> dict[str, Any]:
+    return {} if cache is None else {"teacher": [cache[int(index)] for index in proteins]}
 
 
 class PackedDataset(Dataset):
     """Rows of several whole proteins, together at most ``row_tokens`` long."""
 
-    def __init__(self, proteins: TokenSequences, row_tokens: int, seed: int = 0) -> None:
+    def __init__(
+        self,
+        proteins: TokenSequences,
+        row_tokens: int,
+        seed: int = 0,
+        cache: HiddenStates | None = None,
+    ) -> None:
         self.proteins = proteins
+        self.cache = cache
         self.by_length = False
         self.rows = pack(np.asarray(proteins.lengths), row_tokens, seed)
         lengths = np.asarray(proteins.lengths)
@@ -59,7 +86,7 @@ class PackedDataset(Dataset):
 
     def __getitem__(self, index: int) -> dict[str, Any]:
         row = self.rows[int(index)]
-        return {"proteins": [self.proteins[int(i)] for i in row], "index": row}
+        return {"proteins": [self.proteins[int(i)] for i in row]} | _taught(self.cache, row)
 
 
 def pack(

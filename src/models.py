@@ -129,6 +129,22 @@ def _why_not_loaded(kind: str, name: str | Path, error: Exception) -> str:
     )
 
 
+def shape_of(name: str | Path) -> StudentSettings:
+    """Return the shape of a GPT-2 in a directory or on the hub.
+
+    Raises:
+        ValueError: it is not there, or no GPT-2.
+    """
+    from transformers import AutoConfig
+
+    require_model_directory(name)
+    with explain_loading("model", name):
+        config = AutoConfig.from_pretrained(str(name), trust_remote_code=False)
+    if config.model_type != "gpt2":
+        raise ValueError(f"{name}: is a {config.model_type}, not a GPT-2")
+    return StudentSettings(config.n_layer, config.n_head, config.n_embd)
+
+
 def student_config(
     student: StudentSettings, teacher_config: Any, n_positions: int | None = None
 ) -> GPT2Config:
@@ -218,6 +234,22 @@ def positions_from_mask(attention_mask: Tensor) -> Tensor:
 def accepts(model: nn.Module, argument: str) -> bool:
     """Return whether a model's forward takes an argument of that name."""
     return argument in inspect.signature(model.forward).parameters
+
+
+def set_dropout(model: nn.Module, probability: float) -> None:
+    """Set every dropout probability of a GPT-2."""
+    for module in model.modules():
+        if isinstance(module, nn.Dropout):
+            module.p = probability
+    for name in ("resid_pdrop", "embd_pdrop", "attn_pdrop"):
+        setattr(model.config, name, probability)
+
+
+def keep_head_alone(model: PreTrainedModel) -> None:
+    """Free a model's blocks where only its output head is still needed."""
+    for name, module in model.base_model.named_children():
+        if isinstance(module, nn.ModuleList):
+            setattr(model.base_model, name, nn.ModuleList())
 
 
 def has_dropout(model: nn.Module) -> bool:

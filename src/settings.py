@@ -126,7 +126,9 @@ class TrainSettings:
     """A distillation run: what decides its outcome, and nothing of where or how it is watched.
 
     Lengths are in tokens, batch sizes in rows. ``warmup_steps``, ``eval_steps`` and ``save_steps``
-    of None are derived from the number of steps (:func:`derived_steps`).
+    of None are derived from the number of steps (:func:`derived_steps`). ``cached_teacher`` reads
+    the teacher's hidden states from disk, which are equal but for rounding; ``init_from`` names a
+    model whose weights the student starts from instead of random ones.
     """
 
     student: StudentSettings = field(default_factory=StudentSettings)
@@ -151,6 +153,8 @@ class TrainSettings:
     save_steps: int | None = None
     validation_proteins: int = 500
     loss_impl: str = "fused"
+    cached_teacher: bool = False
+    init_from: str | None = None
     seed: int = 42
 
     def __post_init__(self) -> None:
@@ -166,6 +170,8 @@ class TrainSettings:
         for name in ("batch_size", "gradient_accumulation_steps", "validation_proteins"):
             if getattr(self, name) < 1:
                 raise ValueError(f"--{name} must be at least 1, got {getattr(self, name)}")
+        if self.cached_teacher and self.loss.alpha == 1:
+            raise ValueError("--teacher_cache is of no use with --alpha 1: no teacher is asked")
         if self.max_length < 8:
             raise ValueError(f"--max_length must be at least 8 tokens, got {self.max_length}")
         for name, choices in (
@@ -210,6 +216,8 @@ def default_run_name(settings: TrainSettings) -> str:
             suffixes.append(f"{label}{value:g}")
     if student.dropout:
         suffixes.append(f"drop{student.dropout}")
+    if settings.init_from:
+        suffixes.append(f"init-{settings.init_from.rstrip('/').split('/')[-1]}")
     if settings.teacher_model != DEFAULT_TEACHER:
         suffixes.append(f"from-{settings.teacher_model.rstrip('/').split('/')[-1]}")
     return "-".join([name, *suffixes])

@@ -287,30 +287,28 @@ def _write_shard(
 
 
 class CachedCollator:
-    """Adds the teacher's hidden states and entropies from a cache to another collator's batch.
+    """Adds a teacher's hidden states and entropies, which each row carries, to a batch.
 
     ``teacher_hidden_states`` ``(B, T, E)`` and ``teacher_entropy`` ``(B, T)`` stand where the
     tokens of ``input_ids`` stand, and are 0 at padding.
     """
 
-    def __init__(self, collator: Callable[[Sequence[Any]], dict[str, Tensor]], cache: TeacherCache):
+    def __init__(self, collator: Callable[[Sequence[Any]], dict[str, Tensor]]) -> None:
         self.collator = collator
-        self.cache = cache
 
     def __call__(self, rows: Sequence[Mapping[str, Any]]) -> dict[str, Tensor]:
         """Return the batch with the teacher's part."""
         batch = self.collator(rows)
         shape = batch["input_ids"].shape
-        hidden = torch.zeros(*shape, self.cache.width, dtype=self.cache.dtype)
+        some, _ = rows[0]["teacher"][0]
+        hidden = torch.zeros(*shape, some.shape[-1], dtype=some.dtype)
         entropies = torch.zeros(shape)
+        mask = batch.get("attention_mask")
         for number, row in enumerate(rows):
-            pieces = [self.cache[int(i)] for i in np.atleast_1d(row["index"])]
-            states = torch.cat([states for states, _ in pieces])
-            mask = batch.get("attention_mask")
-            first = 0 if mask is None else int(mask[number].argmax())
-            place = slice(first, first + len(states))
-            hidden[number, place] = states
-            entropies[number, place] = torch.cat([figures[:, 0] for _, figures in pieces])
-        batch["teacher_hidden_states"] = hidden
-        batch["teacher_entropy"] = entropies
-        return batch
+            start = 0 if mask is None else int(mask[number].argmax())
+            for states, figures in row["teacher"]:
+                place = slice(start, start + len(states))
+                hidden[number, place] = states
+                entropies[number, place] = figures[:, 0]
+                start = place.stop
+        return batch | {"teacher_hidden_states": hidden, "teacher_entropy": entropies}

@@ -5,13 +5,13 @@ from __future__ import annotations
 import os
 import time
 from collections.abc import Callable
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
-from transformers import TrainingArguments
+from transformers import Trainer, TrainingArguments
 from transformers.trainer_callback import PrinterCallback, ProgressCallback
 
 from src.batching import PackedDataset, PackingCollator, PaddingCollator, ProteinDataset
@@ -31,16 +31,19 @@ from src.evaluation import check_teacher
 from src.models import (
     build_student,
     count_parameters,
+    keep_head_alone,
     load_causal_lm,
     load_tokenizer,
     max_positions,
     model_fingerprint,
+    set_dropout,
     student_config,
 )
 from src.runs import FINISHED, RUNNING, claim_folder, locked, provenance, read_run, write_run
 from src.settings import TrainSettings, derived_steps
 from src.sizing import total_steps
 from src.sources import has_split
+from src.teacher_cache import CachedCollator, TeacherCache, capture
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -90,6 +93,35 @@ def load_parts(
             f"(now {settings.train_size_prop})"
         )
     return {"train": train, "validation": validation}
+
+
+@dataclass
+class Ingredients:
+    """What students of one teacher share: itself, the proteins, and where they are trained."""
+
+    teacher: PreTrainedModel
+    tokenizer: Any
+    parts: dict[str, TokenisedProteins]
+    device: torch.device
+    precision: str
+    max_length: int
+
+
+def load_teacher_and_parts(
+    settings: TrainSettings, device_name: str = "auto", cache_dir: str | None = None
+) -> Ingredients:
+    """Load the teacher in the run's precision, and tokenise the proteins.
+
+    Raises:
+        ValueError: anything that the user can mend.
+    """
+    device = choose_device(device_name)
+    precision = choose_precision(settings.precision, device)
+    tokenizer = load_tokenizer(settings.teacher_model)
+    teacher = load_causal_lm(settings.teacher_model, weights_dtype(precision), device)
+    max_length = min(settings.max_length, max_positions(teacher.config))
+    parts = load_parts(settings, tokenizer, max_length, cache_dir)
+    return Ingredients(teacher, tokenizer, parts, device, precision, max_length)
 
 
 def training_rows(settings: TrainSettings, train: TokenisedProteins, max_length: int) -> int:
@@ -152,32 +184,65 @@ def build_trainer(
     tokenizer: Any,
     arguments: TrainingArguments,
     max_length: int,
+    caches: dict[str, TeacherCache] | None = None,
 ) -> DistillationTrainer:
     """Wire data, models and loss into a Trainer with our own progress and log."""
-    pad = int(tokenizer.pad_token_id)
-    packed = settings.batching == "packed"
-    datasets: dict[str, Any] = {}
-    for name, proteins in parts.items():
-        if packed:
-            datasets[name] = PackedDataset(proteins, max_length, settings.data_seed)
-        else:
-            datasets[name] = ProteinDataset(proteins, by_length=settings.batching == "bucketed")
-    loss = asdict(settings.loss)
     trainer = DistillationTrainer(
         model=student,
         teacher_model=teacher,
-        **loss,
+        **asdict(settings.loss),
         loss_impl=settings.loss_impl,
         args=arguments,
-        train_dataset=datasets["train"],
-        eval_dataset=datasets["validation"],
-        data_collator=PackingCollator(pad, max_length) if packed else PaddingCollator(pad),
         processing_class=tokenizer,
         callbacks=[MetricsFile(Path(str(arguments.output_dir))), ConsoleProgress()],
+        **build_inputs(settings, parts, int(tokenizer.pad_token_id), max_length, caches),
     )
+    remove_default_output(trainer)
+    return trainer
+
+
+def build_inputs(
+    settings: TrainSettings,
+    parts: dict[str, TokenisedProteins],
+    pad: int,
+    max_length: int,
+    caches: dict[str, TeacherCache] | None = None,
+) -> dict[str, Any]:
+    """Return the datasets and the collator of a Trainer."""
+    packed = settings.batching == "packed"
+    datasets: dict[str, Any] = {}
+    for name, proteins in parts.items():
+        cache = caches[name] if caches else None
+        if packed:
+            datasets[name] = PackedDataset(proteins, max_length, settings.data_seed, cache)
+        else:
+            by_length = settings.batching == "bucketed"
+            datasets[name] = ProteinDataset(proteins, by_length, cache)
+    collator: Any = PackingCollator(pad, max_length) if packed else PaddingCollator(pad)
+    return {
+        "train_dataset": datasets["train"],
+        "eval_dataset": datasets["validation"],
+        "data_collator": CachedCollator(collator) if caches else collator,
+    }
+
+
+def remove_default_output(trainer: Trainer) -> None:
+    """Take the Trainer's own printing and bar away: ours stand in their place."""
     for callback in (PrinterCallback, ProgressCallback):
         trainer.remove_callback(callback)
-    return trainer
+
+
+def capture_parts(
+    teacher: PreTrainedModel,
+    parts: dict[str, TokenisedProteins],
+    directory: str | Path,
+    announce: Callable[[str], None] = say,
+) -> dict[str, TeacherCache]:
+    """Return the teacher's cache for each part, captured where it is not there yet."""
+    return {
+        name: capture(teacher, proteins, directory, announce=announce)
+        for name, proteins in parts.items()
+    }
 
 
 def train(
@@ -188,6 +253,7 @@ def train(
     report_to: str = "none",
     device_name: str = "auto",
     cache_dir: str | None = None,
+    teacher_cache: str | Path | None = None,
     skip_teacher_check: bool = False,
     workers: int = 0,
     compile_model: bool = False,
@@ -202,6 +268,7 @@ def train(
         report_to: ``none``, ``wandb`` or ``tensorboard``.
         device_name: ``auto``, ``cpu`` or ``cuda``.
         cache_dir: where tokenised proteins are kept.
+        teacher_cache: where the teacher's hidden states are kept, with ``cached_teacher``.
         skip_teacher_check: do not measure the teacher on natural and shuffled proteins first.
         workers: processes that prepare batches.
         compile_model: run the student through ``torch.compile``.
@@ -218,16 +285,12 @@ def train(
     if claim_folder(output_dir, wanted, resume) == "finished":
         announce(f"{output_dir} holds this run, finished: nothing to do")
         return read_run(output_dir)
-    device = choose_device(device_name)
-    precision = choose_precision(settings.precision, device)
     if report_to == "wandb":
         os.environ.setdefault("WANDB_PROJECT", WANDB_PROJECT)
-
-    tokenizer = load_tokenizer(settings.teacher_model)
-    teacher = load_causal_lm(settings.teacher_model, weights_dtype(precision), device)
-    max_length = min(settings.max_length, max_positions(teacher.config))
-    parts = load_parts(settings, tokenizer, max_length, cache_dir)
-    student = build_student(student_config(settings.student, teacher.config), settings.seed)
+    found = load_teacher_and_parts(settings, device_name, cache_dir)
+    device, precision, max_length = found.device, found.precision, found.max_length
+    teacher, tokenizer, parts = found.teacher, found.tokenizer, found.parts
+    student = initial_student(settings, teacher.config)
     initial = model_fingerprint(student)
     teacher_parameters, parameters = count_parameters(teacher), count_parameters(student)
     rows = training_rows(settings, parts["train"], max_length)
@@ -249,6 +312,13 @@ def train(
     if not skip_teacher_check:
         checks = check_teacher(teacher, tokenizer, parts["validation"], parts["train"])
         announce(checks["summary"])
+    teacher_fingerprint = model_fingerprint(teacher)
+    caches = None
+    if settings.cached_teacher:
+        if teacher_cache is None:
+            raise ValueError("this run reads a teacher cache: pass --teacher_cache DIR")
+        caches = capture_parts(teacher, parts, teacher_cache, announce)
+        keep_head_alone(teacher)
 
     with locked(output_dir):
         standing = claim_folder(output_dir, wanted, resume)
@@ -263,7 +333,7 @@ def train(
             "teacher": {
                 "name": settings.teacher_model,
                 "parameters": teacher_parameters,
-                "fingerprint": model_fingerprint(teacher),
+                "fingerprint": teacher_fingerprint,
                 "checks": checks,
             },
             "student": {"parameters": parameters, "initial_fingerprint": initial},
@@ -281,7 +351,9 @@ def train(
         arguments = build_arguments(
             settings, output_dir, steps, precision, device, report_to, workers, compile_model
         )
-        trainer = build_trainer(settings, parts, student, teacher, tokenizer, arguments, max_length)
+        trainer = build_trainer(
+            settings, parts, student, teacher, tokenizer, arguments, max_length, caches
+        )
         checkpoint = newest_valid(output_dir, announce) if standing == "resume" else None
         if standing == "resume":
             announce(f"going on from {checkpoint.name}" if checkpoint else "starting over")
@@ -307,6 +379,27 @@ def train(
     )
     announce(f"student written to {output_dir}")
     return record
+
+
+def initial_student(settings: TrainSettings, teacher_config: Any) -> PreTrainedModel:
+    """Return the student as it is before the first step, in float32 and train mode.
+
+    Raises:
+        ValueError: ``init_from`` is not there, or of another shape than the settings say.
+    """
+    wanted = student_config(settings.student, teacher_config)
+    if settings.init_from is None:
+        return build_student(wanted, settings.seed)
+    model = load_causal_lm(settings.init_from)
+    for name in ("n_layer", "n_head", "n_embd", "vocab_size"):
+        if getattr(model.config, name, None) != getattr(wanted, name):
+            raise ValueError(
+                f"--init_from {settings.init_from}: its {name} is "
+                f"{getattr(model.config, name, None)}, the student's is {getattr(wanted, name)}: "
+                "leave out the flags of the student's shape"
+            )
+    set_dropout(model, settings.student.dropout)
+    return model.train()
 
 
 def last_evaluation(trainer: DistillationTrainer) -> dict[str, float] | None:

@@ -84,6 +84,7 @@ CHANGES = {
     "--divergence": "jsd",
     "--divergence_weight": "0.3",
     "--loss_impl": "reference",
+    "--teacher_cache": "caches",
     "--learning_rate": "5e-4",
     "--lr_schedule": "cosine",
     "--warmup_steps": "7",
@@ -110,7 +111,15 @@ def test_every_flag_changes_the_settings(flag):
 
 def test_no_flag_is_forgotten_here():
     beside = {"--preset", "--output_dir", "--resume", "--report_to", "--device", "--num_workers"}
-    beside |= {"--cache_dir", "--skip_teacher_check", "--dry_run", "--compile", "--help", "-h"}
+    beside |= {
+        "--init_from",
+        "--cache_dir",
+        "--skip_teacher_check",
+        "--dry_run",
+        "--compile",
+        "--help",
+        "-h",
+    }
     options = {o for a in script.build_parser()._actions for o in a.option_strings}
     assert options == set(CHANGES) | beside
 

@@ -1,0 +1,66 @@
+#!/usr/bin/env python3
+"""Run a teacher over the proteins once and keep its hidden states for any number of students.
+
+scripts/train.py does the same by itself when given --teacher_cache; here it is done ahead. Data,
+share, length and precision must be those of the trainings that are to read the cache. A capture
+that was stopped goes on at the shard it was writing.
+
+Example:
+  python scripts/cache_teacher.py --teacher_model data/small_teacher --data data/proteins \
+      --train_size_prop 1.0 --teacher_cache caches
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from src import settings as s
+from src.cli import HelpFormatter, natural, positive_int, run_script, say, share
+
+DEFAULTS = s.TrainSettings()
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """Return the parser of this script."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=HelpFormatter)
+    add = parser.add_argument
+    add("--teacher_cache", type=Path, required=True, help="directory that holds the caches")
+    add("--teacher_model", default=s.DEFAULT_TEACHER, help="directory or hub id of the teacher")
+    add("--data", default=s.DEFAULT_DATA, help="as for scripts/train.py")
+    add("--train_size_prop", type=share, default=0.1, help="share of the training proteins")
+    add("--data_seed", type=natural, default=0, help="chooses that share")
+    add("--max_length", type=positive_int, default=512, help="tokens; longer proteins are cut")
+    add("--validation_proteins", type=positive_int, default=500, help="watched while training")
+    add("--precision", choices=s.PRECISIONS, default="auto", help="bf16 on a GPU, else fp32")
+    add("--device", default="auto", help="auto, cpu or cuda")
+    add("--cache_dir", help="where tokenised proteins are kept")
+    return parser
+
+
+def run(args: argparse.Namespace) -> dict:
+    """Capture what is missing. Returns the directory of each part's cache."""
+    names = set(vars(DEFAULTS)) & set(vars(args))
+    settings = s.TrainSettings(**{name: getattr(args, name) for name in names})
+
+    from src.cli import quiet_libraries
+    from src.training import capture_parts, load_teacher_and_parts
+
+    quiet_libraries()
+    found = load_teacher_and_parts(settings, args.device, args.cache_dir)
+    caches = capture_parts(found.teacher, found.parts, args.teacher_cache)
+    for name, cache in caches.items():
+        say(f"{name}: {len(found.parts[name]):,} proteins in {cache.folder}")
+    return {name: str(cache.folder) for name, cache in caches.items()}
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run the script and return its exit status."""
+    return run_script(run, build_parser, argv)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
