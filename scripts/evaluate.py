@@ -35,7 +35,6 @@ def build_parser() -> argparse.ArgumentParser:
     add("--max_length", type=positive_int, help="tokens (default: what both models can take)")
 
     add = parser.add_argument_group("how").add_argument
-    add("--num_samples", type=natural, default=0, help="sequences that each model generates")
     add("--compute_ece", action="store_true", help="measure calibration")
     add("--bootstrap", type=natural, default=2000, help="replicates for intervals; 0: none")
     add("--batch_size", type=positive_int, default=32, help="proteins of a batch, at most")
@@ -43,6 +42,16 @@ def build_parser() -> argparse.ArgumentParser:
     add("--device", default="auto", help="auto, cpu or cuda")
     add("--cache_dir", help="where tokenised proteins are kept")
     add("--skip_teacher_check", action="store_true", help="measure even a nonsensical teacher")
+
+    add = parser.add_argument_group("generated proteins").add_argument
+    add("--num_samples", type=natural, default=0, help="that each model generates")
+    add(
+        "--generation_metrics",
+        action="store_true",
+        help="also diversity and novelty, beside natural and shuffled proteins; 200 samples "
+        "where --num_samples says none",
+    )
+    add("--profiles", type=Path, help="also known families: an HMM file such as Pfam-A.hmm")
 
     add = parser.add_argument_group("output").add_argument
     add("--output", type=Path, required=True, help="results file, JSON")
@@ -56,11 +65,15 @@ def run(args: argparse.Namespace) -> dict:
     for path in filter(None, (args.output, args.per_protein)):
         check_output(path, args.overwrite)
     from src import evaluation as e
+    from src import sequence_quality as q
     from src.data import read_proteins, tokenise
     from src.devices import choose_device
     from src.models import load_causal_lm, model_fingerprint, require_model_directory
     from src.runs import provenance
 
+    described = q.DescriptionSettings(
+        args.generation_metrics, args.profiles, bootstrap=args.bootstrap, seed=args.seed
+    )
     record = e.run_of(args.student_model) if require_model_directory(args.student_model) else {}
     teacher_name = args.teacher_model or e.named_teacher(record) or s.DEFAULT_TEACHER
     source = args.data or e.named_data(record) or s.DEFAULT_DATA
@@ -90,22 +103,32 @@ def run(args: argparse.Namespace) -> dict:
     train = None
     if has_train:
         reader = read_proteins(source, split="train", tokenizer=tokenizer)
-        train = [protein.residues for protein in islice(reader, e.FLOOR_PROTEINS)]
+        count = q.NOVELTY_PROTEINS if described.thorough else e.FLOOR_PROTEINS
+        train = [protein.residues for protein in islice(reader, count)]
     found = e.evaluate(
         student,
         teacher,
         tokenizer,
         test,
         settings,
-        train=train,
+        train=train and train[: e.FLOOR_PROTEINS],
         clusters=e.clusters_of(source),
         announce=say,
     )
     results: dict[str, Any] = found.results
-    if args.num_samples:
-        models = {"student": student, "teacher": teacher}
-        held_out = e.residues_of_tokens(test, tokenizer)
-        e.measure_generation(results, models, tokenizer, held_out, args.num_samples, settings)
+    samples = args.num_samples or (q.THOROUGH_SAMPLES if described.thorough else 0)
+    if samples:
+        q.measure_generation(
+            results,
+            {"student": student, "teacher": teacher},
+            tokenizer,
+            e.residues_of_tokens(test, tokenizer),
+            samples,
+            described,
+            batch_size=args.batch_size,
+            train=train,
+            clusters=found.per_protein["cluster"],
+        )
     results["run"] = {
         **provenance(),
         "arguments": {k: str(v) if isinstance(v, Path) else v for k, v in vars(args).items()},

@@ -11,7 +11,7 @@ import math
 import random
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -35,11 +35,17 @@ from src.models import (
     output_head,
 )
 from src.ngrams import UNIFORM_NATS, NgramModel, fit_ngrams
-from src.proteins import residues_of
-from src.results import figure
+from src.proteins import residues_of, shuffled
+from src.results import figure, finite_or_none, put_figure
 from src.runs import RUN_FILE, read_run
 from src.splits import CLUSTERS_FILE, read_clusters
-from src.statistics import Estimate, PairedTest, cluster_bootstrap, paired_test
+from src.statistics import (
+    Estimate,
+    PairedTest,
+    cluster_bootstrap,
+    paired_test,
+    plain_estimates,
+)
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -47,8 +53,6 @@ if TYPE_CHECKING:
 CHECKED_PROTEINS = 200
 FLOOR_PROTEINS = 50_000
 """Training proteins, at most, that n-gram floors are fitted on where the caller has more."""
-NATURAL_SAMPLE = 1000
-"""Natural proteins, at most, that are described like the generated ones."""
 GATE_LEVEL = 0.01
 THRESHOLDS = ((0.05, 3.0), (0.11, 2.5), (0.27, 2.0))
 """Shares of the teacher's parameters, and the perplexity ratio that each must stay below."""
@@ -309,13 +313,6 @@ def sample(proteins: Proteins, count: int, seed: int) -> list[Any]:
     return [proteins[int(i)] for i in np.sort(chosen)]
 
 
-def shuffled(residues: str, seed: int) -> str:
-    """Return the residues in a random order that depends on them and the seed alone."""
-    letters = list(residues)
-    random.Random(f"{seed} {residues}").shuffle(letters)
-    return "".join(letters)
-
-
 def floor_nll(
     residues: Sequence[str],
     train: Sequence[str] | None,
@@ -476,15 +473,11 @@ def token_unigram_nll(
 def _test_record(test: PairedTest) -> dict[str, Any]:
     return {
         "mean": test.difference,
-        "low": _finite(test.low),
-        "high": _finite(test.high),
+        "low": finite_or_none(test.low),
+        "high": finite_or_none(test.high),
         "p_value": test.p_value,
         "pairs": test.pairs,
     }
-
-
-def _finite(value: float) -> float | None:
-    return float(value) if math.isfinite(value) else None
 
 
 def threshold_for(share_of_teacher: float) -> float:
@@ -544,7 +537,7 @@ def evaluate(
         Results with every key of ``src.results`` but ``run``, and the table of single proteins:
         ``protein``, ``cluster``, ``residues``, ``tokens``, ``nll_student``, ``nll_teacher``, ``kl``
         (summed over the protein, in nats). Keys that concern generated proteins are null: see
-        :func:`add_generation`.
+        :func:`src.sequence_quality.measure_generation`.
 
     Raises:
         ValueError: the teacher fails its checks, the vocabularies differ, or nothing can be scored.
@@ -693,11 +686,7 @@ def _estimates(
         return cluster_bootstrap(
             figures, arrays, labels, settings.bootstrap, settings.seed, settings.level
         )
-    totals = {k: np.asarray(v, np.float64).sum(0, keepdims=True) for k, v in arrays.items()}
-    return {
-        name: Estimate(float(value[0]), math.nan, math.nan, settings.level)
-        for name, value in figures(totals).items()
-    }
+    return plain_estimates(figures, arrays, settings.level)
 
 
 def _results(
@@ -708,7 +697,7 @@ def _results(
     results |= {"student_ece": None, "teacher_ece": None}
     results["intervals"] = {}
     for name, estimate in estimates.items():
-        put(results, name, estimate)
+        put_figure(results, name, estimate)
     sizes = {
         model: count_parameters(m) for model, m in (("student", student), ("teacher", teacher))
     }
@@ -728,19 +717,6 @@ def _results(
         "kl_from_natural_uniprot": {"student": None, "teacher": None},
         "generation": None,
     }
-
-
-def put(results: dict[str, Any], name: str, estimate: Estimate) -> None:
-    """Store an estimate under its dotted name, and its interval; null where it is not finite."""
-    *path, last = name.split(".")
-    place = results
-    for part in path:
-        if not isinstance(place.get(part), dict):
-            place[part] = {}
-        place = place[part]
-    place[last] = _finite(estimate.estimate)
-    finite = math.isfinite(estimate.low) and math.isfinite(estimate.high)
-    results["intervals"][name] = [estimate.low, estimate.high] if finite else None
 
 
 def _describe_calibration(
@@ -767,174 +743,6 @@ def _floors(
         "fitted_proteins": len(train) if train is not None and fitted_on == "train" else None,
         "uniform": {"nats_per_residue": UNIFORM_NATS, "perplexity_per_residue": 20.0},
         **(measured or {}),
-    }
-
-
-def generation_metrics(
-    sequences: Sequence[str],
-    natural: np.ndarray,
-    settings: EvaluationSettings | None = None,
-) -> dict[str, Any]:
-    """Describe generated proteins.
-
-    Args:
-        sequences: residues of each; empty ones count as not valid.
-        natural: ``(20,)`` residue counts of natural proteins.
-        settings: of the intervals.
-
-    Returns:
-        ``sequences``; ``valid_share`` (at least one residue, all of them standard); ``length``
-        (mean, quartiles, extremes); ``kl_from_natural`` and ``kl_from_natural_uniprot`` (nats) with
-        ``intervals`` over sequences; ``kl_of_an_exact_sample`` (what chance alone would give);
-        ``repeat_share`` (sequences with six or more of one residue in a row);
-        ``low_complexity_share`` (of residues); ``distinct_share`` (of sequences);
-        ``distinct_4mers`` (of all words of four).
-    """
-    settings = settings or EvaluationSettings()
-    whole = [s for s in sequences if s]
-    if not whole:
-        return {"sequences": len(sequences), "valid_share": 0.0}
-    counts = np.stack([metrics.residue_counts([s]) for s in whole])
-    sizes = np.array([len(s) for s in whole])
-    low = np.array([metrics.low_complexity_share(s) for s in whole]) * sizes
-    repeats = np.array([metrics.longest_run(s) >= metrics.LONG_RUN for s in whole])
-    arrays = {"counts": counts, "sizes": sizes, "low": low, "repeats": repeats}
-    arrays["sequences"] = np.ones(len(whole))
-    published = metrics.swissprot_frequencies()
-
-    def statistic(sums: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
-        return {
-            "kl_from_natural": metrics.composition_kl(sums["counts"], natural),
-            "kl_from_natural_uniprot": metrics.composition_kl(sums["counts"], published),
-            "mean_length": sums["sizes"] / sums["sequences"],
-            "repeat_share": sums["repeats"] / sums["sequences"],
-            "low_complexity_share": sums["low"] / sums["sizes"],
-        }
-
-    estimates = cluster_bootstrap(
-        statistic, arrays, whole, max(1, settings.bootstrap), settings.seed, settings.level
-    )
-    record: dict[str, Any] = {"sequences": len(sequences), "intervals": {}}
-    record["valid_share"] = float(np.sum(counts.sum(1) == sizes) / len(sequences))
-    for name, estimate in estimates.items():
-        put(record, name, estimate)
-    quartiles = np.quantile(sizes, [0, 0.25, 0.5, 0.75, 1])
-    record["length_quartiles"] = [float(q) for q in quartiles]
-    record["kl_of_an_exact_sample"] = 19 / (2 * max(1, int(counts.sum())))
-    record["distinct_share"] = len(set(whole)) / len(whole)
-    record["distinct_4mers"] = metrics.distinct_share(whole)
-    record["composition"] = {
-        letter: float(value)
-        for letter, value in zip(
-            metrics.STANDARD_RESIDUES, counts.sum(0) / max(1, counts.sum()), strict=True
-        )
-    }
-    return record
-
-
-def add_generation(
-    results: dict[str, Any],
-    generated: Mapping[str, Sequence[str]],
-    natural: Sequence[str],
-    settings: EvaluationSettings | None = None,
-    extra: Mapping[str, Mapping[str, Any]] | None = None,
-) -> None:
-    """Add what generated proteins show to the results of :func:`evaluate`.
-
-    Args:
-        results: changed in place: ``generation``, ``kl_from_natural`` and its intervals.
-        generated: residues of each sequence by model, ``student`` and ``teacher``.
-        natural: held-out proteins, the reference of composition.
-        settings: of the intervals.
-        extra: further figures by model, such as counts of the sampler or sequences per second.
-    """
-    counts = metrics.residue_counts(natural)
-    some = sample(natural, NATURAL_SAMPLE, (settings or EvaluationSettings()).seed)
-    generation: dict[str, Any] = {"natural": generation_metrics(some, counts, settings)}
-    for model, sequences in generated.items():
-        record = generation_metrics(sequences, counts, settings)
-        generation[model] = {**record, **(extra or {}).get(model, {})}
-        for key in ("kl_from_natural", "kl_from_natural_uniprot"):
-            results[key][model] = record.get(key)
-            interval = record.get("intervals", {}).get(key)
-            if interval:
-                results["intervals"][f"{key}.{model}"] = interval
-    results["generation"] = generation
-
-
-def measure_generation(
-    results: dict[str, Any],
-    models: Mapping[str, PreTrainedModel],
-    tokenizer: Any,
-    natural: Sequence[str],
-    count: int,
-    settings: EvaluationSettings | None = None,
-) -> None:
-    """Let each model generate proteins, and add what they show to the results of an evaluation.
-
-    Args:
-        results: of :func:`evaluate`; changed in place.
-        models: ``student`` and ``teacher``.
-        tokenizer: of both.
-        natural: held-out proteins, the reference of composition.
-        count: sequences that each model generates.
-        settings: seed, batches and intervals.
-    """
-    from src.generation import GenerationSettings, sample_proteins
-
-    settings = settings or EvaluationSettings()
-    generated: dict[str, list[str]] = {}
-    extra: dict[str, dict[str, Any]] = {}
-    for name, model in models.items():
-        started = time.monotonic()
-        wanted = GenerationSettings(
-            num_sequences=count, seed=settings.seed, batch_size=settings.batch_size
-        )
-        sampled = sample_proteins(model, tokenizer, wanted)
-        seconds = time.monotonic() - started
-        generated[name] = list(sampled.sequences)
-        extra[name] = {
-            "sampling": asdict(wanted),
-            "counts": dict(sampled.counts),
-            "sequences_per_second": len(generated[name]) / seconds,
-            **perplexity_of(models["teacher"], tokenizer, generated[name], settings),
-        }
-    add_generation(results, generated, natural, settings, extra)
-
-
-def perplexity_of(
-    teacher: PreTrainedModel,
-    tokenizer: Any,
-    sequences: Sequence[str],
-    settings: EvaluationSettings,
-) -> dict[str, Any]:
-    """Return the teacher's perplexity per residue of generated proteins, with its interval.
-
-    Low values mean plausible or repetitive proteins: read it beside the repeats and diversity.
-    """
-    limit = max_positions(teacher.config)
-    kept = [s for s in sequences if s]
-    rows = [np.asarray(ids) for ids in encode(tokenizer, kept)]
-    short = [i for i, ids in enumerate(rows) if len(ids) <= limit]
-    kept, rows = [kept[i] for i in short], [rows[i] for i in short]
-    if not kept:
-        return {"teacher_perplexity_per_residue": None}
-    arrays = {
-        "nll": protein_nll(teacher, rows, settings, "scoring what was generated"),
-        "residues": np.array([len(s) for s in kept]),
-    }
-    found = cluster_bootstrap(
-        lambda sums: {"perplexity": np.exp(sums["nll"] / sums["residues"])},
-        arrays,
-        kept,
-        max(1, settings.bootstrap),
-        settings.seed,
-        settings.level,
-    )["perplexity"]
-    low, high = _finite(found.low), _finite(found.high)
-    return {
-        "teacher_perplexity_per_residue": _finite(found.estimate),
-        "teacher_perplexity_interval": None if low is None else [low, high],
     }
 
 

@@ -2,11 +2,13 @@
 
 ProtGPT2 was trained on FASTA bodies (Ferruz et al. 2022, Nature Communications 13:4348, Methods):
 an end-of-text marker, a newline, the residues with a newline after each 60, a newline, and the
-end-of-text marker again. Training, evaluation, scoring and generation all call the two functions
-below; nothing else in the project builds or reads such a text.
+end-of-text marker again. Training, evaluation, scoring and generation all call :func:`layout`,
+:func:`prompt_layout` and :func:`residues_of`; nothing else builds or reads such a text.
 """
 
 from __future__ import annotations
+
+import random
 
 END_OF_TEXT = "<|endoftext|>"
 RESIDUES_PER_LINE = 60
@@ -77,3 +79,10 @@ def residues_of(text: str) -> str:
         bad = next(c for c in residues if not ("A" <= c <= "Z"))
         raise ValueError(f"{bad!r} is not a residue")
     return residues
+
+
+def shuffled(residues: str, seed: int = 0) -> str:
+    """Return the residues in a random order that depends on them and the seed alone."""
+    letters = list(residues)
+    random.Random(f"{seed} {residues}").shuffle(letters)
+    return "".join(letters)

@@ -11,9 +11,12 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from src.files import read_json, write_json
+
+if TYPE_CHECKING:
+    from src.statistics import Estimate
 
 SCHEMA_VERSION = 1
 
@@ -204,6 +207,24 @@ def figure(results: Mapping[str, Any], name: str) -> Any:
             return None
         value = value.get(part)
     return value
+
+
+def put_figure(results: dict[str, Any], name: str, estimate: Estimate) -> None:
+    """Store an estimate under its dotted name, and its interval; null where it is not finite."""
+    *path, last = name.split(".")
+    place = results
+    for part in path:
+        if not isinstance(place.get(part), dict):
+            place[part] = {}
+        place = place[part]
+    place[last] = finite_or_none(estimate.estimate)
+    interval = [finite_or_none(estimate.low), finite_or_none(estimate.high)]
+    results["intervals"][name] = None if None in interval else interval
+
+
+def finite_or_none(value: float) -> float | None:
+    """Return a number as JSON can hold it."""
+    return float(value) if math.isfinite(value) else None
 
 
 TABLE = (

@@ -1,43 +1,53 @@
 """Describes sets of generated proteins: lengths, repeats, diversity, novelty, known families.
 
-Functions take residues of proteins and return plain dictionaries. Every figure means little alone:
-compare it with that of natural proteins and of the same proteins shuffled (:func:`shuffled`), which
-keep length and composition and lose everything else.
+There is one description, :func:`describe`: plain figures under dotted names, with intervals over
+proteins. Every figure means little alone: :func:`describe_all` puts natural proteins beside it, and
+the same shuffled, which keep length and composition and lose everything else.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping, Sequence
+import time
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
-from scipy import sparse
+from scipy import stats
 
 from src import metrics
 from src.cli import progress
-from src.proteins import STANDARD_RESIDUES
+from src.proteins import STANDARD_RESIDUES, shuffled
+from src.relatives import (
+    aligned,
+    check_profiles,
+    family_hits,
+    local_aligner,
+    nearest_identities,
+    word_sets,
+)
+from src.results import put_figure
+from src.statistics import Estimate, cluster_bootstrap, plain_estimates
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 LONGEST_UNIT = 30
 """Residues of the longest unit looked for in tandem repeats."""
 LEAST_COPIES = 3
 LEAST_REPEAT = metrics.LONG_RUN
 """A repeat is at least three copies of its unit and at least six residues."""
-WORD = 3
-"""Residues of the words that diversity and the search for relatives compare."""
-CANDIDATES = 10
-"""Training proteins that are aligned with each generated one."""
 PAIRS = 500
 """Pairs, at most, whose identity is aligned for diversity."""
-GAP_OPEN, GAP_EXTEND = -11.0, -1.0
-"""Penalties of the first and of each further residue of a gap, with BLOSUM62 as in BLASTP; a gap
-of n residues costs 11 + n."""
 NOVELTY_LEVELS = (0.3, 0.5, 0.9)
-EVALUE = 1e-3
-
-_CODE = np.full(256, -1, dtype=np.int64)
-_CODE[np.frombuffer(STANDARD_RESIDUES.encode(), np.uint8)] = np.arange(len(STANDARD_RESIDUES))
+NOVELTY_PROTEINS = 100_000
+"""Training proteins, at most, that relatives of generated ones are looked for among."""
+EXAMPLES = 5
+"""Generated proteins of each model that a results file shows."""
+THOROUGH_SAMPLES = 200
+"""Proteins that each model generates for a thorough description, unless told otherwise."""
 
 
 def length_statistics(proteins: Sequence[str]) -> dict[str, float | None]:
@@ -57,12 +67,6 @@ def composition(proteins: Iterable[str]) -> dict[str, float]:
         letter: float(value)
         for letter, value in zip(STANDARD_RESIDUES, counts / max(1, counts.sum()), strict=True)
     }
-
-
-def valid_share(proteins: Sequence[str]) -> float | None:
-    """Return the share of proteins that have residues, all of the standard 20."""
-    standard = set(STANDARD_RESIDUES)
-    return _mean([bool(p) and set(p) <= standard for p in proteins])
 
 
 def repeat_share(residues: str, longest_unit: int = LONGEST_UNIT) -> float:
@@ -86,86 +90,33 @@ def repeat_share(residues: str, longest_unit: int = LONGEST_UNIT) -> float:
     return float((covered.cumsum()[:-1] > 0).mean()) if len(letters) else 0.0
 
 
-def repetitiveness(proteins: Sequence[str]) -> dict[str, float | None]:
-    """Return how much proteins repeat themselves.
-
-    Returns:
-        ``longest_run`` (mean over proteins of the longest stretch of one residue),
-        ``long_run_share`` (proteins with six or more in a row), ``tandem_repeat_share`` and
-        ``low_complexity_share`` (of all residues; :func:`repeat_share` and SEG's first pass,
-        :func:`src.metrics.low_complexity_share`).
-    """
-    runs = [metrics.longest_run(p) for p in proteins]
-    sizes = np.array([len(p) for p in proteins], dtype=np.float64)
-    tandem = np.array([repeat_share(p) for p in proteins])
-    low = np.array([metrics.low_complexity_share(p) for p in proteins])
-    total = sizes.sum()
-    return {
-        "longest_run": _mean(runs),
-        "long_run_share": _mean([run >= metrics.LONG_RUN for run in runs]),
-        "tandem_repeat_share": float(tandem @ sizes / total) if total else None,
-        "low_complexity_share": float(low @ sizes / total) if total else None,
-    }
-
-
-def word_sets(proteins: Sequence[str], width: int = WORD) -> sparse.csr_matrix:
-    """Return which words of ``width`` standard residues each protein holds.
-
-    Returns:
-        ``(P, 20 ** width)`` of zeros and ones.
-    """
-    rows, columns = [], []
-    base = len(STANDARD_RESIDUES) ** np.arange(width)
-    for row, residues in enumerate(proteins):
-        codes = _CODE[np.frombuffer(residues.encode("ascii"), np.uint8)]
-        if len(codes) < width:
-            continue
-        windows = np.lib.stride_tricks.sliding_window_view(codes, width)
-        words = np.unique(windows[(windows >= 0).all(1)] @ base)
-        rows.append(np.full(len(words), row))
-        columns.append(words)
-    shape = (len(proteins), len(STANDARD_RESIDUES) ** width)
-    if not rows:
-        return sparse.csr_matrix(shape, dtype=np.float32)
-    place = (np.concatenate(rows), np.concatenate(columns))
-    return sparse.csr_matrix((np.ones(len(place[0]), np.float32), place), shape=shape)
-
-
-def diversity(proteins: Sequence[str], pairs: int = PAIRS, seed: int = 0) -> dict[str, Any]:
+def diversity(
+    proteins: Sequence[str], pairs: int = PAIRS, seed: int = 0, level: float = 0.95
+) -> dict[str, Estimate]:
     """Return how much proteins differ from each other.
 
     Args:
-        proteins: residues of each.
+        proteins: residues of each, at least two.
         pairs: pairs that are aligned, at most; drawn without replacement where there are more.
         seed: of the draw.
+        level: of the intervals (:func:`pair_mean`).
 
     Returns:
-        ``distinct_share`` of the proteins; ``word_distance``, the mean over all pairs of one less
-        the Jaccard similarity of their sets of words of three residues; ``pairwise_identity``, the
-        mean over ``pairs`` of identical residues in the best local alignment, as a share of the
-        shorter protein. None where there are fewer than two proteins.
+        ``word_distance``, the mean over all pairs of one less the Jaccard similarity of their sets
+        of words of three residues; ``pairwise_identity``, the mean over ``pairs`` of identical
+        residues in the best local alignment, as a share of the shorter protein.
     """
-    proteins = [p for p in proteins if p]
-    record: dict[str, Any] = {
-        "distinct_share": len(set(proteins)) / len(proteins) if proteins else None,
-        "word_distance": None,
-        "pairwise_identity": None,
-        "pairs": 0,
-    }
     count = len(proteins)
-    if count < 2:
-        return record
     words = word_sets(proteins)
     sizes = np.asarray(words.sum(1), dtype=np.float64).ravel()
-    similarity = 0.0
+    distances = np.zeros(count)
     for start in range(0, count, 512):  # blocks bound the memory
         shared = (words[start : start + 512] @ words.T).toarray().astype(np.float64)
         union = sizes[start : start + 512, None] + sizes - shared
-        # Two proteins too short for a word are alike when they are equal.
         ratio = np.divide(shared, union, out=np.zeros_like(shared), where=union > 0)
         here = np.arange(start, start + len(shared))
-        similarity += ratio.sum() - ratio[np.arange(len(here)), here].sum()
-    record["word_distance"] = float(1 - similarity / (count * (count - 1)))
+        ratio[np.arange(len(here)), here] = 1.0  # a protein and itself are no pair
+        distances[here] = (1 - ratio).sum(1)
     all_pairs = count * (count - 1) // 2
     chosen = np.random.default_rng(seed).choice(all_pairs, min(pairs, all_pairs), replace=False)
     first = np.floor((1 + np.sqrt(1 + 8 * chosen.astype(np.float64))) / 2).astype(np.int64)
@@ -176,286 +127,335 @@ def diversity(proteins: Sequence[str], pairs: int = PAIRS, seed: int = 0) -> dic
     for a, b in progress(list(zip(first, second, strict=True)), None, "aligning", "pairs"):
         left, right = proteins[a], proteins[b]
         found.append(aligned(aligner, left, right)[0] / min(len(left), len(right)))
-    record["pairwise_identity"], record["pairs"] = _mean(found), len(found)
-    return record
-
-
-def local_aligner() -> Any:
-    """Return Biopython's aligner for local alignments with BLOSUM62 and affine gaps."""
-    from Bio.Align import PairwiseAligner, substitution_matrices
-
-    aligner = PairwiseAligner()
-    aligner.mode = "local"
-    aligner.substitution_matrix = substitution_matrices.load("BLOSUM62")
-    aligner.open_gap_score = GAP_OPEN + GAP_EXTEND
-    aligner.extend_gap_score = GAP_EXTEND
-    return aligner
-
-
-_WITHOUT_SCORES = str.maketrans("JOU", "LKC")
-"""Residues that BLOSUM62 does not know, by what they resemble."""
-
-
-def aligned(aligner: Any, query: str, target: str) -> tuple[int, int, int]:
-    """Return identical pairs, columns and residues of the query in the best local alignment."""
-    query, target = query.translate(_WITHOUT_SCORES), target.translate(_WITHOUT_SCORES)
-    if aligner.score(query, target) <= 0:
-        return 0, 0, 0
-    alignment = aligner.align(query, target)[0]
-    blocks = alignment.aligned  # (2, blocks, 2)
-    (q_start, q_stop), (t_start, t_stop) = ((int(side[0][0]), int(side[-1][1])) for side in blocks)
-    identical = paired = 0
-    for (q0, q1), (t0, t1) in zip(blocks[0], blocks[1], strict=True):
-        identical += sum(a == b for a, b in zip(query[q0:q1], target[t0:t1], strict=True))
-        paired += int(q1 - q0)
-    columns = (q_stop - q_start) + (t_stop - t_start) - paired
-    return identical, columns, q_stop - q_start
-
-
-def likeliest_relatives(
-    queries: Sequence[str], targets: Sequence[str], count: int = CANDIDATES
-) -> np.ndarray:
-    """Return the targets that share the most telling words with each query.
-
-    Proteins are compared by the cosine of their words of three residues, each weighted by its
-    inverse document frequency ln(targets / targets with it): rare words tell more.
-
-    Returns:
-        ``(Q, min(count, targets))`` indices, the most similar first.
-    """
-    count = min(count, len(targets))
-    words = word_sets(targets)
-    frequency = np.asarray(words.sum(0), dtype=np.float64).ravel()
-    weight = np.log((1 + len(targets)) / (1 + frequency))
-    weighted = _unit_rows(words.multiply(weight).tocsr()).T.tocsr()
-    asked = _unit_rows(word_sets(queries).multiply(weight).tocsr())
-    found = np.zeros((len(queries), count), dtype=np.int64)
-    block = max(1, 20_000_000 // max(1, len(targets)))
-    for start in range(0, len(queries), block):
-        cosine = (asked[start : start + block] @ weighted).toarray()
-        best = np.argpartition(-cosine, count - 1, axis=1)[:, :count]
-        order = np.argsort(-np.take_along_axis(cosine, best, 1), axis=1, kind="stable")
-        found[start : start + block] = np.take_along_axis(best, order, 1)
-    return found
-
-
-def _unit_rows(table: sparse.csr_matrix) -> sparse.csr_matrix:
-    norms = np.sqrt(np.asarray(table.multiply(table).sum(1), dtype=np.float64)).ravel()
-    scaled = sparse.diags(1 / np.where(norms > 0, norms, 1.0)) @ table
-    return sparse.csr_matrix(scaled, dtype=np.float32)
-
-
-def nearest_identities(
-    queries: Sequence[str], targets: Sequence[str], candidates: int = CANDIDATES
-) -> dict[str, np.ndarray]:
-    """Find the closest target of each query.
-
-    The ``candidates`` of :func:`likeliest_relatives` are aligned locally (Smith & Waterman 1981,
-    BLOSUM62, gaps 11 and 1). The identity is that of the one with the most identical pairs:
-    **identical pairs / residues of the query**. A short match therefore counts as little as it
-    covers, and 1 means that the whole query stands in a target. It is a lower bound: a relative
-    that shares hardly any words may be missed. Of 300 proteins of ``test_in_family`` against the
-    bundled training part, a sensitive search by MMseqs2 (``-s 7.5``) put 142 over 30 % and 85 over
-    50 %; this found 136 of the former and all of the latter.
-
-    Returns:
-        ``(Q,)`` each: ``identity``; ``local_identity`` (identical pairs / columns of that
-        alignment, gaps counted); ``coverage`` (share of the query within it); ``target``, its
-        index, -1 without any.
-    """
-    found = {name: np.zeros(len(queries)) for name in ("identity", "local_identity", "coverage")}
-    nearest = np.full(len(queries), -1, dtype=np.int64)
-    if queries and targets:
-        aligner = local_aligner()
-        likely = likeliest_relatives(queries, targets, candidates)
-        for row in progress(range(len(queries)), len(queries), "aligning", "proteins"):
-            query = queries[row]
-            for target in likely[row] if query else ():
-                identical, columns, covered = aligned(aligner, query, targets[int(target)])
-                if identical / len(query) > found["identity"][row]:
-                    found["identity"][row] = identical / len(query)
-                    found["local_identity"][row] = identical / columns
-                    found["coverage"][row] = covered / len(query)
-                    nearest[row] = target
-    return {**found, "target": nearest}
-
-
-def novelty(
-    proteins: Sequence[str], train: Sequence[str], candidates: int = CANDIDATES
-) -> dict[str, Any]:
-    """Return how close proteins come to the training proteins.
-
-    Returns:
-        ``nearest_identity``: mean and quartiles of the identity of :func:`nearest_identities`;
-        ``share_over``: share of proteins over 30, 50 and 90 %; ``copied_share``: share that stands
-        whole in the training protein aligned; ``train_proteins``: how many were searched.
-    """
-    proteins = [p for p in proteins if p]
-    identity = nearest_identities(proteins, train, candidates)["identity"]
-    if not len(identity) or not train:
-        return {"nearest_identity": None, "share_over": None, "train_proteins": len(train)}
-    quartiles = np.quantile(identity, [0, 0.25, 0.5, 0.75, 1])
+    touched = np.concatenate([first, second])
+    identities = np.bincount(touched, weights=np.tile(found, 2), minlength=count)
     return {
-        "nearest_identity": {
-            "mean": float(identity.mean()),
-            **dict(zip(("min", "q1", "median", "q3", "max"), map(float, quartiles), strict=True)),
-        },
-        "share_over": {f"{level:g}": float((identity > level).mean()) for level in NOVELTY_LEVELS},
-        "copied_share": float((identity >= 1).mean()),
-        "train_proteins": len(train),
+        "word_distance": pair_mean(distances, np.full(count, count - 1.0), level),
+        "pairwise_identity": pair_mean(
+            identities, np.bincount(touched, minlength=count).astype(np.float64), level
+        ),
     }
 
 
-def family_hits(
-    proteins: Sequence[str], profiles: str | Path, evalue: float = EVALUE, cpus: int = 1
-) -> dict[str, Any]:
-    """Search proteins for known families with HMMER (pyhmmer; Larralde & Zeller 2023, btad214).
+def pair_mean(sums: np.ndarray, counts: np.ndarray, level: float = 0.95) -> Estimate:
+    """Return the mean of a figure of pairs of proteins, with its interval over proteins.
 
-    A protein is hit by a profile over the profile's own gathering threshold where every profile
-    has one (as Pfam's do), else with an E-value of at most ``evalue``, counted, as ``hmmscan``
-    does, over the number of profiles.
+    Pairs that share a protein are not independent, so proteins are left out one at a time with all
+    their pairs (jackknife of a U-statistic; Arvesen 1969, Annals of Mathematical Statistics
+    40:2076). Where only some pairs were measured the interval is a little wide.
 
     Args:
-        proteins: residues of each.
-        profiles: HMM file, such as ``Pfam-A.hmm``.
-        evalue: threshold where there are no gathering thresholds.
-        cpus: threads.
+        sums: ``(P,)`` sum of the figure over the pairs that hold each protein.
+        counts: ``(P,)`` how many pairs those are.
+        level: of the interval, Student's with P - 1 degrees of freedom.
 
     Returns:
-        ``hit_share`` of the proteins; ``families``: number of different profiles that hit;
-        ``profiles`` searched; ``threshold``: ``gathering`` or the E-value.
-
-    Raises:
-        ValueError: pyhmmer is missing, or the file is not there, empty or no HMM file.
+        The mean over pairs; the interval is NaN where a protein alone holds all pairs.
     """
-    try:
-        import pyhmmer
-    except ImportError:
-        raise ValueError("searching for families needs pyhmmer: pip install pyhmmer") from None
-    if not Path(profiles).is_file():
-        raise ValueError(f"{profiles}: there is no such HMM file")
-    count, gathering = 0, True
-    try:
-        with pyhmmer.plan7.HMMFile(str(profiles)) as file:
-            for profile in file:
-                count += 1
-                gathering = gathering and profile.cutoffs.gathering_available()
-    except (ValueError, EOFError, OSError) as error:
-        raise ValueError(f"{profiles}: not a readable HMM file ({error})") from None
-    if not count:
-        raise ValueError(f"{profiles}: holds no profile")
-    alphabet = pyhmmer.easel.Alphabet.amino()
-    digital = [_named_sequence(str(i), p).digitize(alphabet) for i, p in enumerate(proteins) if p]
-    block: Any = pyhmmer.easel.DigitalSequenceBlock(alphabet, digital)
-    options: dict[str, Any] = {"bit_cutoffs": "gathering"} if gathering else {"E": evalue}
-    hit: set[str] = set()
-    families = 0
-    if len(block):
-        with pyhmmer.plan7.HMMFile(str(profiles)) as file:
-            # hmmsearch is much faster than hmmscan; Z makes its E-values hmmscan's.
-            for hits in pyhmmer.hmmsearch(file, block, cpus=cpus, Z=count, **options):
-                names = {_text(h.name) for h in hits if h.included or h.reported}
-                hit |= names
-                families += bool(names)
-    return {
-        "hit_share": len(hit) / len(proteins) if proteins else None,
-        "families": families,
-        "profiles": count,
-        "threshold": "gathering" if gathering else evalue,
-    }
+    total, pairs = sums.sum() / 2, counts.sum() / 2
+    estimate = float(total / pairs)
+    left = pairs - counts
+    if not (left > 0).all():
+        return Estimate(estimate, math.nan, math.nan, level)
+    without = (total - sums) / left
+    count = len(sums)
+    error = math.sqrt((count - 1) / count * np.sum((without - without.mean()) ** 2))
+    half = stats.t.ppf(0.5 + level / 2, count - 1) * error
+    return Estimate(estimate, float(estimate - half), float(estimate + half), level, error)
 
 
-def _named_sequence(name: str, residues: str) -> Any:
-    """Return a sequence for pyhmmer, whose names were bytes before they were text."""
-    from pyhmmer.easel import TextSequence
+@dataclass(frozen=True)
+class DescriptionSettings:
+    """How sets of proteins are described.
 
-    try:
-        return TextSequence(name=name, sequence=residues)
-    except TypeError:
-        return TextSequence(name=name.encode(), sequence=residues)  # type: ignore[arg-type]
+    Attributes:
+        thorough: also diversity, novelty and, given ``profiles``, known families.
+        profiles: HMM file.
+        bootstrap: replicates for the intervals; 0: none.
+        level: of the intervals.
+        seed: of all draws.
+    """
 
+    thorough: bool = False
+    profiles: Path | None = None
+    bootstrap: int = 2000
+    level: float = 0.95
+    seed: int = 0
 
-def _text(name: str | bytes) -> str:
-    return name.decode() if isinstance(name, bytes) else name
+    def __post_init__(self) -> None:
+        """Check the settings. Raises ``ValueError``."""
+        if self.profiles is not None:
+            if not self.thorough:
+                raise ValueError("--profiles needs --generation_metrics beside it")
+            check_profiles(self.profiles)
 
 
 def describe(
     proteins: Sequence[str],
     natural: Sequence[str],
+    settings: DescriptionSettings | None = None,
+    *,
     train: Sequence[str] | None = None,
-    profiles: str | Path | None = None,
-    seed: int = 0,
+    nll: np.ndarray | None = None,
+    clusters: Sequence[Any] | None = None,
 ) -> dict[str, Any]:
-    """Describe generated proteins in one record.
+    """Describe a set of proteins in one record.
 
     Args:
         proteins: residues of each; empty ones count as not valid and nothing else.
         natural: natural proteins, the reference of composition.
+        settings: what is told, and the intervals.
         train: training proteins, for novelty; None: leave it out.
-        profiles: HMM file, for families; None: leave them out.
-        seed: of the pairs that are aligned.
+        nll: ``(P,)`` of each protein under the teacher, in nats; NaN: not scored.
+        clusters: ``(P,)`` of related proteins; None: each is a draw of its own, as samples are.
 
     Returns:
-        ``sequences``, ``valid_share``, ``length``, ``composition``, ``kl_from_natural`` (nats),
-        ``repetitiveness``, ``diversity``, and ``novelty`` and ``families`` where asked for.
+        ``sequences``; ``length`` and ``composition``; ``kl_of_an_exact_sample``, the composition
+        divergence that chance alone gives; ``distinct_share`` of the proteins and
+        ``distinct_4mers`` of their words of four, which fall with the size of the set; every figure
+        of :func:`description_figures` and, thorough ones, of :func:`diversity`; beside these
+        ``novelty.train_proteins`` and the quartiles of ``novelty.nearest_identity``, and
+        ``families.families``, ``.profiles`` and ``.threshold``. ``intervals`` by dotted name.
+        A figure without anything to count is None.
     """
+    settings = settings or DescriptionSettings()
     whole = [p for p in proteins if p]
-    counts = metrics.residue_counts(whole)
     record: dict[str, Any] = {
         "sequences": len(proteins),
-        "valid_share": valid_share(proteins),
         "length": length_statistics(whole),
         "composition": composition(whole),
-        "kl_from_natural": float(metrics.composition_kl(counts, metrics.residue_counts(natural))),
-        "repetitiveness": repetitiveness(whole),
-        "diversity": diversity(whole, seed=seed),
+        "kl_of_an_exact_sample": 19 / (2 * max(1, int(metrics.residue_counts(whole).sum()))),
+        "distinct_share": len(set(whole)) / len(whole) if whole else None,
+        "distinct_4mers": metrics.distinct_share(whole) if whole else None,
     }
-    if train is not None:
-        record["novelty"] = novelty(whole, train)
-    if profiles is not None:
-        record["families"] = family_hits(whole, profiles)
+    record["intervals"] = {}
+    arrays = per_protein_sums(proteins)
+    if nll is not None:
+        scored = np.isfinite(nll)
+        arrays["nll"] = np.where(scored, nll, 0.0)
+        arrays["scored_residues"] = np.where(scored, arrays["residues"], 0)
+    if settings.thorough and train is not None:
+        identity = nearest_identities(proteins, train)["identity"]
+        arrays["identity"] = identity
+        arrays |= {f"over_{level}": identity > level for level in NOVELTY_LEVELS}
+        arrays["copied"] = identity >= 1
+        record["novelty"] = {
+            "train_proteins": len(train),
+            "nearest_identity": _quartiles(identity[arrays["whole"]]),
+        }
+    if settings.thorough and settings.profiles is not None:
+        hits = family_hits(proteins, settings.profiles)
+        arrays["hit"] = hits.pop("hit")
+        record["families"] = hits
+    for name, estimate in _estimates(arrays, natural, settings, clusters).items():
+        put_figure(record, name, estimate)
+    if settings.thorough and len(whole) > 1:
+        found = diversity(whole, seed=settings.seed, level=settings.level)
+        for name, estimate in found.items():
+            put_figure(record, f"diversity.{name}", estimate)
     return record
 
 
-def describe_with_controls(
+def per_protein_sums(proteins: Sequence[str]) -> dict[str, np.ndarray]:
+    """Return what the cheap figures of a description are sums of, ``(P, ...)`` by name."""
+    sizes = np.array([len(p) for p in proteins], dtype=np.int64)
+    counts = np.array([metrics.residue_counts([p]) for p in proteins]).reshape(-1, 20)
+    runs = np.array([metrics.longest_run(p) for p in proteins], dtype=np.int64)
+    return {
+        "proteins": np.ones(len(proteins), dtype=np.int64),
+        "whole": sizes > 0,
+        "valid": (sizes > 0) & (counts.sum(1) == sizes),
+        "residues": sizes,
+        "counts": counts,
+        "run": runs,
+        "long_run": runs >= metrics.LONG_RUN,
+        "tandem": sizes * np.array([repeat_share(p) for p in proteins]),
+        "low_complexity": sizes * np.array([metrics.low_complexity_share(p) for p in proteins]),
+    }
+
+
+def description_figures(
+    sums: Mapping[str, np.ndarray], natural: np.ndarray
+) -> dict[str, np.ndarray]:
+    """Return every figure of a description that follows from sums over proteins.
+
+    Args:
+        sums: ``(R, ...)`` of :func:`per_protein_sums` and of what :func:`describe` adds to them.
+        natural: ``(20,)`` residue counts of natural proteins.
+
+    Returns:
+        ``(R,)`` by dotted name, NaN where there is nothing to count: ``valid_share`` (proteins
+        with residues, all of the standard 20); ``length.mean``; ``kl_from_natural`` and
+        ``kl_from_natural_uniprot`` (nats); ``repetitiveness``: ``longest_run`` (mean over proteins
+        of the longest stretch of one residue), ``long_run_share`` (proteins with six or more in a
+        row), ``tandem_repeat_share`` and ``low_complexity_share`` (of all residues;
+        :func:`repeat_share` and SEG's first pass, :func:`src.metrics.low_complexity_share`);
+        ``teacher_perplexity_per_residue``; ``novelty.nearest_identity.mean``,
+        ``novelty.share_over_30``, ``_50``, ``_90`` (percent) and ``novelty.copied_share`` (stand
+        whole in the training protein aligned); ``families.hit_share`` of all proteins.
+    """
+    whole, residues = sums["whole"], sums["residues"]
+    published = metrics.swissprot_frequencies()
+    found = {
+        "valid_share": _ratio(sums["valid"], sums["proteins"]),
+        "length.mean": _ratio(residues, whole),
+        "repetitiveness.longest_run": _ratio(sums["run"], whole),
+        "repetitiveness.long_run_share": _ratio(sums["long_run"], whole),
+        "repetitiveness.tandem_repeat_share": _ratio(sums["tandem"], residues),
+        "repetitiveness.low_complexity_share": _ratio(sums["low_complexity"], residues),
+    }
+    for name, reference in (("", natural), ("_uniprot", published)):
+        divergence = metrics.composition_kl(sums["counts"], reference)
+        found[f"kl_from_natural{name}"] = np.where(residues > 0, divergence, np.nan)
+    if "nll" in sums:
+        found["teacher_perplexity_per_residue"] = np.exp(
+            _ratio(sums["nll"], sums["scored_residues"])
+        )
+    if "identity" in sums:
+        found["novelty.nearest_identity.mean"] = _ratio(sums["identity"], whole)
+        for level in NOVELTY_LEVELS:
+            found[f"novelty.share_over_{level * 100:.0f}"] = _ratio(sums[f"over_{level}"], whole)
+        found["novelty.copied_share"] = _ratio(sums["copied"], whole)
+    if "hit" in sums:
+        found["families.hit_share"] = _ratio(sums["hit"], sums["proteins"])
+    return found
+
+
+def _estimates(
+    arrays: Mapping[str, np.ndarray],
+    natural: Sequence[str],
+    settings: DescriptionSettings,
+    clusters: Sequence[Any] | None,
+) -> dict[str, Estimate]:
+    reference = metrics.residue_counts(natural)
+    count = len(arrays["proteins"])
+
+    def statistic(sums: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
+        return description_figures(sums, reference)
+
+    if not (settings.bootstrap and count):
+        return plain_estimates(statistic, arrays, settings.level)
+    labels = range(count) if clusters is None else clusters
+    return cluster_bootstrap(
+        statistic, arrays, list(labels), settings.bootstrap, settings.seed, settings.level
+    )
+
+
+def _ratio(above: np.ndarray, below: np.ndarray) -> np.ndarray:
+    """Return quotients, NaN where there is nothing below the line."""
+    above, below = np.asarray(above, np.float64), np.asarray(below, np.float64)
+    return np.divide(above, below, out=np.full(above.shape, np.nan), where=below > 0)
+
+
+def _quartiles(values: np.ndarray) -> dict[str, float | None]:
+    names = ("min", "q1", "median", "q3", "max")
+    if not len(values):
+        return dict.fromkeys(names)
+    return dict(zip(names, map(float, np.quantile(values, [0, 0.25, 0.5, 0.75, 1])), strict=True))
+
+
+def describe_all(
     generated: Mapping[str, Sequence[str]],
     natural: Sequence[str],
+    settings: DescriptionSettings | None = None,
+    *,
     train: Sequence[str] | None = None,
-    profiles: str | Path | None = None,
-    seed: int = 0,
+    score: Callable[[Sequence[str]], np.ndarray] | None = None,
+    clusters: Sequence[Any] | None = None,
 ) -> dict[str, dict[str, Any]]:
-    """Describe each model's proteins, beside natural ones and those shuffled.
+    """Describe each model's proteins beside natural ones, and thoroughly beside shuffled ones.
 
     Args:
         generated: residues of each protein by model.
         natural: natural proteins that no model was trained on.
+        settings: as for :func:`describe`.
         train: as for :func:`describe`.
-        profiles: as for :func:`describe`.
-        seed: of all draws.
+        score: gives the teacher's NLL of proteins, NaN where it has none.
+        clusters: of the natural proteins.
 
     Returns:
-        A record of :func:`describe` for each model, for ``natural`` and for ``shuffled``: as many
-        natural proteins as the largest set has, because diversity and novelty are best compared
-        between sets of one size.
+        A record of :func:`describe` for each model, for ``natural`` and, thoroughly, for
+        ``shuffled``: as many natural proteins as the largest set has, because diversity and
+        distinct words are best compared between sets of one size.
     """
+    settings = settings or DescriptionSettings()
     largest = max((len(proteins) for proteins in generated.values()), default=0)
-    some = list(natural)
-    if 0 < largest < len(some):
-        chosen = np.random.default_rng(seed).choice(len(some), largest, replace=False)
-        some = [some[i] for i in np.sort(chosen)]
-    sets = {**generated, "natural": some, "shuffled": shuffled(some, seed)}
+    chosen = np.arange(len(natural))
+    if 0 < largest < len(natural):
+        drawn = np.random.default_rng(settings.seed).choice(len(natural), largest, replace=False)
+        chosen = np.sort(drawn)
+    some = [natural[i] for i in chosen]
+    related = None if clusters is None else [clusters[i] for i in chosen]
+    sets = {name: (proteins, None) for name, proteins in generated.items()}
+    sets["natural"] = (some, related)
+    if settings.thorough:
+        sets["shuffled"] = ([shuffled(p, settings.seed) for p in some], related)
     return {
-        name: describe(proteins, natural, train, profiles, seed) for name, proteins in sets.items()
+        name: describe(
+            proteins,
+            natural,
+            settings,
+            train=train,
+            nll=None if score is None else score(proteins),
+            clusters=labels,
+        )
+        for name, (proteins, labels) in sets.items()
     }
 
 
-def shuffled(proteins: Sequence[str], seed: int = 0) -> list[str]:
-    """Return each protein with its residues in a random order, given by it and the seed alone."""
-    from src.evaluation import shuffled as shuffle
+def measure_generation(
+    results: dict[str, Any],
+    models: Mapping[str, PreTrainedModel],
+    tokenizer: Any,
+    natural: Sequence[str],
+    count: int,
+    settings: DescriptionSettings | None = None,
+    *,
+    batch_size: int = 32,
+    train: Sequence[str] | None = None,
+    clusters: Sequence[Any] | None = None,
+) -> None:
+    """Let each model generate proteins, and add what they show to the results of an evaluation.
 
-    return [shuffle(p, seed) for p in proteins]
+    Args:
+        results: of :func:`src.evaluation.evaluate`; changed in place: ``generation``,
+            ``kl_from_natural``, ``kl_from_natural_uniprot`` and their intervals.
+        models: ``student`` and ``teacher``.
+        tokenizer: of both.
+        natural: held-out proteins, the reference of composition.
+        count: sequences that each model generates.
+        settings: of the description.
+        batch_size: proteins sampled and scored at a time.
+        train: training proteins, for novelty.
+        clusters: of the natural proteins.
+    """
+    from src.generation import GenerationSettings, sample_proteins, score_proteins
 
+    settings = settings or DescriptionSettings()
+    wanted = GenerationSettings(num_sequences=count, seed=settings.seed, batch_size=batch_size)
+    generated: dict[str, list[str]] = {}
+    extra: dict[str, dict[str, Any]] = {}
+    for name, model in models.items():
+        started = time.monotonic()
+        sampled = sample_proteins(model, tokenizer, wanted)
+        seconds = time.monotonic() - started
+        generated[name] = sampled.sequences
+        extra[name] = {
+            "sampling": asdict(wanted),
+            "counts": dict(sampled.counts),
+            "sequences_per_second": len(sampled.sequences) / seconds,
+            "examples": sampled.sequences[:EXAMPLES],
+        }
 
-def _mean(values: Sequence[float]) -> float | None:
-    """Return the mean, None of nothing."""
-    return math.fsum(values) / len(values) if len(values) else None
+    def score(proteins: Sequence[str]) -> np.ndarray:
+        return score_proteins(models["teacher"], tokenizer, proteins, batch_size=batch_size).nll
+
+    generation = describe_all(
+        generated, natural, settings, train=train, score=score, clusters=clusters
+    )
+    for name, more in extra.items():
+        generation[name] |= more
+        for key in ("kl_from_natural", "kl_from_natural_uniprot"):
+            results[key][name] = generation[name][key]
+            results["intervals"][f"{key}.{name}"] = generation[name]["intervals"][key]
+    results["generation"] = generation

@@ -156,6 +156,23 @@ def cluster_bootstrap(
     return results
 
 
+def plain_estimates(
+    statistic: Statistic, arrays: Mapping[str, np.ndarray], level: float = 0.95
+) -> dict[str, Estimate]:
+    """Return the figures of :func:`cluster_bootstrap` without intervals (NaN).
+
+    Args:
+        statistic: as there.
+        arrays: per-protein sufficient statistics ``(P, ...)``; P may be 0.
+        level: stored with each estimate.
+    """
+    totals = {k: np.asarray(v, np.float64).sum(0, keepdims=True) for k, v in arrays.items()}
+    return {
+        name: Estimate(float(value[0]), math.nan, math.nan, level)
+        for name, value in statistic(totals).items()
+    }
+
+
 def _weighted(weights: np.ndarray, sums: np.ndarray) -> np.ndarray:
     """Return ``(R, C)`` weights times ``(C, ...)`` sums: ``(R, ...)``."""
     flat = sums.reshape(len(sums), -1)

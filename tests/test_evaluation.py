@@ -6,9 +6,7 @@ import math
 import random
 import subprocess
 import sys
-from dataclasses import dataclass
 from pathlib import Path
-from types import ModuleType, SimpleNamespace
 
 import numpy as np
 import pytest
@@ -339,12 +337,6 @@ def test_foreign_tokens_are_stopped(teacher, tokenizer):
         e.check_teacher(teacher, tokenizer, Tokens(rows))
 
 
-def test_shuffling_keeps_residues_and_depends_on_the_seed_alone():
-    assert sorted(e.shuffled("ACDEFGHIKL", 1)) == list("ACDEFGHIKL")
-    assert e.shuffled("ACDEFGHIKL", 1) == e.shuffled("ACDEFGHIKL", 1)
-    assert e.shuffled("ACDEFGHIKL", 1) != e.shuffled("ACDEFGHIKL", 2)
-
-
 def test_vocabularies_must_match(teacher, tiny_lm, tokenizer, tokens):
     with pytest.raises(ValueError, match="vocabulary"):
         e.evaluate(
@@ -381,34 +373,6 @@ def test_calibration_of_an_ignorant_model_is_not_meaningful(tiny_lm, teacher, to
 )
 def test_threshold_depends_on_size(share, bound):
     assert e.threshold_for(share) == pytest.approx(bound)
-
-
-def test_generated_proteins_are_described(random_proteins):
-    natural = random_proteins(100, seed=1)
-    results = {
-        "kl_from_natural": {"student": None, "teacher": None},
-        "kl_from_natural_uniprot": {"student": None, "teacher": None},
-        "intervals": {},
-    }
-    generated = {
-        "student": ["A" * 50, "A" * 50, "", "MKXV"],
-        "teacher": random_proteins(50, seed=2),
-    }
-    extra = {"student": {"sequences_per_second": 3.0}}
-    e.add_generation(results, generated, natural, e.EvaluationSettings(bootstrap=100), extra)
-    poor, fine = results["generation"]["student"], results["generation"]["teacher"]
-    assert poor["sequences"] == 4
-    assert poor["valid_share"] == 0.5
-    assert poor["sequences_per_second"] == 3.0
-    assert poor["distinct_share"] == pytest.approx(2 / 3)
-    assert poor["repeat_share"] == pytest.approx(2 / 3)
-    assert fine["repeat_share"] < 0.05
-    assert results["kl_from_natural"]["student"] > 1
-    assert 0 <= results["kl_from_natural"]["teacher"] < 0.02
-    low, high = results["intervals"]["kl_from_natural.teacher"]
-    assert low <= results["kl_from_natural"]["teacher"] <= high
-    assert e.generation_metrics(["", ""], np.ones(20)) == {"sequences": 2, "valid_share": 0.0}
-    json.dumps(results, allow_nan=False)
 
 
 def test_clusters_are_read_from_their_table(tmp_path):
@@ -451,26 +415,7 @@ def call(*arguments):
     return module.main([str(a) for a in arguments])
 
 
-@pytest.fixture
-def sampler(monkeypatch):
-    """A sampler with the interface of ``src.generation``, so that these tests stand alone."""
-
-    @dataclass
-    class GenerationSettings:
-        num_sequences: int = 10
-        seed: int = 0
-        batch_size: int = 8
-
-    def sample_proteins(model, tokenizer, settings):
-        sequences = ordered_proteins(settings.num_sequences, settings.seed + 50)
-        return SimpleNamespace(sequences=sequences, counts={"unfinished": 1})
-
-    module = ModuleType("src.generation")
-    vars(module).update(GenerationSettings=GenerationSettings, sample_proteins=sample_proteins)
-    monkeypatch.setitem(sys.modules, "src.generation", module)
-
-
-def test_the_owners_command(run_folders, tmp_path, capsys, sampler):
+def test_the_owners_command(run_folders, tmp_path, capsys):
     output, table = tmp_path / "r.json", tmp_path / "p.parquet"
     arguments = [
         "--student_model", run_folders / "student", "--num_samples", 4, "--compute_ece",
@@ -487,14 +432,40 @@ def test_the_owners_command(run_folders, tmp_path, capsys, sampler):
     assert results["student_ece"]["ece"] is not None
     assert results["kl_from_natural"]["student"] is not None
     generated = results["generation"]["student"]
-    assert generated["sequences"] == 4
-    assert generated["counts"] == {"unfinished": 1}
-    low, high = generated["teacher_perplexity_interval"]
+    assert generated["sequences"] == generated["counts"]["kept"] == 4
+    assert len(generated["examples"]) == 4
+    assert generated["sequences_per_second"] > 0
+    low, high = generated["intervals"]["teacher_perplexity_per_residue"]
     assert 1 < low <= generated["teacher_perplexity_per_residue"] <= high
+    assert results["generation"]["natural"]["sequences"] == 4
+    assert "shuffled" not in results["generation"]
+    assert "diversity" not in generated
+    interval = generated["intervals"]["kl_from_natural"]
+    assert results["intervals"]["kl_from_natural.student"] == interval
     assert table.exists()
     assert call(*arguments) == 2
     assert "--overwrite" in capsys.readouterr().err
     assert call(*arguments, "--overwrite", "--num_samples", 0) == 0
+
+
+def test_generated_proteins_beside_their_controls(run_folders, tmp_path):
+    output = tmp_path / "r.json"
+    arguments = [
+        "--student_model", run_folders / "student", "--num_samples", 6, "--generation_metrics",
+        "--output", output, "--cache_dir", tmp_path / "cache", "--bootstrap", 50, "--device", "cpu",
+    ]  # fmt: skip
+    assert call(*arguments) == 0
+    generation = read_results(output)["generation"]
+    assert set(generation) == {"student", "teacher", "natural", "shuffled"}
+    for record in generation.values():
+        assert record["novelty"]["train_proteins"] == 200
+        for name, interval in record["intervals"].items():
+            value = e.figure(record, name)
+            assert interval is None or interval[0] <= value <= interval[1], name
+    natural, shuffled = generation["natural"], generation["shuffled"]
+    name = "teacher_perplexity_per_residue"
+    assert natural[name] < generation["shuffled"][name]
+    assert natural["composition"] == shuffled["composition"]
 
 
 def test_user_errors_are_one_line(run_folders, tmp_path, capsys):
@@ -504,6 +475,7 @@ def test_user_errors_are_one_line(run_folders, tmp_path, capsys):
         (["--student_model", student, "--data", tmp_path / "none"], "no such"),
         (["--student_model", student, "--split", "holdout"], "holdout"),
         (["--student_model", student, "--device", "abacus"], "--device"),
+        (["--student_model", student, "--profiles", "x.hmm"], "--generation_metrics"),
     ):
         assert call(*arguments, "--output", tmp_path / "r.json") == 2
         captured = capsys.readouterr().err.strip().splitlines()

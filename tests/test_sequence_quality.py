@@ -1,23 +1,19 @@
-"""Lengths, repeats, diversity, novelty and families of sets of proteins, on constructed cases."""
+"""The one description of sets of proteins, on constructed cases."""
 
 from __future__ import annotations
 
-import random
+import json
 
 import numpy as np
 import pytest
 
 from src import metrics
 from src import sequence_quality as quality
+from src.proteins import shuffled
+from src.results import figure
+from tests.test_relatives import mutated
 
-
-def mutated(residues: str, share: float, seed: int = 0) -> str:
-    """Return a protein with a share of its residues replaced by others."""
-    rng = random.Random(seed)
-    letters = list(residues)
-    for place in rng.sample(range(len(letters)), round(share * len(letters))):
-        letters[place] = rng.choice("ACDEFGHIKLMNPQRSTVWY".replace(letters[place], ""))
-    return "".join(letters)
+PLAIN = quality.DescriptionSettings(bootstrap=0)
 
 
 def test_lengths_composition_and_validity():
@@ -29,8 +25,7 @@ def test_lengths_composition_and_validity():
     assert set(quality.length_statistics([]).values()) == {None}
     shares = quality.composition(proteins)
     assert (shares["A"], shares["C"], shares["W"]) == (4 / 12, 8 / 12, 0)
-    assert quality.valid_share(["MK", "", "MX", "WW"]) == 0.5
-    assert quality.valid_share([]) is None
+    assert quality.describe(["MK", "", "MX", "WW"], ["MK"], PLAIN)["valid_share"] == 0.5
 
 
 @pytest.mark.parametrize(
@@ -56,7 +51,7 @@ def test_tandem_repeats(residues, share):
 
 def test_repetitiveness_against_its_parts(random_proteins):
     proteins = [*random_proteins(10, 30, 90), "Q" * 40]
-    found = quality.repetitiveness(proteins)
+    found = quality.describe(proteins, proteins, PLAIN)["repetitiveness"]
     total = sum(map(len, proteins))
     assert found["long_run_share"] == pytest.approx(1 / 11)
     assert found["longest_run"] == pytest.approx(
@@ -65,43 +60,47 @@ def test_repetitiveness_against_its_parts(random_proteins):
     assert found["tandem_repeat_share"] == pytest.approx(40 / total)
     low = sum(metrics.low_complexity_share(p) * len(p) for p in proteins) / total
     assert found["low_complexity_share"] == pytest.approx(low)
-    assert set(quality.repetitiveness([]).values()) == {None}
-
-
-def test_words():
-    words = quality.word_sets(["AAAA", "ACDE", "AC", "AXCDE"])
-    assert words.shape == (4, 8000)
-    assert np.asarray(words.sum(1)).ravel().tolist() == [1, 2, 0, 1]
-    assert words[0, 0] == 1  # AAA
-    assert words[1, 0 + 1 * 20 + 2 * 400] == 1  # ACD
-    assert words[3, 1 + 2 * 20 + 3 * 400] == 1  # CDE, and none that holds X
-    assert quality.word_sets([]).shape == (0, 8000)
 
 
 def test_diversity_against_a_plain_loop(random_proteins):
     proteins = random_proteins(12, 20, 60, seed=4)
     proteins[3] = mutated(proteins[0], 0.2)
     found = quality.diversity(proteins)
-    distances = []
+    distances = np.zeros((12, 12))
     for i, a in enumerate(proteins):
-        for b in proteins[:i]:
+        for j, b in enumerate(proteins):
             left, right = ({s[k : k + 3] for k in range(len(s) - 2)} for s in (a, b))
-            distances.append(1 - len(left & right) / len(left | right))
-    assert found["word_distance"] == pytest.approx(np.mean(distances), rel=1e-6)
-    assert found["pairs"] == 66
-    assert found["distinct_share"] == 1
-    assert 0 < found["pairwise_identity"] < 0.3
-    assert quality.diversity(proteins, pairs=9)["pairs"] == 9
+            distances[i, j] = 1 - len(left & right) / len(left | right)
+    pairs = distances[np.triu_indices(12, 1)]
+    assert found["word_distance"].estimate == pytest.approx(pairs.mean(), rel=1e-6)
+    without = []
+    for i in range(12):
+        kept = np.delete(np.arange(12), i)
+        without.append(distances[np.ix_(kept, kept)][np.triu_indices(11, 1)].mean())
+    error = np.sqrt(11 / 12 * np.sum((without - np.mean(without)) ** 2))
+    assert found["word_distance"].standard_error == pytest.approx(error, rel=1e-6)
+    assert 0 < found["pairwise_identity"].low < found["pairwise_identity"].estimate < 0.3
     assert quality.diversity(proteins, pairs=9) == quality.diversity(proteins, pairs=9)
+
+
+def test_the_interval_of_a_mean_over_pairs_is_that_of_a_mean():
+    """The pair's figure (x_i + x_j)/2 has the mean of x as its mean over pairs."""
+    x = np.random.default_rng(0).normal(size=40)
+    pairs = (x[:, None] + x) / 2
+    np.fill_diagonal(pairs, 0)
+    found = quality.pair_mean(pairs.sum(1), np.full(40, 39.0))
+    assert found.estimate == pytest.approx(x.mean())
+    assert found.standard_error == pytest.approx(x.std(ddof=1) / np.sqrt(40))
+    assert np.isnan(quality.pair_mean(np.ones(2), np.ones(2)).low)
 
 
 def test_diversity_of_copies_and_of_nothing(random_proteins):
     copies = quality.diversity(random_proteins(1, 50, 50) * 5)
-    assert copies["word_distance"] == pytest.approx(0)
-    assert copies["pairwise_identity"] == pytest.approx(1)
-    assert copies["distinct_share"] == 0.2
+    assert copies["word_distance"].estimate == pytest.approx(0)
+    assert copies["pairwise_identity"].estimate == pytest.approx(1)
+    thorough = quality.DescriptionSettings(thorough=True, bootstrap=0)
     for few in ([], ["MK"], ["", ""]):
-        assert quality.diversity(few)["word_distance"] is None
+        assert "diversity" not in quality.describe(few, ["MK"], thorough)
 
 
 def test_pairs_are_drawn_once_each(random_proteins, monkeypatch):
@@ -117,128 +116,92 @@ def test_pairs_are_drawn_once_each(random_proteins, monkeypatch):
     assert all(len(pair) == 2 for pair in seen)
 
 
-def test_alignments_by_hand():
-    aligner = quality.local_aligner()
-    protein = "MKTAYIAKQRQISFVKSHFSRQLEERLGLIEVQ"
-    assert quality.aligned(aligner, protein, protein) == (33, 33, 33)
-    # Three residues left out of a long match: three columns of gap.
-    shorter = protein[:16] + protein[19:]
-    assert quality.aligned(aligner, shorter, protein) == (30, 33, 30)
-    assert quality.aligned(aligner, protein, shorter) == (30, 33, 33)
-    assert quality.aligned(aligner, "WWWWWW", "PPPPPP") == (0, 0, 0)
-    assert quality.aligned(aligner, "MKUOJTAYIAK", "MKUOJTAYIAK")[0] == 11
-    # BLASTP's penalties: a gap of one costs 12.
-    assert aligner.score("WWWWW", "WWWWW") - aligner.score("WWWWW", "WWAWWW") == 12
-
-
-def test_nearest_identities_are_those_constructed(random_proteins):
-    train = random_proteins(200, 80, 120, seed=5)
-    queries = [train[7], mutated(train[30], 0.3), train[50][20:70], "", "WY"]
-    found = quality.nearest_identities(queries, train)
-    assert found["target"][:4].tolist() == [7, 30, 50, -1]
-    assert found["identity"][0] == 1
-    assert found["identity"][1] == pytest.approx(0.7, abs=0.03)
-    assert found["identity"][2] == found["coverage"][2] == 1
-    assert found["identity"][3] == 0
-    # Half of the query is a training protein, half is new: the identity says so.
-    chimera = train[9][:50] + random_proteins(1, 50, 50, seed=77)[0]
-    half = quality.nearest_identities([chimera], train)
-    assert half["identity"][0] == pytest.approx(0.5, abs=0.1)
-    assert half["local_identity"][0] > 0.7
-    assert half["target"][0] == 9
-
-
 def test_novelty_of_copies_strangers_and_nothing(random_proteins):
     train = random_proteins(100, 60, 90, seed=6)
-    copies = quality.novelty(train[:5], train)
-    assert copies["nearest_identity"]["min"] == 1
-    assert copies["share_over"] == {"0.3": 1, "0.5": 1, "0.9": 1}
-    assert copies["copied_share"] == 1
-    strangers = quality.novelty(random_proteins(5, 60, 90, seed=8), train)
+    thorough = quality.DescriptionSettings(thorough=True, bootstrap=50)
+
+    def novelty(proteins, against):
+        return quality.describe(proteins, train, thorough, train=against)["novelty"]
+
+    copies = novelty([*train[:5], ""], train)
+    assert copies["nearest_identity"]["min"] == copies["nearest_identity"]["mean"] == 1
+    assert copies["share_over_30"] == copies["share_over_90"] == copies["copied_share"] == 1
+    assert copies["train_proteins"] == 100
+    strangers = novelty(random_proteins(5, 60, 90, seed=8), train)
     assert strangers["nearest_identity"]["max"] < 0.3
-    assert strangers["share_over"]["0.3"] == 0
-    assert quality.novelty([], train)["nearest_identity"] is None
-    assert quality.novelty(train, [])["nearest_identity"] is None
+    assert strangers["share_over_30"] == 0
+    assert novelty([], train)["nearest_identity"]["mean"] is None
+    assert novelty(train[:2], [])["nearest_identity"]["max"] == 0
 
 
-@pytest.fixture
-def profiles(tmp_path, random_proteins):
-    """Write an HMM file of one family, without and with gathering thresholds."""
-    pyhmmer = pytest.importorskip("pyhmmer")
-    protein = random_proteins(1, 90, 90, seed=9)[0]
-    alphabet = pyhmmer.easel.Alphabet.amino()
-    sequence = quality._named_sequence("family", protein).digitize(alphabet)
-    builder = pyhmmer.plan7.Builder(alphabet)
-    hmm, _, _ = builder.build(sequence, pyhmmer.plan7.Background(alphabet))
-    with (tmp_path / "plain.hmm").open("wb") as handle:
-        hmm.write(handle)
-    hmm.cutoffs.gathering = 25.0, 25.0
-    with (tmp_path / "gathering.hmm").open("wb") as handle:
-        hmm.write(handle)
-    return protein, tmp_path
+def test_a_description_by_hand(random_proteins):
+    natural = random_proteins(100, seed=1)
+    settings = quality.DescriptionSettings(bootstrap=200)
+    nll = np.array([100.0, np.nan, 50.0, 8.0])
+    poor = quality.describe(["A" * 50, "A" * 50, "", "MKXV"], natural, settings, nll=nll)
+    assert poor["sequences"] == 4
+    assert poor["valid_share"] == 0.5
+    assert poor["length"]["mean"] == pytest.approx(104 / 3)
+    assert poor["distinct_share"] == pytest.approx(2 / 3)
+    assert poor["repetitiveness"]["long_run_share"] == pytest.approx(2 / 3)
+    assert poor["teacher_perplexity_per_residue"] == pytest.approx(np.exp(158 / 54))
+    assert poor["kl_from_natural"] > 1
+    fine = quality.describe(random_proteins(50, seed=2), natural, settings)
+    assert 0 <= fine["kl_from_natural"] < 0.02
+    for record in (poor, fine):
+        for name, interval in record["intervals"].items():
+            value = figure(record, name)
+            assert interval is None or interval[0] <= value <= interval[1], name
+        json.dumps(record, allow_nan=False)
+    assert fine["intervals"]["kl_from_natural"][1] > fine["kl_from_natural"]
+    nothing = quality.describe([], natural, settings)
+    assert nothing["length"]["mean"] is nothing["kl_from_natural"] is None
+    assert quality.describe(["", ""], natural, settings)["valid_share"] == 0
 
 
-@pytest.mark.parametrize(("name", "threshold"), [("plain", 1e-3), ("gathering", "gathering")])
-def test_families(profiles, random_proteins, name, threshold):
-    protein, folder = profiles
-    relatives = [mutated(protein, 0.3, seed) for seed in range(3)]
-    others = random_proteins(4, 60, 100, seed=10)
-    found = quality.family_hits([*relatives, *others, ""], folder / f"{name}.hmm")
-    assert found == {"hit_share": 3 / 8, "families": 1, "profiles": 1, "threshold": threshold}
-    control = quality.family_hits(quality.shuffled(relatives), folder / f"{name}.hmm")
-    assert control["hit_share"] == 0
-    assert quality.family_hits([], folder / f"{name}.hmm")["hit_share"] is None
+def test_intervals_cover_the_truth(random_proteins):
+    """Samples of a known distribution: the share of proteins that begin with a run of six."""
+    pool = [("QQQQQQ" if i % 4 == 0 else "") + p for i, p in enumerate(random_proteins(400))]
+    rng = np.random.default_rng(0)
+    settings = quality.DescriptionSettings(bootstrap=200)
+    hits = 0
+    for _ in range(60):
+        drawn = [pool[i] for i in rng.integers(0, 400, 60)]
+        interval = quality.describe(drawn, pool[:20], settings)["intervals"]
+        low, high = interval["repetitiveness.long_run_share"]
+        hits += low <= 0.25 <= high
+    assert 50 <= hits <= 60
 
 
-def test_expectations_count_profiles_and_not_proteins(profiles, random_proteins):
-    protein, folder = profiles
-    query = mutated(protein[:45], 0.3)
-    single = (folder / "plain.hmm").read_bytes()
-    (folder / "many.hmm").write_bytes(single * 30)
-
-    def weakest(others, name):
-        """Return the smallest power of ten that the query's E-value stays below."""
-        for power in range(-40, 2):
-            proteins = [query, *others]
-            if quality.family_hits(proteins, folder / name, 10.0**power)["hit_share"]:
-                return power
-        return None
-
-    alone = weakest([], "plain.hmm")
-    assert alone is not None
-    assert weakest(random_proteins(30, 60, 90, seed=14), "plain.hmm") == alone
-    assert weakest([], "many.hmm") in (alone + 1, alone + 2)
-
-
-def test_files_without_profiles_are_refused(tmp_path):
-    pytest.importorskip("pyhmmer")
-    with pytest.raises(ValueError, match="there is no such HMM file"):
-        quality.family_hits(["MK"], tmp_path / "missing.hmm")
-    for content in ("", ">a\nMKTAYIAK\n"):
-        (tmp_path / "bad.hmm").write_text(content)
-        with pytest.raises(ValueError, match=r"bad\.hmm"):
-            quality.family_hits(["MK"], tmp_path / "bad.hmm")
-
-
-def test_one_record_with_controls(random_proteins):
+def test_records_with_controls(random_proteins):
     natural, train = random_proteins(40, 30, 60, seed=11), random_proteins(30, 30, 60, seed=12)
     generated = {"student": [*train[:3], "", "Q" * 30], "teacher": natural[:5]}
-    found = quality.describe_with_controls(generated, natural, train)
+    thorough = quality.DescriptionSettings(thorough=True, bootstrap=50)
+    found = quality.describe_all(
+        generated,
+        natural,
+        thorough,
+        train=train,
+        score=lambda proteins: np.array([float(len(p)) for p in proteins]),
+        clusters=["one"] * 40,
+    )
     assert list(found) == ["student", "teacher", "natural", "shuffled"]
     student = found["student"]
     assert (student["sequences"], student["valid_share"]) == (5, 0.8)
     assert student["novelty"]["copied_share"] == 0.75
     assert student["repetitiveness"]["long_run_share"] == 0.25
+    assert student["teacher_perplexity_per_residue"] == pytest.approx(np.e)
     assert found["natural"]["sequences"] == found["shuffled"]["sequences"] == 5
     assert found["natural"]["composition"] == found["shuffled"]["composition"]
+    # One cluster says nothing about the spread of clusters.
+    assert found["natural"]["intervals"]["kl_from_natural"] is None
+    assert student["intervals"]["kl_from_natural"] is not None
     assert student["kl_from_natural"] > found["natural"]["kl_from_natural"]
     assert "families" not in student
-    assert quality.describe([], natural)["length"]["mean"] is None
+    assert set(quality.describe_all(generated, natural, PLAIN)) == {"student", "teacher", "natural"}
 
 
-def test_shuffling_keeps_composition(random_proteins):
-    proteins = random_proteins(3, 40, 60)
-    mixed = quality.shuffled(proteins, 1)
-    assert mixed != proteins
-    assert [sorted(p) for p in mixed] == [sorted(p) for p in proteins]
-    assert mixed == quality.shuffled(proteins, 1) != quality.shuffled(proteins, 2)
+def test_shuffling_keeps_residues_and_depends_on_the_seed_alone():
+    assert sorted(shuffled("ACDEFGHIKL", 1)) == list("ACDEFGHIKL")
+    assert shuffled("ACDEFGHIKL", 1) == shuffled("ACDEFGHIKL", 1)
+    assert shuffled("ACDEFGHIKL", 1) != shuffled("ACDEFGHIKL", 2)
