@@ -220,57 +220,71 @@ def protein_nll(
 
 
 @torch.inference_mode()
-def score_proteins(
-    student: PreTrainedModel,
+def score_students(
+    students: Sequence[PreTrainedModel],
     teacher: PreTrainedModel,
     proteins: Tokens,
     settings: EvaluationSettings | None = None,
-) -> Scores:
-    """Measure student and teacher at every predicted token of every protein.
+) -> list[Scores]:
+    """Measure students and their teacher at every predicted token of every protein.
 
     Args:
-        student: a causal language model.
-        teacher: one with the same vocabulary, on the same device.
+        students: causal language models.
+        teacher: one with the same vocabulary, on the same device; it runs once for all students.
         proteins: token ids of each protein.
         settings: batches, chunks, and whether confidences are kept for calibration.
 
     Returns:
-        Sums over each protein, in float64.
+        For each student sums over each protein, in float64.
 
     Raises:
         ValueError: the vocabularies differ, or a figure is not finite.
     """
     settings = settings or EvaluationSettings()
     lengths = np.array([len(proteins[i]) for i in range(len(proteins))])
-    count = len(lengths)
-    sums: dict[str, np.ndarray] = {}
+    tallies = [_Tally(len(lengths), settings.compute_ece) for _ in students]
     all_targets: list[np.ndarray] = []
     all_owners: list[np.ndarray] = []
-    kept: dict[str, list[np.ndarray]] = {f"{k}_{m}": [] for k in KEPT for m in MODELS}
-    for owners, targets, (student_logits, teacher_logits) in _chunks_of_states(
-        [student, teacher], proteins, lengths, settings, "evaluating"
+    for owners, targets, (teacher_logits, *student_logits) in _chunks_of_states(
+        [teacher, *students], proteins, lengths, settings, "evaluating"
     ):
-        statistics = metrics.token_statistics(student_logits, teacher_logits, targets)
+        for tally, logits in zip(tallies, student_logits, strict=True):
+            tally.add(owners, metrics.token_statistics(logits, teacher_logits, targets))
+        if settings.compute_ece:
+            all_targets.append(targets.cpu().numpy().astype(np.int32))
+            all_owners.append(owners.astype(np.int32))
+    joined = _join(all_targets), _join(all_owners)
+    return [tally.scores(lengths - 1, *joined) for tally in tallies]
+
+
+class _Tally:
+    """Adds up what is measured of one student, chunk by chunk."""
+
+    def __init__(self, proteins: int, keep: bool) -> None:
+        self.proteins = proteins
+        self.sums: dict[str, np.ndarray] = {}
+        self.kept: dict[str, list[np.ndarray]] = {}
+        if keep:
+            self.kept = {f"{k}_{m}": [] for k in KEPT for m in MODELS}
+
+    def add(self, owners: np.ndarray, statistics: Mapping[str, Tensor]) -> None:
+        """Add a chunk's figures to the proteins that its tokens belong to."""
         table = torch.stack(list(statistics.values())).double().cpu().numpy()  # (K, n)
         if np.isnan(table).any():
             raise ValueError("a model's output is not a number: its weights are broken or overflow")
         for name, values in zip(statistics, table, strict=True):
-            here = np.bincount(owners, values, minlength=count)
-            sums[name] = sums[name] + here if name in sums else here
-        if settings.compute_ece:
-            all_targets.append(targets.cpu().numpy().astype(np.int32))
-            all_owners.append(owners.astype(np.int32))
-            for name, values in kept.items():
-                values.append(statistics[name].cpu().numpy())
-    joined = {name: _join(values) for name, values in kept.items()}
-    return Scores(
-        sums,
-        lengths - 1,
-        _join(all_targets),
-        _join(all_owners),
-        {m: joined[f"confidence_{m}"] for m in MODELS},
-        {m: joined[f"correct_{m}"] for m in MODELS},
-    )
+            here = np.bincount(owners, values, minlength=self.proteins)
+            self.sums[name] = self.sums[name] + here if name in self.sums else here
+        for name, values in self.kept.items():
+            values.append(statistics[name].cpu().numpy())
+
+    def scores(self, tokens: np.ndarray, targets: np.ndarray, owners: np.ndarray) -> Scores:
+        """Return everything together."""
+        joined = {name: _join(values) for name, values in self.kept.items()}
+        confidence, correct = (
+            {m: joined.get(f"{kind}_{m}", np.zeros(0)) for m in MODELS} for kind in KEPT
+        )
+        return Scores(self.sums, tokens, targets, owners, confidence, correct)
 
 
 def _join(pieces: list[np.ndarray]) -> np.ndarray:
@@ -542,9 +556,51 @@ def evaluate(
     Raises:
         ValueError: the teacher fails its checks, the vocabularies differ, or nothing can be scored.
     """
+    found = evaluate_students(
+        {"student": student},
+        teacher,
+        tokenizer,
+        test,
+        settings,
+        train=train,
+        clusters=clusters,
+        announce=announce,
+    )
+    return found["student"]
+
+
+def evaluate_students(
+    students: Mapping[str, PreTrainedModel],
+    teacher: PreTrainedModel,
+    tokenizer: Any,
+    test: Any,
+    settings: EvaluationSettings | None = None,
+    *,
+    train: Proteins | None = None,
+    clusters: Mapping[str, str] | None = None,
+    announce: Callable[[str], None] = lambda line: None,
+) -> dict[str, Evaluation]:
+    """Measure several students beside one teacher, which runs once: :func:`evaluate` for each.
+
+    Args:
+        students: causal language models by name.
+        teacher: see :func:`evaluate`, as all that follows.
+        tokenizer: see there.
+        test: see there.
+        settings: see there.
+        train: see there.
+        clusters: see there.
+        announce: see there.
+
+    Returns:
+        The evaluation of each student.
+
+    Raises:
+        ValueError: see there.
+    """
     settings = settings or EvaluationSettings()
     started = time.monotonic()
-    limit = longest(student, teacher, settings)
+    limit = min(longest(student, teacher, settings) for student in students.values())
     lengths = np.array([len(test[i]) for i in range(len(test))])
     fits = np.flatnonzero(lengths <= limit)
     if not len(fits):
@@ -565,11 +621,55 @@ def evaluate(
         gates = check_teacher(
             teacher, tokenizer, proteins, drawn, seed=settings.seed, settings=settings
         )
-    scores = score_proteins(student, teacher, proteins, settings)
+    all_scores = score_students(list(students.values()), teacher, proteins, settings)
     sizes = np.array([len(r) for r in residues])
     if settings.check and "unigram" in floors:
-        _check_floor(scores.sums["nll_teacher"], floors["unigram"], sizes)
+        _check_floor(all_scores[0].sums["nll_teacher"], floors["unigram"], sizes)
+    announce(f"intervals over {len(set(labels)):,} clusters")
+    device = output_head(teacher)[0].device
+    shared = {
+        "gates": gates,
+        "data": {
+            "proteins": len(sizes),
+            "too_long": int(len(lengths) - len(fits)),
+            "residues": int(sizes.sum()),
+            "tokens": int(all_scores[0].tokens.sum()),
+            "clusters": len(set(labels)),
+            "fingerprint": getattr(test, "fingerprint", None),
+        },
+    }
+    found = {}
+    for (name, student), scores in zip(students.items(), all_scores, strict=True):
+        results = _describe_student(student, teacher, scores, sizes, floors, labels, settings)
+        results["floors"] = _floors(results.get("floors"), fitted_on, drawn)
+        results |= shared
+        results["performance"] = {
+            "device": device.type,
+            "seconds": round(time.monotonic() - started, 2),
+            "students": len(students),
+            "peak_memory_bytes": peak_memory(device),
+        }
+        table = {
+            "protein": names,
+            "cluster": labels,
+            "residues": sizes,
+            "tokens": scores.tokens,
+            **{key: scores.sums[key] for key in ("nll_student", "nll_teacher", "kl")},
+        }
+        found[name] = Evaluation(results, table)
+    return found
 
+
+def _describe_student(
+    student: PreTrainedModel,
+    teacher: PreTrainedModel,
+    scores: Scores,
+    sizes: np.ndarray,
+    floors: Mapping[str, np.ndarray],
+    labels: Sequence[Any],
+    settings: EvaluationSettings,
+) -> dict[str, Any]:
+    """Return the figures of one student with their intervals."""
     arrays = {**scores.sums, "tokens": scores.tokens, "residues": sizes}
     arrays |= {f"floor_{name}": values for name, values in floors.items()}
     calibration: dict[str, metrics.CalibrationSums] = {}
@@ -583,38 +683,11 @@ def evaluate(
                 scores.confidence[model], scores.correct[model], scores.owners, len(sizes)
             )
             arrays |= calibration[model].arrays(f"{model}_")
-    announce(f"intervals over {len(set(labels)):,} clusters")
-    estimates = _estimates(arrays, labels, settings)
-
-    results = _results(estimates, student, teacher)
+    results = _results(_estimates(arrays, labels, settings), student, teacher)
     for model, sums in calibration.items():
         interval = results["intervals"][f"{model}_ece.accuracy_over_floor"]
         _describe_calibration(results[f"{model}_ece"], sums, interval)
-    results["floors"] = _floors(results.get("floors"), fitted_on, drawn)
-    results["gates"] = gates
-    results["data"] = {
-        "proteins": len(sizes),
-        "too_long": int(len(lengths) - len(fits)),
-        "residues": int(sizes.sum()),
-        "tokens": int(scores.tokens.sum()),
-        "clusters": len(set(labels)),
-        "fingerprint": getattr(test, "fingerprint", None),
-    }
-    device = output_head(student)[0].device
-    seconds = time.monotonic() - started
-    results["performance"] = {
-        "device": device.type,
-        "seconds": round(seconds, 2),
-        "peak_memory_bytes": peak_memory(device),
-    }
-    table = {
-        "protein": names,
-        "cluster": labels,
-        "residues": sizes,
-        "tokens": scores.tokens,
-        **{key: scores.sums[key] for key in ("nll_student", "nll_teacher", "kl")},
-    }
-    return Evaluation(results, table)
+    return results
 
 
 def _check_floor(teacher: np.ndarray, unigram: np.ndarray, residues: np.ndarray) -> None:

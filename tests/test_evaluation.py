@@ -195,6 +195,21 @@ def test_batches_and_chunks_do_not_matter(teacher, tokens, rows, budget, chunk):
     np.testing.assert_allclose(usual, plain, rtol=1e-5)
 
 
+def test_students_measured_together_are_measured_as_if_alone(
+    evaluation, student, teacher, tokenizer, tokens
+):
+    settings = e.EvaluationSettings(bootstrap=0)
+    students = {"teacher": teacher, "student": student}
+    together = e.evaluate_students(students, teacher, tokenizer, tokens, settings)
+    for name, model in students.items():
+        alone = e.evaluate(model, teacher, tokenizer, tokens, settings)
+        mine = {k: v for k, v in together[name].results.items() if k != "performance"}
+        theirs = {k: v for k, v in alone.results.items() if k != "performance"}
+        assert mine == theirs
+        assert np.array_equal(together[name].per_protein["kl"], alone.per_protein["kl"])
+    assert together["teacher"].results["perplexity_ratio"] == 1
+
+
 def test_length_batches_hold_everything_once_within_the_budget():
     lengths = np.random.default_rng(0).integers(5, 300, 200)
     batches = e.length_batches(lengths, 16, 1000)
