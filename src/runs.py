@@ -24,6 +24,10 @@ RUNNING = "running"
 PACKAGES = ("torch", "transformers", "tokenizers", "accelerate", "datasets", "numpy", "safetensors")
 
 
+class InUseError(ValueError):
+    """Another process holds a directory."""
+
+
 @contextmanager
 def locked(folder: Path) -> Iterator[None]:
     """Hold a run directory for this process alone.
@@ -32,7 +36,7 @@ def locked(folder: Path) -> Iterator[None]:
     left by a killed run does not stand in the way.
 
     Raises:
-        ValueError: another process holds it.
+        InUseError: another process holds it.
     """
     folder.mkdir(parents=True, exist_ok=True)
     with (folder / LOCK_FILE).open("a+") as handle:
@@ -41,7 +45,7 @@ def locked(folder: Path) -> Iterator[None]:
         except OSError:
             handle.seek(0)
             holder = handle.read().strip() or "another process"
-            raise ValueError(
+            raise InUseError(
                 f"{folder} is in use by {holder}: wait for it, or choose another --output_dir"
             ) from None
         handle.seek(0)

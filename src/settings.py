@@ -170,8 +170,6 @@ class TrainSettings:
         for name in ("batch_size", "gradient_accumulation_steps", "validation_proteins"):
             if getattr(self, name) < 1:
                 raise ValueError(f"--{name} must be at least 1, got {getattr(self, name)}")
-        if self.cached_teacher and self.loss.alpha == 1:
-            raise ValueError("--teacher_cache is of no use with --alpha 1: no teacher is asked")
         if self.max_length < 8:
             raise ValueError(f"--max_length must be at least 8 tokens, got {self.max_length}")
         for name, choices in (

@@ -1,0 +1,115 @@
+#!/usr/bin/env python3
+"""Run a declared grid of trainings against one teacher, and measure every cell.
+
+The cells of a group share the initial student, the data order and the teacher. A grid that was
+stopped goes on where it was when the same command is given again; several processes may run it at
+once. --list shows the grids.
+
+Examples:
+  python scripts/ablation.py --list
+  python scripts/ablation.py --grid owner --results results --work models/owner
+  python scripts/ablation.py --grid synergy-tuning --results results/synergy
+  python scripts/ablation.py --grid synergy --results results/synergy
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from src.cli import HelpFormatter, positive_int, run_script, say
+from src.grids import GRIDS
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """Return the parser of this script."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=HelpFormatter)
+    add = parser.add_argument_group("what to run").add_argument
+    add("--grid", choices=sorted(GRIDS), help="which grid")
+    add("--list", action="store_true", help="show the grids and stop")
+    add("--status", action="store_true", help="show what is done and stop")
+    add("--choose", action="store_true", help="write the best learning rates of a finished grid")
+    add("--seeds", type=int, nargs="+", help="these instead of the grid's own")
+    add("--sizes", nargs="+", help="only these of the grid's sizes")
+    add("--arms", nargs="+", help="only these of the grid's arms")
+    add("--teacher_model", help="(default: the bundled teacher)")
+    add("--data", help="(default: the bundled proteins)")
+    add("--max_steps", type=positive_int, help="of every cell (default: the grid's)")
+
+    add = parser.add_argument_group("where").add_argument
+    add("--results", type=Path, help="directory of results (default: results/<grid>)")
+    add("--work", type=Path, help="directory of checkpoints (default: models/<grid>)")
+    add("--device", default="auto", help="auto, cpu or cuda")
+    add("--cache_dir", help="where tokenised proteins are kept")
+    add("--threads", type=positive_int, help="CPU threads (default: PyTorch's choice)")
+    return parser
+
+
+def run(args: argparse.Namespace) -> dict:
+    """Run the grid, or show what there is. Returns counts, choices or names."""
+    if args.list:
+        for grid in GRIDS.values():
+            cells = len(grid.arms) * len(grid.sizes) * len(grid.seeds)
+            cells *= 1 if grid.tuned else len(grid.rates)
+            say(f"{grid.name:<16} {cells:>4} cells  {grid.purpose}")
+        return {"grids": sorted(GRIDS)}
+    if not args.grid:
+        raise ValueError("pass --grid NAME, or --list to see the grids")
+    grid = chosen(args)
+    results = args.results or Path("results") / grid.name
+    work = args.work or Path("models") / grid.name
+
+    from src.ablation import RATES_FILE, GridRun, tuned_rates
+    from src.files import write_json
+
+    if args.choose:
+        record = tuned_rates(results, grid)
+        write_json(results / RATES_FILE, record)
+        for edge in record["at_edge"]:
+            say(f"at an end of the range: {edge}")
+        say(f"written: {results / RATES_FILE}")
+        return record
+    if args.threads:
+        import torch
+
+        torch.set_num_threads(args.threads)
+    job = GridRun(grid, results, work, device=args.device, cache_dir=args.cache_dir)
+    if args.status:
+        for line in job.status_lines():
+            say(line)
+        return {"cells": len(job.cells)}
+    done = job.run()
+    say(f"{done['done']} of {done['cells']} cells in {results}")
+    return done
+
+
+def chosen(args: argparse.Namespace):
+    """Return the grid with what the arguments change of it."""
+    grid = GRIDS[args.grid]
+    for name in ("sizes", "arms"):
+        wanted = getattr(args, name)
+        if wanted:
+            there = getattr(grid, name)
+            unknown = [each for each in wanted if each not in there]
+            if unknown:
+                raise ValueError(
+                    f"--{name} {unknown[0]}: the grid {grid.name} has {', '.join(there)}"
+                )
+            grid = replace(grid, **{name: {each: there[each] for each in wanted}})
+    shared = {k: getattr(args, k) for k in ("teacher_model", "data", "max_steps")}
+    shared = {k: v for k, v in shared.items() if v is not None}
+    grid = replace(grid, shared=replace(grid.shared, **shared))
+    return replace(grid, seeds=tuple(args.seeds)) if args.seeds else grid
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run the script and return its exit status."""
+    return run_script(run, build_parser, argv)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,222 @@
+"""The grids of experiments as tables: which arms, sizes, learning rates and seeds are run together.
+
+Light to import. ``docs/EXPERIMENT.md`` says what each is for and was written before the
+confirmatory runs; ``scripts/ablation.py --grid NAME`` runs one.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field, replace
+from typing import Any
+
+from src.settings import BUNDLED_DATA, BUNDLED_TEACHER, LossSettings, StudentSettings, TrainSettings
+
+PUBLISHED = {
+    "baseline": LossSettings(),
+    "uncertainty": LossSettings(use_uncertainty_weighting=True),
+    "calibration": LossSettings(use_calibration_smoothing=True),
+    "both": LossSettings(use_uncertainty_weighting=True, use_calibration_smoothing=True),
+}
+"""The owner's four arms, as published."""
+
+CONTROLLED = {
+    "uncertainty_mean_one": LossSettings(use_uncertainty_weighting=True, weighting="mean_one"),
+    "calibration_confident": LossSettings(use_calibration_smoothing=True, smoothing="confident"),
+    "both_controlled": LossSettings(
+        use_uncertainty_weighting=True,
+        weighting="mean_one",
+        use_calibration_smoothing=True,
+        smoothing="confident",
+    ),
+}
+"""Weights that leave the share of the hard loss alone, and smoothing of confident targets."""
+
+CONTROLS = {
+    "weight_matched": LossSettings(use_uncertainty_weighting=True, weighting="matched"),
+    "weight_permuted": LossSettings(use_uncertainty_weighting=True, weighting="permuted"),
+    "weight_inverse": LossSettings(use_uncertainty_weighting=True, weighting="inverse"),
+    "epsilon_matched": LossSettings(use_calibration_smoothing=True, smoothing="matched"),
+    "hard_only": LossSettings(alpha=1.0),
+    "soft_only": LossSettings(alpha=0.0),
+}
+"""What tells a change of α from emphasis, and emphasis from which positions get it."""
+
+SIZES = {
+    "s27": StudentSettings(4, 4, 128),
+    "s11": StudentSettings(2, 4, 104),
+    "s05": StudentSettings(2, 4, 64),
+}
+"""About 27, 11 and 5 % of the bundled teacher."""
+
+RATES = (1e-3, 2e-3, 4e-3, 8e-3)
+"""Learning rates that every arm is tuned over."""
+
+SHARED = TrainSettings(
+    data=BUNDLED_DATA,
+    teacher_model=BUNDLED_TEACHER,
+    train_size_prop=1.0,
+    batch_size=32,
+    max_steps=600,
+    precision="fp32",
+    eval_steps=100,
+    save_steps=100,
+    validation_proteins=200,
+    cached_teacher=True,
+)
+"""What all cells of the bundled grids have in common."""
+
+
+@dataclass(frozen=True)
+class Cell:
+    """One training: an arm, a size, a seed and a learning rate."""
+
+    arm: str
+    size: str
+    seed: int
+    learning_rate: float
+
+    @property
+    def name(self) -> str:
+        """The name of the cell's results file."""
+        return f"{self.arm}-{self.size}-seed{self.seed}-lr{self.learning_rate:g}"
+
+    @property
+    def group(self) -> str:
+        """The cells of one group share the initial student, the data order and the teacher."""
+        return f"{self.size}-seed{self.seed}"
+
+
+@dataclass(frozen=True)
+class Grid:
+    """Arms × sizes × seeds × learning rates, and the settings that all share.
+
+    Attributes:
+        name: how it is asked for.
+        purpose: a line for a person.
+        arms: loss settings by name.
+        sizes: shapes by name.
+        seeds: of weights and data order.
+        rates: learning rates that every arm is run with.
+        tuned: instead of ``rates``, read each arm's from the file that tuning wrote.
+        split: the part that is measured: ``validation`` to choose, ``test`` to confirm.
+        shared: every other setting.
+        cell_files: file name of a cell where it is not the cell's own name.
+    """
+
+    name: str
+    purpose: str
+    arms: Mapping[str, LossSettings]
+    sizes: Mapping[str, StudentSettings]
+    seeds: tuple[int, ...]
+    rates: tuple[float, ...] = (2e-3,)
+    tuned: bool = False
+    split: str = "validation"
+    shared: TrainSettings = SHARED
+    cell_files: Mapping[str, str] = field(default_factory=dict)
+
+    def cells(self, tuned: Mapping[str, Mapping[str, float]] | None = None) -> list[Cell]:
+        """Return all cells, group by group.
+
+        Args:
+            tuned: learning rate by size and arm, for a grid that reads them.
+
+        Raises:
+            ValueError: a learning rate is wanted and missing.
+        """
+        cells = []
+        for seed in self.seeds:
+            for size in self.sizes:
+                for arm in self.arms:
+                    for rate in self._rates(size, arm, tuned):
+                        cells.append(Cell(arm, size, seed, rate))
+        return cells
+
+    def _rates(
+        self, size: str, arm: str, tuned: Mapping[str, Mapping[str, float]] | None
+    ) -> tuple[float, ...]:
+        if not self.tuned:
+            return self.rates
+        try:
+            return ((tuned or {})[size][arm],)
+        except KeyError:
+            raise ValueError(
+                f"the grid {self.name} needs a tuned learning rate for {arm} at {size}: run "
+                "--grid synergy-tuning first"
+            ) from None
+
+    def settings(self, cell: Cell) -> TrainSettings:
+        """Return the settings of a cell, as scripts/train.py would take them."""
+        return replace(
+            self.shared,
+            student=self.sizes[cell.size],
+            loss=self.arms[cell.arm],
+            learning_rate=cell.learning_rate,
+            seed=cell.seed,
+        )
+
+    def file_of(self, cell: Cell) -> str:
+        """Return the name of a cell's results file."""
+        return self.cell_files.get(cell.arm, cell.name) + ".json"
+
+
+def settings_key(settings: TrainSettings) -> str:
+    """Return a short hash of everything that decides a cell's outcome."""
+    return hashlib.sha256(json.dumps(asdict(settings), sort_keys=True).encode()).hexdigest()[:16]
+
+
+def _sweep(name: str, values: tuple[float, ...], title: str) -> Grid:
+    def loss(value: float) -> LossSettings:
+        changed: dict[str, Any] = {name: value}
+        if name == "smoothing_factor":
+            changed["use_calibration_smoothing"] = True
+        return replace(LossSettings(), **changed)
+
+    return Grid(
+        name=name.removesuffix("_factor"),
+        purpose=f"{title}; the best is chosen on validation",
+        arms={f"{name}{value:g}": loss(value) for value in values},
+        sizes={"s11": SIZES["s11"]},
+        seeds=(42, 43),
+    )
+
+
+ARMS = {**PUBLISHED, **CONTROLLED, **CONTROLS}
+TWO_SIZES = {name: SIZES[name] for name in ("s27", "s11")}
+
+GRIDS = {
+    grid.name: grid
+    for grid in (
+        Grid(
+            "owner",
+            "the owner's four arms at one seed: results/ablation_<arm>.json",
+            PUBLISHED,
+            {"s27": SIZES["s27"]},
+            (42,),
+            split="test",
+            cell_files={arm: f"ablation_{arm}" for arm in PUBLISHED},
+        ),
+        Grid(
+            "synergy-tuning",
+            "every arm's learning rate, on validation proteins and a seed of its own",
+            ARMS,
+            TWO_SIZES,
+            (1000,),
+            rates=RATES,
+        ),
+        Grid(
+            "synergy",
+            "the confirmatory experiment: every arm at its tuned learning rate",
+            ARMS,
+            TWO_SIZES,
+            (1, 2, 3, 4, 5),
+            tuned=True,
+            split="test",
+        ),
+        _sweep("temperature", (1, 2, 4, 6, 8, 10), "temperature of the soft loss"),
+        _sweep("alpha", (0.1, 0.3, 0.5, 0.7, 0.9), "share of the hard loss"),
+        _sweep("smoothing_factor", (0.01, 0.05, 0.1, 0.2), "largest share of the uniform"),
+    )
+}

@@ -1,0 +1,286 @@
+"""Grids: every cell once, resumable, equal to training alone, chosen on validation."""
+
+from __future__ import annotations
+
+import gzip
+import json
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import pyarrow.parquet as pq
+import pytest
+
+from scripts import ablation as script
+from src import ablation
+from src.ablation import GridRun, tuned_rates
+from src.files import read_json, write_json
+from src.grids import ARMS, GRIDS, PUBLISHED, Cell, Grid, settings_key
+from src.models import load_causal_lm, model_fingerprint
+from src.results import read_results
+from src.settings import StudentSettings, TrainSettings
+from tests.conftest import make_proteins
+
+ROOT = Path(__file__).resolve().parents[1]
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory, tiny_tokenizer):
+    """A teacher and proteins as directories."""
+    import torch
+    from transformers import GPT2Config, GPT2LMHeadModel
+
+    folder = tmp_path_factory.mktemp("world")
+    torch.manual_seed(0)
+    config = GPT2Config(
+        vocab_size=64, n_positions=256, n_embd=24, n_layer=2, n_head=2, bos_token_id=0,
+        eos_token_id=0, resid_pdrop=0.0, embd_pdrop=0.0, attn_pdrop=0.0, initializer_range=0.3,
+    )  # fmt: skip
+    GPT2LMHeadModel(config).save_pretrained(folder / "teacher")
+    tiny_tokenizer.save_pretrained(folder / "teacher")
+    (folder / "proteins").mkdir()
+    for seed, (part, count) in enumerate((("train", 60), ("validation", 12), ("test", 16))):
+        with gzip.open(folder / "proteins" / f"{part}.fasta.gz", "wt") as handle:
+            for number, residues in enumerate(make_proteins(count, 20, 60, seed)):
+                handle.write(f">{part}{number}\n{residues}\n")
+    return folder
+
+
+@pytest.fixture(scope="module")
+def grid(world) -> Grid:
+    shared = TrainSettings(
+        data=str(world / "proteins"),
+        teacher_model=str(world / "teacher"),
+        train_size_prop=1.0,
+        batch_size=4,
+        max_steps=6,
+        precision="fp32",
+        eval_steps=3,
+        save_steps=2,
+        validation_proteins=6,
+        cached_teacher=True,
+    )
+    return Grid(
+        "small",
+        "a test",
+        {name: ARMS[name] for name in ("baseline", "both", "hard_only")},
+        {"s": StudentSettings(1, 2, 16), "m": StudentSettings(1, 2, 24)},
+        (1, 2),
+        rates=(1e-3, 1e-2),
+        shared=shared,
+    )
+
+
+def silent(line: str) -> None:
+    """Say nothing."""
+
+
+def job(grid, folder, world, **options) -> GridRun:
+    return GridRun(
+        grid,
+        folder / "results",
+        folder / "work",
+        cache_dir=str(world / "tokens"),
+        announce=silent,
+        **options,
+    )
+
+
+@pytest.fixture(scope="module")
+def finished(grid, world, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("grid")
+    assert job(grid, folder, world).run() == {"cells": 24, "done": 24}
+    return folder
+
+
+def test_every_cell_is_written_and_says_what_it_is(finished, grid):
+    files = sorted((finished / "results").glob("*.json"))
+    assert len(files) == 24
+    for cell in grid.cells():
+        results = read_results(finished / "results" / f"{cell.name}.json")
+        about = results["settings"]
+        assert (about["arm"], about["size"], about["seed"]) == (cell.arm, cell.size, cell.seed)
+        assert about["key"] == settings_key(grid.settings(cell))
+        assert results["training"]["together"] == 6
+        curve = results["training"]["curve"]
+        assert [r["step"] for r in curve if "eval_loss" in r] == [3, 6]
+        assert all(r["grad_norm"] > 0 for r in curve if "eval_loss" not in r)
+        assert results["run"]["versions"]["torch"]
+
+
+def test_tables_of_single_proteins_hold_the_experiments_columns(finished):
+    tables = [pq.read_table(p) for p in sorted((finished / "results").glob("*.parquet"))]
+    assert len(tables) == 4
+    names = "arm seed size learning_rate split protein cluster residues tokens nll_student "
+    assert set((names + "nll_teacher kl").split()) == set(tables[0].column_names)
+    assert sum(len(table) for table in tables) == 24 * 12
+    assert set(tables[0].column("arm").to_pylist()) == set(
+        grid_arms := ["baseline", "both", "hard_only"]
+    )  # noqa: E501
+    assert len(grid_arms) == 3
+
+
+def test_a_cell_is_what_train_makes_of_its_settings(finished, grid, world, tmp_path):
+    from src.training import train
+
+    cell = Cell("both", "m", 2, 1e-2)
+    train(
+        grid.settings(cell),
+        tmp_path / "alone",
+        cache_dir=str(world / "tokens"),
+        teacher_cache=finished / "work" / "teacher_cache",
+        skip_teacher_check=True,
+        announce=silent,
+    )
+    results = read_results(finished / "results" / f"{cell.name}.json")
+    alone = model_fingerprint(load_causal_lm(tmp_path / "alone"))
+    assert results["run"]["student"]["fingerprint"] == alone
+
+
+def test_finished_cells_are_never_run_again(finished, grid, world, monkeypatch):
+    monkeypatch.setattr(GridRun, "_run_group", lambda *a: pytest.fail("ran a finished group"))
+    assert job(grid, finished, world).run()["done"] == 24
+
+
+def test_missing_cells_alone_are_run_and_come_out_the_same(
+    finished, grid, world, tmp_path, monkeypatch
+):
+    """Also after the work directory is gone: cells do not depend on their company."""
+    import shutil
+
+    folder = tmp_path / "copy"
+    shutil.copytree(finished / "results", folder / "results")
+    lost = [Cell("both", "s", 1, 1e-3), Cell("baseline", "m", 2, 1e-2)]
+    before = [read_results(folder / "results" / f"{c.name}.json") for c in lost]
+    for cell in lost:
+        (folder / "results" / f"{cell.name}.json").unlink()
+    ran = []
+    real = GridRun._run_group
+    monkeypatch.setattr(
+        GridRun, "_run_group", lambda self, name, cells: ran.append(name) or real(self, name, cells)
+    )
+    again = job(grid, folder, world)
+    # Parquet of a rerun must not take the place of the whole group's.
+    tables = {p.name: p.read_bytes() for p in (folder / "results").glob("*.parquet")}
+    assert again.run()["done"] == 24
+    assert ran == ["s-seed1", "m-seed2"]
+    for cell, old in zip(lost, before, strict=True):
+        new = read_results(folder / "results" / f"{cell.name}.json")
+        assert new["run"]["student"]["fingerprint"] == old["run"]["student"]["fingerprint"]
+        assert new["perplexity_ratio"] == pytest.approx(old["perplexity_ratio"], rel=1e-9)
+    for name, raw in tables.items():
+        assert (folder / "results" / name).read_bytes() == raw
+
+
+def test_a_killed_group_goes_on_to_the_same_cells(finished, grid, world, tmp_path, monkeypatch):
+    one = replace(grid, sizes={"s": grid.sizes["s"]}, seeds=(1,))
+    step = ablation.CohortTrainer.training_step
+
+    def dying(self, *rest):
+        if self.state.global_step == 4:
+            raise KeyboardInterrupt
+        return step(self, *rest)
+
+    monkeypatch.setattr(ablation.CohortTrainer, "training_step", dying)
+    with pytest.raises(KeyboardInterrupt):
+        job(one, tmp_path, world).run()
+    monkeypatch.setattr(ablation.CohortTrainer, "training_step", step)
+    lines: list[str] = []
+    again = job(one, tmp_path, world)
+    again.announce = lines.append
+    assert again.run()["done"] == 6
+    for cell in one.cells():
+        ours, whole = (
+            read_results(folder / "results" / f"{cell.name}.json")
+            for folder in (tmp_path, finished)
+        )
+        assert ours["run"]["student"] == whole["run"]["student"]
+        assert ours["training"]["curve"] == pytest.approx(whole["training"]["curve"])
+
+
+def test_a_group_under_way_elsewhere_is_left_alone(grid, world, tmp_path):
+    from src.runs import locked
+
+    one = replace(grid, sizes={"s": grid.sizes["s"]}, seeds=(1,))
+    code = f"import sys; sys.path.insert(0, {str(ROOT)!r})\n" + (
+        "from pathlib import Path\nfrom src.runs import locked\n"
+        f"with locked(Path({str(tmp_path / 'work' / 's-seed1')!r})):\n"
+        "    print('held', flush=True); sys.stdin.read()"
+    )
+    with subprocess.Popen(
+        [sys.executable, "-c", code], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+    ) as holder:
+        assert holder.stdout is not None
+        assert holder.stdout.readline() == "held\n"
+        assert job(one, tmp_path, world).run() == {"cells": 6, "done": 0}
+        holder.communicate("")
+    with locked(tmp_path / "work" / "s-seed1"):
+        pass
+
+
+def test_learning_rates_are_chosen_on_validation(finished, grid, world, tmp_path):
+    chosen = tuned_rates(finished / "results", grid)
+    for size, arms in chosen["rates"].items():
+        for arm, rate in arms.items():
+            tried = chosen["nats_per_residue"][size][arm]
+            assert rate == float(min(tried, key=tried.get))
+    with pytest.raises(ValueError, match="nothing is chosen by those"):
+        tuned_rates(finished / "results", replace(grid, split="test"))
+    (tmp_path / "results").mkdir()
+    write_json(tmp_path / "results" / ablation.RATES_FILE, chosen)
+    confirm = replace(grid, tuned=True, split="test", rates=())
+    cells = job(confirm, tmp_path, world).cells
+    assert len(cells) == 12
+    assert all(c.learning_rate == chosen["rates"][c.size][c.arm] for c in cells)
+    with pytest.raises(ValueError, match="needs a tuned learning rate for both at s"):
+        confirm.cells({"s": {"baseline": 1e-3}})
+
+
+def test_results_of_other_settings_are_not_taken_for_done(finished, grid, world):
+    other = replace(grid, shared=replace(grid.shared, max_steps=7))
+    with pytest.raises(ValueError, match="holds a cell of other settings"):
+        job(other, finished, world).run()
+
+
+def test_the_provided_grids_are_the_issues():
+    assert set(GRIDS) == {
+        "owner", "synergy-tuning", "synergy", "temperature", "alpha", "smoothing"
+    }  # fmt: skip
+    owner = GRIDS["owner"]
+    files = {owner.file_of(cell) for cell in owner.cells()}
+    assert files == {f"ablation_{arm}.json" for arm in PUBLISHED}
+    temperatures = [loss.temperature for loss in GRIDS["temperature"].arms.values()]
+    assert temperatures == [1, 2, 4, 6, 8, 10]
+    assert [loss.alpha for loss in GRIDS["alpha"].arms.values()] == [0.1, 0.3, 0.5, 0.7, 0.9]
+    smoothing = GRIDS["smoothing"].arms.values()
+    assert [loss.smoothing_factor for loss in smoothing] == [0.01, 0.05, 0.1, 0.2]
+    assert all(loss.use_calibration_smoothing for loss in smoothing)
+    for name in ("temperature", "alpha", "smoothing", "synergy-tuning"):
+        assert GRIDS[name].split == "validation"
+    confirm, tuning = GRIDS["synergy"], GRIDS["synergy-tuning"]
+    assert len(confirm.seeds) >= 5
+    assert not set(confirm.seeds) & set(tuning.seeds)
+    assert set(confirm.arms) == set(tuning.arms) == set(ARMS)
+
+
+def test_the_script(grid, world, tmp_path, capsys):
+    assert script.main(["--list"]) == 0
+    assert "synergy-tuning" in capsys.readouterr().out
+    assert script.main([]) == 2
+    assert "--list" in capsys.readouterr().err
+    assert script.main(["--grid", "owner", "--arms", "nonsense"]) == 2
+    assert "the grid owner has baseline" in capsys.readouterr().err
+    arguments = (
+        f"--grid owner --teacher_model {world / 'teacher'} --data {world / 'proteins'} "
+        f"--max_steps 2 --arms baseline both --results {tmp_path / 'results'} "
+        f"--work {tmp_path / 'work'} --cache_dir {world / 'tokens'}"
+    ).split()
+    assert script.main(arguments) == 0
+    for arm in ("baseline", "both"):
+        found = json.loads((tmp_path / "results" / f"ablation_{arm}.json").read_text())
+        assert found["perplexity_ratio"] > 0
+        assert found["student_ece"]["ece"] >= 0
+    assert script.main([*arguments, "--status"]) == 0
+    assert "2 of 2 cells done" in capsys.readouterr().out
+    assert read_json(tmp_path / "work" / "s27-seed42" / "group.json")["members"]
