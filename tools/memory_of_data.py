@@ -98,6 +98,8 @@ def run(args: argparse.Namespace) -> dict:
     """Make the file, tokenise it in a process of its own, report. Returns the figures."""
     if args.child:
         return tokenise_alone(args)
+    if args.work_dir:
+        args.work_dir.mkdir(parents=True, exist_ok=True)
     work = Path(tempfile.mkdtemp(prefix="memory-", dir=args.work_dir))
     try:
         path = work / "made_up.fasta"

@@ -1,0 +1,301 @@
+"""Decides the synergy claim from the experiment's tables of single proteins.
+
+The contrasts, the decision rule and the margins are those of docs/EXPERIMENT.md, which was written
+before the runs. y is ln(perplexity per residue); intervals take seeds and test clusters as crossed
+random effects (``src.statistics.two_way_interval``), paired between arms.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from src.statistics import Estimate, contrast, equivalence, holm, seeds_for_half_width
+
+MARGIN = 0.02
+"""Nats per residue: a contrast within ±0.02 of 0 is equivalent to none."""
+HALF_WIDTH = 0.05
+"""Seeds are added while the interval of the published interaction is wider than ± this."""
+MOST_SEEDS = 10
+PUBLISHED_INTERACTION = -2.16
+
+DESIGNS = {
+    "published": ("baseline", "uncertainty", "calibration", "both"),
+    "controlled": (
+        "baseline",
+        "uncertainty_mean_one",
+        "calibration_confident",
+        "both_controlled",
+    ),
+}
+"""Arms y00, y10, y01 and y11 of the two 2 × 2 designs."""
+
+EXPLANATIONS = {
+    "change of alpha": ("weight_matched", "baseline"),
+    "emphasis": ("uncertainty", "weight_matched"),
+    "emphasis on uncertain rather than random positions": ("uncertainty", "weight_permuted"),
+    "emphasis on uncertain rather than certain positions": ("uncertainty", "weight_inverse"),
+    "smoothing as such": ("epsilon_matched", "baseline"),
+    "smoothing of uncertain rather than all targets": ("calibration", "epsilon_matched"),
+    "hard loss alone": ("hard_only", "baseline"),
+    "soft loss alone": ("soft_only", "baseline"),
+}
+"""Exploratory contrasts, first arm less second."""
+
+HOLDS, REFUTED, INCONCLUSIVE = "holds", "refuted", "inconclusive"
+
+
+@dataclass
+class Runs:
+    """What one size's runs say about single proteins; S seeds, P proteins.
+
+    Attributes:
+        nll: for each arm ``(S, P)`` nats.
+        kl: for each arm ``(S, P)`` nats.
+        residues: ``(P,)``.
+        clusters: ``(P,)``.
+        seeds: ``(S,)``, those that every arm was run with.
+    """
+
+    nll: dict[str, np.ndarray]
+    kl: dict[str, np.ndarray]
+    residues: np.ndarray
+    clusters: list[str]
+    seeds: list[int]
+
+
+def read_runs(folder: str | Path, grid: str, split: str = "test") -> dict[str, Runs]:
+    """Read a grid's tables of single proteins.
+
+    Args:
+        folder: with ``per_protein-<grid>-*.parquet``.
+        grid: name of the grid.
+        split: the part that was measured.
+
+    Returns:
+        For each size the runs of the seeds that all of its arms have.
+
+    Raises:
+        ValueError: no tables, an arm with several learning rates, or proteins that differ.
+    """
+    import pyarrow.parquet as pq
+
+    paths = sorted(Path(folder).glob(f"per_protein-{grid}-*.parquet"))
+    if not paths:
+        raise ValueError(f"{folder}: no per_protein-{grid}-*.parquet: run the grid first")
+    cells: dict[str, dict[tuple[str, int], dict[str, np.ndarray]]] = {}
+    rates: dict[tuple[str, str], set[float]] = {}
+    for path in paths:
+        frame = pq.read_table(path).to_pandas()
+        frame = frame[frame["split"] == split]
+        for (size, arm, seed), rows in frame.groupby(["size", "arm", "seed"], sort=False):
+            rates.setdefault((size, arm), set()).update(rows["learning_rate"].unique())
+            if len(rates[size, arm]) > 1 or rows["learning_rate"].nunique() > 1:
+                raise ValueError(f"{path}: {arm} at {size} has several learning rates")
+            rows = rows.sort_values("protein")
+            cells.setdefault(size, {})[arm, int(seed)] = {
+                name: rows[name].to_numpy()
+                for name in ("protein", "cluster", "residues", "nll_student", "kl")
+            }
+    return {size: _runs(size, found) for size, found in cells.items()}
+
+
+def _runs(size: str, cells: Mapping[tuple[str, int], Mapping[str, np.ndarray]]) -> Runs:
+    arms = list(dict.fromkeys(arm for arm, _ in cells))
+    everywhere = [{seed for a, seed in cells if a == arm} for arm in arms]
+    seeds = sorted(set.intersection(*everywhere))
+    first = next(iter(cells.values()))
+    for (arm, seed), cell in cells.items():
+        if not np.array_equal(cell["protein"], first["protein"]):
+            raise ValueError(f"{size}: {arm} of seed {seed} was measured on other proteins")
+
+    def stacked(name: str) -> dict[str, np.ndarray]:
+        empty = np.zeros((0, len(first["protein"])))
+        return {
+            arm: np.stack([cells[arm, s][name].astype(np.float64) for s in seeds])
+            if seeds
+            else empty
+            for arm in arms
+        }
+
+    return Runs(
+        stacked("nll_student"), stacked("kl"), first["residues"], list(first["cluster"]), seeds
+    )
+
+
+def design_contrasts(arms: Sequence[str]) -> dict[str, dict[str, float]]:
+    """Return the coefficients of U, C, B and I for a design's four arms."""
+    base, weighted, smoothed, both = arms
+    return {
+        "U": {weighted: 1.0, base: -1.0},
+        "C": {smoothed: 1.0, base: -1.0},
+        "B": {both: 1.0, base: -1.0},
+        "I": {both: 1.0, weighted: -1.0, smoothed: -1.0, base: 1.0},
+    }
+
+
+EXPECTED_SIGN = {"U": 1, "C": 1, "B": -1, "I": -1}
+"""What the claim says of each contrast."""
+
+
+def part_verdict(estimate: Estimate, sign: int, margin: float = MARGIN) -> str:
+    """Return whether one part of the claim holds.
+
+    Args:
+        estimate: of the contrast.
+        sign: what the claim says of it: above (1) or below (-1) 0.
+        margin: of equivalence.
+
+    Returns:
+        ``holds`` where the interval lies on the claimed side of 0; ``refuted`` where it lies on the
+        other side, or the contrast is equivalent to 0; else ``inconclusive``. An effect that is on
+        the claimed side and within the margin is ``refuted`` as being none that matters.
+    """
+    if equivalence(estimate, margin).equivalent:
+        return REFUTED
+    low, high = sorted((sign * estimate.low, sign * estimate.high))
+    if low > 0:
+        return HOLDS
+    return REFUTED if high < 0 else INCONCLUSIVE
+
+
+def claim_verdict(parts: Mapping[str, str]) -> str:
+    """Return the verdict on the whole claim: it holds where all parts do, and falls with any."""
+    values = set(parts.values())
+    if values == {HOLDS}:
+        return HOLDS
+    return REFUTED if REFUTED in values else INCONCLUSIVE
+
+
+def analyse(runs: Mapping[str, Runs]) -> dict[str, Any]:
+    """Compute every contrast and verdict.
+
+    Returns:
+        By size: ``seeds``, ``clusters``, ``arms`` (mean y of each with its interval), ``designs``
+        (contrasts, parts, verdict, whether the published interaction is excluded),
+        ``explanations`` with Holm's correction, and ``seeds_needed`` for the wanted half-width.
+    """
+    return {size: _analyse_size(found) for size, found in runs.items()}
+
+
+def _analyse_size(runs: Runs) -> dict[str, Any]:
+    def estimate(coefficients: Mapping[str, float]) -> Estimate:
+        return contrast(runs.nll, coefficients, runs.residues, runs.clusters)
+
+    record: dict[str, Any] = {
+        "seeds": runs.seeds,
+        "clusters": len(set(runs.clusters)),
+        "proteins": len(runs.residues),
+        "arms": {arm: _described(estimate({arm: 1.0})) for arm in runs.nll},
+        "designs": {},
+    }
+    for name, arms in DESIGNS.items():
+        if not set(arms) <= set(runs.nll):
+            continue
+        found = {key: estimate(c) for key, c in design_contrasts(arms).items()}
+        parts = {key: part_verdict(e, EXPECTED_SIGN[key]) for key, e in found.items()}
+        wide = found["I"].high - found["I"].low
+        record["designs"][name] = {
+            "arms": list(arms),
+            "contrasts": {key: _described(e) for key, e in found.items()},
+            "parts": parts,
+            "verdict": claim_verdict(parts),
+            "interaction_half_width": wide / 2,
+            "published_interaction_excluded": not (
+                found["I"].low <= PUBLISHED_INTERACTION <= found["I"].high
+            ),
+            "seeds_needed": _seeds_needed(found["I"], len(runs.seeds)),
+        }
+    record["explanations"] = _explanations(runs, estimate)
+    return record
+
+
+def _seeds_needed(interaction: Estimate, seeds: int) -> int | None:
+    """Return how many seeds the observed spread asks for, None if clusters alone are too few."""
+    between = (interaction.variance_seeds or 0.0) * seeds
+    return seeds_for_half_width(
+        HALF_WIDTH, between**0.5, max(interaction.variance_clusters or 0.0, 0.0) ** 0.5
+    )
+
+
+def _explanations(runs: Runs, estimate: Any) -> dict[str, Any]:
+    found = {
+        name: estimate({one: 1.0, other: -1.0})
+        for name, (one, other) in EXPLANATIONS.items()
+        if one in runs.nll and other in runs.nll
+    }
+    adjusted = holm({name: e.p_value for name, e in found.items()}) if found else {}
+    return {
+        name: {
+            **_described(e),
+            "arms": list(EXPLANATIONS[name]),
+            "p_value": e.p_value,
+            "p_holm": adjusted[name],
+        }
+        for name, e in found.items()
+    }
+
+
+def _described(estimate: Estimate) -> dict[str, Any]:
+    return {
+        "estimate": estimate.estimate,
+        "interval": [estimate.low, estimate.high],
+        "standard_error": estimate.standard_error,
+    }
+
+
+def analysis_lines(analysis: Mapping[str, Any]) -> list[str]:
+    """Return the analysis as Markdown, each size under a heading of its own."""
+    lines = []
+    for size, record in analysis.items():
+        lines += [
+            f"## {size}",
+            "",
+            f"{len(record['seeds'])} seeds, {record['proteins']:,} proteins in "
+            f"{record['clusters']:,} clusters; 95 % intervals.",
+            "",
+            "| arm | ln(perplexity per residue) |",
+            "|---|---|",
+            *(f"| {arm} | {_shown(e)} |" for arm, e in record["arms"].items()),
+            "",
+        ]
+        for name, design in record["designs"].items():
+            lines += [
+                f"### {name}: the claim {_says(design['verdict'])}",
+                "",
+                "| contrast | estimate | the claim's part |",
+                "|---|---|---|",
+                *(
+                    f"| {key} | {_shown(e)} | {design['parts'][key]} |"
+                    for key, e in design["contrasts"].items()
+                ),
+                "",
+            ]
+        if record["explanations"]:
+            lines += [
+                "### What explains it (exploratory)",
+                "",
+                "| contrast | estimate | p (Holm) |",
+                "|---|---|---|",
+                *(
+                    f"| {name}: {e['arms'][0]} − {e['arms'][1]} | {_shown(e)} | {e['p_holm']:.2g} |"
+                    for name, e in record["explanations"].items()
+                ),
+                "",
+            ]
+    return lines
+
+
+def _says(verdict: str) -> str:
+    return (
+        "is inconclusive" if verdict == INCONCLUSIVE else verdict.replace("refuted", "is refuted")
+    )
+
+
+def _shown(entry: Mapping[str, Any]) -> str:
+    low, high = entry["interval"]
+    return f"{entry['estimate']:+.4f} [{low:+.4f}, {high:+.4f}]"

@@ -1,0 +1,152 @@
+"""The decision rule on made-up experiments whose truth is known."""
+
+from __future__ import annotations
+
+import itertools
+import json
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+
+from scripts import analyse_ablation as script
+from src.grids import ARMS
+from src.statistics import Estimate
+from src.synergy import (
+    DESIGNS,
+    EXPLANATIONS,
+    HOLDS,
+    INCONCLUSIVE,
+    REFUTED,
+    analyse,
+    claim_verdict,
+    part_verdict,
+    read_runs,
+)
+
+PROTEINS, SEEDS = 60, (1, 2, 3, 4, 5)
+
+
+def write_experiment(folder, effects, noise=0.002, sizes=("s",), seed=0):
+    """Write tables in which y of each arm is 2.8 + its effect, plus noise of seeds and proteins."""
+    rng = np.random.default_rng(seed)
+    residues = rng.integers(50, 400, PROTEINS)
+    proteins = [f"p{i}" for i in range(PROTEINS)]
+    base = rng.normal(0, 0.1, PROTEINS)
+    for size, run in itertools.product(sizes, SEEDS):
+        shared = rng.normal(0, 0.05)  # paired arms share it
+        tables = []
+        for arm, effect in effects.items():
+            y = 2.8 + effect + shared + base + rng.normal(0, noise, PROTEINS)
+            y += rng.normal(0, noise)
+            tables.append(
+                pa.table(
+                    {
+                        "arm": [arm] * PROTEINS,
+                        "seed": [run] * PROTEINS,
+                        "size": [size] * PROTEINS,
+                        "learning_rate": [1e-3] * PROTEINS,
+                        "split": ["test"] * PROTEINS,
+                        "protein": proteins,
+                        "cluster": proteins,
+                        "residues": residues,
+                        "tokens": residues,
+                        "nll_student": (y * residues).astype(np.float32),
+                        "nll_teacher": (2.7 * residues).astype(np.float32),
+                        "kl": (0.1 * residues).astype(np.float32),
+                    }
+                )
+            )
+        pq.write_table(
+            pa.concat_tables(tables), folder / f"per_protein-synergy-{size}-seed{run}.parquet"
+        )
+
+
+CLAIM = {"baseline": 0.0, "uncertainty": 0.3, "calibration": 0.4, "both": -0.2}
+
+
+@pytest.mark.parametrize(
+    ("effects", "verdict", "interaction"),
+    [
+        (CLAIM, HOLDS, -0.9),
+        ({"baseline": 0, "uncertainty": 0.3, "calibration": 0.4, "both": 0.7}, REFUTED, 0.0),
+        ({"baseline": 0, "uncertainty": 0, "calibration": 0, "both": 0}, REFUTED, 0.0),
+        ({"baseline": 0, "uncertainty": -0.1, "calibration": 0.1, "both": -0.3}, REFUTED, -0.3),
+    ],
+)
+def test_known_truths_are_told(tmp_path, effects, verdict, interaction):
+    write_experiment(tmp_path, effects)
+    record = analyse(read_runs(tmp_path, "synergy"))["s"]
+    found = record["designs"]["published"]
+    assert found["verdict"] == verdict
+    low, high = found["contrasts"]["I"]["interval"]
+    assert low < found["contrasts"]["I"]["estimate"] < high
+    assert found["contrasts"]["I"]["estimate"] == pytest.approx(interaction, abs=0.02)
+    assert found["published_interaction_excluded"]
+    assert record["seeds"] == list(SEEDS)
+    assert found["seeds_needed"] >= 2
+
+
+def test_much_noise_is_inconclusive(tmp_path):
+    write_experiment(tmp_path, CLAIM, noise=0.5, seed=1)
+    found = analyse(read_runs(tmp_path, "synergy"))["s"]["designs"]["published"]
+    assert found["verdict"] == INCONCLUSIVE
+    assert found["interaction_half_width"] > 0.05
+
+
+@pytest.mark.parametrize(
+    ("estimate", "error", "sign", "verdict"),
+    [
+        (0.5, 0.01, 1, HOLDS),
+        (0.5, 0.01, -1, REFUTED),
+        (-0.5, 0.01, -1, HOLDS),
+        (0.001, 0.001, 1, REFUTED),
+        (0.01, 0.001, 1, REFUTED),
+        (0.03, 0.1, 1, INCONCLUSIVE),
+    ],
+)
+def test_parts_of_the_claim(estimate, error, sign, verdict):
+    half = 1.96 * error
+    found = Estimate(estimate, estimate - half, estimate + half, standard_error=error)
+    assert part_verdict(found, sign) == verdict
+
+
+def test_the_claim_falls_with_any_part():
+    parts = {"U": HOLDS, "C": HOLDS, "B": HOLDS, "I": HOLDS}
+    assert claim_verdict(parts) == HOLDS
+    assert claim_verdict({**parts, "B": INCONCLUSIVE}) == INCONCLUSIVE
+    assert claim_verdict({**parts, "B": INCONCLUSIVE, "U": REFUTED}) == REFUTED
+
+
+def test_a_seed_that_an_arm_lacks_is_left_out_and_mixtures_are_refused(tmp_path):
+    write_experiment(tmp_path, CLAIM)
+    path = tmp_path / "per_protein-synergy-s-seed3.parquet"
+    table = pq.read_table(path).to_pandas()
+    pq.write_table(pa.Table.from_pandas(table[table["arm"] != "both"]), path)
+    assert read_runs(tmp_path, "synergy")["s"].seeds == [1, 2, 4, 5]
+    table["learning_rate"] = 2e-3
+    pq.write_table(pa.Table.from_pandas(table), path)
+    with pytest.raises(ValueError, match="several learning rates"):
+        read_runs(tmp_path, "synergy")
+    with pytest.raises(ValueError, match="run the grid first"):
+        read_runs(tmp_path, "other")
+
+
+def test_every_arm_that_is_compared_is_run():
+    compared = {arm for arms in DESIGNS.values() for arm in arms}
+    compared |= {arm for pair in EXPLANATIONS.values() for arm in pair}
+    assert compared == set(ARMS)
+
+
+def test_the_script_writes_what_it_prints(tmp_path, capsys):
+    write_experiment(tmp_path, dict.fromkeys(ARMS, 0.0) | CLAIM, sizes=("s27", "s11"))
+    assert script.main(["--results", str(tmp_path)]) == 0
+    out = capsys.readouterr().out
+    assert "published: the claim holds" in out
+    assert "controlled: the claim is refuted" in out
+    written = json.loads((tmp_path / "analysis.json").read_text())["sizes"]
+    assert set(written) == {"s27", "s11"}
+    assert len(written["s27"]["explanations"]) == len(EXPLANATIONS)
+    assert (tmp_path / "analysis.md").read_text().strip() in out
+    assert script.main(["--results", str(tmp_path / "none")]) == 2

@@ -1,0 +1,83 @@
+#!/usr/bin/env python3
+"""Measure a small teacher on held-out proteins and write its model card.
+
+The card's figures come from the evaluation that is written beside it: uniform, unigram, bigram and
+trigram floors, natural against shuffled proteins, and proteins with relatives in training.
+
+Example:
+  python tools/describe_small_teacher.py --model data/small_teacher --data data/proteins
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from src.cli import HelpFormatter, run_script, say
+
+PARTS = ("test", "test_in_family")
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """Return the parser of this script."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=HelpFormatter)
+    add = parser.add_argument
+    add("--model", type=Path, required=True, help="directory of the teacher")
+    add("--data", required=True, help="directory of parts: train, test and test_in_family")
+    add("--cache_dir", help="where tokenised proteins are kept")
+    return parser
+
+
+def run(args: argparse.Namespace) -> dict:
+    """Evaluate and write ``evaluation.json`` and ``README.md`` into the model's directory."""
+    from src.cli import quiet_libraries
+    from src.data import has_split, read_proteins, tokenise
+    from src.evaluation import FLOOR_PROTEINS, EvaluationSettings, clusters_of, evaluate
+    from src.files import read_json, write_json, write_text
+    from src.models import load_causal_lm, load_tokenizer, max_positions, model_fingerprint
+    from src.pretraining import teacher_card
+    from src.runs import provenance
+
+    quiet_libraries()
+    training = read_json(args.model / "training.json")
+    tokenizer, model = load_tokenizer(args.model), load_causal_lm(args.model)
+    limit = max_positions(model.config)
+    reader = read_proteins(args.data, split="train")
+    train = [protein.residues for protein in islice(reader, FLOOR_PROTEINS)]
+    found: dict[str, Any] = {}
+    for part in PARTS:
+        if not has_split(args.data, part):
+            continue
+        proteins = tokenise(
+            args.data, part, tokenizer, limit, args.cache_dir, long_proteins="drop", quiet=True
+        )
+        measured = evaluate(
+            model,
+            model,
+            tokenizer,
+            proteins,
+            EvaluationSettings(),
+            train=train,
+            clusters=clusters_of(args.data),
+            announce=say,
+        ).results
+        found[part] = {k: v for k, v in measured.items() if k not in ("student_ece", "threshold")}
+    record = {"parts": found, "run": {**provenance(), "fingerprint": model_fingerprint(model)}}
+    write_json(args.model / "evaluation.json", record)
+    write_text(args.model / "README.md", teacher_card(training, found))
+    say(f"written: {args.model / 'README.md'} and evaluation.json")
+    return record
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run the script and return its exit status."""
+    return run_script(run, build_parser, argv)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
