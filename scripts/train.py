@@ -42,7 +42,7 @@ def build_parser() -> argparse.ArgumentParser:
     add("--n_layer", type=positive_int, help="blocks (default: 4, or the preset's)")
     add("--n_head", type=positive_int, help="attention heads (default: 4, or the preset's)")
     add("--n_embd", type=positive_int, help="width (default: 256, or the preset's)")
-    add("--init_from", help="start from this model's weights: directory or hub id")
+    add("--init_from", help="start from this model, cut to the student's shape if one is given")
     add("--dropout", type=float, default=0.0, help="probability, everywhere in the student")
 
     add = parser.add_argument_group("loss").add_argument
@@ -92,7 +92,8 @@ def build_settings(args: argparse.Namespace) -> s.TrainSettings:
     """Return the settings of the run that the arguments ask for."""
     preset = s.PRESETS.get(args.preset) if args.preset else None
     shape = preset.student if preset else DEFAULTS.student
-    if args.init_from:
+    shaped = args.preset or any((args.n_layer, args.n_head, args.n_embd))
+    if args.init_from and not shaped:
         from src.models import shape_of
 
         shape = shape_of(args.init_from)

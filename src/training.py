@@ -28,6 +28,7 @@ from src.devices import (
 )
 from src.distillation import DistillationTrainer
 from src.evaluation import check_teacher
+from src.initialisation import subclone
 from src.models import (
     build_student,
     count_parameters,
@@ -384,20 +385,22 @@ def train(
 def initial_student(settings: TrainSettings, teacher_config: Any) -> PreTrainedModel:
     """Return the student as it is before the first step, in float32 and train mode.
 
+    A model of the student's shape in ``init_from`` is taken as it is, a larger one cut down.
+
     Raises:
-        ValueError: ``init_from`` is not there, or of another shape than the settings say.
+        ValueError: ``init_from`` is not there, or smaller than the student somewhere.
     """
     wanted = student_config(settings.student, teacher_config)
     if settings.init_from is None:
         return build_student(wanted, settings.seed)
-    model = load_causal_lm(settings.init_from)
-    for name in ("n_layer", "n_head", "n_embd", "vocab_size"):
-        if getattr(model.config, name, None) != getattr(wanted, name):
-            raise ValueError(
-                f"--init_from {settings.init_from}: its {name} is "
-                f"{getattr(model.config, name, None)}, the student's is {getattr(wanted, name)}: "
-                "leave out the flags of the student's shape"
-            )
+    model: Any = load_causal_lm(settings.init_from)
+    if model.config.model_type != "gpt2":
+        raise ValueError(f"--init_from {settings.init_from}: is no GPT-2")
+    shape = ("n_layer", "n_head", "n_embd", "vocab_size")
+    if any(getattr(model.config, name) != getattr(wanted, name) for name in shape):
+        student = build_student(wanted, settings.seed)
+        subclone(model, student)
+        return student
     set_dropout(model, settings.student.dropout)
     return model.train()
 
