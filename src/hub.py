@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 from src.cli import quiet_libraries, say, size
 from src.files import read_json, sha256_file
-from src.model_card import EXAMPLE_PROTEIN, build_card, chosen_licence
+from src.model_card import EXAMPLE_PROTEIN, PROJECT, build_card, chosen_licence
 from src.privacy import SHORTEST_SECRET, find_secrets, known_secrets, without_private_paths
 from src.proteins import layout
 from src.results import figure, read_results
@@ -46,7 +46,6 @@ TOKENIZER_FILES = (
 )
 WEIGHT_SUFFIXES = (".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".h5", ".msgpack", ".gguf")
 MAIN = "main"
-PROJECT = Path(__file__).resolve().parents[1]
 
 TRIES = 6
 FIRST_WAIT = 1.0
@@ -227,8 +226,13 @@ def pack(
     results = None
     if results_file:
         results = without_private_paths(results_of(results_file, student), roots)
-    licence = chosen_licence(student.record, license)
-    card = build_card(repo_id, record, student.config, licence, results)
+    try:
+        licence = chosen_licence(student.record, license)
+        card = build_card(repo_id, record, student.config, licence, results)
+    except (KeyError, TypeError, AttributeError) as error:
+        raise ValueError(
+            f"{folder / RUN_FILE}: not the record of a finished run of scripts/train.py ({error})"
+        ) from error
     files = [
         OutgoingFile.of(CARD_FILE, card.encode()),
         OutgoingFile.of(RUN_FILE, _json_bytes(record)),
@@ -481,7 +485,13 @@ class Repository:
 
     def _advice(self, error: BaseException) -> str | None:
         """Return what the user can do about a refusal, None where the hub's own words serve."""
+        from huggingface_hub.errors import RevisionNotFoundError
+
         status = status_of(error)
+        if isinstance(error, RevisionNotFoundError):
+            return f"{self.repo_id} has no branch {self.revision}"
+        if _asked_for_xet_in_vain(error):
+            return "the hub has no Xet storage: set HF_HUB_DISABLE_XET=1"
         if status == 401:
             return (
                 "the hub does not accept the token: make one with write permission at "
@@ -533,6 +543,12 @@ def _transport() -> type[Exception]:
     return HfHubHTTPError.__mro__[1]  # type: ignore[return-value]
 
 
+def _asked_for_xet_in_vain(error: BaseException) -> bool:
+    """Return whether the hub has no storage of the kind that ``hf_xet`` speaks to."""
+    text = str(error)
+    return "xet-write-token" in text and "404" in text
+
+
 def may_pass(error: BaseException) -> bool:
     """Return whether the same request may succeed later.
 
@@ -542,6 +558,8 @@ def may_pass(error: BaseException) -> bool:
     status = status_of(error)
     if status is not None:
         return status in PASSING_STATUS
+    if _asked_for_xet_in_vain(error):
+        return False
     passing = (_transport(), OSError, json.JSONDecodeError, RuntimeError)
     return any(isinstance(cause, passing) for cause in causes(error))
 

@@ -15,6 +15,7 @@ from src.proteins import RESIDUES_PER_LINE
 from src.results import TABLE, figure, summary_lines, with_interval
 from src.settings import BUNDLED_DATA, BUNDLED_TEACHER, DEFAULT_TEACHER
 
+PROJECT = Path(__file__).resolve().parents[1]
 TEMPLATE = Path(__file__).with_name("templates") / "model_card.md.jinja"
 EXAMPLE_PROTEIN = "MQIFVKTLTGKTITLEVEPSDTIENVKAKIQDKEGIPPDQQRLIFAGKQLEDGRTLSDYNIQKESTLHLVLRLRGG"
 """Ubiquitin (UniProt P0CG48, residues 1 to 76)."""
@@ -43,7 +44,7 @@ def hub_id(name: str | None) -> str | None:
     """Return a name if it is that of something on the hub, None if it is a place on a disk."""
     if not name or name in (BUNDLED_TEACHER, BUNDLED_DATA) or not HUB_ID.fullmatch(name):
         return None
-    if name.split("/")[0] in OWN_FOLDERS or Path(name).exists():
+    if name.split("/")[0] in OWN_FOLDERS or Path(name).exists() or (PROJECT / name).exists():
         return None
     return name
 
@@ -110,7 +111,7 @@ def build_card(
         name=record["name"],
         repo_id=repo_id,
         parameters=record["student"]["parameters"],
-        shape=f"{config.n_layer} blocks, {config.n_head} heads, width {config.n_embd}",
+        shape=f"n_layer {config.n_layer}, n_head {config.n_head}, n_embd {config.n_embd}",
         origin=origin_text(record),
         distilled=settings["loss"]["alpha"] < 1,
         compression=record["compression"],
@@ -285,6 +286,8 @@ def _measured(results: Mapping[str, Any]) -> dict[str, Any]:
         cells = [with_interval(results, f"{key}.{model}") for model in ("student", "teacher")]
         if any(cells):
             rows.append([label, *cells, ""])
+    reached = figure(results, "student_perplexity_per_residue")
+    floor = figure(results, "floors.unigram.perplexity_per_residue")
     source = figure(results, "run.data.source") or "held-out proteins"
     split = figure(results, "run.data.split")
     proteins = figure(results, "data.proteins")
@@ -295,6 +298,7 @@ def _measured(results: Mapping[str, Any]) -> dict[str, Any]:
         "data": (f"{proteins:,} proteins of " if proteins else "") + data,
         "teacher": figure(results, "run.teacher.name") or "not named",
         "intervals": any((results.get("intervals") or {}).values()),
+        "no_better_than_frequencies": None not in (reached, floor) and reached >= floor,
         "calibration_warning": figure(results, "student_ece.calibration_meaningful") is False,
     }
 

@@ -48,8 +48,8 @@ _FORMS = (
 )
 SECRET_FORMS = tuple((kind, re.compile(form)) for kind, form in _FORMS)
 
-# Where a path may begin: at the start of the text, after white space, or after a character that sets
-# words apart; not after a letter or a colon, so that a/b, 3/4 and https://x/y are none.
+# Where a path may begin: at the start of the text, after white space, or after a character that
+# sets words apart; not after a letter or a colon, so that a/b, 3/4 and https://x/y are none.
 _START = r"(?:file://)?(?:~[\w.-]*/|\.\./|/(?=[^\s/])|[A-Za-z]:[\\/]|\\\\)"
 _WHOLE = re.compile(rf"(--?[\w-]+=)?({_START}.*)", re.DOTALL)
 _INSIDE = re.compile(

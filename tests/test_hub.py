@@ -417,6 +417,15 @@ def test_a_hub_that_is_not_there(student, capsys, monkeypatch):
     assert "failed 6 times" in one_line(capsys)
 
 
+def test_a_hub_without_xet_storage(fake, student, capsys, monkeypatch):
+    import huggingface_hub.constants as constants
+
+    pytest.importorskip("hf_xet")
+    monkeypatch.setattr(constants, "HF_HUB_DISABLE_XET", False)
+    assert give(student) == 2
+    assert "HF_HUB_DISABLE_XET=1" in one_line(capsys)
+
+
 def test_offline_mode_is_named(student, capsys, monkeypatch):
     import huggingface_hub.constants as constants
 
@@ -460,6 +469,9 @@ def test_a_pull_request_needs_a_repository(fake, student, capsys):
     assert give(student, "--create_pr") == 2
     assert "leave out --create_pr" in one_line(capsys)
     assert fake.repos == {}
+    fake.add_repo("me/student")
+    assert give(student, "--create_pr", "--revision", "v9") == 2
+    assert "me/student has no branch v9" in one_line(capsys)
 
 
 # Before anything is sent
@@ -541,6 +553,16 @@ def spoil_record(folder):
     (folder / "run.json").write_text('{"status": "finished"')
 
 
+def spoil_steps(folder):
+    record = json.loads((folder / "run.json").read_text())
+    del record["steps"]
+    (folder / "run.json").write_text(json.dumps(record))
+
+
+def spoil_settings(folder):
+    edit(folder / "run.json", settings={})
+
+
 @pytest.mark.parametrize(
     ("spoil", "message"),
     [
@@ -554,6 +576,8 @@ def spoil_record(folder):
         (spoil_tokenizer, "tokenizer"),
         (spoil_nan, "not finite"),
         (spoil_record, "not valid JSON"),
+        (spoil_steps, "not the record of a finished run"),
+        (spoil_settings, "not the record of a finished run"),
     ],
 )
 def test_what_is_no_finished_model_is_refused(spoil, message, fake, student, capsys):

@@ -78,7 +78,7 @@ def test_metadata_of_a_student_of_protgpt2():
 
 def test_model_index_holds_the_figures_of_the_results():
     card = ModelCard(card_of(results=make_results()))
-    found = {r.metric_type: r for r in card.data.eval_results}
+    found = {r.metric_type: r for r in card.data["eval_results"]}
     assert found["perplexity_ratio"].metric_value == 1.84
     assert found["kl_divergence"].metric_value == 0.512
     assert found["ece"].metric_value == 0.031
@@ -88,7 +88,7 @@ def test_model_index_holds_the_figures_of_the_results():
     assert {r.dataset_name for r in found.values()} == {"data/proteins"}
     assert {r.dataset_type for r in found.values()} == {"data-proteins"}
     assert {r.dataset_split for r in found.values()} == {"test"}
-    assert card.data.model_name == "synergy-tiny"
+    assert card.data["model_name"] == "synergy-tiny"
 
 
 def test_the_text_shows_figures_with_intervals_beside_the_teachers():
@@ -104,6 +104,15 @@ def test_the_text_shows_figures_with_intervals_beside_the_teachers():
     assert "No confidence intervals" in card_of(results=results)
     results["student_ece"]["calibration_meaningful"] = False
     assert "not found meaningful" in card_of(results=results)
+
+
+def test_a_student_below_the_floor_is_called_so():
+    results = make_results()
+    results["floors"] = {"unigram": {"perplexity_per_residue": 18.0}}
+    results["student_perplexity_per_residue"] = 17.9
+    assert "no better than their frequencies" not in card_of(results=results)
+    results["student_perplexity_per_residue"] = 18.0
+    assert "no better than their frequencies" in card_of(results=results)
 
 
 def test_without_results_the_card_says_that_nothing_is_known():
@@ -122,7 +131,7 @@ def test_training_settings_and_origin():
         seed=7,
     )
     text = card_of(make_record(settings))
-    assert "4 blocks, 4 heads, width 256" in text  # of the configuration that is sent
+    assert "n_layer 4, n_head 4, n_embd 256" in text  # of the configuration that is sent
     assert "38,866,432 parameters" in text
     assert (
         "distilled from [nferruz/ProtGPT2](https://huggingface.co/nferruz/ProtGPT2), which has "
@@ -182,8 +191,10 @@ def test_what_is_a_name_on_the_hub(name, expected):
 
 def test_an_existing_directory_is_no_name_on_the_hub(tmp_path, monkeypatch):
     (tmp_path / "owner" / "name").mkdir(parents=True)
+    assert m.hub_id("owner/name") == "owner/name"
     monkeypatch.chdir(tmp_path)
     assert m.hub_id("owner/name") is None
+    assert m.hub_id("src/templates") is None  # of the project, wherever the command is given
 
 
 def test_licence_of_the_teacher_or_as_asked_or_refused(tmp_path):
@@ -204,7 +215,7 @@ def test_odd_names_break_neither_tables_nor_metadata():
     record = make_record(TrainSettings(data="odd | name\n# Title <script>"))
     record["name"] = "x: [y] <script>\n---\nlicense: none"
     card = ModelCard(card_of(record))
-    assert card.data.license == "apache-2.0"
+    assert card.data["license"] == "apache-2.0"
     assert "<script>" not in card.text
     assert "\n# Title" not in card.text
     assert r"odd \| name # Title" in card.text
