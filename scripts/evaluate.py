@@ -66,11 +66,13 @@ def run(args: argparse.Namespace) -> dict:
         check_output(path, args.overwrite)
     from src import evaluation as e
     from src import sequence_quality as q
+    from src.cli import quiet_libraries
     from src.data import read_proteins, tokenise
     from src.devices import choose_device
     from src.models import load_causal_lm, model_fingerprint, require_model_directory
     from src.runs import provenance
 
+    quiet_libraries()
     described = q.DescriptionSettings(
         args.generation_metrics, args.profiles, bootstrap=args.bootstrap, seed=args.seed
     )

@@ -239,6 +239,37 @@ TABLE = (
 )
 """Label, figure of each model without its prefix, and the figure of their ratio."""
 
+GENERATION_TABLE = (
+    ("mean length, residues", "length.mean"),
+    ("valid", "valid_share"),
+    ("distinct", "distinct_share"),
+    ("teacher's perplexity per residue", "teacher_perplexity_per_residue"),
+    ("composition KL from held-out", "kl_from_natural"),
+    ("with six or more of a residue in a row", "repetitiveness.long_run_share"),
+    ("residues in tandem repeats", "repetitiveness.tandem_repeat_share"),
+    ("residues of low complexity", "repetitiveness.low_complexity_share"),
+    ("distance in words of three residues", "diversity.word_distance"),
+    ("identity of two proteins", "diversity.pairwise_identity"),
+    ("identity to the nearest training protein", "novelty.nearest_identity.mean"),
+    ("over 50 % identical to one", "novelty.share_over_50"),
+    ("copied whole", "novelty.copied_share"),
+    ("hit by a known family", "families.hit_share"),
+    ("proteins per second", "sequences_per_second"),
+)
+"""Label and figure of each set of generated proteins (``src.sequence_quality``)."""
+GENERATION_SETS = ("student", "teacher", "natural", "shuffled")
+
+
+def generation_rows(results: Mapping[str, Any]) -> tuple[list[str], list[list[str]]]:
+    """Return the sets of proteins that were described, and their table: label, then figures."""
+    sets = {s: r for s in GENERATION_SETS if (r := figure(results, f"generation.{s}"))}
+    rows = []
+    for label, name in GENERATION_TABLE:
+        cells = [with_interval(record, name) for record in sets.values()]
+        if any(cells):
+            rows.append([label, *cells])
+    return list(sets), rows
+
 
 def print_table(results: Mapping[str, Any]) -> None:
     """Print the main figures of a results file for a person, each with its interval."""
@@ -264,6 +295,16 @@ def print_table(results: Mapping[str, Any]) -> None:
     console.print(table)
     for line in summary_lines(results):
         console.print(line, markup=False, soft_wrap=True)
+    sets, rows = generation_rows(results)
+    if sets:
+        table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
+        table.add_column("generated, and controls")
+        for name in sets:
+            table.add_column(f"{name} ({results['generation'][name]['sequences']:,})")
+        for row in rows:
+            table.add_row(*row)
+        wide = Console(width=40 + 26 * len(sets), highlight=False)
+        wide.print(table)
 
 
 def summary_lines(results: Mapping[str, Any]) -> list[str]:

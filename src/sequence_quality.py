@@ -10,7 +10,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -44,6 +44,14 @@ PAIRS = 500
 NOVELTY_LEVELS = (0.3, 0.5, 0.9)
 NOVELTY_PROTEINS = 100_000
 """Training proteins, at most, that relatives of generated ones are looked for among."""
+OF_ALL = ("valid_share", "families.hit_share")
+SHARES = (
+    *OF_ALL,
+    "repetitiveness.long_run_share",
+    *(f"novelty.share_over_{level * 100:.0f}" for level in NOVELTY_LEVELS),
+    "novelty.copied_share",
+)
+"""Figures that are shares of proteins; of all of them, or else of those with residues."""
 EXAMPLES = 5
 """Generated proteins of each model that a results file shows."""
 THOROUGH_SAMPLES = 200
@@ -335,10 +343,33 @@ def _estimates(
 
     if not (settings.bootstrap and count):
         return plain_estimates(statistic, arrays, settings.level)
-    labels = range(count) if clusters is None else clusters
-    return cluster_bootstrap(
-        statistic, arrays, list(labels), settings.bootstrap, settings.seed, settings.level
+    labels = list(range(count) if clusters is None else clusters)
+    estimates = cluster_bootstrap(
+        statistic, arrays, labels, settings.bootstrap, settings.seed, settings.level
     )
+    counted = [label for label, whole in zip(labels, arrays["whole"], strict=True) if whole]
+    draws = {name: len(set(labels if name in OF_ALL else counted)) for name in SHARES}
+    return {
+        name: _without_spread(e, draws.get(name)) if e.low == e.high else e
+        for name, e in estimates.items()
+    }
+
+
+def _without_spread(estimate: Estimate, draws: int | None) -> Estimate:
+    """Return an estimate whose bootstrap saw no spread with an honest interval, or with none.
+
+    Where none or all of the proteins have a property, resampling them says nothing of those that
+    might have come instead; Wilson's interval (1927, JASA 22:209) does: 0 of 40 is [0, 0.09].
+
+    Args:
+        estimate: with low = high.
+        draws: independent proteins, for a share of proteins; None: no such share.
+    """
+    low = high = math.nan
+    if draws and estimate.estimate in (0.0, 1.0):
+        test = stats.binomtest(round(estimate.estimate * draws), draws)
+        low, high = test.proportion_ci(estimate.level, method="wilson")
+    return replace(estimate, low=float(low), high=float(high))
 
 
 def _ratio(above: np.ndarray, below: np.ndarray) -> np.ndarray:
@@ -418,8 +449,9 @@ def measure_generation(
     """Let each model generate proteins, and add what they show to the results of an evaluation.
 
     Args:
-        results: of :func:`src.evaluation.evaluate`; changed in place: ``generation``,
-            ``kl_from_natural``, ``kl_from_natural_uniprot`` and their intervals.
+        results: of :func:`src.evaluation.evaluate`; changed in place: ``generation`` (the records
+            of :func:`describe_all`, and the ``reference`` of composition), ``kl_from_natural``,
+            ``kl_from_natural_uniprot`` and their intervals.
         models: ``student`` and ``teacher``.
         tokenizer: of both.
         natural: held-out proteins, the reference of composition.
@@ -458,4 +490,5 @@ def measure_generation(
         for key in ("kl_from_natural", "kl_from_natural_uniprot"):
             results[key][name] = generation[name][key]
             results["intervals"][f"{key}.{name}"] = generation[name]["intervals"][key]
-    results["generation"] = generation
+    reference = {"proteins": len(natural), "composition": composition(natural)}
+    results["generation"] = {**generation, "reference": reference}

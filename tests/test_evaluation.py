@@ -471,6 +471,7 @@ def test_generated_proteins_beside_their_controls(run_folders, tmp_path):
     ]  # fmt: skip
     assert call(*arguments) == 0
     generation = read_results(output)["generation"]
+    assert generation.pop("reference")["proteins"] == 30
     assert set(generation) == {"student", "teacher", "natural", "shuffled"}
     for record in generation.values():
         assert record["novelty"]["train_proteins"] == 200

@@ -159,6 +159,18 @@ def test_a_description_by_hand(random_proteins):
     assert quality.describe(["", ""], natural, settings)["valid_share"] == 0
 
 
+def test_none_of_forty_is_not_known_to_be_none(random_proteins):
+    proteins = random_proteins(40, 60, 60)
+    settings = quality.DescriptionSettings(bootstrap=50)
+    found = quality.describe(proteins, proteins, settings)["intervals"]
+    assert found["repetitiveness.long_run_share"] == pytest.approx([0, 0.0876], abs=1e-4)
+    assert found["valid_share"] == pytest.approx([1 - 0.0876, 1], abs=1e-4)
+    assert found["length.mean"] is None  # all have one length: nothing is known of the spread
+    clusters = [i // 4 for i in range(40)]
+    few = quality.describe(proteins, proteins, settings, clusters=clusters)["intervals"]
+    assert few["valid_share"][0] == pytest.approx(0.7225, abs=1e-4)  # ten, not forty
+
+
 def test_intervals_cover_the_truth(random_proteins):
     """Samples of a known distribution: the share of proteins that begin with a run of six."""
     pool = [("QQQQQQ" if i % 4 == 0 else "") + p for i, p in enumerate(random_proteins(400))]
