@@ -438,7 +438,7 @@ def inline_svg(figure: Figure, name: str, description: str) -> str:
     text = re.sub(r"(url\(#|href=\"#)", rf"\g<1>{name}-", text)
     text = re.sub(r"(<svg[^>]*?) width=\"[^\"]*\"", r"\1", text, count=1)
     text = re.sub(r"(<svg[^>]*?) height=\"[^\"]*\"", r"\1", text, count=1)
-    text = text.replace(INK, "currentColor").replace("white", "var(--page, white)")
+    text = text.replace(INK, "currentColor").replace("#ffffff", "var(--page, #ffffff)")
     for series, colour in COLOURS.items():
         text = text.replace(colour, f"var(--{series}, {colour})")
     # matplotlib names its own fonts; the page's is as good and certain to be there.
