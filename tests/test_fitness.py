@@ -1,0 +1,219 @@
+"""Scores of variants and their correlation with measurements."""
+
+from __future__ import annotations
+
+import csv
+import importlib.util
+import json
+import math
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from scipy import stats
+
+from src import fitness
+from src.data import encode
+
+ROOT = Path(__file__).resolve().parents[1]
+WILD = "MKTAYIAKQRQISFVKSHFSRQLEERLGLIEVQ"
+TABLE = """mutant,mutated_sequence,DMS_score,DMS_score_bin
+M1A,AKTAYIAKQR,0.5,1
+M1C,CKTAYIAKQR,-1.5,0
+K2A:T3C,MACAYIAKQR,,0
+WT,MKTAYIAKQR,2e0,1
+"""
+
+
+def test_proteingyms_table(tmp_path):
+    (tmp_path / "dms.csv").write_text(TABLE)
+    found = fitness.read_variants(tmp_path / "dms.csv")
+    assert found.columns == ["mutant", "mutated_sequence", "DMS_score", "DMS_score_bin"]
+    assert found.residues[1] == "CKTAYIAKQR"
+    assert found.measured is not None
+    np.testing.assert_array_equal(found.measured, [0.5, -1.5, np.nan, 2])
+    assert found.clusters == ["1", "1", "2:3", "row 3"]
+    other = fitness.read_variants(tmp_path / "dms.csv", score_column="DMS_score_bin")
+    assert other.measured is not None
+    assert other.measured.tolist() == [1, 0, 0, 1]
+
+
+def test_other_forms_of_input(tmp_path):
+    (tmp_path / "a.fasta").write_text(">x\nMKT\nAYI\n>y\nmkxv\n")
+    found = fitness.read_variants(tmp_path / "a.fasta")
+    assert found.rows == [["x", "MKTAYI"], ["y", "MKXV"]]
+    assert found.measured is None
+    (tmp_path / "a.tsv").write_text("sequence\tscore\nMKT\t1\n\nMKV*\t2\n")
+    found = fitness.read_variants(tmp_path / "a.tsv", score_column="score")
+    assert found.residues == ["MKT", "MKV"]
+    assert found.clusters == [0, 1]
+
+
+@pytest.mark.parametrize(
+    ("name", "text", "options", "message"),
+    [
+        ("a.csv", "id,seq\n1,MKV\n", {}, "no column 'mutated_sequence' or 'sequence'"),
+        ("a.csv", TABLE, {"score_column": "activity"}, "no column 'activity'"),
+        ("a.csv", TABLE, {"sequence_column": "protein"}, "--sequence_column"),
+        ("a.csv", "sequence\nMKV\nM1V\n", {}, "a.csv:3: sequence: characters that are no"),
+        ("a.csv", "sequence,DMS_score\nMKV,high\n", {}, "a.csv:2: DMS_score: 'high' is not"),
+        ("a.csv", "sequence,DMS_score\nMKV,inf\n", {}, "is not finite"),
+        ("a.csv", "sequence,DMS_score\nMKV\n", {}, "a.csv:2: 1 cells for 2 columns"),
+        ("a.csv", 'sequence\n"MKV\n', {}, "broken CSV"),
+        ("a.csv", "sequence\n", {}, "no row below the header"),
+        ("a.csv", "", {}, "is empty"),
+        ("a.fasta", ">a\nMK*V\n>b\nMK\n", {}, "inside"),
+        ("a.fasta", ">a\nMK\n", {"score_column": "x"}, "has no columns"),
+        ("a.parquet", "PAR1", {}, "expected FASTA, CSV or TSV"),
+    ],
+)
+def test_bad_input_names_file_and_row(tmp_path, name, text, options, message):
+    (tmp_path / name).write_text(text)
+    with pytest.raises(ValueError, match=r".") as caught:
+        fitness.read_variants(tmp_path / name, **options)
+    assert message in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+def test_positions_of_a_mutant():
+    assert fitness.positions("A1P") == "1"
+    assert fitness.positions("A1P:D20N") == "1:20"
+    assert fitness.positions("wild type") == fitness.positions("") == ""
+
+
+def test_scores_equal_a_plain_pass(tiny_lm, tiny_tokenizer, random_proteins):
+    model = tiny_lm()
+    proteins = [*random_proteins(5), "MK", "MK", "A" * 1000]
+    found = fitness.score_columns({"": (model, tiny_tokenizer)}, proteins, batch_size=3)
+    for i, protein in enumerate(proteins[:-1]):
+        ids = torch.tensor(encode(tiny_tokenizer, [protein]))
+        with torch.no_grad():
+            logits = model(ids).logits[0, :-1]
+        nll = float(torch.nn.functional.cross_entropy(logits, ids[0, 1:], reduction="sum"))
+        assert found["log_likelihood"][i] == pytest.approx(-nll, rel=1e-5)
+        assert found["log_likelihood_per_residue"][i] == pytest.approx(-nll / len(protein))
+    assert math.isnan(found["log_likelihood"][-1])  # longer than the model's positions
+
+
+@pytest.mark.parametrize("ties", [False, True])
+def test_weighted_spearman_is_scipys_on_repeated_data(ties):
+    rng = np.random.default_rng(0)
+    x, y = rng.normal(size=(2, 30))
+    if ties:
+        x, y = x.round(0), y.round(0)
+    weights = rng.multinomial(30, np.full(30, 1 / 30), size=20).astype(float)
+    found = fitness.weighted_spearman(x, y, weights)
+    for value, row in zip(found, weights.astype(int), strict=True):
+        repeated = stats.spearmanr(np.repeat(x, row), np.repeat(y, row)).statistic
+        assert value == pytest.approx(repeated)
+
+
+def test_spearman_of_two_models_and_their_difference():
+    rng = np.random.default_rng(1)
+    truth = rng.normal(size=400)
+    good, poor = truth + 0.3 * rng.normal(size=400), truth + 3 * rng.normal(size=400)
+    measured = truth.copy()
+    measured[:10] = np.nan
+    found, count = fitness.spearman(
+        {"student": poor, "teacher": good}, measured, list(range(400)), n=300
+    )
+    assert count == 390
+    expected = stats.spearmanr(good[10:], truth[10:]).statistic
+    assert found["teacher"].estimate == pytest.approx(expected)
+    assert found["difference"].estimate == pytest.approx(
+        found["student"].estimate - found["teacher"].estimate
+    )
+    assert found["difference"].high < 0
+    for estimate in found.values():
+        assert estimate.low < estimate.estimate < estimate.high
+    alone, _ = fitness.spearman({"student": poor}, measured, list(range(400)), n=0)
+    assert math.isnan(alone["student"].low)
+    with pytest.raises(ValueError, match="2 variants"):
+        fitness.spearman({"student": poor[:2]}, truth[:2], [0, 1])
+
+
+def test_the_interval_covers_and_duplicates_do_not_narrow_it():
+    """Normal pairs of correlation ρ: Spearman's is 6/π asin(ρ/2)."""
+    rng = np.random.default_rng(2)
+    truth = 6 / np.pi * np.arcsin(0.25)
+    hits = 0
+    for _ in range(60):
+        x = rng.normal(size=80)
+        y = 0.5 * x + np.sqrt(0.75) * rng.normal(size=80)
+        once, _ = fitness.spearman({"s": x}, y, list(range(80)), n=200)
+        hits += once["s"].low <= truth <= once["s"].high
+    assert 51 <= hits <= 60
+    twice, _ = fitness.spearman(
+        {"s": np.repeat(x, 2)}, np.repeat(y, 2), [i // 2 for i in range(160)], n=200
+    )
+    assert twice["s"].low == pytest.approx(once["s"].low)
+    assert twice["s"].high == pytest.approx(once["s"].high)
+
+
+@pytest.fixture
+def folder(tmp_path, tiny_lm, tiny_tokenizer):
+    for name, seed in (("student", 0), ("teacher", 1)):
+        tiny_lm(seed=seed).save_pretrained(tmp_path / name)
+        tiny_tokenizer.save_pretrained(tmp_path / name)
+    rng = np.random.default_rng(0)
+    lines = ["mutant,mutated_sequence,DMS_score"]
+    for i in range(len(WILD)):
+        for letter in "AV":
+            mutated = WILD[:i] + letter + WILD[i + 1 :]
+            lines.append(f"{WILD[i]}{i + 1}{letter},{mutated},{rng.normal():.3f}")
+    (tmp_path / "dms.csv").write_text("\n".join(lines) + "\n")
+    return tmp_path
+
+
+def test_the_script_scores_both_models(folder, capsys):
+    arguments = [
+        "--model", folder / "student", "--teacher_model", folder / "teacher",
+        "--input", folder / "dms.csv", "--output", folder / "s.csv",
+        "--correlations", folder / "c.json", "--bootstrap", 100, "--device", "cpu",
+    ]  # fmt: skip
+    assert call(*arguments) == 0
+    shown = capsys.readouterr().out
+    assert "Spearman, student: " in shown
+    assert "Spearman, difference: " in shown
+    with (folder / "s.csv").open() as handle:
+        rows = list(csv.DictReader(handle))
+    assert len(rows) == 66
+    assert rows[0]["mutant"] == "M1A"
+    per_residue = float(rows[0]["log_likelihood"]) / len(WILD)
+    assert float(rows[0]["log_likelihood_per_residue"]) == pytest.approx(per_residue, abs=1e-5)
+    found = json.loads((folder / "c.json").read_text())
+    measured = [float(r["DMS_score"]) for r in rows]
+    theirs = [float(r["teacher_log_likelihood"]) for r in rows]
+    expected = stats.spearmanr(theirs, measured).statistic
+    assert found["spearman"]["teacher"] == pytest.approx(expected, abs=1e-6)
+    assert found["clusters"] == 33
+    assert found["intervals"]["spearman.difference"][0] < found["spearman"]["difference"]
+    assert call(*arguments) == 2
+    assert "--overwrite" in capsys.readouterr().err
+
+
+def test_user_errors_are_one_line(folder, capsys):
+    (folder / "a.fasta").write_text(">a\nMKV\n")
+    (folder / "scored.csv").write_text("sequence,log_likelihood\nMKV,1\n")
+    for arguments, message in (
+        (["--input", folder / "none.csv"], "no such file"),
+        (["--input", folder / "a.fasta", "--correlations", folder / "c.json"], "--score_column"),
+        (["--input", folder / "scored.csv"], "'log_likelihood' already"),
+        (["--input", folder / "a.fasta", "--model", folder / "none"], "no such directory"),
+    ):
+        given = ["--model", folder / "student", "--output", folder / "o.csv", *arguments]
+        assert call(*given) == 2
+        lines = capsys.readouterr().err.strip().splitlines()
+        assert message in lines[-1]
+        assert len(lines) == 1
+        assert not (folder / "o.csv").exists()
+
+
+def call(*arguments):
+    spec = importlib.util.spec_from_file_location("score", ROOT / "scripts" / "score.py")
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module.main([str(a) for a in arguments])
