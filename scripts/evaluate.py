@@ -1,5 +1,5 @@
 #!/usr/bin/env python3
-"""Measure a student beside its teacher on held-out proteins.
+r"""Measure a student beside its teacher on held-out proteins.
 
 Examples:
   python scripts/evaluate.py --student_model ./models/synergy-tiny --num_samples 100 \

@@ -1,5 +1,5 @@
 #!/usr/bin/env python3
-"""Write one HTML page about a run: what was trained on what, how good it is, how to use it.
+r"""Write one HTML page about a run: what was trained on what, how good it is, how to use it.
 
 Examples:
   python scripts/report.py --run models/demo --results results/demo.json -o report.html

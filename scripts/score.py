@@ -1,5 +1,5 @@
 #!/usr/bin/env python3
-"""Score proteins by their likelihood, and compare the scores with measured fitness.
+r"""Score proteins by their likelihood, and compare the scores with measured fitness.
 
 Examples:
   python scripts/score.py --model models/demo --input proteins.fasta --output scores.csv

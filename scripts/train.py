@@ -1,5 +1,5 @@
 #!/usr/bin/env python3
-"""Distil a causal protein language model into a smaller GPT-2.
+r"""Distil a causal protein language model into a smaller GPT-2.
 
 Examples:
   python scripts/train.py --preset hf-tiny --use_uncertainty_weighting --use_calibration_smoothing

@@ -20,7 +20,8 @@ class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescript
     """Shows defaults beside each flag and keeps the examples of a description as typed."""
 
     def _get_help_string(self, action: argparse.Action) -> str | None:
-        if action.default in (None, False, argparse.SUPPRESS):
+        # 0 equals False, and is a default worth showing.
+        if action.default is None or action.default is False:
             return action.help
         return super()._get_help_string(action)
 
