@@ -257,6 +257,7 @@ def _training(run: Mapping[str, Any]) -> list[tuple[str, str]]:
     settings: dict[str, Any] = run["settings"]
     loss = settings.get("loss") or {}
     rows = [("teacher", short_name(figure(run, "teacher.name") or settings.get("teacher_model")))]
+    rows.append(("begun from", short_name(settings.get("init_from"))))
     rows.append(("data", short_name(figure(run, "data.source") or settings.get("data"))))
     for part in ("train", "validation"):
         counts = figure(run, f"data.{part}")
@@ -298,7 +299,8 @@ def _curves(records: Sequence[Mapping[str, Any]]) -> list[Drawing]:
     )  # fmt: skip
     found = []
     for key, label, caption in wanted:
-        if any(key in record or f"eval_{key}" in record for record in records):
+        # Without a soft loss (α = 1) its records are zeros.
+        if any(record.get(key) or record.get(f"eval_{key}") for record in records):
 
             def draw(key: str = key, label: str = label) -> Figure:
                 return plots.learning_curves({"student": records}, key, label)
