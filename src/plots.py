@@ -46,7 +46,7 @@ WIDTH = 4.4
 LAST_PART = 0.6
 """Share of a run whose losses a learning curve's axis must show; earlier ones may leave it."""
 
-STYLE: dict[str, Any] = {
+STYLE: Any = {
     "font.size": 9,
     "font.family": "sans-serif",
     "axes.titlesize": 9.5,
