@@ -256,7 +256,8 @@ def spearman(
     y = measured[known]
     xs = {name: values[known] for name, values in scores.items()}
     codes, groups = cluster_codes([c for c, k in zip(clusters, known, strict=True) if k])
-    point = {name: float(stats.spearmanr(x, y).statistic) for name, x in xs.items()}
+    tests: dict[str, Any] = {name: stats.spearmanr(x, y) for name, x in xs.items()}
+    point = {name: float(test.statistic) for name, test in tests.items()}
     rng = np.random.default_rng(seed)
     drawn: dict[str, list[np.ndarray]] = {name: [] for name in xs}
     step = max(1, CELLS // count)

@@ -132,8 +132,8 @@ def diversity(
     second = chosen - first * (first - 1) // 2
     aligner = local_aligner()
     found = []
-    for a, b in progress(list(zip(first, second, strict=True)), None, "aligning", "pairs"):
-        left, right = proteins[a], proteins[b]
+    for pair in progress(range(len(chosen)), len(chosen), "aligning", "pairs"):
+        left, right = proteins[int(first[pair])], proteins[int(second[pair])]
         found.append(aligned(aligner, left, right)[0] / min(len(left), len(right)))
     touched = np.concatenate([first, second])
     identities = np.bincount(touched, weights=np.tile(found, 2), minlength=count)
@@ -411,12 +411,13 @@ def describe_all(
     """
     settings = settings or DescriptionSettings()
     largest = max((len(proteins) for proteins in generated.values()), default=0)
-    chosen = np.arange(len(natural))
+    chosen = list(range(len(natural)))
     if 0 < largest < len(natural):
         drawn = np.random.default_rng(settings.seed).choice(len(natural), largest, replace=False)
-        chosen = np.sort(drawn)
+        chosen = np.sort(drawn).tolist()
     some = [natural[i] for i in chosen]
     related = None if clusters is None else [clusters[i] for i in chosen]
+    sets: dict[str, tuple[Sequence[str], list[Any] | None]]
     sets = {name: (proteins, None) for name, proteins in generated.items()}
     sets["natural"] = (some, related)
     if settings.thorough:

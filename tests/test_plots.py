@@ -50,7 +50,7 @@ def test_learning_curves_show_training_and_validation_of_each_run():
 
 def test_a_diverged_run_is_drawn_and_an_empty_one_refused():
     broken = [*records(), {"step": 110, "loss": float("nan")}]
-    assert len(plots.learning_curves({"a": broken}).axes[0].lines[0].get_xdata()) == 10
+    assert np.size(plots.learning_curves({"a": broken}).axes[0].lines[0].get_xdata()) == 10
     with pytest.raises(ValueError, match="soft_loss"):
         plots.learning_curves({"a": records()}, "soft_loss")
 

@@ -77,7 +77,7 @@ def test_diversity_against_a_plain_loop(random_proteins):
     for i in range(12):
         kept = np.delete(np.arange(12), i)
         without.append(distances[np.ix_(kept, kept)][np.triu_indices(11, 1)].mean())
-    error = np.sqrt(11 / 12 * np.sum((without - np.mean(without)) ** 2))
+    error = np.sqrt(11 / 12 * np.sum((np.array(without) - np.mean(without)) ** 2))
     assert found["word_distance"].standard_error == pytest.approx(error, rel=1e-6)
     assert 0 < found["pairwise_identity"].low < found["pairwise_identity"].estimate < 0.3
     assert quality.diversity(proteins, pairs=9) == quality.diversity(proteins, pairs=9)
