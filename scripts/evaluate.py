@@ -44,13 +44,8 @@ def build_parser() -> argparse.ArgumentParser:
     add("--skip_teacher_check", action="store_true", help="measure even a nonsensical teacher")
 
     add = parser.add_argument_group("generated proteins").add_argument
-    add("--num_samples", type=natural, default=0, help="that each model generates")
-    add(
-        "--generation_metrics",
-        action="store_true",
-        help="also diversity and novelty, beside natural and shuffled proteins; 200 samples "
-        "where --num_samples says none",
-    )
+    add("--num_samples", type=natural, default=0, help="of each model; with the next flag: 200")
+    add("--generation_metrics", action="store_true", help="also diversity, novelty, controls")
     add("--profiles", type=Path, help="also known families: an HMM file such as Pfam-A.hmm")
 
     add = parser.add_argument_group("output").add_argument
