@@ -37,7 +37,7 @@ from src.cohort import CohortTrainer, Member
 from src.data import TokenisedProteins, tokenise
 from src.devices import describe_device
 from src.distillation import DistillationTrainer
-from src.evaluation import EvaluationSettings, choose_split, score_proteins
+from src.evaluation import EvaluationSettings, choose_split, score_students
 from src.fused import elementwise_for
 from src.generation import GenerationSettings, sample_proteins
 from src.models import (
@@ -90,10 +90,10 @@ class Scale:
         ("6l768", StudentSettings(6, 8, 768)),
         ("12l1024", StudentSettings(12, 16, 1024)),
     )
-    loss_batch: tuple[int, int] = (2, 512)
+    loss_batch: tuple[int, int] = (4, 512)
     step_batch: tuple[int, int] = (1, 512)
     precision: str = "fp32"
-    rounds: int = 5
+    rounds: int = 4
     slow_rounds: int = 3
     generated: int = 100
     alone: int = 8
@@ -229,15 +229,19 @@ def interleave(
         for side in sides.values():
             side()
     seconds: dict[str, list[float]] = {name: [] for name in sides}
-    for number in range(rounds):
-        for name in list(sides)[:: -1 if number % 2 else 1]:
-            gc.collect()
-            synchronise()
-            started = time.perf_counter()
-            sides[name]()
-            synchronise()
-            taken = time.perf_counter() - started
-            seconds[name].append(taken / amounts[name] if amounts else taken)
+    gc.collect()
+    gc.disable()  # a collection would fall on whichever side is being timed
+    try:
+        for number in range(rounds):
+            for name in list(sides)[:: -1 if number % 2 else 1]:
+                synchronise()
+                started = time.perf_counter()
+                sides[name]()
+                synchronise()
+                taken = time.perf_counter() - started
+                seconds[name].append(taken / amounts[name] if amounts else taken)
+    finally:
+        gc.enable()
     return seconds
 
 
@@ -410,33 +414,32 @@ class _Vocabulary:
         self.bos_token_id = self.eos_token_id = int(tokenizer.eos_token_id)
 
 
+def student_of(trainer: DistillationTrainer) -> torch.nn.Module:
+    """Return what a Trainer trains."""
+    assert isinstance(trainer.model, torch.nn.Module)
+    return trainer.model
+
+
 def prepare(trainer: DistillationTrainer) -> None:
     """Make a Trainer ready for single steps: optimiser, and autocast where it is used."""
     trainer.create_optimizer()
     if trainer.args.bf16:
-        trainer.model = trainer.accelerator.prepare_model(trainer.model)
+        trainer.model = trainer.accelerator.prepare_model(student_of(trainer))
 
 
 def gradient(trainer: DistillationTrainer, batch: dict[str, Tensor]) -> Tensor:
     """Run forward and backward of a step and return the loss."""
     batches, count = trainer.get_batch_samples(iter([batch]), 1, trainer.args.device)
-    return trainer.training_step(trainer.model, batches[0], count)
+    return trainer.training_step(student_of(trainer), batches[0], count)
 
 
 def update(trainer: DistillationTrainer, owner: DistillationTrainer | None = None) -> None:
     """Clip and apply the gradients with the optimiser of a Trainer of the same student."""
     optimizer = (owner or trainer).optimizer
-    assert optimizer is not None
-    trainer._clip_grad_norm(trainer.model)  # type: ignore[arg-type]
+    assert isinstance(optimizer, torch.optim.Optimizer)
+    trainer._clip_grad_norm(student_of(trainer))
     optimizer.step()
-    trainer.model.zero_grad()  # type: ignore[union-attr]
-
-
-def counted_flops(work: Callable[[], Any]) -> int:
-    """Return the floating-point operations of the matrix products of some work, by counting."""
-    with FlopCounterMode(display=False) as counter:
-        work()
-    return counter.get_total_flops()
+    student_of(trainer).zero_grad()
 
 
 def utilisation(bench: Workbench, flops: int, seconds: Sequence[float]) -> dict[str, Any]:
@@ -470,13 +473,17 @@ def step_section(bench: Workbench) -> dict[str, Any]:
             def passes(side: str, trainers: Any = trainers, caches: Any = caches) -> Tensor:
                 return gradient(trainers[side], steps.batch(caches.get(side)))
 
-            check = gradients_agree(student, passes, trainers)
+            flops: dict[str, int] = {}
+
+            def counted(side: str, passes: Any = passes, flops: dict = flops) -> Tensor:
+                with FlopCounterMode(display=False) as counter:
+                    loss = passes(side)
+                flops[side] = counter.get_total_flops()
+                return loss
+
+            check = gradients_agree(student, counted, trainers)
             kind = "float32" if bench.scale.precision == "fp32" else "bfloat16"
             require_same(f"step of {name}", check, TOLERANCES[kind])
-            flops = {}
-            for side in trainers:
-                flops[side] = counted_flops(lambda s=side, p=passes: p(s))
-                student.zero_grad()
 
             def step(side: str, passes: Any = passes, trainers: Any = trainers) -> None:
                 passes(side)
@@ -524,6 +531,13 @@ def gradients_agree(
     }
 
 
+def gradients_of(student: torch.nn.Module) -> list[Tensor]:
+    """Take a student's gradients away from it, and return them."""
+    found = [p.grad for p in student.parameters() if p.grad is not None]
+    student.zero_grad()
+    return found
+
+
 def students_section(bench: Workbench) -> dict[str, Any]:
     """Compare three students, three epochs: one after the other plainly, or together from a cache.
 
@@ -562,23 +576,23 @@ def students_section(bench: Workbench) -> dict[str, Any]:
             shutil.rmtree(steps.folder / name)
 
         cache = steps.capture("check", fingerprint)
-        check = {}
-        for trainer, (name, _) in zip(alone, bench.scale.students, strict=True):
+        plain = []
+        for trainer in alone:
             gradient(trainer, steps.batch())
-            plain = [p.grad.clone() for p in trainer.model.parameters()]  # type: ignore[union-attr]
-            trainer.model.zero_grad()  # type: ignore[union-attr]
-            check[name] = plain
+            plain.append(gradients_of(student_of(trainer)))
         gradient(cohort, steps.batch(cache))
-        for student, (name, _) in zip(students, bench.scale.students, strict=True):
-            ours = [p.grad for p in student.parameters()]
-            check[name] = max(
-                relative_difference(a, b) for a, b in zip(ours, check[name], strict=True)
+        check = {
+            name: max(map(relative_difference, gradients_of(student), expected))
+            for (name, _), student, expected in zip(
+                bench.scale.students, students, plain, strict=True
             )
-        cohort.model.zero_grad()  # type: ignore[union-attr]
+        }
+        student_of(cohort).zero_grad()
         kind = "float32" if bench.scale.precision == "fp32" else "bfloat16"
         require_same("gradients of students", check, 10 * TOLERANCES[kind])
         sides = {"alone": plainly, "together": together}
-        seconds = interleave(sides, bench.scale.slow_rounds, bench.synchronise)
+        rounds = max(1, bench.scale.slow_rounds - 1)  # long ones, after a check that warmed up
+        seconds = interleave(sides, rounds, bench.synchronise, warm=False)
     return {
         "checks": check,
         "measured": {"three_students_three_epochs": ratio(seconds["alone"], seconds["together"])},
@@ -710,14 +724,17 @@ def evaluation_section(bench: Workbench) -> dict[str, Any]:
         for index in range(len(proteins)):
             ids = torch.as_tensor(np.asarray(proteins[index], dtype=np.int64))[None]
             ids = ids.to(bench.device)
-            logits = [m(ids).logits[0, :-1].float() for m in (student, teacher)]  # type: ignore[operator]
-            found = metrics.token_statistics(*logits, ids[0, 1:])
+            of_student, of_teacher = (
+                model(ids).logits[0, :-1].float()  # type: ignore[operator]
+                for model in (student, teacher)
+            )
+            found = metrics.token_statistics(of_student, of_teacher, ids[0, 1:])
             for name, values in found.items():
                 sums.setdefault(name, []).append(float(values.double().sum()))
         return {name: np.array(values) for name, values in sums.items()}
 
     def batched() -> dict[str, np.ndarray]:
-        return score_proteins(student, teacher, proteins, settings).sums
+        return score_students([student], teacher, proteins, settings)[0].sums
 
     ours, theirs = batched(), loop()
     check = {
@@ -727,7 +744,8 @@ def evaluation_section(bench: Workbench) -> dict[str, Any]:
     }
     require_same("evaluation", check, 1e-3)
     sides = {"loop": loop, "batched": batched}
-    seconds = interleave(sides, scale.slow_rounds, bench.synchronise, warm=False)
+    rounds = max(1, scale.slow_rounds - 1)  # long ones, after a check that warmed up
+    seconds = interleave(sides, rounds, bench.synchronise, warm=False)
     return {
         "checks": check,
         "measured": {"evaluation_1000": ratio(seconds["loop"], seconds["batched"])},

@@ -16,6 +16,8 @@ are taken in float64, a few for each position.
 
 from __future__ import annotations
 
+# Triton is optional, and compiles its own dialect of Python, which a type checker misreads.
+# pyright: reportMissingImports=false, reportIndexIssue=false, reportOperatorIssue=false
 import contextlib
 import math
 import sys

@@ -77,7 +77,8 @@ def random_chunk(seed: int, vocabulary: int | None = None, dtype=torch.float32) 
 def results(module, chunk, settings, with_gradient=True, exact=False):
     """Losses and the gradient written over a copy of the logits that keeps their strides."""
     kind = torch.float64 if exact else None
-    backing = chunk.student._base if chunk.student._base is not None else chunk.student
+    backing = chunk.student if chunk.student._base is None else chunk.student._base
+    assert backing is not None
     copy = backing.detach().clone().to(kind)
     student = copy[:, : chunk.student.shape[1]]
     teacher = None if settings.alpha == 1.0 else chunk.teacher.to(kind)
@@ -144,10 +145,11 @@ def test_without_a_gradient_the_logits_are_left_alone(kernels, seed):
 
 def test_what_stands_behind_a_row_is_left_alone(kernels):
     chunk = random_chunk(1, 323)
-    chunk.student = torch.randn(4, 384, device=DEVICE)[:, :323]
+    wider = torch.randn(4, 384, device=DEVICE)
+    chunk.student = wider[:, :323]
     chunk.teacher = torch.randn(4, 323, device=DEVICE)
     chunk.targets, chunk.weights = (t[:1].repeat(4) for t in (chunk.targets, chunk.weights))
-    behind = chunk.student._base[:, 323:].clone()
+    behind = wider[:, 323:].clone()
     _, dz, whole = results(kernels, chunk, LossSettings())
     assert torch.equal(whole[:, 323:], behind)
     assert not torch.equal(dz, chunk.student)
