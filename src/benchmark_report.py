@@ -140,7 +140,9 @@ def table(path: str | Path) -> str:
 def device_line(results: Mapping[str, Any]) -> str:
     """Return on what and by which code results were measured."""
     device, run = results["device"], results["run"]
-    name = device.get("name") or f"{run['platform']['machine']}, {device.get('threads')} threads"
+    threads = device.get("threads")
+    name = f"{run['platform']['machine']}, {threads} thread{'' if threads == 1 else 's'}"
+    name = device.get("name") or name
     commit = (run["git"]["commit"] or "no commit")[:10]
     changed = " with changes" if run["git"]["dirty"] else ""
     quick = ", tiny shapes" if results["quick"] else ""
@@ -184,7 +186,8 @@ def draw(results: Mapping[str, Any], path: str | Path) -> None:
         axes.plot([low, high], [place, place], color="black", linewidth=1)
         axes.annotate(
             f"{value:.1f}", (max(value, high, 1), place), xytext=(5, 0), textcoords="offset points",
-            va="center", fontsize=9,
+            va="center", fontsize=9, zorder=3,
+            bbox={"facecolor": "white", "edgecolor": "none", "pad": 0.5},
         )  # fmt: skip
         if name in goals:
             axes.plot(goals[name], place, **aim)
@@ -195,8 +198,10 @@ def draw(results: Mapping[str, Any], path: str | Path) -> None:
     low, high = axes.get_xlim()
     axes.set_xlim(min(low, 0.9), max(high * 1.15, 2.2))
     axes.axvline(1, color="black", linewidth=0.8)
-    axes.set_xlabel("what the plain way takes, by what ours takes; thin lines: range over rounds")
-    axes.set_title(device_line(results), fontsize=9)
+    figure.supxlabel(
+        "what the plain way takes, by what ours takes; thin lines: range over rounds", fontsize=9
+    )
+    figure.suptitle(device_line(results), fontsize=9)
     axes.spines[["top", "right", "left"]].set_visible(False)
     axes.tick_params(axis="y", length=0)
     if any(name in goals for name in found):
