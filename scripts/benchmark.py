@@ -41,7 +41,7 @@ def build_parser() -> argparse.ArgumentParser:
     add = parser.add_argument_group("what to measure").add_argument
     add("--only", type=sections, metavar="A,B", help=f"some of {','.join(SECTIONS)} (default: all)")
     add("--quick", action="store_true", help="tiny shapes: whether it runs, not how fast")
-    add("--rounds", type=positive_int, help="timed rounds of every section (default: 3 to 20)")
+    add("--rounds", type=positive_int, help="timed rounds of every section (default: 2 to 20)")
     add("--data", default=s.BUNDLED_DATA, help="real proteins: a directory of parts or a file")
     add("--teacher_model", default=s.BUNDLED_TEACHER, help="small teacher: its tokenizer is used")
     add("--device", default="auto", help="auto, cpu or cuda")

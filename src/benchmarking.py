@@ -77,7 +77,8 @@ class Scale:
         step_batch: of whole steps.
         precision: of whole steps and of comparisons with other libraries.
         rounds: timed, after one that is not.
-        slow_rounds: the same where a round takes long.
+        slow_rounds: the same for whole steps and generation.
+        long_rounds: the same for three students and evaluation, whose rounds take longest.
         generated: proteins sampled in a batch.
         alone: proteins of these sampled one at a time in a round.
         evaluated: proteins evaluated.
@@ -95,6 +96,7 @@ class Scale:
     precision: str = "fp32"
     rounds: int = 4
     slow_rounds: int = 3
+    long_rounds: int = 2
     generated: int = 100
     alone: int = 8
     evaluated: int = 1000
@@ -112,6 +114,7 @@ class Scale:
                 step_batch=(2, 32),
                 rounds=2,
                 slow_rounds=1,
+                long_rounds=1,
                 generated=4,
                 alone=1,
                 evaluated=6,
@@ -119,7 +122,7 @@ class Scale:
         if device.type == "cuda":
             return cls(
                 loss_batch=(16, 512), step_batch=(16, 512), precision="bf16", rounds=20,
-                slow_rounds=5, alone=20,
+                slow_rounds=5, long_rounds=3, alone=20,
             )  # fmt: skip
         return cls()
 
@@ -180,7 +183,7 @@ def open_workbench(
     """
     scale = Scale.of(device, quick)
     if rounds:
-        scale = replace(scale, rounds=rounds, slow_rounds=rounds)
+        scale = replace(scale, rounds=rounds, slow_rounds=rounds, long_rounds=rounds)
     tokenizer = load_tokenizer(teacher_model)
     teacher = load_causal_lm(teacher_model, device=device)
     if len(tokenizer) > scale.vocabulary:
@@ -591,8 +594,8 @@ def students_section(bench: Workbench) -> dict[str, Any]:
         kind = "float32" if bench.scale.precision == "fp32" else "bfloat16"
         require_same("gradients of students", check, 10 * TOLERANCES[kind])
         sides = {"alone": plainly, "together": together}
-        rounds = max(1, bench.scale.slow_rounds - 1)  # long ones, after a check that warmed up
-        seconds = interleave(sides, rounds, bench.synchronise, warm=False)
+        # The check was their warm-up.
+        seconds = interleave(sides, bench.scale.long_rounds, bench.synchronise, warm=False)
     return {
         "checks": check,
         "measured": {"three_students_three_epochs": ratio(seconds["alone"], seconds["together"])},
@@ -744,8 +747,8 @@ def evaluation_section(bench: Workbench) -> dict[str, Any]:
     }
     require_same("evaluation", check, 1e-3)
     sides = {"loop": loop, "batched": batched}
-    rounds = max(1, scale.slow_rounds - 1)  # long ones, after a check that warmed up
-    seconds = interleave(sides, rounds, bench.synchronise, warm=False)
+    # The check was their warm-up.
+    seconds = interleave(sides, scale.long_rounds, bench.synchronise, warm=False)
     return {
         "checks": check,
         "measured": {"evaluation_1000": ratio(seconds["loop"], seconds["batched"])},

@@ -28,6 +28,7 @@ TINY = b.Scale(
     step_batch=(2, 24),
     rounds=1,
     slow_rounds=1,
+    long_rounds=1,
     generated=4,
     alone=2,
     evaluated=5,

@@ -181,6 +181,8 @@ def test_the_fused_loss_with_the_kernels(forced, monkeypatch, seed):
         parts = fused_distillation_loss(hidden, weight, None, *teacher, labels, settings=settings)
         parts.loss.backward()
         means = (parts.loss, parts.mean_weight, parts.mean_epsilon, parts.teacher_entropy)
+        assert hidden.grad is not None
+        assert weight.grad is not None
         found.append([t.detach() for t in (*means, hidden.grad, weight.grad)])
         statistics = teacher_statistics(*teacher, temperature=2.0)
         found[-1] += [statistics.entropy, statistics.max_prob]
