@@ -27,8 +27,11 @@ so is the sum of the head's gradient over chunks. Float64 stays float64.
 
 from __future__ import annotations
 
+import functools
 import itertools
 import math
+import os
+import warnings
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
@@ -37,7 +40,8 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from src.elementwise import Scratch, chunk_losses, distribution_figures, wide
+from src import elementwise
+from src.elementwise import Scratch, wide
 from src.losses import LossParts, check_vocabularies, position_weights, valid_positions
 from src.settings import LossSettings
 
@@ -45,6 +49,8 @@ CHUNK_ELEMENTS = {"cpu": 1 << 24, "cuda": 1 << 26}
 """Logits of a chunk: enough positions for fast matrix products, little beside the batch's."""
 LONG_SEQUENCE = 4
 """A chunk grows to at most so many times its usual size to hold one sequence whole."""
+KERNELS_VARIABLE = "DISTILL_KERNELS"
+"""Environment variable that forces what does the element-wise part: ``torch`` or ``triton``."""
 HEAD_TILE_ELEMENTS = {"cpu": 1 << 21, "cuda": 1 << 26}
 """Elements of the head's gradient that are multiplied out in half precision before being added."""
 
@@ -251,7 +257,8 @@ def teacher_statistics(
     found = []
     scratch = Scratch()
     for _, logits in logits_chunks(rows, weight, bias, chunk_tokens, vocab_size):
-        found.append(torch.stack(distribution_figures(logits, temperature, scratch)))
+        figures = elementwise_for(logits).distribution_figures(logits, temperature, scratch)
+        found.append(torch.stack(figures))
     columns = torch.cat(found, -1) if found else torch.zeros(4, 0, device=hidden.device)
     if where is not None:
         columns = columns.new_zeros(4, math.prod(shape)).index_copy_(1, where, columns)
@@ -293,6 +300,66 @@ def usual_chunk(vocabulary: int, device: torch.device) -> int:
     """Return for how many positions logits are held at a time."""
     elements = CHUNK_ELEMENTS.get(device.type, CHUNK_ELEMENTS["cuda"])
     return max(16, elements // vocabulary)
+
+
+# What does the element-wise part ---------------------------------------------------------------
+
+
+def elementwise_for(*logits: Tensor | None) -> Any:
+    """Return the module whose functions take such logits: ``src.kernels`` or ``src.elementwise``.
+
+    On a CUDA device it is the Triton kernels, where Triton is installed and its kernels agree with
+    plain PyTorch there, unless the environment variable ``DISTILL_KERNELS`` says ``torch``.
+    Float64 is always plain PyTorch's.
+
+    Raises:
+        ValueError: ``DISTILL_KERNELS`` is neither ``auto``, ``torch`` nor ``triton``, or says
+            ``triton`` where that cannot run.
+    """
+    given = [z for z in logits if z is not None]
+    device = given[0].device
+    wanted = os.environ.get(KERNELS_VARIABLE) or "auto"
+    if wanted not in ("auto", "torch", "triton"):
+        raise ValueError(f"{KERNELS_VARIABLE} must be auto, torch or triton, got {wanted!r}")
+    if wanted == "torch" or any(z.dtype == torch.float64 for z in given):
+        return elementwise
+    if wanted == "auto":
+        return _kernels_that_agree(device) or elementwise if device.type == "cuda" else elementwise
+    try:
+        from src import kernels
+    except ImportError as error:
+        raise ValueError(
+            f"{KERNELS_VARIABLE}=triton: Triton cannot be imported ({error}); install it, or leave "
+            f"{KERNELS_VARIABLE} unset for plain PyTorch"
+        ) from None
+    if device.type != "cuda" and not kernels.INTERPRETED:
+        raise ValueError(
+            f"{KERNELS_VARIABLE}=triton needs a CUDA device, and the loss runs on {device.type}: "
+            f"leave {KERNELS_VARIABLE} unset for plain PyTorch"
+        )
+    return kernels
+
+
+@functools.cache
+def _kernels_that_agree(device: torch.device) -> Any:
+    """Return the Triton kernels, or None, with one warning where they are there but do not work.
+
+    A machine can have Triton and lack what it compiles with; the loss then runs all the same.
+    """
+    try:
+        from src import kernels
+    except ImportError:
+        return None
+    try:
+        kernels.check_against_torch(device)
+    except Exception as error:  # a compiler, a driver or a launch fails in whatever way it likes
+        reason = " ".join(str(error).split())[:200] or type(error).__name__
+        warnings.warn(
+            f"the Triton kernels do not work here, so the loss runs in plain PyTorch: {reason}",
+            stacklevel=3,
+        )
+        return None
+    return kernels
 
 
 # Heads and the batch's plan ------------------------------------------------------------------
@@ -497,7 +564,11 @@ class _TeacherPass:
         """Return entropies ``(n,)`` at T = 1."""
         if self._entropy is not None:
             return self._entropy[slice(*chunk)]
-        return distribution_figures(self.logits(chunk), 1.0, self._scratch).entropy
+        return self._figures(chunk, 1.0).entropy
+
+    def _figures(self, chunk: tuple[int, int], temperature: float) -> elementwise.Figures:
+        logits = self.logits(chunk)
+        return elementwise_for(logits).distribution_figures(logits, temperature, self._scratch)
 
     def weights(self, settings: LossSettings, chunk: tuple[int, int], entropy: Tensor) -> Tensor:
         """Return the weights ``(n,)`` of a chunk's positions, given its entropies."""
@@ -547,7 +618,7 @@ class _TeacherPass:
         for chunk in self._plan.chunks:
             figures = None
             for temperature in sorted(temperatures) or [1.0]:
-                figures = distribution_figures(self.logits(chunk), temperature, self._scratch)
+                figures = self._figures(chunk, temperature)
                 if temperature in doubt:
                     doubt[temperature] = doubt[temperature] + (1.0 - figures.max_prob).sum()
             assert figures is not None
@@ -623,7 +694,7 @@ class _Job:
             weights = teacher.weights(settings, chunk, entropy)
             mean = teacher.uncertainty_mean(self.student)
             teacher_logits = teacher.logits(chunk)
-        losses = chunk_losses(
+        losses = elementwise_for(logits, teacher_logits).chunk_losses(
             logits,
             teacher_logits,
             targets,

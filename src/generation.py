@@ -16,7 +16,7 @@ import math
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -299,7 +299,9 @@ class _Sampler:
         self.known = min(len(letters), vocabulary)
         each = [len(text) for text in letters[: self.known]]
         self.each_token = torch.tensor(each, device=self.device)  # (V,) residues
-        self.warp = logits_warp(settings)
+        # Sorting for a top k that leaves nothing out takes time and changes nothing.
+        keeps_all = settings.top_k >= self.known
+        self.warp = logits_warp(replace(settings, top_k=0) if keeps_all else settings)
         self.longest = settings.max_length or self.room * max(each) + len(settings.prompt)
         self.cache_name = "cache" if accepts(model, "cache") else "past_key_values"
         self.gives_positions = accepts(model, "position_ids")

@@ -153,6 +153,7 @@ def capture(
     batch_tokens: int = 8192,
     shard_bytes: int = SHARD_BYTES,
     announce: Callable[[str], None] = say,
+    fingerprint: str | None = None,
 ) -> TeacherCache:
     """Run the teacher over all proteins once and keep its hidden states, or find them kept.
 
@@ -163,6 +164,7 @@ def capture(
         batch_tokens: padded tokens of a batch.
         shard_bytes: about the size of a shard.
         announce: called with each line for a person.
+        fingerprint: the teacher's, where it is known already: hashing a large one takes seconds.
 
     Returns:
         The cache, opened.
@@ -172,7 +174,7 @@ def capture(
     """
     weight, _ = output_head(teacher)
     dtype = next(name for name, kind in DTYPES.items() if kind == weight.dtype)
-    teacher_print, data_print = model_fingerprint(teacher), proteins.fingerprint
+    teacher_print, data_print = fingerprint or model_fingerprint(teacher), proteins.fingerprint
     folder = Path(directory) / cache_key(teacher_print, data_print, dtype)
     if (folder / "manifest.json").exists():
         announce(f"teacher cache found in {folder}")

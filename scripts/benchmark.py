@@ -1,0 +1,101 @@
+#!/usr/bin/env python3
+"""Time ours beside the plain way, TRL and Liger, in turn on this machine, and write the ratios.
+
+A ratio is what the other way takes, in time or memory, by what ours takes: 2 means half. The
+machine should do nothing else meanwhile. docs/PERFORMANCE.md tells what each figure is.
+
+Examples:
+  python scripts/benchmark.py                      # everything: about a quarter of an hour
+  python scripts/benchmark.py --only loss,evaluation --output /tmp/loss.json
+  python scripts/benchmark.py --quick --output /tmp/quick.json
+  python scripts/benchmark.py --tables docs/PERFORMANCE.md   # from results/benchmark_*.json
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from pathlib import Path
+from typing import Any
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from src import settings as s
+from src.benchmark_report import SECTIONS, draw, fill_page
+from src.cli import HelpFormatter, positive_int, run_script, say
+from src.results import check_output
+
+
+def sections(text: str) -> list[str]:
+    """Argparse type: names of sections, separated by commas."""
+    names = [name.strip() for name in text.split(",") if name.strip()]
+    wrong = [name for name in names if name not in SECTIONS]
+    if wrong or not names:
+        raise argparse.ArgumentTypeError(f"must be some of {','.join(SECTIONS)}, got {text!r}")
+    return list(dict.fromkeys(names))
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """Return the parser of this script."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=HelpFormatter)
+    add = parser.add_argument_group("what to measure").add_argument
+    add("--only", type=sections, metavar="A,B", help=f"some of {','.join(SECTIONS)} (default: all)")
+    add("--quick", action="store_true", help="tiny shapes: whether it runs, not how fast")
+    add("--rounds", type=positive_int, help="timed rounds of every section (default: 2 to 20)")
+    add("--data", default=s.BUNDLED_DATA, help="real proteins: a directory of parts or a file")
+    add("--teacher_model", default=s.BUNDLED_TEACHER, help="small teacher: its tokenizer is used")
+    add("--device", default="auto", help="auto, cpu or cuda")
+    add("--threads", type=positive_int, help="threads of a CPU (default: PyTorch's choice)")
+    add("--cache_dir", help="where tokenised proteins are kept")
+
+    add = parser.add_argument_group("output").add_argument
+    add("--output", type=Path, help="results, JSON (default: results/benchmark_<device>.json)")
+    add("--overwrite", action="store_true", help="replace the results and the figure beside them")
+    add("--tables", type=Path, metavar="FILE", help="measure nothing: put results into this page")
+    return parser
+
+
+def run(args: argparse.Namespace) -> dict[str, Any]:
+    """Measure and write results and figure, or write the tables of a page. Returns the results."""
+    if args.tables:
+        pages = [args.output] if args.output else sorted(Path("results").glob("benchmark_*.json"))
+        fill_page(args.tables, pages)
+        say(f"written: {args.tables}")
+        return {}
+    import torch
+
+    from src.devices import choose_device
+
+    device = choose_device(args.device)
+    output = args.output or Path("results") / f"benchmark_{device.type}.json"
+    figure = output.with_suffix(".png")
+    for path in (output, figure):
+        check_output(path, args.overwrite)
+    if args.threads:
+        torch.set_num_threads(args.threads)
+
+    from src.benchmarking import open_workbench, run_benchmark
+    from src.cli import quiet_libraries
+    from src.files import write_json
+    from src.runs import provenance
+
+    quiet_libraries()
+    record = provenance()
+    bench = open_workbench(
+        device, args.data, args.teacher_model, args.quick, args.rounds, args.cache_dir
+    )
+    results = run_benchmark(bench, args.only or SECTIONS) | {"run": record}
+    write_json(output, results)
+    draw(results, figure)
+    for path in (output, figure):
+        say(f"written: {path}")
+    return results
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run the script and return its exit status."""
+    return run_script(run, build_parser, argv)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,327 @@
+"""The benchmark's own arithmetic, its checks, and one run of everything that needs no GPU."""
+
+from __future__ import annotations
+
+import dataclasses
+import importlib.util
+import json
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+
+from scripts import benchmark as script
+from src import benchmark_report as report
+from src import benchmarking as b
+from src.benchmark_loss import LossBench, LossCase, loss_peak, relative_difference
+from src.settings import LossSettings, StudentSettings
+
+ROOT = Path(__file__).resolve().parents[1]
+TINY = b.Scale(
+    teacher=StudentSettings(2, 2, 24),
+    vocabulary=97,
+    students=(("4l512", StudentSettings(1, 2, 16)), ("6l768", StudentSettings(1, 2, 20))),
+    loss_batch=(2, 24),
+    step_batch=(2, 24),
+    rounds=1,
+    slow_rounds=1,
+    long_rounds=1,
+    generated=4,
+    alone=2,
+    evaluated=5,
+)
+
+
+def case(settings: LossSettings | None = None, **changes) -> LossCase:
+    labels = (tuple(range(20)), tuple(range(5, 17)))
+    plain = LossCase(labels, 8, 12, 64, "float32", settings or LossSettings(), "cpu", 1)
+    return dataclasses.replace(plain, **changes)
+
+
+@pytest.fixture(scope="module")
+def teacher_dir(tmp_path_factory, tiny_tokenizer):
+    from transformers import GPT2Config, GPT2LMHeadModel
+
+    folder = tmp_path_factory.mktemp("teacher")
+    torch.manual_seed(0)
+    end = tiny_tokenizer.eos_token_id
+    config = GPT2Config(
+        vocab_size=len(tiny_tokenizer), n_positions=64, n_layer=1, n_head=2, n_embd=16,
+        bos_token_id=end, eos_token_id=end,
+    )  # fmt: skip
+    GPT2LMHeadModel(config).save_pretrained(folder)
+    tiny_tokenizer.save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def fasta(tmp_path_factory, random_proteins):
+    path = tmp_path_factory.mktemp("proteins") / "proteins.fasta"
+    proteins = random_proteins(12, 8, 20, seed=3)
+    path.write_text("".join(f">p{i}\n{p}\n" for i, p in enumerate(proteins)))
+    return path
+
+
+@pytest.fixture
+def bench(teacher_dir, fasta, tmp_path):
+    bench = b.open_workbench(
+        torch.device("cpu"), str(fasta), str(teacher_dir), cache_dir=str(tmp_path)
+    )
+    bench.scale = TINY
+    bench.announce = lambda line: None
+    return bench
+
+
+def test_rounds_are_interleaved_and_every_other_one_goes_backwards():
+    order: list[str] = []
+    sides = {name: lambda name=name: order.append(name) for name in "abc"}
+    seconds = b.interleave(sides, 3)
+    assert "".join(order) == "abc" + "abc" + "cba" + "abc"
+    assert {name: len(each) for name, each in seconds.items()} == {"a": 3, "b": 3, "c": 3}
+
+
+def test_times_are_those_of_the_sides_and_by_the_work_they_did():
+    amounts = {"quick": 1.0, "slow": 0.0}
+
+    def slow() -> None:
+        time.sleep(0.05)
+        amounts["slow"] = 5.0
+
+    seconds = b.interleave({"quick": lambda: None, "slow": slow}, 2, warm=False, amounts=amounts)
+    assert all(0.01 <= each < 0.1 for each in seconds["slow"])
+    assert all(each < 0.01 for each in seconds["quick"])
+
+
+def test_a_ratio_is_the_median_over_rounds_and_keeps_them():
+    found = b.ratio([4.0, 9.0, 8.0], [2.0, 3.0, 8.0])
+    assert (found["ratio"], found["lowest"], found["highest"]) == (2.0, 1.0, 3.0)
+    assert found["reference"] == [4.0, 9.0, 8.0]
+    assert found["ours"] == [2.0, 3.0, 8.0]
+
+
+def test_sides_that_differ_are_not_timed(bench, monkeypatch):
+    b.require_same("x", {"loss": 1e-6}, 1e-5)
+    for wrong in (1e-4, float("nan")):
+        with pytest.raises(RuntimeError, match="loss differs"):
+            b.require_same("x", {"loss": wrong}, 1e-5)
+    monkeypatch.setattr(LossBench, "fused", lambda *a: LossBench.reference(*a) * 1.01)
+    with pytest.raises(RuntimeError, match="not timed"):
+        b.loss_section(bench)
+
+
+def test_relative_difference():
+    one = torch.tensor([3.0, 4.0])
+    assert relative_difference(one, one) == 0
+    assert relative_difference(one * 1.5, one) == pytest.approx(0.5)
+
+
+@pytest.mark.parametrize("settings", [LossSettings(), b.ENHANCED])
+def test_the_ways_of_a_loss_agree(settings):
+    losses = LossBench(case(settings))
+    found = losses.differences("fused", "reference")
+    assert len(found) == 3
+    assert max(found.values()) < 1e-5
+
+
+@pytest.mark.skipif(not importlib.util.find_spec("liger_kernel"), reason="needs liger-kernel")
+def test_ligers_loss_is_ours_without_weights_and_smoothing():
+    found = LossBench(case(LossSettings(alpha=0.3))).differences("fused", "liger")
+    assert max(found.values()) < 1e-5
+
+
+@pytest.mark.slow
+def test_the_plain_loss_holds_its_logits_and_ours_does_not():
+    """512 positions of 20,011 tokens: one tensor of float32 logits is 41 MB."""
+    labels = tuple(tuple(range(128)) for _ in range(4))
+    large = case(b.ENHANCED, labels=labels, vocabulary=20_011)
+    logits = 512 * 20_011 * 4
+    plain = loss_peak(large, "reference")["bytes"]
+    assert plain > 5 * logits
+    assert 0 < loss_peak(large, "fused")["bytes"] < plain
+
+
+def test_proteins_of_a_batch_nearly_fill_it(bench):
+    lengths = sorted(bench.proteins.lengths.tolist())
+    fitting = [length for length in lengths if length <= lengths[-4]]
+    assert sorted(bench.rows(3, lengths[-4]).lengths.tolist()) == fitting[-3:]
+    assert len(fitting) < len(lengths)
+    with pytest.raises(ValueError, match="give more"):
+        bench.rows(2, 1)
+
+
+@pytest.mark.parametrize("section", ["step", "students", "generation", "evaluation"])
+def test_a_section_checks_and_measures(bench, section):
+    results = b.run_benchmark(bench, [section])
+    assert set(results["ratios"]) <= set(report.FIGURES)
+    assert all(value > 0 for value in results["ratios"].values())
+    for name, each in report.measures(results).items():
+        assert results["ratios"][name] == each["ratio"]
+        assert len(each["ours"]) == len(each["reference"]) == 1
+    if section == "step":
+        work = results["sections"]["step"]["work"]["4l512"]
+        # The fused loss leaves out each last position, which predicts nothing.
+        assert work["cached"]["flops"] < work["online"]["flops"] < work["reference"]["flops"]
+        assert set(results["ratios"]) == {
+            f"{kind}_step_{name}" for kind in ("online", "cached") for name, _ in TINY.students
+        }
+
+
+def test_steps_in_bfloat16_agree(bench):
+    bench.scale = dataclasses.replace(TINY, precision="bf16")
+    results = b.run_benchmark(bench, ["step"])
+    assert results["ratios"]["cached_step_4l512"] > 0
+
+
+@pytest.mark.skipif(not importlib.util.find_spec("trl"), reason="needs trl")
+@pytest.mark.slow
+def test_trls_loss_is_ours(bench):
+    assert b.run_benchmark(bench, ["trl"])["ratios"]["trl_step"] > 0
+
+
+@pytest.mark.parametrize(("section", "package"), [("trl", "trl"), ("liger", "liger_kernel")])
+def test_what_is_not_installed_is_left_out(bench, monkeypatch, section, package):
+    find = importlib.util.find_spec
+    monkeypatch.setattr(
+        importlib.util, "find_spec", lambda name, *a: None if name == package else find(name, *a)
+    )
+    said: list[str] = []
+    bench.announce = said.append
+    results = b.run_benchmark(bench, [section])
+    assert results["ratios"] == {}
+    assert "is not installed" in said[-1]
+
+
+def example(**changes) -> dict:
+    measured = {
+        "loss_memory": b.ratio([4e9], [1e9]),
+        "loss_time_fp32": b.ratio([3.0, 2.0], [1.0, 2.0]),
+        "generation_100": b.ratio([0.004], [0.001]) | {"unit": "seconds for each token"},
+    }
+    work = {"flops": 2_000_000_000, "flops_per_second": 1e9, "mfu": None}
+    results = {
+        "schema_version": 1,
+        "kind": "benchmark",
+        "quick": False,
+        "device": {"type": "cpu", "threads": 2},
+        "ratios": {name: each["ratio"] for name, each in measured.items()},
+        "sections": {
+            "loss": {"measured": measured},
+            "step": {"measured": {}, "work": {"4l512": {"cached": work}}},
+            "trl": {"skipped": "trl is not installed"},
+        },
+        "run": {
+            "git": {"commit": "0123456789abcdef", "dirty": True},
+            "platform": {"machine": "x86_64"},
+            "versions": {"torch": "2.13.0"},
+        },
+    }
+    return results | changes
+
+
+def test_the_tables_of_a_page(tmp_path):
+    path, page = tmp_path / "benchmark_cpu.json", tmp_path / "page.md"
+    path.write_text(json.dumps(example()))
+    page.write_text(f"before\n{report.BEGIN}\nold\n{report.END}\nafter\n")
+    assert script.main(["--tables", str(page), "--output", str(path)]) == 0
+    text = page.read_text()
+    assert text.startswith(f"before\n{report.BEGIN}\n")
+    assert text.endswith(f"{report.END}\nafter\n")
+    assert "old" not in text
+    assert "x86_64, 2 threads, PyTorch 2.13.0, commit 0123456789 with changes" in text
+    assert "| loss, peak memory, float32 | 4,000 MB | 1,000 MB | **4.00** | 8 |" in text
+    assert "| 2.50 s | 1.50 s | **2.00** (1.00 to 3.00) | 1.2 |" in text
+    assert "| 4.00 ms a token | 1.00 ms a token |" in text
+    assert "Left out: trl (trl is not installed)." in text
+    assert "| 4l512 | cached | 2.0 | 1 |  |" in text
+    script.main(["--tables", str(page), "--output", str(path)])
+    assert page.read_text() == text
+
+
+@pytest.mark.parametrize(
+    ("page", "results", "message"),
+    [
+        ("no markers", example(), "needs the markers"),
+        (f"{report.BEGIN}\n{report.END}", {"ratios": {}}, "not the results"),
+        (f"{report.BEGIN}\n{report.END}", example(schema_version=9), "another version"),
+    ],
+)
+def test_a_page_or_results_that_do_not_fit_are_refused(tmp_path, capsys, page, results, message):
+    (tmp_path / "r.json").write_text(json.dumps(results))
+    (tmp_path / "page.md").write_text(page)
+    arguments = ["--tables", str(tmp_path / "page.md"), "--output", str(tmp_path / "r.json")]
+    assert script.main(arguments) == 2
+    assert message in capsys.readouterr().err
+    assert (tmp_path / "page.md").read_text() == page
+
+
+def test_the_figure(tmp_path):
+    report.draw(example(), tmp_path / "f.png")
+    assert (tmp_path / "f.png").read_bytes().startswith(b"\x89PNG")
+    report.draw(example(sections={}), tmp_path / "empty.png")
+
+
+def test_the_script_writes_results_and_figure(tmp_path, teacher_dir, fasta, monkeypatch, capsys):
+    monkeypatch.setattr(b.Scale, "of", classmethod(lambda cls, device, quick=False: TINY))
+    output = tmp_path / "out" / "r.json"
+    arguments = ["--only", "evaluation, generation", "--quick", "--device", "cpu", "--output"]
+    arguments += [str(output), "--data", str(fasta), "--teacher_model", str(teacher_dir)]
+    arguments += ["--cache_dir", str(tmp_path), "--rounds", "2"]
+    assert script.main(arguments) == 0
+    results = report.read_benchmark(output)
+    assert set(results["ratios"]) == {"evaluation_1000", "generation_100"}
+    assert results["quick"] is True
+    assert len(results["sections"]["evaluation"]["measured"]["evaluation_1000"]["ours"]) == 2
+    assert results["run"]["versions"]["torch"] == torch.__version__
+    assert output.with_suffix(".png").exists()
+    assert script.main(arguments) == 2
+    assert "exists: pass --overwrite" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--only", "speed"], "must be some of loss,step"),
+        (["--only", ","], "must be some of loss,step"),
+        (["--rounds", "0"], "at least 1"),
+        (["--data", "nowhere.fasta"], "nowhere.fasta"),
+        (["--teacher_model", "./nowhere"], "there is no such directory"),
+    ],
+)
+def test_wrong_input_is_one_line(tmp_path, teacher_dir, capsys, arguments, message):
+    given = ["--teacher_model", str(teacher_dir), "--output", str(tmp_path / "r.json")]
+    try:
+        status = script.main([*given, *arguments])
+    except SystemExit as stop:
+        status = stop.code
+    assert status == 2
+    error = capsys.readouterr().err
+    assert message in error
+    assert error.count("\n") == 1
+
+
+def test_help_imports_no_torch():
+    code = "import sys; from scripts import benchmark; benchmark.build_parser().format_help()"
+    done = subprocess.run(
+        [sys.executable, "-c", f"{code}; print('torch' in sys.modules)"],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    assert done.stdout.strip() == "False"
+
+
+@pytest.mark.slow
+def test_the_quick_benchmark_runs_through(tmp_path, teacher_dir, fasta):
+    """With the processes that measure memory, which import the script anew."""
+    output = tmp_path / "r.json"
+    command = [sys.executable, "scripts/benchmark.py", "--quick", "--only", "loss", "--device"]
+    command += ["cpu", "--data", str(fasta), "--teacher_model", str(teacher_dir)]
+    command += ["--output", str(output), "--cache_dir", str(tmp_path)]
+    subprocess.run(command, cwd=ROOT, check=True, timeout=600)
+    assert {"loss_memory", "loss_time_fp32", "loss_time_bf16"} <= set(
+        report.read_benchmark(output)["ratios"]
+    )
