@@ -192,7 +192,10 @@ def table(entries: Sequence[Entry]) -> tuple[list[str], list[list[str]]]:
     headings = ["", *(heading for heading, _ in COLUMNS), "threshold"]
     rows = []
     for entry in entries:
-        cells = [with_interval(entry.results or {}, name) or MISSING for _, name in COLUMNS]
+        results = entry.results or {}
+        cells = [with_interval(results, name) or MISSING for _, name in COLUMNS]
+        if figure(results, "compression_ratio"):
+            cells[-1] = f"{results['compression_ratio']:.1f}x"
         rows.append([entry.name, *cells, _threshold_cell(entry.results)])
     return headings, rows
 
@@ -323,7 +326,7 @@ def print_comparison(
     headings, rows = table(entries)
     shown = Table(box=box.SIMPLE_HEAD, pad_edge=False)
     for index, heading in enumerate(headings):
-        shown.add_column(heading, justify="right" if index else "left", overflow="fold")
+        shown.add_column(heading, justify="right" if index else "left", no_wrap=not index)
     for row in rows:
         shown.add_row(*row)
     console = Console(highlight=False, markup=False)

@@ -81,7 +81,7 @@ def test_figures_intervals_and_gaps(files):
     assert headings[1:4] == ["perplexity ratio", "KL", "ECE"]
     assert rows[0][:3] == ["a", "1.500 [1.425, 1.575]", "0.200 [0.190, 0.210]"]
     assert rows[1][3] == "---"
-    assert rows[2] == ["old", "8.930", "1.620", "0.216", "0.024", "47.500", "fail? (< 3.00)"]
+    assert rows[2] == ["old", "8.930", "1.620", "0.216", "0.024", "47.5x", "fail? (< 3.00)"]
     assert rows[3] == ["no", *["---"] * 6]
     assert notes == [f"{files}/no.json is missing"]
 
