@@ -3,6 +3,8 @@ r"""Train and evaluate presets one after another, unattended, and go on where it
 
 Arguments after -- go to every training as they are. Started again, the same command skips what is
 finished and resumes what was cut off. logs/pipeline-NAME/pipeline.status tells what happened.
+Evaluations have --num_samples 100 --compute_ece, and --max_proteins 5000 where the data is on a
+hub, unless --evaluate_args says otherwise; a sweep is judged on validation proteins.
 
 Examples:
   bash scripts/pipeline.sh
@@ -27,7 +29,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from scripts import evaluate, train
 from src.cli import HelpFormatter, run_script, say
 
-DEFAULT_EVALUATION = "--num_samples 100 --compute_ece"
+HUB_PROTEINS = 5000
+"""Proteins of a hub data set's held-out part that are evaluated: it may have millions."""
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -39,12 +42,7 @@ def build_parser() -> argparse.ArgumentParser:
     add("--name", help="models/NAME-tiny, results/eval_NAME_tiny.json (default: synergy)")
     add("--baselines", action="store_true", help="xs tiny small medium, without enhancements")
     add("--sweep", choices=("temperature", "alpha"), help="train at each value, choose the best")
-    add(
-        "--values",
-        nargs="+",
-        type=float,
-        help="of the sweep (default: T 1 2 4 6 8 10, alpha 0.1 ... 0.9)",
-    )
+    add("--values", nargs="+", type=float, help="instead of 1 2 4 6 8 10, or 0.1 to 0.9")
     add("--enhancements", choices=("both", "uncertainty", "calibration", "none"), help="(both)")
     add("--references", action="store_true", help="evaluate the published students too; needs hub")
 
@@ -110,15 +108,15 @@ def build_plan(args: argparse.Namespace) -> Any:
         raise ValueError("--values: only with --sweep")
     evaluate_args = shlex.split(args.evaluate_args)
     refuse_reserved(args, evaluate_args)
+    defaults = ["--compute_ece"] if args.sweep else ["--num_samples", "100", "--compute_ece"]
     both = [x for n in ("device", "cache_dir") if (v := getattr(args, n)) for x in (f"--{n}", v)]
     own = [x for n in ("teacher_model", "data") if (v := getattr(args, n)) for x in (f"--{n}", v)]
+    train_args = [*own, *both, *args.train_args]
+    if not Path(train_settings(train_args).data).exists():
+        defaults += ["--max_proteins", str(HUB_PROTEINS)]
     choices = p.Choices(
-        [*own, *both, *args.train_args],
-        [
-            *shlex.split("--compute_ece" if args.sweep else DEFAULT_EVALUATION),
-            *both,
-            *evaluate_args,
-        ],
+        train_args,
+        [*defaults, *both, *evaluate_args],
         args.models_dir,
         args.results_dir,
         args.overwrite,

@@ -3,8 +3,8 @@
 # All flags are those of scripts/pipeline.py: bash scripts/pipeline.sh --help
 set -euo pipefail
 cd "$(dirname "$0")/.."
-python=.venv/bin/python
-[ -x "$python" ] || python=python3
+python="${PYTHON:-.venv/bin/python}"
+command -v "$python" >/dev/null || python=python3
 # Set here as well, for the moment before Python ignores it itself.
 trap '' HUP
 exec "$python" scripts/pipeline.py "$@"

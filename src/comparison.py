@@ -196,11 +196,12 @@ def table(entries: Sequence[Entry]) -> tuple[list[str], list[list[str]]]:
         cells = [with_interval(results, name) or MISSING for _, name in COLUMNS]
         if figure(results, "compression_ratio"):
             cells[-1] = f"{results['compression_ratio']:.1f}x"
-        rows.append([entry.name, *cells, _threshold_cell(entry.results)])
+        rows.append([entry.name, *cells, threshold_cell(entry.results)])
     return headings, rows
 
 
-def _threshold_cell(results: Mapping[str, Any] | None) -> str:
+def threshold_cell(results: Mapping[str, Any] | None) -> str:
+    """Return ``pass`` or ``fail`` with the bound; with ``?`` where it is not certain."""
     found = threshold_outcome(results or {})
     if found is None:
         return MISSING

@@ -26,7 +26,7 @@ from src import comparison
 from src.cli import duration
 from src.files import read_json, write_json, write_text
 from src.results import figure, read_results, with_interval
-from src.runs import FINISHED, claim_folder, locked, read_run
+from src.runs import FINISHED, claim_folder, locked, provenance, read_run
 from src.settings import PRESETS, PUBLISHED_STUDENTS, TrainSettings, default_run_name
 from src.sources import has_split
 
@@ -295,7 +295,7 @@ def _judgements(pairs: Sequence[tuple[Path, Path]]) -> list[str]:
         for verdict in verdicts:
             first, *rest = comparison.verdict_lines(verdict)
             lines += [first, *(f"  {line}" for line in rest)]
-        lines += [*notes, problem] if problem else notes
+        lines += notes or ([problem] if problem else [])
     return lines
 
 
@@ -388,6 +388,7 @@ def conclude_sweep(parameter: str, outputs: Mapping[str, Path], summary: Path) -
             }
         )
     lines.append(f"best on validation: {parameter} {best}")
+    lines.append("  one training seed each; each is compared with the best at 95 %, not corrected")
     if close:
         lines.append(f"not shown to be worse, or within the margin: {', '.join(close)}")
     lowest_kl = min(found, key=lambda value: figure(found[value], "kl_divergence"))
@@ -400,6 +401,7 @@ def conclude_sweep(parameter: str, outputs: Mapping[str, Path], summary: Path) -
         "split": "validation",
         "not_shown_to_be_worse": [float(value) for value in close],
         "runs": rows,
+        "run": provenance(),
     }
     write_json(summary, record)
     return [*lines, f"written: {summary}"]
@@ -578,13 +580,19 @@ class Runner:
         self.tee.say()
         self.tee.say(f"== {label}: started {_clock()}")
         self.tee.say(f"   {shlex.join(command)}")
-        record.update(status="running", command=command, started=_clock(), ended=None)
+        record.update(status="running", command=command, started=_clock(), ended=None, pid=None)
         record["starts"] += 1
+        self._write_state()
         began = time.monotonic()
         status, tail = self._process(command, record)
         record["seconds"] = round(record["seconds"] + time.monotonic() - began, 1)
         record.update(ended=_clock(), exit_status=status, pid=None, tail=[])
         took = duration(time.monotonic() - began)
+        if status == 0 and not self.interruption.received:
+            problem = _not_made(stage)
+            if problem:
+                status, tail = 1, [*tail, problem]
+                record["exit_status"] = status
         if status == 0 and not self.interruption.received:
             record["status"] = FINISHED
             self.tee.say(f"== {label}: finished {_clock()} after {took}")
@@ -738,6 +746,15 @@ class Runner:
         return [head, "", *lines, "", *tail]
 
 
+def _not_made(stage: Stage) -> str | None:
+    """Return what is wrong with the output of a process that reported success, or None."""
+    try:
+        standing = stage.standing()
+    except ValueError as error:
+        return str(error)
+    return None if standing == FINISHED else f"it reported success, but {stage.output} is not made"
+
+
 def figures_line(path: Path) -> str:
     """Return the main figures of a results file in a line."""
     try:
@@ -753,10 +770,7 @@ def figures_line(path: Path) -> str:
         )
         if figure(results, name) is not None
     ]
-    found = comparison.threshold_outcome(results)
-    if found:
-        parts.append(f"below {found.bound:.2f}: {'pass' if found.passed else 'fail'}")
-    return ", ".join(parts)
+    return ", ".join([*parts, f"threshold {comparison.threshold_cell(results)}"])
 
 
 def _printable(line: bytes) -> str:
