@@ -56,8 +56,9 @@ ENHANCEMENTS = {
 CHOSEN_BY = "student_perplexity_per_residue"
 """What a sweep is judged by. The loss itself depends on T and alpha, so that its values cannot be
 compared between runs; perplexity on validation proteins is measured at T = 1 for all of them."""
-BESIDE_THE_POINT = ("overwrite", "device", "cache_dir")
-"""Arguments of an evaluation that do not decide its figures."""
+BESIDE_THE_POINT = ("overwrite", "device", "cache_dir", "output", "per_protein")
+"""Arguments of an evaluation that do not decide its figures. Nor does how a local student's path
+is spelt: its weights do."""
 
 
 @dataclass(frozen=True)
@@ -167,46 +168,50 @@ def results_standing(
         ValueError: the file is of another evaluation, or broken, and may not be replaced.
     """
     table = Path(expected["per_protein"])
-    if not path.exists() and not table.exists():
-        return "new"
-    try:
-        problem = _other_evaluation(path, expected, student)
-    except ValueError:
-        if not overwrite:
-            raise
-        problem = "broken"
-    if problem is None:
-        # A kill between the two files leaves the first alone: it is ours, and made again.
-        return FINISHED if table.exists() else REPLACE
+    if not path.exists():
+        if not table.exists():
+            return "new"
+        problem = f"is not there, but {table} is"
+    else:
+        try:
+            results = read_results(path)
+            problem = _other_evaluation(results, expected, student)
+            if problem is None:
+                # A kill between the two files leaves the first alone: it is made again.
+                half = figure(results, "run.arguments.per_protein") and not table.exists()
+                return REPLACE if half else FINISHED
+        except ValueError:
+            if not overwrite:
+                raise
+            problem = "is broken"
     if overwrite:
         return REPLACE
     raise ValueError(f"{path} {problem}: move it away, or pass --overwrite to replace it")
 
 
-def _other_evaluation(path: Path, expected: Mapping[str, Any], student: str | Path) -> str | None:
-    """Return how a results file differs from the wanted one, or None."""
-    if not path.exists():
-        return f"is not there, but {expected['per_protein']} is"
-    results = read_results(path)
+def _other_evaluation(
+    results: Mapping[str, Any], expected: Mapping[str, Any], student: str | Path
+) -> str | None:
+    """Return how results differ from the wanted ones, or None."""
+    published = str(student) in PUBLISHED_STUDENTS.values()
+    ignored = BESIDE_THE_POINT if published else (*BESIDE_THE_POINT, "student_model")
     recorded = figure(results, "run.arguments") or {}
     changed = [
         name
         for name, value in expected.items()
-        if name not in BESIDE_THE_POINT and name in recorded and recorded[name] != value
+        if name not in ignored and name in recorded and recorded[name] != value
     ]
     if not recorded or changed:
         return f"is of another evaluation ({', '.join(changed) or 'of an older version'})"
-    if Path(student).is_dir():
-        weights = figure(read_run(student), "student.fingerprint")
-        if weights != figure(results, "run.student.fingerprint"):
-            return f"is of other weights than {student} holds now"
-    elif not _is_hub_id(student):
+    if published:
+        return None
+    if not Path(student).is_dir():
         return f"is there, but its model {student} is not"
+    if figure(read_run(student), "student.fingerprint") != figure(
+        results, "run.student.fingerprint"
+    ):
+        return f"is of other weights than {student} holds now"
     return None
-
-
-def _is_hub_id(student: str | Path) -> bool:
-    return str(student) in PUBLISHED_STUDENTS.values()
 
 
 # Plans

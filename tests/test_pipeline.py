@@ -229,6 +229,21 @@ def driver(folder: Path, body: str | None = None) -> list[str]:
     return [sys.executable, "-c", code]
 
 
+@pytest.fixture
+def start():
+    """Start processes that a failing test does not leave behind."""
+    started = []
+
+    def start(command: list[str], **options) -> subprocess.Popen:
+        started.append(subprocess.Popen(command, **options))
+        return started[-1]
+
+    yield start
+    for process in started:
+        process.kill()
+        process.wait()
+
+
 def test_a_closed_terminal_does_not_stop_it(tmp_path):
     pid, terminal = pty.fork()
     if pid == 0:
@@ -244,8 +259,8 @@ def test_a_closed_terminal_does_not_stop_it(tmp_path):
     assert "[3/3] c: finished" in (tmp_path / "log" / "pipeline.log").read_text()
 
 
-def test_a_closed_pipe_does_not_stop_it(tmp_path):
-    process = subprocess.Popen(driver(tmp_path), stdout=subprocess.PIPE)
+def test_a_closed_pipe_does_not_stop_it(tmp_path, start):
+    process = start(driver(tmp_path), stdout=subprocess.PIPE)
     wait_for(lambda: starts(tmp_path, "b"), 30)
     assert process.stdout is not None
     process.stdout.close()
@@ -255,13 +270,13 @@ def test_a_closed_pipe_does_not_stop_it(tmp_path):
 
 
 @pytest.mark.parametrize(("signum", "code"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
-def test_signals_reach_the_stage_and_are_told(tmp_path, signum, code):
+def test_signals_reach_the_stage_and_are_told(tmp_path, start, signum, code):
     body = (
         f"import signal, sys\n"
         f"def end(*_): open({str(tmp_path / 'told')!r}, 'w').close(); sys.exit(0)\n"
         f"signal.signal({int(signum)}, end)\n" + UNTIL_GO.format(go=str(tmp_path / "go"))
     )
-    process = subprocess.Popen(driver(tmp_path, body), stdout=subprocess.DEVNULL)
+    process = start(driver(tmp_path, body), stdout=subprocess.DEVNULL)
     wait_for(lambda: (tmp_path / "log" / "pipeline.status").exists() and starts(tmp_path, "b"), 30)
     time.sleep(0.5)
     process.send_signal(signum)
@@ -272,8 +287,8 @@ def test_signals_reach_the_stage_and_are_told(tmp_path, signum, code):
     assert starts(tmp_path, "c") == 0
 
 
-def test_after_kill_9_the_stage_ends_too_and_a_new_start_finishes(tmp_path):
-    process = subprocess.Popen(driver(tmp_path), stdout=subprocess.DEVNULL)
+def test_after_kill_9_the_stage_ends_too_and_a_new_start_finishes(tmp_path, start):
+    process = start(driver(tmp_path), stdout=subprocess.DEVNULL)
     state = tmp_path / "log" / "pipeline.json"
 
     def stage_pid() -> int | None:
@@ -339,6 +354,26 @@ def test_a_results_file_is_known_by_arguments_and_weights(evaluated):
     shutil.rmtree(model)
     with pytest.raises(ValueError, match="its model .* is not"):
         p.results_standing(output, arguments, model)
+
+
+def test_an_evaluation_by_hand_counts(evaluated):
+    """The owner types ./models/x and no --per_protein."""
+    model, output, arguments = evaluated
+    typed = {**arguments, "student_model": f"./{model}", "output": "./x.json", "per_protein": None}
+    run_record = {"arguments": typed, "student": {"fingerprint": "w"}}
+    write_results(output, results(run=run_record), overwrite=True)
+    output.with_suffix(".parquet").unlink()
+    assert p.results_standing(output, arguments, model) == "finished"
+
+
+def test_a_published_student_is_known_by_its_name(evaluated):
+    _, output, arguments = evaluated
+    tiny, small = (f"littleworth/protgpt2-distilled-{size}" for size in ("tiny", "small"))
+    made = {**arguments, "student_model": tiny}
+    write_results(output, results(run={"arguments": made}), overwrite=True)
+    assert p.results_standing(output, made, tiny) == "finished"
+    with pytest.raises(ValueError, match="student_model"):
+        p.results_standing(output, {**made, "student_model": small}, small)
 
 
 def test_half_an_evaluation_is_made_again(evaluated):
@@ -591,7 +626,7 @@ def stage_state(root: Path, title: str) -> dict:
 
 
 @pytest.mark.slow
-def test_end_to_end_with_kills_in_the_middle(workplace):
+def test_end_to_end_with_kills_in_the_middle(workplace, start):
     from src.files import sha256_file
 
     command = pipeline(workplace, "--presets", "xs", "tiny", "--", *TINY.split())
@@ -599,7 +634,7 @@ def test_end_to_end_with_kills_in_the_middle(workplace):
     quiet = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
 
     # The training is killed, as when memory runs out.
-    process = subprocess.Popen(command, **quiet)
+    process = start(command, **quiet)
     wait_for(lambda: (workplace / "models/e2e-xs/checkpoint-20").exists(), 300)
     os.kill(stage_state(workplace, "train xs")["pid"], signal.SIGKILL)
     assert process.wait(120) == 137
@@ -607,7 +642,7 @@ def test_end_to_end_with_kills_in_the_middle(workplace):
     assert "stage 1 of 4 (train xs), exit status 137" in status
 
     # The pipeline itself is killed while the second student is trained.
-    process = subprocess.Popen(command, **quiet)
+    process = start(command, **quiet)
     wait_for(lambda: (workplace / "models/e2e-tiny/checkpoint-10").exists(), 300)
     process.kill()
     process.wait()
