@@ -406,9 +406,10 @@ def judge(
     if not 0 < margin < math.inf:
         raise ValueError(f"--margin must be above 0, got {margin}")
     clusters, estimates, reasons = None, {}, []
+    differences: dict[str, Difference]
     problem = _incomparable(candidate, reference)
     if problem:
-        differences = dict.fromkeys(("perplexity", "KL", "ECE"), NOT_KNOWN)
+        differences = {part: NOT_KNOWN for part in ("perplexity", "KL", "ECE")}
         reasons.append(problem)
     else:
         ours, theirs = candidate.results or {}, reference.results or {}
@@ -526,19 +527,26 @@ def _difference(
             equivalent = equivalence(paired, margin).equivalent
         outcome = outcome_of(paired.low, paired.high, equivalent)
         return Difference(paired.estimate, paired.low, paired.high, outcome, PAIRED)
-    points = [figure(results, name) for results in (ours, theirs)]
-    intervals = [(results.get("intervals") or {}).get(name) for results in (ours, theirs)]
-    if None in points or None in intervals:
+    mine, other = (_with_ends(results, name, margin is not None) for results in (ours, theirs))
+    if mine is None or other is None:
         return NOT_KNOWN
-    (mine, other), (my_ends, other_ends) = points, intervals
-    if margin is not None:
-        if min(mine, other, *my_ends, *other_ends) <= 0:
-            return NOT_KNOWN
-        mine, other = math.log(mine), math.log(other)
-        my_ends, other_ends = [[math.log(end) for end in ends] for ends in (my_ends, other_ends)]
-    low, high = my_ends[0] - other_ends[1], my_ends[1] - other_ends[0]
+    low, high = mine[1] - other[2], mine[2] - other[1]
     equivalent = margin is not None and -margin < low and high < margin
-    return Difference(mine - other, low, high, outcome_of(low, high, equivalent), UNPAIRED)
+    return Difference(mine[0] - other[0], low, high, outcome_of(low, high, equivalent), UNPAIRED)
+
+
+def _with_ends(
+    results: Mapping[str, Any], name: str, logarithm: bool
+) -> tuple[float, float, float] | None:
+    """Return a figure and the ends of its interval, or None where any is missing."""
+    value, ends = figure(results, name), (results.get("intervals") or {}).get(name)
+    if value is None or ends is None:
+        return None
+    if not logarithm:
+        return value, ends[0], ends[1]
+    if min(value, *ends) <= 0:
+        return None
+    return math.log(value), math.log(ends[0]), math.log(ends[1])
 
 
 def per_protein_path(entry: Entry) -> Path | None:

@@ -7,6 +7,7 @@ import math
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -21,7 +22,14 @@ from src.statistics import cluster_bootstrap
 ROOT = Path(__file__).resolve().parents[1]
 
 
-def results(ratio=1.5, kl=0.2, ece=0.05, spread=0.05, share=0.25, **more) -> dict:
+def results(
+    ratio: float = 1.5,
+    kl: float = 0.2,
+    ece: float | None = 0.05,
+    spread: float | None = 0.05,
+    share: float = 0.25,
+    **more: Any,
+) -> dict[str, Any]:
     """A results file whose intervals reach ``spread`` (relative) to either side."""
     record = {
         "perplexity_ratio": ratio,

@@ -10,6 +10,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -43,7 +44,7 @@ def starts(folder: Path, name: str) -> int:
     return len(path.read_text()) if path.exists() else 0
 
 
-def run(folder: Path, *stages: p.Stage, conclude=list, **commands) -> int:
+def run(folder: Path, *stages: p.Stage, conclude: Any = list, **commands: Any) -> int:
     return p.Runner(p.Plan("test", list(stages), conclude), folder / "log").run(**commands)
 
 
@@ -296,6 +297,7 @@ def test_after_kill_9_the_stage_ends_too_and_a_new_start_finishes(tmp_path, star
 
     wait_for(stage_pid, 30)
     pid = stage_pid()
+    assert pid
     process.kill()
     process.wait()
     wait_for(lambda: p.process_started(pid) is None)
@@ -631,7 +633,7 @@ def test_end_to_end_with_kills_in_the_middle(workplace, start):
 
     command = pipeline(workplace, "--presets", "xs", "tiny", "--", *TINY.split())
     command += ["--max_steps", "60", "--save_steps", "10", "--eval_steps", "30", "--dropout", ".1"]
-    quiet = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
+    quiet: dict[str, Any] = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
 
     # The training is killed, as when memory runs out.
     process = start(command, **quiet)
