@@ -36,14 +36,18 @@ HUB_PROTEINS = 5000
 def build_parser() -> argparse.ArgumentParser:
     """Return the parser of this script."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=HelpFormatter)
-    parser.add_argument("train_args", nargs="*", metavar="-- ...", help="flags of scripts/train.py")
+    parser.add_argument("train_args", nargs="*", metavar="-- ...", help="flags of train.py, if any")
     add = parser.add_argument_group("what to run").add_argument
     add("--presets", nargs="+", metavar="PRESET", help="(default: hf-tiny hf-small hf-medium)")
     add("--name", help="models/NAME-tiny, results/eval_NAME_tiny.json (default: synergy)")
     add("--baselines", action="store_true", help="xs tiny small medium, without enhancements")
     add("--sweep", choices=("temperature", "alpha"), help="train at each value, choose the best")
     add("--values", nargs="+", type=float, help="instead of 1 2 4 6 8 10, or 0.1 to 0.9")
-    add("--enhancements", choices=("both", "uncertainty", "calibration", "none"), help="(both)")
+    add(
+        "--enhancements",
+        choices=("both", "uncertainty", "calibration", "none"),
+        help="(default: both; none with --baselines)",
+    )
     add("--references", action="store_true", help="evaluate the published students too; needs hub")
 
     add = parser.add_argument_group("for all stages").add_argument
