@@ -55,6 +55,11 @@ def build_parser() -> argparse.ArgumentParser:
     return parser
 
 
+def recorded(args: argparse.Namespace) -> dict[str, Any]:
+    """Return the arguments as a results file records them."""
+    return {k: str(v) if isinstance(v, Path) else v for k, v in vars(args).items()}
+
+
 def run(args: argparse.Namespace) -> dict:
     """Evaluate, write the results and print a table. Returns the results."""
     for path in filter(None, (args.output, args.per_protein)):
@@ -128,7 +133,7 @@ def run(args: argparse.Namespace) -> dict:
         )
     results["run"] = {
         **provenance(),
-        "arguments": {k: str(v) if isinstance(v, Path) else v for k, v in vars(args).items()},
+        "arguments": recorded(args),
         "student": {"name": args.student_model, "fingerprint": model_fingerprint(student)},
         "teacher": {"name": teacher_name, "fingerprint": model_fingerprint(teacher)},
         "data": {"source": source, "split": split, "fingerprint": test.fingerprint},

@@ -113,6 +113,11 @@ def _from_unversioned(results: dict[str, Any]) -> dict[str, Any]:
             results[key] = {"ece": results[key]}
     if _is_number(results["kl_from_natural"]):
         results["kl_from_natural"] = {"student": results["kl_from_natural"], "teacher": None}
+    elif results["kl_from_natural"] is None:
+        results["kl_from_natural"] = {
+            model: figure(results, f"{model}_generation.kl_from_natural")
+            for model in ("student", "teacher")
+        }
     for key in ("intervals", "run"):
         if results[key] is None:
             results[key] = {}

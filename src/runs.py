@@ -29,11 +29,15 @@ class InUseError(ValueError):
 
 
 @contextmanager
-def locked(folder: Path) -> Iterator[None]:
+def locked(folder: Path, flag: str = "--output_dir") -> Iterator[None]:
     """Hold a run directory for this process alone.
 
     The lock belongs to the process, so the system frees it however the process ends: a lock file
     left by a killed run does not stand in the way.
+
+    Args:
+        folder: what to hold; made where it is not there.
+        flag: with which the user chooses another, for the message.
 
     Raises:
         InUseError: another process holds it.
@@ -46,7 +50,7 @@ def locked(folder: Path) -> Iterator[None]:
             handle.seek(0)
             holder = handle.read().strip() or "another process"
             raise InUseError(
-                f"{folder} is in use by {holder}: wait for it, or choose another --output_dir"
+                f"{folder} is in use by {holder}: wait for it, or choose another {flag}"
             ) from None
         handle.seek(0)
         handle.truncate()

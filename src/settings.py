@@ -114,6 +114,12 @@ PRESETS = {
     "hf-small": Preset(StudentSettings(6, 8, 768), 5e-4),
     "hf-medium": Preset(StudentSettings(12, 16, 1024), 1e-4),
 }
+PUBLISHED_STUDENTS = {
+    "hf-tiny": "littleworth/protgpt2-distilled-tiny",
+    "hf-small": "littleworth/protgpt2-distilled-small",
+    "hf-medium": "littleworth/protgpt2-distilled-medium",
+}
+"""Hub ids of the published students of ProtGPT2 by the preset of the same shape."""
 
 
 PRECISIONS = ("auto", "fp32", "bf16", "fp16")

@@ -6,6 +6,8 @@ import math
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
+
 from src.settings import StudentSettings, TrainSettings
 
 PROTGPT2 = {
@@ -18,6 +20,8 @@ PROTGPT2 = {
     "eos_token_id": 0,
 }
 """The default teacher's shape (its config.json on the hub), for planning without a network."""
+THRESHOLDS = ((0.05, 3.0), (0.11, 2.5), (0.27, 2.0))
+"""Shares of the teacher's parameters, and the perplexity ratio that each must stay below."""
 
 
 def gpt2_parameters(n_layer: int, n_embd: int, vocab_size: int, n_positions: int) -> int:
@@ -91,3 +95,13 @@ def total_steps(settings: TrainSettings, training_rows: int | None) -> int | Non
     batches = math.ceil(training_rows / settings.batch_size)
     each_epoch = math.ceil(batches / settings.gradient_accumulation_steps)
     return max(1, math.ceil(each_epoch * settings.num_train_epochs))
+
+
+def threshold_for(share_of_teacher: float) -> float:
+    """Return the perplexity ratio that a student of some size must stay below.
+
+    5 % of the teacher's parameters: 3.0; 11 %: 2.5; 27 %: 2.0. Between these sizes the bound is
+    interpolated linearly in the share; beyond the ends it is the nearest one.
+    """
+    shares, ratios = zip(*THRESHOLDS, strict=True)
+    return float(np.interp(share_of_teacher, shares, ratios))

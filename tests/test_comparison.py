@@ -1,0 +1,514 @@
+from __future__ import annotations
+
+import csv
+import itertools
+import json
+import math
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+
+from scripts import compare as script
+from src import comparison as c
+from src.results import write_results
+from src.statistics import cluster_bootstrap
+
+ROOT = Path(__file__).resolve().parents[1]
+
+
+def results(
+    ratio: float = 1.5,
+    kl: float = 0.2,
+    ece: float | None = 0.05,
+    spread: float | None = 0.05,
+    share: float = 0.25,
+    **more: Any,
+) -> dict[str, Any]:
+    """A results file whose intervals reach ``spread`` (relative) to either side."""
+    record = {
+        "perplexity_ratio": ratio,
+        "kl_divergence": kl,
+        "student_ece": {"ece": ece} if ece is not None else {},
+        "teacher_ece": {},
+        "student_perplexity": 30.0,
+        "teacher_perplexity": 20.0,
+        "compression_ratio": 1 / share,
+        "share_of_teacher": share,
+        "kl_from_natural": {"student": 0.02, "teacher": None},
+        "intervals": {},
+        "data": {"fingerprint": "d" * 64},
+        "run": {"teacher": {"fingerprint": "t" * 64}},
+    }
+    for name, value in (
+        ("perplexity_ratio", ratio),
+        ("kl_divergence", kl),
+        ("student_ece.ece", ece),
+    ):
+        if value is not None and spread is not None:
+            record["intervals"][name] = [value * (1 - spread), value * (1 + spread)]
+    return {**record, **more}
+
+
+def entry(name="x", **figures) -> c.Entry:
+    return c.Entry(Path(f"{name}.json"), results(**figures), name)
+
+
+@pytest.fixture
+def files(tmp_path):
+    write_results(tmp_path / "a.json", results())
+    write_results(tmp_path / "b_1.json", results(ratio=2.1, kl=0.4, ece=None))
+    (tmp_path / "old.json").write_text(
+        json.dumps(
+            {
+                "perplexity_ratio": 8.93,
+                "kl_divergence": 1.62,
+                "student_ece": {"ece": 0.216},
+                "compression_ratio": 47.5,
+                "student_generation": {"kl_from_natural": 0.024},
+            }
+        )
+    )
+    (tmp_path / "benchmark_cpu.json").write_text('{"schema_version": 1, "ratios": {"x": 2.0}}')
+    return tmp_path
+
+
+# The table
+
+
+def test_figures_intervals_and_gaps(files):
+    entries, notes = c.read_entries(
+        [files / n for n in ("a.json", "b_1.json", "old.json", "no.json")]
+    )
+    headings, rows = c.table(entries)
+    assert headings[1:4] == ["perplexity ratio", "KL", "ECE"]
+    assert rows[0][:3] == ["a", "1.500 [1.425, 1.575]", "0.200 [0.190, 0.210]"]
+    assert rows[1][3] == "---"
+    assert rows[2] == ["old", "8.930", "1.620", "0.216", "0.024", "47.5x", "fail? (< 3.00)"]
+    assert rows[3] == ["no", *["---"] * 6]
+    assert notes == [f"{files}/no.json is missing"]
+
+
+def test_other_results_are_left_out_and_named(files):
+    entries, notes = c.read_entries(sorted(files.glob("*.json")))
+    assert [e.name for e in entries] == ["a", "b_1", "old"]
+    assert len(notes) == 1
+    assert "benchmark_cpu.json: left out" in notes[0]
+    with pytest.raises(ValueError, match="holds no evaluation"):
+        c.read_entries([files / "benchmark_cpu.json"])
+
+
+def test_names_tell_files_apart(files):
+    (files / "sub").mkdir()
+    write_results(files / "sub" / "a.json", results())
+    entries, _ = c.read_entries([files / "a.json", files / "sub" / "a.json", files / "a.json"])
+    assert [e.name for e in entries] == [str(files / "a"), str(files / "sub" / "a")]
+
+
+def test_a_missing_published_student_comes_with_its_command(tmp_path):
+    _, notes = c.read_entries([tmp_path / "eval_hf_tiny_old.json"])
+    assert "littleworth/protgpt2-distilled-tiny" in notes[0]
+    assert "hub" in notes[0]
+    assert "\n" not in notes[0]
+
+
+@pytest.mark.parametrize(
+    ("share", "ratio", "spread", "cell"),
+    [
+        (0.05, 2.9, 0.01, "pass (< 3.00)"),
+        (0.05, 2.9, 0.10, "pass? (< 3.00)"),
+        (0.05, 3.0, None, "fail? (< 3.00)"),
+        (0.11, 2.6, 0.01, "fail (< 2.50)"),
+        (0.11, 2.6, 0.10, "fail? (< 2.50)"),
+        (0.27, 1.9, 0.01, "pass (< 2.00)"),
+        (0.60, 1.9, 0.01, "pass (< 2.00)"),
+        (0.19, 2.2, 0.01, "pass (< 2.25)"),
+    ],
+)
+def test_thresholds_depend_on_size_and_say_when_they_are_close(share, ratio, spread, cell):
+    _, rows = c.table([entry(share=share, ratio=ratio, spread=spread)])
+    assert rows[0][-1] == cell
+
+
+def test_markdown_csv_and_latex_hold_the_same_figures(files):
+    entries, notes = c.read_entries([files / "a.json", files / "b_1.json", files / "no.json"])
+    verdicts, _ = c.judge_all(entries, files / "a.json")
+    markdown = c.as_markdown(entries, verdicts, notes)
+    lines = markdown.splitlines()
+    assert lines[2].startswith("| a | 1.500 [1.425, 1.575] | 0.200 [0.190, 0.210] |")
+    assert len({line.count("|") for line in lines[:5]}) == 1
+    assert "**b_1 against a: inconclusive" in markdown
+
+    rows = list(csv.DictReader(c.as_csv(entries, verdicts, notes).splitlines()))
+    assert [row["name"] for row in rows] == ["a", "b_1", "no"]
+    assert float(rows[0]["perplexity_ratio_low"]) == pytest.approx(1.425)
+    assert rows[1]["student_ece.ece"] == ""
+    assert rows[1]["verdict"] == "inconclusive"
+    assert float(rows[1]["kl_difference_low"]) == pytest.approx(0.38 - 0.21)
+    assert set(rows[2].values()) == {"no", str(files / "no.json"), "", None}
+
+    latex = c.as_latex(entries, verdicts, notes)
+    assert r"b\_1 & 2.100 [1.995, 2.205]" in latex
+    assert r"($<$ 2." in latex
+    body = [line for line in latex.splitlines() if line.endswith(r"\\")]
+    assert {line.count(" & ") for line in body} == {6}
+
+
+# The verdict
+
+
+@pytest.mark.parametrize(
+    "outcomes",
+    list(
+        itertools.product(
+            ("lower", "equivalent", "higher", "unclear", "unknown"),
+            ("lower", "higher", "unclear", "unknown"),
+            ("lower", "higher", "unclear", "unknown"),
+        )
+    ),
+)
+def test_scenarios_are_the_owners(outcomes):
+    expected = {
+        ("lower", "lower", "lower"): "best",
+        ("equivalent", "lower", "lower"): "good",
+        ("higher", "lower", "lower"): "okay",
+        ("higher", "higher", "higher"): "investigate",
+    }
+    assert c.scenario_of(*outcomes) == expected.get(outcomes, "inconclusive")
+
+
+@pytest.mark.parametrize(
+    ("low", "high", "equivalent", "outcome"),
+    [
+        (-0.3, -0.1, False, "lower"),
+        (-0.003, -0.001, True, "lower"),
+        (0.001, 0.003, True, "equivalent"),
+        (-0.001, 0.003, True, "equivalent"),
+        (0.1, 0.3, False, "higher"),
+        (-0.1, 0.3, False, "unclear"),
+        (-0.1, 0.0, False, "unclear"),
+        (math.nan, 0.3, True, "unknown"),
+    ],
+)
+def test_what_an_interval_shows(low, high, equivalent, outcome):
+    assert c.outcome_of(low, high, equivalent) == outcome
+
+
+@pytest.mark.parametrize(
+    ("figures", "scenario"),
+    [
+        ({"ratio": 1.2, "kl": 0.1, "ece": 0.02, "spread": 0.05}, "best"),
+        ({"ratio": 1.2, "kl": 0.1, "ece": 0.02, "spread": 0.5}, "inconclusive"),
+        ({"ratio": 1.5, "kl": 0.1, "ece": 0.02, "spread": 0.004}, "good"),
+        ({"ratio": 1.5, "kl": 0.1, "ece": 0.02, "spread": 0.02}, "inconclusive"),
+        ({"ratio": 1.9, "kl": 0.1, "ece": 0.02, "spread": 0.05}, "okay"),
+        ({"ratio": 1.9, "kl": 0.4, "ece": 0.09, "spread": 0.05}, "investigate"),
+        ({"ratio": 1.2, "kl": 0.4, "ece": 0.09, "spread": 0.05}, "inconclusive"),
+        ({"ratio": 1.2, "kl": 0.1, "ece": 0.02, "spread": None}, "inconclusive"),
+        ({"ratio": 1.2, "kl": 0.1, "ece": None, "spread": 0.05}, "inconclusive"),
+    ],
+)
+def test_from_two_intervals(figures, scenario):
+    reference = entry("reference", spread=min(figures["spread"] or 0.05, 0.05))
+    verdict = c.judge(entry("candidate", **figures), reference)
+    assert verdict.scenario == scenario
+    methods = {d.method for d in verdict.differences.values() if d.outcome != "unknown"}
+    assert methods <= {"two intervals"}
+
+
+def test_bare_numbers_never_decide():
+    verdict = c.judge(entry("a", ratio=1.1, kl=0.01, ece=0.01, spread=None), entry("b"))
+    assert verdict.scenario == "inconclusive"
+    assert "no interval" in " ".join(verdict.reasons)
+
+
+def test_the_margin_is_the_users():
+    candidate = entry("a", ratio=1.53, kl=0.1, ece=0.02, spread=0.005)
+    reference = entry("b", spread=0.005)
+    assert c.judge(candidate, reference, margin=0.02).scenario == "okay"
+    assert c.judge(candidate, reference, margin=0.05).scenario == "good"
+    with pytest.raises(ValueError, match="--margin"):
+        c.judge(candidate, reference, margin=0)
+
+
+@pytest.mark.parametrize(
+    ("more", "reason"),
+    [
+        ({"run": {"teacher": {"fingerprint": "u" * 64}}}, "different teachers"),
+        ({"data": {"fingerprint": "e" * 64}}, "different proteins"),
+    ],
+)
+def test_what_was_not_measured_alike_is_not_judged(more, reason):
+    best = {"ratio": 1.1, "kl": 0.01, "ece": 0.01}
+    verdict = c.judge(entry("a", **best, **more), entry("b"))
+    assert verdict.scenario == "inconclusive"
+    assert reason in verdict.reasons[0]
+    assert c.judge(entry("a", **best), entry("b")).scenario == "best"
+
+
+def test_meaningless_calibration_is_not_judged():
+    record = {"student_ece": {"ece": 0.01, "calibration_meaningful": False}}
+    verdict = c.judge(entry("a", ratio=1.1, kl=0.01, ece=0.01, **record), entry("b"))
+    assert verdict.scenario == "inconclusive"
+    assert "ECE means nothing" in " ".join(verdict.reasons)
+
+
+class World:
+    """Test proteins in clusters, and students whose true figures are known.
+
+    A student's loss over the teacher, for each token, is its true ln(perplexity ratio) plus what
+    its cluster makes of it, which all students share, plus its own noise.
+    """
+
+    def __init__(self, seed: int, clusters: int = 120, each: int = 3) -> None:
+        self.rng = np.random.default_rng(seed)
+        self.proteins = clusters * each
+        self.cluster = np.repeat(np.arange(clusters), each)
+        self.tokens = self.rng.integers(40, 160, self.proteins)
+        self.shared = self.rng.normal(0, 0.25, clusters)[self.cluster]
+        self.teacher = self.tokens * (2.5 + self.rng.normal(0, 0.2, self.proteins))
+
+    def student(self, folder, name, log_ratio, kl, ece, noise=0.03, ece_error=0.004) -> c.Entry:
+        def around(mean):
+            own = self.rng.normal(0, noise, self.proteins)
+            return self.tokens * (mean + mean * self.shared + own)
+
+        gap, divergence = around(log_ratio), np.abs(around(kl))
+        table = {
+            "protein": [f"p{i}" for i in range(self.proteins)],
+            "cluster": [str(i) for i in self.cluster],
+            "residues": self.tokens * 2,
+            "tokens": self.tokens,
+            "nll_student": self.teacher + gap,
+            "nll_teacher": self.teacher,
+            "kl": divergence,
+        }
+        arrays = {"gap": gap, "kl": divergence, "tokens": self.tokens}
+        found = cluster_bootstrap(
+            lambda sums: {
+                "perplexity_ratio": np.exp(sums["gap"] / sums["tokens"]),
+                "kl_divergence": sums["kl"] / sums["tokens"],
+            },
+            arrays,
+            self.cluster,
+            200,
+        )
+        measured = ece + self.rng.normal(0, ece_error)
+        record = results(
+            found["perplexity_ratio"].estimate,
+            found["kl_divergence"].estimate,
+            measured,
+            student_perplexity=float(np.exp((self.teacher + gap).sum() / self.tokens.sum())),
+        )
+        record["intervals"] = {n: [e.low, e.high] for n, e in found.items()}
+        record["intervals"]["student_ece.ece"] = [
+            measured - 1.96 * ece_error,
+            measured + 1.96 * ece_error,
+        ]
+        path = folder / f"{name}.json"
+        write_results(path, record, overwrite=True)
+        pq.write_table(pa.table(table), folder / f"{name}.parquet")
+        return c.read_entries([path])[0][0]
+
+
+REFERENCE = (0.60, 0.40, 0.10)
+TRUE = {
+    "best": (0.55, 0.36, 0.06),
+    "good": (0.60, 0.36, 0.06),
+    "okay": (0.66, 0.36, 0.06),
+    "investigate": (0.66, 0.44, 0.14),
+}
+
+
+@pytest.mark.parametrize("scenario", TRUE)
+def test_simulated_scenarios_are_found_when_paired(tmp_path, scenario):
+    found = []
+    for seed in range(10):
+        world = World(seed)
+        reference = world.student(tmp_path, "reference", *REFERENCE)
+        candidate = world.student(tmp_path, "candidate", *TRUE[scenario])
+        verdict = c.judge(candidate, reference, replicates=300)
+        assert verdict.differences["perplexity"].method == "paired"
+        assert verdict.differences["ECE"].method == "two intervals"
+        assert verdict.clusters == 120
+        found.append(verdict.scenario)
+    assert found.count(scenario) >= 9, found
+
+
+def test_without_pairs_the_same_difference_is_not_claimed(tmp_path):
+    world = World(0)
+    reference = world.student(tmp_path, "reference", *REFERENCE)
+    candidate = world.student(tmp_path, "candidate", *TRUE["best"])
+    assert c.judge(candidate, reference).scenario == "best"
+    (tmp_path / "candidate.parquet").unlink()
+    verdict = c.judge(candidate, reference)
+    assert verdict.scenario == "inconclusive"
+    assert {d.method for d in verdict.differences.values()} == {"two intervals"}
+    assert "no table of single proteins" in " ".join(verdict.reasons)
+
+
+def test_equal_students_are_seldom_told_apart(tmp_path):
+    """Of equal students at most 5 % should seem lower or higher in each figure: here 2 x 40."""
+    claims = scenarios = 0
+    for seed in range(40):
+        world = World(100 + seed)
+        reference = world.student(tmp_path, "reference", *REFERENCE)
+        candidate = world.student(tmp_path, "candidate", *REFERENCE)
+        verdict = c.judge(candidate, reference, replicates=300)
+        outcomes = [verdict.differences[name].outcome for name in ("perplexity", "KL")]
+        claims += outcomes.count("lower") + outcomes.count("higher")
+        scenarios += verdict.scenario != "inconclusive"
+    assert claims <= 10  # binomial(80, 0.05): more in under 0.2 % of cases
+    assert scenarios == 0
+
+
+def test_equivalence_at_the_margin_is_seldom_claimed(tmp_path):
+    """A true difference of exactly the margin passes two one-sided tests in at most 5 %."""
+    claimed = 0
+    for seed in range(40):
+        world = World(200 + seed)
+        world.shared = np.zeros(world.proteins)
+        reference = world.student(tmp_path, "reference", *REFERENCE)
+        candidate = world.student(tmp_path, "candidate", 0.62, 0.36, 0.06)
+        difference = c.judge(candidate, reference, replicates=300).differences["perplexity"]
+        claimed += difference.outcome == "equivalent"
+    assert claimed <= 7  # binomial(40, 0.05): more in under 0.2 % of cases
+
+
+def test_foreign_and_unlike_tables_are_not_paired(tmp_path):
+    world = World(0, clusters=20)
+    reference = world.student(tmp_path, "reference", *REFERENCE)
+    candidate = world.student(tmp_path, "candidate", *TRUE["best"])
+    kept = pq.read_table(tmp_path / "candidate.parquet")
+
+    pq.write_table(pq.read_table(tmp_path / "reference.parquet"), tmp_path / "candidate.parquet")
+    verdict = c.judge(candidate, reference)
+    assert "another evaluation" in verdict.reasons[0]
+
+    renamed = kept.set_column(0, "protein", pa.array([f"q{i}" for i in range(len(kept))]))
+    pq.write_table(renamed, tmp_path / "candidate.parquet")
+    assert "differ in protein" in c.judge(candidate, reference).reasons[0]
+
+    pq.write_table(kept.take(np.arange(len(kept))[::-1]), tmp_path / "candidate.parquet")
+    verdict = c.judge(candidate, reference)
+    assert verdict.differences["KL"].method == "paired"  # another order is no difference
+
+    pq.write_table(kept.drop_columns(["kl"]), tmp_path / "candidate.parquet")
+    with pytest.raises(ValueError, match=r"candidate\.parquet: not a table"):
+        c.judge(candidate, reference)
+    (tmp_path / "candidate.parquet").write_bytes(b"PAR1 broken")
+    with pytest.raises(ValueError, match=r"candidate\.parquet: not a table"):
+        c.judge(candidate, reference)
+
+
+def test_the_recorded_table_is_found(tmp_path):
+    world = World(0, clusters=20)
+    reference = world.student(tmp_path, "reference", *REFERENCE)
+    elsewhere = tmp_path / "elsewhere.parquet"
+    (tmp_path / "reference.parquet").rename(elsewhere)
+    assert c.per_protein_path(reference) is None
+    assert reference.results is not None
+    reference.results["run"]["arguments"] = {"per_protein": str(elsewhere)}
+    assert c.per_protein_path(reference) == elsewhere
+
+
+# The script
+
+
+def test_the_script_prints_and_writes(files, capsys):
+    assert script.main([str(files / "a.json"), str(files / "none.json")]) == 0
+    shown = capsys.readouterr().out
+    assert "1.500 [1.425, 1.575]" in shown
+    assert "---" in shown
+    for suffix in ("md", "csv", "tex"):
+        output = files / f"out.{suffix}"
+        arguments = [str(files / "a.json"), "--output", str(output)]
+        assert script.main(arguments) == 0
+        assert "1.5" in output.read_text()
+        assert script.main(arguments) == 2
+        assert script.main([*arguments, "--overwrite"]) == 0
+    capsys.readouterr()
+    assert script.main([str(files / "a.json"), "--format", "csv"]) == 0
+    assert len(list(csv.reader(capsys.readouterr().out.splitlines()))) == 2
+
+
+def test_the_script_judges(files, capsys):
+    reference = ["--reference", str(files / "a.json")]
+    assert script.main([str(files / "b_1.json"), str(files / "old.json"), *reference]) == 0
+    shown = capsys.readouterr().out
+    assert "b_1 against a: inconclusive" in shown
+    assert "ECE was not measured for both: evaluate with --compute_ece" in shown
+    assert "old against a: inconclusive" in shown
+
+
+def test_a_missing_reference_is_told_beside_the_table(files, capsys):
+    missing = files / "eval_hf_tiny_old.json"
+    assert script.main([str(files / "a.json"), "--reference", str(missing)]) == 0
+    shown = capsys.readouterr().out
+    assert "1.500" in shown
+    assert "littleworth/protgpt2-distilled-tiny" in shown
+    assert "no verdict without the reference" in shown
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["{}/*.jsonx"], "no file matches"),
+        (["{}"], "is a directory"),
+        (["{}/broken.json"], "broken.json"),
+        (["{}/a.json", "--output", "{}/x.txt"], ".md, .csv, .tex"),
+        (["{}/a.json", "--output", "{}/x.md", "--format", "terminal"], "--output"),
+        (["{}/a.json", "--reference", "{}/benchmark_cpu.json"], "--reference"),
+        (["{}/benchmark_cpu.json"], "no evaluation"),
+    ],
+)
+def test_user_errors_are_one_line(files, arguments, message, capsys):
+    (files / "broken.json").write_text("{")
+    assert script.main([a.format(files) for a in arguments]) == 2
+    error = capsys.readouterr().err.strip()
+    assert message in error
+    assert "\n" not in error
+
+
+def test_the_owners_snippet_runs_on_our_files(files):
+    write_results(files / "without_ece.json", results(ece=None))
+    snippet = """
+import json
+models = {'ours': 'a.json', 'without ECE': 'without_ece.json', 'not there': 'none.json'}
+for name, path in models.items():
+    try:
+        d = json.load(open(path))
+        ppl = d.get('perplexity_ratio', float('nan'))
+        kl = d.get('kl_divergence', float('nan'))
+        ece = d.get('student_ece', {}).get('ece', float('nan'))
+        print(f'{name:<12} {ppl:>10.2f} {kl:>10.4f} {ece:>10.4f}')
+    except FileNotFoundError:
+        print(f'{name:<12} {"---":>10} {"---":>10} {"---":>10}')
+"""
+    done = subprocess.run(
+        [sys.executable, "-c", snippet], cwd=files, capture_output=True, text=True, check=True
+    )
+    assert [line.split()[-3:] for line in done.stdout.splitlines()] == [
+        ["1.50", "0.2000", "0.0500"],
+        ["1.50", "0.2000", "nan"],
+        ["---", "---", "---"],
+    ]
+
+
+def test_neither_help_nor_comparing_needs_torch(files):
+    for arguments in (["--help"], [str(files / "a.json"), "--reference", str(files / "b_1.json")]):
+        code = (
+            f"import runpy, sys; sys.argv = ['compare.py', *{arguments!r}]\n"
+            "try: runpy.run_path('scripts/compare.py', run_name='__main__')\n"
+            "except SystemExit as done: assert not done.code\n"
+            "assert 'torch' not in sys.modules and 'transformers' not in sys.modules"
+        )
+        done = subprocess.run(
+            [sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=False
+        )
+        assert done.returncode == 0, done.stderr
