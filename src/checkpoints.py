@@ -297,17 +297,19 @@ class AtomicCheckpointTrainer(Trainer):
         folder = Path(output_dir if output_dir is not None else str(self.args.output_dir))
         temporary = folder / f"model{UNFINISHED_SUFFIX}"
         shutil.rmtree(temporary, ignore_errors=True)
-        with names_full_disk(folder, self._way_out(folder)):
-            temporary.mkdir(parents=True)
-            super().save_model(str(temporary), _internal_call)
-            crash_point("model:written")
-            for path in sorted(temporary.iterdir()):
-                with path.open("rb+") as handle:
-                    os.fsync(handle.fileno())
-                os.replace(path, folder / path.name)
-                crash_point("model:moved")
-            temporary.rmdir()
-            sync_folder(folder)
+        try:
+            with names_full_disk(folder, self._way_out(folder)):
+                temporary.mkdir(parents=True)
+                super().save_model(str(temporary), _internal_call)
+                crash_point("model:written")
+                for path in sorted(temporary.iterdir()):
+                    with path.open("rb+") as handle:
+                        os.fsync(handle.fileno())
+                    os.replace(path, folder / path.name)
+                    crash_point("model:moved")
+                sync_folder(folder)
+        finally:
+            shutil.rmtree(temporary, ignore_errors=True)
 
     def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:
         """Write the student and its tokenizer, and no pickled arguments beside them."""
