@@ -30,7 +30,14 @@ from transformers import Trainer
 
 from src.cli import say
 from src.crash_points import crash_point
-from src.files import is_temporary, names_full_disk, read_json, sha256_file, sync_folder, write_json
+from src.files import (
+    UNFINISHED_SUFFIX,
+    names_full_disk,
+    read_json,
+    sha256_file,
+    sync_folder,
+    write_json,
+)
 
 MANIFEST = "manifest.json"
 OPTIMIZER_FILE = "optimizer.safetensors"
@@ -39,7 +46,6 @@ TRAINER_STATE_FILE = "trainer_state.json"
 PROCESS_FILE = "process-{}.safetensors"
 """What belongs to one process: its random states and its part of the log's open interval."""
 CHECKPOINT_NAME = re.compile(r"checkpoint-(\d+)")
-UNFINISHED_SUFFIX = ".unfinished"
 
 
 def write_manifest(folder: Path) -> None:
@@ -88,23 +94,6 @@ def newest_valid(run: Path, announce: Callable[[str], None] = say) -> Path | Non
             return path
         announce(f"{path.name} is not used: {fault}")
     return None
-
-
-def remove_unfinished(run: Path) -> list[str]:
-    """Remove what a killed run left half-written in its directory, and return its names.
-
-    Only names that this program gives to files and directories before they are whole are touched.
-    """
-    removed = []
-    for path in sorted(run.iterdir()):
-        if path.name.endswith(UNFINISHED_SUFFIX) and path.is_dir():
-            shutil.rmtree(path)
-        elif is_temporary(path.name):
-            path.unlink(missing_ok=True)
-        else:
-            continue
-        removed.append(path.name)
-    return removed
 
 
 def optimizer_tensors(state: dict[str, Any]) -> tuple[dict[str, Tensor], dict[str, Any]]:

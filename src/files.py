@@ -8,6 +8,7 @@ import hashlib
 import json
 import os
 import re
+import shutil
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
@@ -15,6 +16,8 @@ from typing import IO, Any
 
 from src.crash_points import crash_point
 
+UNFINISHED_SUFFIX = ".unfinished"
+"""Of the name of a directory that is not yet whole."""
 TEMPORARY_NAME = re.compile(r"\..+\.[^.]{8}\.tmp")
 FULL = (errno.ENOSPC, errno.EDQUOT)
 
@@ -53,6 +56,23 @@ def atomic_write(path: str | Path, mode: str = "w") -> Iterator[IO]:
 def is_temporary(name: str) -> bool:
     """Return whether :func:`atomic_write` gives such a name to a file that is not yet whole."""
     return TEMPORARY_NAME.fullmatch(name) is not None
+
+
+def remove_unfinished(folder: Path) -> list[str]:
+    """Remove what a killed process left half-written in a directory, and return its names.
+
+    Only names that this program gives to files and directories before they are whole are touched.
+    """
+    removed = []
+    for path in sorted(folder.iterdir()):
+        if path.name.endswith(UNFINISHED_SUFFIX) and path.is_dir():
+            shutil.rmtree(path)
+        elif is_temporary(path.name):
+            path.unlink(missing_ok=True)
+        else:
+            continue
+        removed.append(path.name)
+    return removed
 
 
 @contextlib.contextmanager

@@ -16,7 +16,7 @@ from transformers.trainer_callback import PrinterCallback, ProgressCallback
 
 from src.batching import PackedDataset, PackingCollator, PaddingCollator, ProteinDataset
 from src.callbacks import ConsoleProgress, MetricsFile
-from src.checkpoints import newest_valid, remove_unfinished
+from src.checkpoints import newest_valid
 from src.cli import duration, quiet_libraries, say, size
 from src.data import TokenisedProteins, chosen, data_summary, tokenise
 from src.devices import (
@@ -28,6 +28,7 @@ from src.devices import (
 )
 from src.distillation import DistillationTrainer
 from src.evaluation import check_teacher
+from src.files import remove_unfinished
 from src.initialisation import subclone
 from src.interruption import stops_on_signals
 from src.models import (

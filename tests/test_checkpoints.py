@@ -19,10 +19,10 @@ from src.checkpoints import (
     fault_of,
     newest_valid,
     random_states,
-    remove_unfinished,
     restore_random_states,
     write_manifest,
 )
+from src.files import remove_unfinished
 
 
 @pytest.mark.parametrize(

@@ -103,6 +103,14 @@ def outcome_of_training(folder: Path) -> dict[str, bytes]:
     return found
 
 
+def outcome_with_cache(folder: Path) -> dict[str, bytes]:
+    """Return what a training leaves that keeps its teacher's hidden states beside it."""
+    kept = [path for path in (folder.parent / "teacher").rglob("*") if path.is_file()]
+    cache = {str(path.relative_to(folder.parent)): path.read_bytes() for path in kept}
+    cache = {name: data for name, data in cache.items() if not name.endswith(".lock")}
+    return outcome_of_training(folder) | cache
+
+
 def _json(value: Any) -> bytes:
     return json.dumps(value, sort_keys=True, indent=0).encode()
 
@@ -126,6 +134,7 @@ CHECKPOINT_POINTS = (
     "checkpoint:after_pruning",
 )
 TRAINING_POINTS = (*CHECKPOINT_POINTS, "write:run.json", "model:written", "model:moved")
+CACHE_POINTS = ("write:shard-00000.json",)
 TRAINING = (
     "--teacher_model {work}/teacher --data {work}/proteins.fasta --cache_dir {work}/cache "
     "--output_dir {out} --train_size_prop 1.0 --validation_proteins 8 --max_length 64 "
@@ -134,12 +143,19 @@ TRAINING = (
     "--eval_steps 15 --save_steps 4 --device cpu --skip_teacher_check "
 )
 SCENARIOS = {
-    name: Scenario("scripts.train", TRAINING + more, outcome_of_training, TRAINING_POINTS)
+    name: Scenario(
+        "scripts.train",
+        TRAINING + more,
+        outcome_with_cache if "cache" in name else outcome_of_training,
+        TRAINING_POINTS + (CACHE_POINTS if "cache" in name else ()),
+    )
     for name, more in {
         "train, by length, 2 workers": "--max_steps 45 --num_workers 2",
         "train, packed, 2 workers": "--max_steps 25 --batching packed --num_workers 2",
         "train, packed, mean-one weights, spikes skipped": "--max_steps 45 --batching packed "
         "--weighting mean_one --skip_loss_spikes 1.01",
+        "train, bf16, teacher cached on the way": "--max_steps 25 --precision bf16 "
+        "--teacher_cache {out}/../teacher",
         # So long that the log has one line for two steps, and checkpoints fall between.
         "train, padded, bf16, sparse log": "--max_steps 105 --batching padded --precision bf16 "
         "--batch_size 1 --save_steps 9",
