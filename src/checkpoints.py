@@ -120,12 +120,19 @@ def optimizer_state(tensors: dict[str, Tensor], plain: dict[str, Any]) -> dict[s
     return {"state": state, "param_groups": plain["param_groups"]}
 
 
-def random_states() -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """Return the states of all random generators: PyTorch's as tensors, the rest as values."""
+def random_states(with_numpy: bool = True) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """Return the states of all random generators: PyTorch's as tensors, the rest as values.
+
+    Args:
+        with_numpy: NumPy's too, which takes a hundred microseconds.
+    """
     tensors = {"cpu": torch.random.get_rng_state()}
     if torch.cuda.is_available():
         tensors["cuda"] = torch.cuda.get_rng_state()
-    return tensors, {"python": random.getstate(), "numpy": np.random.get_state()}
+    plain: dict[str, Any] = {"python": random.getstate()}
+    if with_numpy:
+        plain["numpy"] = np.random.get_state()
+    return tensors, plain
 
 
 def restore_random_states(tensors: Mapping[str, Tensor], plain: Mapping[str, Any]) -> None:
@@ -135,8 +142,9 @@ def restore_random_states(tensors: Mapping[str, Tensor], plain: Mapping[str, Any
         torch.cuda.set_rng_state(tensors["cuda"])
     version, internal, gauss = plain["python"]
     random.setstate((version, tuple(internal), gauss))
-    kind, keys, *rest = plain["numpy"]
-    np.random.set_state((kind, np.asarray(keys, dtype=np.uint32), *rest))
+    if "numpy" in plain:
+        kind, keys, *rest = plain["numpy"]
+        np.random.set_state((kind, np.asarray(keys, dtype=np.uint32), *rest))
 
 
 def as_json(plain: Mapping[str, Any]) -> str:

@@ -18,6 +18,7 @@ from src.crash_points import crash_point
 
 UNFINISHED_SUFFIX = ".unfinished"
 """Of the name of a directory that is not yet whole."""
+UNFINISHED_NAME = re.compile(r"(checkpoint-\d+(\.\w+)?|model)" + re.escape(UNFINISHED_SUFFIX))
 TEMPORARY_NAME = re.compile(r"\..+\.[^.]{8}\.tmp")
 FULL = (errno.ENOSPC, errno.EDQUOT)
 
@@ -65,7 +66,7 @@ def remove_unfinished(folder: Path) -> list[str]:
     """
     removed = []
     for path in sorted(folder.iterdir()):
-        if path.name.endswith(UNFINISHED_SUFFIX) and path.is_dir():
+        if UNFINISHED_NAME.fullmatch(path.name) and path.is_dir():
             shutil.rmtree(path)
         elif is_temporary(path.name):
             path.unlink(missing_ok=True)

@@ -124,7 +124,8 @@ class GuardedTrainer(AtomicCheckpointTrainer):
         """Keep what the step that begins would have to go back to."""
         record = self._step
         record.step = self.state.global_step
-        record.random = random_states()
+        # Without NumPy's generator: no batch of a step draws from it.
+        record.random = random_states(with_numpy=False)
         record.interval, record.plain = self.interval_tensors(), self.plain_state()
         record.flos = self.current_flos
 
@@ -170,6 +171,7 @@ class GuardedTrainer(AtomicCheckpointTrainer):
         final = run / f"checkpoint-{self.state.global_step}"
         if self.state.global_step and (self._owed or not final.is_dir() or fault_of(final)):
             self._save_checkpoint(self.model, None)
+        self._owed = None
         number = interruption.requested() or interruption.SIGNALS[0]
         if self.args.should_save:
             where = f"{final.name} is written: " if self.state.global_step else ""

@@ -186,11 +186,14 @@ def test_a_model_is_written_file_by_file_when_whole(tiny_lm, tmp_path, small_dis
 
 
 def test_leftovers_of_a_killed_run_go_and_nothing_else(tmp_path):
-    ours = ["checkpoint-3.unfinished", "model.unfinished", ".run.json.abcdefgh.tmp"]
+    ours = ["checkpoint-3.unfinished", "checkpoint-2.old.unfinished", "model.unfinished"]
+    ours.append(".run.json.abcdefgh.tmp")
     theirs = ["notes.unfinished", "results.tmp", ".hidden", "checkpoint-2.broken-17", "thesis.txt"]
-    for name in ours[:2]:
+    for name in [*ours[:3], "thesis.unfinished"]:
         (tmp_path / name).mkdir()
-    for name in [ours[2], *theirs]:
+    for name in [ours[3], *theirs]:
         (tmp_path / name).write_text("x")
     assert sorted(remove_unfinished(tmp_path)) == sorted(ours)
-    assert sorted(path.name for path in tmp_path.iterdir()) == sorted(theirs)
+    assert sorted(path.name for path in tmp_path.iterdir()) == sorted(
+        [*theirs, "thesis.unfinished"]
+    )

@@ -82,7 +82,7 @@ def train_to_nan(folder, processes):
 
     def spoil():
         with torch.no_grad():
-            trainer.teacher_model.transformer.ln_f.bias[0] = float("nan")
+            trainer.model.transformer.ln_f.bias[0] = float("nan")
 
     trainer.add_callback(At(6, 1, spoil))
     resume(trainer)

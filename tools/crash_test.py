@@ -454,6 +454,7 @@ def crash_test(args: argparse.Namespace, work: Path) -> dict[str, Any]:
     import src.training  # noqa: F401
     from src.runs import provenance
 
+    made_by = provenance()  # of the code that is run, not of what a long session ends beside
     for scenario in SCENARIOS.values():
         importlib.import_module(scenario.script)
     gc.freeze()
@@ -516,7 +517,6 @@ def crash_test(args: argparse.Namespace, work: Path) -> dict[str, Any]:
         for name, counted in answer["places"].items():
             places.update(counted)
             scenarios[name] += sum(counted.values())
-    made_by = provenance()
     return {
         "kills": sum(n for place, n in places.items() if place.startswith("killed")),
         "stops": sum(n for place, n in places.items() if place.startswith("stopped")),
