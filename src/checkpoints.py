@@ -416,6 +416,5 @@ class AtomicCheckpointTrainer(Trainer):
             self.control.should_evaluate = state["owed"]["evaluate"]
             self.control.should_save = state["owed"]["save"]
             epoch = float(self.state.epoch or 0)
-            self._maybe_log_save_evaluate(
-                self._tr_loss, None, self.model_wrapped, None, epoch, None, 0.0
-            )
+            model: Any = self.model_wrapped
+            self._maybe_log_save_evaluate(self._tr_loss, None, model, None, epoch, None, 0.0)

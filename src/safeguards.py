@@ -344,7 +344,7 @@ class GuardedTrainer(AtomicCheckpointTrainer):
                 inputs = self._prepare_inputs(batch)
                 self.number_micro_batch(record.step, number)
                 with self.compute_loss_context_manager():
-                    loss = self.compute_loss(student, inputs, num_items_in_batch=record.count)
+                    loss: Any = self.compute_loss(student, inputs, num_items_in_batch=record.count)
                 if not seen and not loss.isfinite():
                     seen.append("the loss")
                 if not seen:

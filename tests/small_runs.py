@@ -32,7 +32,7 @@ class Tokens:
         return self.rows[index]
 
 
-def make_trainer(tiny_lm, folder, packed=False, dropout=0.1, loss=None, **overrides):
+def make_trainer(tiny_lm, folder, packed=False, dropout=0.1, loss=None, **overrides) -> Any:
     """Return a Trainer whose log, validation and checkpoints fall on different steps."""
     pdrop = {"resid_pdrop": dropout, "embd_pdrop": dropout, "attn_pdrop": dropout}
     student = tiny_lm(seed=1, **pdrop)

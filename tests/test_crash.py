@@ -13,7 +13,7 @@ import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT / "tools"))
-import crash_test  # noqa: E402
+import crash_test  # noqa: E402  # pyright: ignore[reportMissingImports]
 
 
 def test_differing_bytes_are_counted():

@@ -12,6 +12,7 @@ import socket
 import sys
 import traceback
 from pathlib import Path
+from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 os.environ.update(OMP_NUM_THREADS="1", HF_HUB_OFFLINE="1", TOKENIZERS_PARALLELISM="false")
@@ -53,7 +54,7 @@ def ask_to_stop():
     os.kill(os.getpid(), signal.SIGTERM)
 
 
-def trainer_of(folder: Path, processes: int, dropout: float = 0.0, **options):
+def trainer_of(folder: Path, processes: int, dropout: float = 0.0, **options) -> Any:
     loss = {"weighting": "mean_one", "smoothing": "matched"}
     return make_trainer(
         tiny_lm,

@@ -179,7 +179,8 @@ def make_inputs(work: Path) -> None:
     settings = PretrainSettings(vocab_size=64, n_layer=1, n_head=2, n_embd=16, n_positions=64)
     tokenizer = train_tokenizer(proteins, settings.vocab_size, settings.n_positions)
     torch.manual_seed(0)
-    teacher = GPT2LMHeadModel(teacher_config(settings, tokenizer.eos_token_id or 0))
+    end_of_text: Any = tokenizer.eos_token_id
+    teacher = GPT2LMHeadModel(teacher_config(settings, end_of_text))
     teacher.save_pretrained(work / "teacher")
     tokenizer.save_pretrained(work / "teacher")
 
