@@ -63,6 +63,7 @@ def build_parser() -> argparse.ArgumentParser:
     add("--warmup_steps", type=natural, help="(default: 5 %% of the steps, at most 500)")
     add("--weight_decay", type=float, default=DEFAULTS.weight_decay, help="of AdamW")
     add("--max_grad_norm", type=positive_float, default=1.0, help="gradients are clipped to it")
+    add("--skip_loss_spikes", type=positive_float, help="skip steps above this times the median")
     add("--batch_size", type=positive_int, default=DEFAULTS.batch_size, help="rows on a device")
     add("--gradient_accumulation_steps", type=positive_int, default=1, help="batches a step")
     add("--num_train_epochs", type=positive_float, default=3.0, help="passes over the data")

@@ -19,36 +19,37 @@ METRICS_FILE = "metrics.jsonl"
 class MetricsFile(TrainerCallback):
     """Appends every record of the Trainer to ``metrics.jsonl``, one JSON object a line.
 
-    A resumed run first drops the records of steps that it is about to do again, so that the file
-    reads as if nothing had happened.
+    A resumed run first writes the file anew from the records in its checkpoint, so that it reads as
+    if nothing had happened, whatever was lost or half-written.
     """
 
     def __init__(self, folder: Path) -> None:
         self.path = folder / METRICS_FILE
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Drop what stands beyond the step from which training goes on."""
-        if not self.path.exists() or not state.is_world_process_zero:
-            return
-        kept = [
-            line for line in self.path.read_text().splitlines() if _step(line) <= state.global_step
-        ]
-        with atomic_write(self.path) as handle:
-            handle.writelines(f"{line}\n" for line in kept)
+        """Begin with the records up to the step from which training goes on."""
+        if state.is_world_process_zero and (self.path.exists() or state.log_history):
+            with atomic_write(self.path) as handle:
+                handle.writelines(map(_line, state.log_history))
 
     def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **kwargs: Any) -> None:
         """Append one record."""
         if logs and state.is_world_process_zero:
             with self.path.open("a") as handle:
-                handle.write(json.dumps({"step": state.global_step, **logs}) + "\n")
+                handle.write(_line({"step": state.global_step, **logs}))
 
 
-def _step(line: str) -> float:
-    """Return the step of a record; beyond every step where a killed run left half a line."""
+def _line(record: dict[str, Any]) -> str:
+    """Return a record as a line of the file: the step first."""
+    return json.dumps({"step": record["step"], **record}) + "\n"
+
+
+def _whole(line: str) -> bool:
+    """Return whether a line is a record; a killed run may leave half of one."""
     try:
-        return json.loads(line)["step"]
-    except (ValueError, KeyError, TypeError):
-        return float("inf")
+        return isinstance(json.loads(line), dict)
+    except ValueError:
+        return False
 
 
 def read_metrics(folder: str | Path) -> list[dict[str, Any]]:
@@ -56,9 +57,7 @@ def read_metrics(folder: str | Path) -> list[dict[str, Any]]:
     path = Path(folder) / METRICS_FILE
     if not path.exists():
         return []
-    return [
-        json.loads(line) for line in path.read_text().splitlines() if _step(line) < float("inf")
-    ]
+    return [json.loads(line) for line in path.read_text().splitlines() if _whole(line)]
 
 
 class ConsoleProgress(TrainerCallback):

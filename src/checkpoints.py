@@ -4,6 +4,10 @@ A checkpoint is written under a temporary name, every file flushed to disk, a ma
 SHA-256 of each file added, and the directory renamed. The newest checkpoint whose files agree with
 its manifest is the one to resume from; older ones are removed only after a newer one was read back
 and found right. No file is a pickle, so a checkpoint cannot run code.
+
+Beside weights, optimiser, schedule and random states a checkpoint holds the open interval of the
+log: what was summed since the last record. So a checkpoint can be made after any step, without a
+trace in what the run logs later.
 """
 
 from __future__ import annotations
@@ -13,7 +17,7 @@ import os
 import random
 import re
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -25,14 +29,23 @@ from torch import Tensor
 from transformers import Trainer
 
 from src.cli import say
-from src.files import read_json, sha256_file, sync_folder, write_json
+from src.crash_points import crash_point
+from src.files import (
+    UNFINISHED_SUFFIX,
+    names_full_disk,
+    read_json,
+    sha256_file,
+    sync_folder,
+    write_json,
+)
 
 MANIFEST = "manifest.json"
 OPTIMIZER_FILE = "optimizer.safetensors"
 STATE_FILE = "training_state.json"
 TRAINER_STATE_FILE = "trainer_state.json"
+PROCESS_FILE = "process-{}.safetensors"
+"""What belongs to one process: its random states and its part of the log's open interval."""
 CHECKPOINT_NAME = re.compile(r"checkpoint-(\d+)")
-UNFINISHED_SUFFIX = ".unfinished"
 
 
 def write_manifest(folder: Path) -> None:
@@ -107,26 +120,36 @@ def optimizer_state(tensors: dict[str, Tensor], plain: dict[str, Any]) -> dict[s
     return {"state": state, "param_groups": plain["param_groups"]}
 
 
-def random_states() -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """Return the states of all random generators: tensors of PyTorch's, JSON values of the rest."""
+def random_states(with_numpy: bool = True) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """Return the states of all random generators: PyTorch's as tensors, the rest as values.
+
+    Args:
+        with_numpy: NumPy's too, which takes a hundred microseconds.
+    """
     tensors = {"cpu": torch.random.get_rng_state()}
     if torch.cuda.is_available():
         tensors["cuda"] = torch.cuda.get_rng_state()
-    version, internal, gauss = random.getstate()
-    kind, keys, position, has_gauss, cached = np.random.get_state()
-    numpy_state = [kind, np.asarray(keys).tolist(), int(position), int(has_gauss), float(cached)]
-    return tensors, {"python": [version, list(internal), gauss], "numpy": numpy_state}
+    plain: dict[str, Any] = {"python": random.getstate()}
+    if with_numpy:
+        plain["numpy"] = np.random.get_state()
+    return tensors, plain
 
 
-def restore_random_states(tensors: dict[str, Tensor], plain: dict[str, Any]) -> None:
-    """Set all random generators to what :func:`random_states` returned."""
+def restore_random_states(tensors: Mapping[str, Tensor], plain: Mapping[str, Any]) -> None:
+    """Set all random generators to what :func:`random_states` returned, also by way of JSON."""
     torch.random.set_rng_state(tensors["cpu"])
     if "cuda" in tensors and torch.cuda.is_available():
         torch.cuda.set_rng_state(tensors["cuda"])
     version, internal, gauss = plain["python"]
     random.setstate((version, tuple(internal), gauss))
-    kind, keys, *rest = plain["numpy"]
-    np.random.set_state((kind, np.array(keys, dtype=np.uint32), *rest))
+    if "numpy" in plain:
+        kind, keys, *rest = plain["numpy"]
+        np.random.set_state((kind, np.asarray(keys, dtype=np.uint32), *rest))
+
+
+def as_json(plain: Mapping[str, Any]) -> str:
+    """Return the plain part of :func:`random_states` as JSON."""
+    return json.dumps(plain, default=lambda value: value.tolist())
 
 
 def read_tensors(path: Path) -> dict[str, Tensor]:
@@ -135,41 +158,113 @@ def read_tensors(path: Path) -> dict[str, Tensor]:
         return {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
 
 
+def with_prefix(tensors: Mapping[str, Tensor], prefix: str) -> dict[str, Tensor]:
+    """Return the tensors whose names begin with a prefix, without it."""
+    return {k.removeprefix(prefix): v for k, v in tensors.items() if k.startswith(prefix)}
+
+
 class AtomicCheckpointTrainer(Trainer):
-    """A Trainer that saves and loads the checkpoints described above."""
+    """A Trainer that saves and loads the checkpoints described above.
+
+    A subclass that keeps sums of its own between two records of the log, or any other state of the
+    training, extends :meth:`interval_tensors` (of this process), :meth:`plain_state` (of the run)
+    and :meth:`restore_state`.
+    """
+
+    _finished_checkpoint: str | None = None
+    """The checkpoint resumed from, where no step is left to do."""
+    _owed: dict[str, bool] | None = None
+    """What a checkpoint made in the middle of a validation still owes: ``evaluate``, ``save``."""
+
+    # What a checkpoint holds beside weights and optimiser -----------------------------------------
+
+    def interval_tensors(self) -> dict[str, Tensor]:
+        """Return this process's sums since the last record of the log."""
+        return {"loss": self._tr_loss.detach().clone()}
+
+    def plain_state(self) -> dict[str, Any]:
+        """Return the JSON values that :meth:`restore_state` needs."""
+        return {
+            "total_loss": self._total_loss_scalar,
+            "last_logged": self._globalstep_last_logged,
+        }
+
+    def restore_state(self, tensors: Mapping[str, Tensor], plain: Mapping[str, Any]) -> None:
+        """Set what :meth:`interval_tensors` and :meth:`plain_state` returned."""
+        self._tr_loss.copy_(tensors["loss"])
+        self._total_loss_scalar = plain["total_loss"]
+        self._globalstep_last_logged = plain["last_logged"]
+
+    def merge_intervals(self, parts: list[dict[str, Tensor]]) -> dict[str, Tensor]:
+        """Return this process's share of sums that another number of processes kept.
+
+        The Trainer logs the mean of the losses over processes: each takes the mean.
+        """
+        return {"loss": torch.stack([part["loss"] for part in parts]).mean(0)}
+
+    # Saving ---------------------------------------------------------------------------------------
 
     def _save_checkpoint(self, model: Any, trial: Any) -> None:
         """Write a checkpoint of the current step, verify it, then remove the ones it replaces."""
         run = Path(str(self.args.output_dir))
         final = run / f"checkpoint-{self.state.global_step}"
         temporary = run / f"{final.name}{UNFINISHED_SUFFIX}"
-        if self.args.should_save:
+        try:
+            with names_full_disk(run, self._way_out(run)):
+                self._write_checkpoint(temporary)
+                self._wait_for_all()
+                if self.args.should_save:
+                    write_manifest(temporary)
+        except BaseException:
+            # Of an unfinished checkpoint nothing is of use, and a full disk needs the room.
             shutil.rmtree(temporary, ignore_errors=True)
-            temporary.mkdir(parents=True)
-        self._wait_for_all()
-        self.store_flos()
-        self.save_model(str(temporary), _internal_call=True)
-        self._save_rng_state(str(temporary))
+            raise
         if self.args.should_save:
-            self._save_optimizer_and_scheduler(str(temporary))
-            self._save_callback_states()
-            self.state.save_to_json(str(temporary / TRAINER_STATE_FILE))
-        self._wait_for_all()
-        if self.args.should_save:
-            write_manifest(temporary)
+            crash_point("checkpoint:after_manifest")
+            outdated = None
             if final.exists():
-                # Only a checkpoint that was found broken on resuming can stand here.
-                final.rename(run / f"{final.name}.broken-{os.getpid()}")
+                outdated = self._set_aside(final)
+                crash_point("checkpoint:after_setting_aside")
             temporary.rename(final)
+            crash_point("checkpoint:after_rename")
             sync_folder(run)
+            if outdated is not None and fault_of(final) is None:
+                shutil.rmtree(outdated)
             self._prune(run, final)
+            crash_point("checkpoint:after_pruning")
         self._wait_for_all()
 
-    def _maybe_log_save_evaluate(self, *arguments: Any, **options: Any) -> None:
-        """Close the log's current interval before saving: its sums are in no checkpoint."""
-        if self.control.should_save:
-            self.control.should_log = True
-        super()._maybe_log_save_evaluate(*arguments, **options)
+    def _write_checkpoint(self, folder: Path) -> None:
+        """Write every file of a checkpoint except the manifest."""
+        if self.args.should_save:
+            shutil.rmtree(folder, ignore_errors=True)
+            folder.mkdir(parents=True)
+            crash_point("checkpoint:begin")
+        self._wait_for_all()
+        self.store_flos()
+        self.save_model(str(folder), _internal_call=True)
+        crash_point("checkpoint:after_weights")
+        self._save_rng_state(str(folder))
+        if self.args.should_save:
+            self._save_optimizer_and_scheduler(str(folder))
+            crash_point("checkpoint:after_optimizer")
+            self._save_callback_states()
+            self.state.save_to_json(str(folder / TRAINER_STATE_FILE))
+            crash_point("checkpoint:before_manifest")
+
+    def _way_out(self, run: Path) -> str:
+        """Return what a person can do where the disk is full."""
+        good = next((path.name for path in checkpoints_of(run)), None)
+        kept = f"{good} is whole: " if good else ""
+        return f"{kept}make space and go on with --resume"
+
+    def _set_aside(self, final: Path) -> Path | None:
+        """Move an older checkpoint of the same step away; return it if it is ours to remove."""
+        if fault_of(final) is not None:
+            # Found broken on resuming: kept, because a person may want to know why.
+            final.rename(final.with_name(f"{final.name}.broken-{os.getpid()}"))
+            return None
+        return final.rename(final.with_name(f"{final.name}.outdated{UNFINISHED_SUFFIX}"))
 
     def _wait_for_all(self) -> None:
         if self.args.world_size > 1:
@@ -180,7 +275,8 @@ class AtomicCheckpointTrainer(Trainer):
         if not limit or fault_of(newest) is not None:
             return
         for old in checkpoints_of(run)[limit:]:
-            shutil.rmtree(old)
+            # Renamed first: a checkpoint that is being removed must not look like a broken one.
+            shutil.rmtree(old.rename(old.with_name(f"{old.name}.old{UNFINISHED_SUFFIX}")))
 
     def _save_callback_states(self) -> None:
         """Bring the states of callbacks that have one up to date in the Trainer's state."""
@@ -190,6 +286,27 @@ class AtomicCheckpointTrainer(Trainer):
             if isinstance(callback, ExportableState):
                 states: Any = self.state.stateful_callbacks
                 states[type(callback).__name__] = callback.state()
+
+    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
+        """Write the student and its tokenizer, file by file under its name only when whole."""
+        if _internal_call or not self.args.should_save:
+            return super().save_model(output_dir, _internal_call)
+        folder = Path(output_dir if output_dir is not None else str(self.args.output_dir))
+        temporary = folder / f"model{UNFINISHED_SUFFIX}"
+        shutil.rmtree(temporary, ignore_errors=True)
+        try:
+            with names_full_disk(folder, self._way_out(folder)):
+                temporary.mkdir(parents=True)
+                super().save_model(str(temporary), _internal_call)
+                crash_point("model:written")
+                for path in sorted(temporary.iterdir()):
+                    with path.open("rb+") as handle:
+                        os.fsync(handle.fileno())
+                    os.replace(path, folder / path.name)
+                    crash_point("model:moved")
+                sync_folder(folder)
+        finally:
+            shutil.rmtree(temporary, ignore_errors=True)
 
     def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:
         """Write the student and its tokenizer, and no pickled arguments beside them."""
@@ -207,9 +324,51 @@ class AtomicCheckpointTrainer(Trainer):
             "optimizer": plain,
             "scheduler": self.lr_scheduler.state_dict(),  # type: ignore[union-attr]
             "scaler": None if scaler is None else scaler.state_dict(),
+            "trainer": self.plain_state(),
+            "owed": self._owed,
+            "processes": self.args.world_size,
         }
         state["scheduler"].pop("lr_lambdas", None)  # functions without a state of their own
         (Path(output_dir) / STATE_FILE).write_text(json.dumps(state))
+
+    def _save_rng_state(self, output_dir: str) -> None:
+        tensors, plain = random_states()
+        contents = {f"random.{name}": tensor for name, tensor in tensors.items()}
+        for name, tensor in self.interval_tensors().items():
+            contents[f"interval.{name}"] = tensor.cpu()
+        name = PROCESS_FILE.format(self.args.process_index)
+        save_file(contents, Path(output_dir) / name, {"plain": as_json(plain)})
+
+    def _save_scaler(self, output_dir: str) -> None:
+        """Nothing: the scaler's state is saved with the optimiser's."""
+
+    # Loading --------------------------------------------------------------------------------------
+
+    def _init_training_state(self, max_steps: int, *arguments: Any) -> tuple[int, int]:
+        """Find where training goes on; past the last epoch where every step is done.
+
+        The Trainer would make one step more of a run that was killed between its last checkpoint
+        and its end.
+        """
+        epochs_trained, steps_trained = super()._init_training_state(max_steps, *arguments)
+        checkpoint = arguments[2]
+        self._finished_checkpoint = None
+        if checkpoint is not None and self.state.global_step >= max_steps:
+            self._finished_checkpoint = checkpoint
+            return int(arguments[1]), 0
+        return epochs_trained, steps_trained
+
+    def _finalize_training(self, *arguments: Any) -> Any:
+        """End training; what a finished run's checkpoint holds is loaded even without a step."""
+        if self._finished_checkpoint is not None:
+            self._load_rng_state(self._finished_checkpoint)
+        return super()._finalize_training(*arguments)
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        """Give the mean loss at the end over the whole run, however often it was resumed."""
+        if "train_loss" in logs:
+            logs["train_loss"] = self._total_loss_scalar / max(self.state.global_step, 1)
+        super().log(logs, start_time)
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
         if checkpoint is None:
@@ -228,24 +387,34 @@ class AtomicCheckpointTrainer(Trainer):
         if scaler is not None and state["scaler"]:
             scaler.load_state_dict(state["scaler"])
 
-    def _save_scaler(self, output_dir: str) -> None:
-        """Nothing: the scaler's state is saved with the optimiser's."""
-
     def _load_scaler(self, checkpoint: str | None) -> None:
         """Nothing: the scaler's state is loaded with the optimiser's."""
 
-    def _save_rng_state(self, output_dir: str) -> None:
-        tensors, plain = random_states()
-        name = f"random-{self.args.process_index}.safetensors"
-        save_file(tensors, Path(output_dir) / name, {"plain": json.dumps(plain)})
-
     def _load_rng_state(self, checkpoint: str | None) -> None:
+        """Load this process's state, and make up for a validation that was broken off.
+
+        The Trainer calls this once, after it has set its own sums to zero and before the first
+        step: at the start of an epoch before it asks for data, within one after it has.
+        """
         if checkpoint is None:
             return
-        path = Path(checkpoint) / f"random-{self.args.process_index}.safetensors"
-        if not path.is_file():
-            # More processes than the run had: the new ones keep the state that their seed gave.
-            return
-        with safe_open(path, framework="pt") as file:
-            plain = json.loads(file.metadata()["plain"])
-        restore_random_states(read_tensors(path), plain)
+        folder = Path(checkpoint)
+        state = read_json(folder / STATE_FILE)
+        files = [folder / PROCESS_FILE.format(rank) for rank in range(state["processes"])]
+        rank = self.args.process_index
+        if rank < len(files):
+            with safe_open(files[rank], framework="pt") as file:
+                plain = json.loads(file.metadata()["plain"])
+            restore_random_states(with_prefix(read_tensors(files[rank]), "random."), plain)
+        # else: more processes than the run had; the new ones keep the state their seed gave.
+        intervals = [with_prefix(read_tensors(file), "interval.") for file in files]
+        same = len(files) == self.args.world_size
+        interval = intervals[rank] if same else self.merge_intervals(intervals)
+        self.restore_state(interval, state["trainer"])
+        if state["owed"]:
+            self.control.should_log = False
+            self.control.should_evaluate = state["owed"]["evaluate"]
+            self.control.should_save = state["owed"]["save"]
+            epoch = float(self.state.epoch or 0)
+            model: Any = self.model_wrapped
+            self._maybe_log_save_evaluate(self._tr_loss, None, model, None, epoch, None, 0.0)

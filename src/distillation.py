@@ -25,7 +25,6 @@ from torch import Tensor, nn
 from transformers.trainer_utils import EvalLoopOutput
 
 from src.batching import EpochSampler, PackedDataset, ProteinDataset
-from src.checkpoints import AtomicCheckpointTrainer
 from src.fused import Student, fused_distillation_losses, teacher_statistics
 from src.losses import (
     CONSTANT_ENTROPY,
@@ -46,6 +45,7 @@ from src.losses import (
     valid_positions,
 )
 from src.models import accepts, final_hidden_states, has_dropout, model_inputs, output_head
+from src.safeguards import GuardedTrainer
 from src.settings import LOSS_IMPLEMENTATIONS, LossSettings
 
 if TYPE_CHECKING:
@@ -76,7 +76,7 @@ __all__ = [
 ]
 
 
-class DistillationTrainer(AtomicCheckpointTrainer):
+class DistillationTrainer(GuardedTrainer):
     """A ``transformers.Trainer`` whose loss compares the student with a teacher.
 
     The teacher is kept beside the model, not inside it: in eval mode, without gradients, in its
@@ -396,6 +396,20 @@ class DistillationTrainer(AtomicCheckpointTrainer):
 
     # Evaluation and logging --------------------------------------------------------------------
 
+    def get_eval_dataloader(self, eval_dataset: Any = None) -> Any:
+        """Return the batches of this process, each protein in one process only.
+
+        By default proteins are repeated until all processes have equally many batches, which would
+        count them twice.
+        """
+        config = self.accelerator.dataloader_config
+        before = config.even_batches
+        config.even_batches = before and self.compute_metrics is not None
+        try:
+            return super().get_eval_dataloader(eval_dataset)
+        finally:
+            config.even_batches = before
+
     def evaluation_loop(
         self,
         dataloader: Any,
@@ -452,6 +466,38 @@ class DistillationTrainer(AtomicCheckpointTrainer):
     def _join(self, records: list[dict[str, float]], when: str) -> dict[str, Any]:
         """Return one record of the figures of all students, of ``train`` or ``eval``."""
         return records[0]
+
+    def interval_tensors(self) -> dict[str, Tensor]:
+        """Return also the sums of the losses' parts since the last record, ``(students, 6)``."""
+        sums = torch.stack([tally.sums for tally in self._tallies])
+        return {**super().interval_tensors(), "parts": sums}
+
+    def plain_state(self) -> dict[str, Any]:
+        """Return also where and for how long the losses' parts have been summed."""
+        first = self._tallies[0]
+        times = {"seconds": time.monotonic() - first.since, "waited": self._waited}
+        since = {"started": first.started, "first_step": first.first_step, **times}
+        return {**super().plain_state(), "tally": since}
+
+    def restore_state(self, tensors: Mapping[str, Tensor], plain: Mapping[str, Any]) -> None:
+        """Set also the sums of the losses' parts."""
+        super().restore_state(tensors, plain)
+        since = plain["tally"]
+        for tally, sums in zip(self._tallies, tensors["parts"], strict=True):
+            tally.sums, tally.started = sums.clone(), since["started"]
+            tally.first_step = since["first_step"]
+            tally.since = time.monotonic() - since["seconds"]
+        self._waited = since["waited"]
+
+    def merge_intervals(self, parts: list[dict[str, Tensor]]) -> dict[str, Tensor]:
+        """Return the sums for another number of processes: the first takes them all."""
+        sums = torch.stack([part["parts"] for part in parts]).sum(0)
+        sums = sums if self.args.process_index == 0 else torch.zeros_like(sums)
+        return {**super().merge_intervals(parts), "parts": sums}
+
+    def number_micro_batch(self, step: int, number: int) -> None:
+        """Note which batch of which step is done next."""
+        self._micro_batch = (step, number)
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """Add the parts of the training loss since the last record, and the rate, to ``logs``.

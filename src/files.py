@@ -3,13 +3,24 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import hashlib
 import json
 import os
+import re
+import shutil
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 from typing import IO, Any
+
+from src.crash_points import crash_point
+
+UNFINISHED_SUFFIX = ".unfinished"
+"""Of the name of a directory that is not yet whole."""
+UNFINISHED_NAME = re.compile(r"(checkpoint-\d+(\.\w+)?|model)" + re.escape(UNFINISHED_SUFFIX))
+TEMPORARY_NAME = re.compile(r"\..+\.[^.]{8}\.tmp")
+FULL = (errno.ENOSPC, errno.EDQUOT)
 
 
 @contextlib.contextmanager
@@ -34,11 +45,54 @@ def atomic_write(path: str | Path, mode: str = "w") -> Iterator[IO]:
             os.fsync(handle.fileno())
         # mkstemp makes private files; results are meant to be shared like any other file.
         os.chmod(name, 0o666 & ~_umask())
+        crash_point(f"write:{path.name}")
         os.replace(name, path)
         sync_folder(path.parent)
     except BaseException:
         with contextlib.suppress(FileNotFoundError):
             os.unlink(name)
+        raise
+
+
+def is_temporary(name: str) -> bool:
+    """Return whether :func:`atomic_write` gives such a name to a file that is not yet whole."""
+    return TEMPORARY_NAME.fullmatch(name) is not None
+
+
+def remove_unfinished(folder: Path) -> list[str]:
+    """Remove what a killed process left half-written in a directory, and return its names.
+
+    Only names that this program gives to files and directories before they are whole are touched.
+    """
+    removed = []
+    for path in sorted(folder.iterdir()):
+        if UNFINISHED_NAME.fullmatch(path.name) and path.is_dir():
+            shutil.rmtree(path)
+        elif is_temporary(path.name):
+            path.unlink(missing_ok=True)
+        else:
+            continue
+        removed.append(path.name)
+    return removed
+
+
+@contextlib.contextmanager
+def names_full_disk(folder: str | Path, way_out: str) -> Iterator[None]:
+    """Turn the many errors of a full disk into a ``ValueError`` of one line.
+
+    Args:
+        folder: what was written to.
+        way_out: what the user can do.
+    """
+    from safetensors import SafetensorError
+
+    try:
+        yield
+    except (OSError, SafetensorError) as error:
+        # safetensors reports the system's error in its text alone.
+        code = getattr(error, "errno", None)
+        if code in FULL or any(f"os error {number})" in str(error) for number in FULL):
+            raise ValueError(f"{folder}: no space left on the disk; {way_out}") from error
         raise
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import fcntl
+import functools
 import os
 import platform
 import subprocess
@@ -12,9 +13,9 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from importlib import metadata
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
-from src.files import read_json, write_json
+from src.files import is_temporary, names_full_disk, read_json, write_json
 
 RUN_FILE = "run.json"
 LOCK_FILE = ".lock"
@@ -26,6 +27,26 @@ PACKAGES = ("torch", "transformers", "tokenizers", "accelerate", "datasets", "nu
 
 class InUseError(ValueError):
     """Another process holds a directory."""
+
+
+_held: set[IO] = set()
+"""Lock files that this process holds open."""
+
+
+@functools.cache
+def _leave_locks_to_parent() -> None:
+    """Let processes forked from now on, as data workers are, close their copies of our locks.
+
+    A lock belongs to the open file: workers that outlive a killed run by some seconds would hold it
+    for so long.
+    """
+
+    def close() -> None:
+        for handle in _held:
+            handle.close()
+        _held.clear()
+
+    os.register_at_fork(after_in_child=close)
 
 
 @contextmanager
@@ -43,6 +64,7 @@ def locked(folder: Path, flag: str = "--output_dir") -> Iterator[None]:
         InUseError: another process holds it.
     """
     folder.mkdir(parents=True, exist_ok=True)
+    _leave_locks_to_parent()
     with (folder / LOCK_FILE).open("a+") as handle:
         try:
             fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -56,7 +78,11 @@ def locked(folder: Path, flag: str = "--output_dir") -> Iterator[None]:
         handle.truncate()
         handle.write(f"process {os.getpid()} on {platform.node()}")
         handle.flush()
-        yield
+        _held.add(handle)
+        try:
+            yield
+        finally:
+            _held.discard(handle)
 
 
 def read_run(folder: str | Path) -> dict[str, Any]:
@@ -95,8 +121,9 @@ def claim_folder(folder: Path, settings: Mapping[str, Any], resume: bool) -> str
     Raises:
         ValueError: something else is there, or the same run, unfinished, without ``--resume``.
     """
-    contents = [p for p in folder.iterdir() if p.name != LOCK_FILE] if folder.exists() else []
-    if not contents:
+    contents = [p.name for p in folder.iterdir()] if folder.exists() else []
+    if all(name == LOCK_FILE or is_temporary(name) for name in contents):
+        # Also what a run leaves that was killed before its first record was whole.
         return "new"
     if not (folder / RUN_FILE).is_file():
         raise ValueError(
@@ -169,4 +196,5 @@ def versions() -> dict[str, str]:
 
 def write_run(folder: Path, record: Mapping[str, Any]) -> None:
     """Write a run's record atomically."""
-    write_json(folder / RUN_FILE, {"schema_version": SCHEMA_VERSION, **record})
+    with names_full_disk(folder, "make space and go on with --resume"):
+        write_json(folder / RUN_FILE, {"schema_version": SCHEMA_VERSION, **record})

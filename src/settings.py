@@ -161,6 +161,7 @@ class TrainSettings:
     loss_impl: str = "fused"
     cached_teacher: bool = False
     init_from: str | None = None
+    skip_loss_spikes: float | None = None
     seed: int = 42
 
     def __post_init__(self) -> None:
@@ -176,6 +177,8 @@ class TrainSettings:
         for name in ("batch_size", "gradient_accumulation_steps", "validation_proteins"):
             if getattr(self, name) < 1:
                 raise ValueError(f"--{name} must be at least 1, got {getattr(self, name)}")
+        if self.skip_loss_spikes is not None and not 1 < self.skip_loss_spikes < math.inf:
+            raise ValueError(f"--skip_loss_spikes must be above 1, got {self.skip_loss_spikes}")
         if self.max_length < 8:
             raise ValueError(f"--max_length must be at least 8 tokens, got {self.max_length}")
         for name, choices in (

@@ -25,7 +25,7 @@ from torch import Tensor
 
 from src.batching import PaddingCollator
 from src.cli import progress, say, size
-from src.files import atomic_write, read_json, sha256_file, write_json
+from src.files import atomic_write, read_json, remove_unfinished, sha256_file, write_json
 from src.fused import teacher_statistics
 from src.models import final_hidden_states, model_fingerprint, output_head
 from src.runs import locked
@@ -184,6 +184,7 @@ def capture(
     token_bytes = needed_bytes(1, width, weight.dtype)
     ranges = shard_ranges(lengths, token_bytes, shard_bytes)
     with locked(folder):
+        remove_unfinished(folder)
         kept = [_shard_record(folder, number) for number in range(len(ranges))]
         missing = [number for number, record in enumerate(kept) if record is None]
         need = sum(int(lengths[slice(*ranges[number])].sum()) for number in missing) * token_bytes

@@ -28,7 +28,9 @@ from src.devices import (
 )
 from src.distillation import DistillationTrainer
 from src.evaluation import check_teacher
+from src.files import remove_unfinished
 from src.initialisation import subclone
+from src.interruption import stops_on_signals
 from src.models import (
     build_student,
     count_parameters,
@@ -193,6 +195,7 @@ def build_trainer(
         teacher_model=teacher,
         **asdict(settings.loss),
         loss_impl=settings.loss_impl,
+        skip_loss_spikes=settings.skip_loss_spikes,
         args=arguments,
         processing_class=tokenizer,
         callbacks=[MetricsFile(Path(str(arguments.output_dir))), ConsoleProgress()],
@@ -246,6 +249,7 @@ def capture_parts(
     }
 
 
+@stops_on_signals
 def train(
     settings: TrainSettings,
     output_dir: Path,
@@ -323,6 +327,7 @@ def train(
 
     with locked(output_dir):
         standing = claim_folder(output_dir, wanted, resume)
+        remove_unfinished(output_dir)
         record: dict[str, Any] = {
             "name": output_dir.name,
             "status": RUNNING,

@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import json
+import os
 import random
+import shutil
+import subprocess
 
 import numpy as np
 import pytest
 import torch
-from transformers import TrainingArguments
+from small_runs import assert_same_bits, make_trainer, resume
 
-from src.batching import PaddingCollator, ProteinDataset
 from src.checkpoints import (
+    as_json,
     checkpoints_of,
     fault_of,
     newest_valid,
@@ -19,82 +22,18 @@ from src.checkpoints import (
     restore_random_states,
     write_manifest,
 )
-from src.distillation import DistillationTrainer
-from src.files import sha256_file
-from src.models import model_fingerprint
+from src.files import remove_unfinished
 
 
-class Tokens:
-    """Stands in for tokenised proteins."""
-
-    def __init__(self, count: int = 24) -> None:
-        rng = np.random.default_rng(0)
-        self.rows = [rng.integers(1, 60, n) for n in rng.integers(4, 30, count)]
-        self.lengths = np.array([len(row) for row in self.rows])
-
-    def __len__(self) -> int:
-        return len(self.rows)
-
-    def __getitem__(self, index: int) -> np.ndarray:
-        return self.rows[index]
-
-
-def make_trainer(tiny_lm, folder, **overrides):
-    student = tiny_lm(seed=1, resid_pdrop=0.1, embd_pdrop=0.1, attn_pdrop=0.1)
-    settings = {
-        "output_dir": str(folder),
-        "use_cpu": True,
-        "report_to": "none",
-        "disable_tqdm": True,
-        "save_strategy": "steps",
-        "save_steps": 2,
-        "save_total_limit": 2,
-        "eval_strategy": "steps",
-        "eval_steps": 3,
-        "remove_unused_columns": False,
-        "per_device_train_batch_size": 2,
-        "gradient_accumulation_steps": 2,
-        "max_steps": 9,
-        "logging_steps": 3,
-        "learning_rate": 1e-2,
-        "warmup_steps": 2,
-    }
-    dataset = ProteinDataset(Tokens())
-    return DistillationTrainer(
-        model=student,
-        teacher_model=tiny_lm(n_layer=3, n_embd=24, seed=2),
-        use_uncertainty_weighting=True,
-        use_calibration_smoothing=True,
-        args=TrainingArguments(**{**settings, **overrides}),
-        train_dataset=dataset,
-        eval_dataset=dataset,
-        data_collator=PaddingCollator(0),
-    )
-
-
-TIMES = {
-    "tokens_per_second",
-    "train_runtime",
-    "train_samples_per_second",
-    "train_steps_per_second",
-    "total_flos",
-    "train_loss",
-}
-
-
-def history(folder):
-    state = json.loads((folder / "trainer_state.json").read_text())
-    return [
-        {k: v for k, v in r.items() if k not in TIMES and "runtime" not in k and "per_sec" not in k}
-        for r in state["log_history"]
-    ]
-
-
-@pytest.mark.parametrize("stop_after", [2, 4, 6])
-def test_a_resumed_run_ends_in_the_same_bits(tiny_lm, tmp_path, stop_after):
-    whole = make_trainer(tiny_lm, tmp_path / "whole", save_total_limit=None)
+@pytest.mark.parametrize(
+    ("stop_after", "workers", "packed"),
+    [(0, 0, False), (2, 0, False), (4, 2, True), (6, 0, False), (6, 0, True)],
+)
+def test_a_resumed_run_ends_in_the_same_bits(tiny_lm, tmp_path, stop_after, workers, packed):
+    options = {"packed": packed, "dataloader_num_workers": workers}
+    whole = make_trainer(tiny_lm, tmp_path / "whole", **options)
     whole.train()
-    cut = make_trainer(tiny_lm, tmp_path / "cut", save_total_limit=None)
+    cut = make_trainer(tiny_lm, tmp_path / "cut", **options)
 
     class Stop(Exception):
         pass
@@ -114,22 +53,17 @@ def test_a_resumed_run_ends_in_the_same_bits(tiny_lm, tmp_path, stop_after):
     torch.rand(5)
     random.random()
     np.random.rand(3)
-    resumed = make_trainer(tiny_lm, tmp_path / "cut", save_total_limit=None)
-    resumed.train(resume_from_checkpoint=str(newest_valid(tmp_path / "cut")))
-    a, b = (tmp_path / name / "checkpoint-8" for name in ("whole", "cut"))
-    for file in ("model.safetensors", "optimizer.safetensors", "random-0.safetensors"):
-        assert sha256_file(a / file) == sha256_file(b / file), file
-    assert history(a) == history(b)
-    one, other = (model_fingerprint(ours.model) for ours in (whole, resumed))  # type: ignore[arg-type]
-    assert one == other
+    resumed = make_trainer(tiny_lm, tmp_path / "cut", **options)
+    resume(resumed)
+    assert_same_bits(whole, resumed)
 
 
 def test_old_checkpoints_go_and_no_pickle_is_written(tiny_lm, tmp_path):
-    make_trainer(tiny_lm, tmp_path / "run").train()
+    make_trainer(tiny_lm, tmp_path / "run", save_total_limit=2).train()
     run = tmp_path / "run"
     assert [path.name for path in checkpoints_of(run)] == ["checkpoint-9", "checkpoint-8"]
     suffixes = {path.suffix for path in run.rglob("*") if path.is_file()}
-    assert suffixes <= {".json", ".safetensors", ".jinja", ".txt"}
+    assert suffixes <= {".json", ".jsonl", ".safetensors", ".jinja", ".txt"}
     assert not list(run.glob("*.unfinished"))
     assert fault_of(run / "checkpoint-9") is None
 
@@ -166,7 +100,100 @@ def test_a_damaged_checkpoint_is_passed_over_and_said_so(tmp_path, kind):
 
 def test_random_states_round_trip_through_json():
     tensors, plain = random_states()
-    plain = json.loads(json.dumps(plain))
+    plain = json.loads(as_json(plain))
     first = (torch.rand(3).tolist(), random.random(), np.random.rand(3).tolist())
     restore_random_states(tensors, plain)
     assert first == (torch.rand(3).tolist(), random.random(), np.random.rand(3).tolist())
+
+
+def test_a_run_killed_after_its_last_checkpoint_makes_no_further_step(tiny_lm, tmp_path):
+    # Ten steps would be the end of an epoch; nine is the middle of one, where the Trainer of the
+    # library would go on.
+    whole = make_trainer(tiny_lm, tmp_path / "whole")
+    whole.train()
+    again = resume(make_trainer(tiny_lm, tmp_path / "whole"))
+    assert again.state.global_step == 9
+    other = make_trainer(tiny_lm, tmp_path / "other")
+    other.train()
+    assert_same_bits(again, other)
+
+
+def test_a_checkpoint_of_a_step_can_be_made_again(tiny_lm, tmp_path):
+    trainer = make_trainer(tiny_lm, tmp_path, max_steps=2)
+    trainer.train()
+    final = tmp_path / "checkpoint-2"
+    before = final.stat().st_ino
+    trainer._save_checkpoint(trainer.model, None)
+    assert final.stat().st_ino != before
+    assert fault_of(final) is None
+    (final / "config.json").write_text("{}")
+    trainer._save_checkpoint(trainer.model, None)
+    assert fault_of(final) is None
+    # The whole one was replaced; the broken one is kept for a look.
+    kept = {path.name for path in tmp_path.glob("checkpoint*")}
+    assert kept == {"checkpoint-2", f"checkpoint-2.broken-{os.getpid()}"}
+
+
+def test_a_full_disk_leaves_the_last_checkpoint_and_a_clear_line(tiny_lm, tmp_path, small_disk):
+    whole = make_trainer(tiny_lm, tmp_path / "whole")
+    whole.train()
+    run = small_disk / "run"
+    fill = small_disk / "other data"
+    trainer = make_trainer(tiny_lm, run)
+    save = trainer._save_checkpoint
+
+    def save_on_a_full_disk(model, trial):
+        if trainer.state.global_step == 6:
+            free = shutil.disk_usage(small_disk).free
+            fill.write_bytes(bytes(max(0, free - 40_000)))
+        save(model, trial)
+
+    trainer._save_checkpoint = save_on_a_full_disk
+    with pytest.raises(ValueError, match="no space left on the disk; checkpoint-4 is whole"):
+        trainer.train()
+    assert [path.name for path in checkpoints_of(run)] == ["checkpoint-4", "checkpoint-2"]
+    assert all(fault_of(path) is None for path in checkpoints_of(run))
+    assert not list(run.glob("*.unfinished"))
+    fill.unlink()
+    assert_same_bits(whole, resume(make_trainer(tiny_lm, run)))
+
+
+@pytest.fixture
+def small_disk(tmp_path):
+    """Return a file system of four megabytes."""
+    folder = tmp_path / "disk"
+    folder.mkdir()
+    mount = ["mount", "-t", "tmpfs", "-o", "size=4m", "tmpfs", str(folder)]
+    if shutil.which("mount") is None or subprocess.run(mount, capture_output=True).returncode:
+        pytest.skip("file systems can be mounted by root alone")
+    yield folder
+    subprocess.run(["umount", "--lazy", str(folder)], check=True)
+
+
+def test_a_model_is_written_file_by_file_when_whole(tiny_lm, tmp_path, small_disk):
+    """A full disk at the end leaves no half of a model under the model's name."""
+    trainer = make_trainer(tiny_lm, small_disk)
+    free = shutil.disk_usage(small_disk).free
+    (small_disk / "other data").write_bytes(bytes(free - 8_000))
+    with pytest.raises(ValueError, match="no space left"):
+        trainer.save_model(str(small_disk / "model"))
+    assert not list((small_disk / "model").glob("*.*"))
+    (small_disk / "other data").unlink()
+    trainer.save_model(str(small_disk / "model"))
+    assert {"config.json", "model.safetensors"} <= {
+        p.name for p in (small_disk / "model").iterdir()
+    }
+
+
+def test_leftovers_of_a_killed_run_go_and_nothing_else(tmp_path):
+    ours = ["checkpoint-3.unfinished", "checkpoint-2.old.unfinished", "model.unfinished"]
+    ours.append(".run.json.abcdefgh.tmp")
+    theirs = ["notes.unfinished", "results.tmp", ".hidden", "checkpoint-2.broken-17", "thesis.txt"]
+    for name in [*ours[:3], "thesis.unfinished"]:
+        (tmp_path / name).mkdir()
+    for name in [ours[3], *theirs]:
+        (tmp_path / name).write_text("x")
+    assert sorted(remove_unfinished(tmp_path)) == sorted(ours)
+    assert sorted(path.name for path in tmp_path.iterdir()) == sorted(
+        [*theirs, "thesis.unfinished"]
+    )

@@ -146,6 +146,32 @@ def test_eight_at_once_equal_eight_accumulated(trainer, tmp_path, impl, weightin
         assert (other - weights[0]).norm() / step.norm() < 1e-6
 
 
+@pytest.mark.parametrize("impl", ["reference", "fused"])
+def test_order_within_a_step_and_padding_side_change_nothing(trainer, impl):
+    ours = trainer(dtype=torch.float64, loss_impl=impl, **BOTH)
+    rows = [{"input_ids": row} for row in Tokens(12).rows]
+    found = []
+    for side, order, size in (
+        ("right", range(12), 4),
+        ("right", [7, 3, 11, 0, 5, 9, 1, 10, 2, 8, 4, 6], 4),
+        ("left", range(11, -1, -1), 3),
+    ):
+        ordered = [rows[i] for i in order]
+        collate = PaddingCollator(0, side)
+        batches = [collate(ordered[i : i + size]) for i in range(0, 12, size)]
+        count = ours._get_num_items_in_batch(batches, torch.device("cpu"))
+        ours.model.zero_grad()
+        losses = [
+            ours.compute_loss(ours.model, batch, num_items_in_batch=count) for batch in batches
+        ]
+        torch.stack(losses).sum().backward()
+        gradient = torch.cat([p.grad.flatten() for p in ours.model.parameters()])
+        found.append((torch.stack(losses).sum().item(), gradient))
+    for loss, gradient in found[1:]:
+        assert loss == pytest.approx(found[0][0], rel=1e-9)
+        assert (gradient - found[0][1]).norm() / found[0][1].norm() < 1e-9
+
+
 def test_packed_rows_give_the_loss_of_padded_rows(trainer):
     tokens = Tokens()
     rows = PackedDataset(tokens, 64)

@@ -97,6 +97,7 @@ CHANGES = {
     "--batching": "packed",
     "--precision": "fp32",
     "--seed": "1",
+    "--skip_loss_spikes": "3",
     "--eval_steps": "3",
     "--save_steps": "3",
     "--validation_proteins": "10",

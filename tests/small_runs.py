@@ -1,0 +1,100 @@
+"""A training of a second: what tests of checkpoints, signals, failures and processes share."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from transformers import TrainingArguments
+
+from src.batching import PackedDataset, PackingCollator, PaddingCollator, ProteinDataset
+from src.callbacks import MetricsFile, read_metrics
+from src.checkpoints import newest_valid
+from src.distillation import DistillationTrainer
+from src.files import sha256_file
+from src.models import model_fingerprint
+
+
+class Tokens:
+    """Stands in for tokenised proteins."""
+
+    def __init__(self, count: int = 24) -> None:
+        rng = np.random.default_rng(0)
+        self.rows = [rng.integers(1, 60, n) for n in rng.integers(4, 30, count)]
+        self.lengths = np.array([len(row) for row in self.rows])
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def __getitem__(self, index: int) -> np.ndarray:
+        return self.rows[index]
+
+
+def make_trainer(tiny_lm, folder, packed=False, dropout=0.1, loss=None, **overrides) -> Any:
+    """Return a Trainer whose log, validation and checkpoints fall on different steps."""
+    pdrop = {"resid_pdrop": dropout, "embd_pdrop": dropout, "attn_pdrop": dropout}
+    student = tiny_lm(seed=1, **pdrop)
+    settings: dict[str, Any] = {
+        "output_dir": str(folder),
+        "use_cpu": True,
+        "report_to": "none",
+        "disable_tqdm": True,
+        "save_strategy": "steps",
+        "save_steps": 2,
+        "save_total_limit": None,
+        "eval_strategy": "steps",
+        "eval_steps": 3,
+        "remove_unused_columns": False,
+        "per_device_train_batch_size": 2,
+        "gradient_accumulation_steps": 2,
+        "max_steps": 9,
+        "logging_steps": 3,
+        "learning_rate": 1e-2,
+        "warmup_steps": 2,
+        "logging_nan_inf_filter": False,
+    }
+    tokens = Tokens()
+    dataset = PackedDataset(tokens, 64) if packed else ProteinDataset(tokens)
+    return DistillationTrainer(
+        model=student,
+        teacher_model=tiny_lm(n_layer=3, n_embd=24, seed=2),
+        **{"use_uncertainty_weighting": True, "use_calibration_smoothing": True, **(loss or {})},
+        args=TrainingArguments(**{**settings, **overrides}),
+        train_dataset=dataset,
+        eval_dataset=dataset,
+        data_collator=PackingCollator(0, 64) if packed else PaddingCollator(0),
+        callbacks=[MetricsFile(Path(folder))],
+    )
+
+
+def resume(trainer):
+    """Go on from the newest whole checkpoint of a Trainer's directory, if there is one."""
+    newest = newest_valid(Path(trainer.args.output_dir))
+    trainer.train(resume_from_checkpoint=None if newest is None else str(newest))
+    return trainer
+
+
+def timeless(record: dict[str, Any]) -> dict[str, Any]:
+    """Return a record without its times."""
+    times = ("runtime", "per_second", "data_wait_share")
+    return {k: v for k, v in record.items() if not any(part in k for part in times)}
+
+
+def history(checkpoint: Path) -> list[dict[str, Any]]:
+    """Return the log in a checkpoint, without times."""
+    state = json.loads((checkpoint / "trainer_state.json").read_text())
+    return [timeless(record) for record in state["log_history"]]
+
+
+def assert_same_bits(one, other, step: int = 9) -> None:
+    """Compare the last checkpoints, the logs and the weights of two Trainers."""
+    folders = [Path(trainer.args.output_dir) for trainer in (one, other)]
+    a, b = (folder / f"checkpoint-{step}" for folder in folders)
+    for file in ("model.safetensors", "optimizer.safetensors", "process-0.safetensors"):
+        assert sha256_file(a / file) == sha256_file(b / file), file
+    assert history(a) == history(b)
+    logs = [[timeless(record) for record in read_metrics(folder)] for folder in folders]
+    assert logs[0] == logs[1]
+    assert model_fingerprint(one.model) == model_fingerprint(other.model)

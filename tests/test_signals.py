@@ -1,0 +1,178 @@
+"""SIGTERM and SIGINT: a checkpoint, the right exit status, and the same bits after resuming."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+from pathlib import Path
+
+import pytest
+from small_runs import assert_same_bits, make_trainer, resume
+from transformers import TrainerCallback
+
+from src import interruption
+from src.checkpoints import checkpoints_of, fault_of, newest_valid
+from src.interruption import stops_on_signals
+
+ROOT = Path(__file__).resolve().parents[1]
+
+
+class Signal(TrainerCallback):
+    """Sends this process a signal at the n-th event of a kind."""
+
+    def __init__(self, event, at, number=signal.SIGTERM):
+        self.left, self.number = at, number
+        setattr(self, event, self.count)
+
+    def count(self, *arguments, **options):
+        self.left -= 1
+        if self.left == 0:
+            os.kill(os.getpid(), self.number)
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory):
+    """Return a function that trains undisturbed, once for each choice of options."""
+    trained = {}
+
+    def build(tiny_lm, **options):
+        key = str(options)
+        if key not in trained:
+            trained[key] = make_trainer(tiny_lm, tmp_path_factory.mktemp("whole"), **options)
+            trained[key].train()
+        return trained[key]
+
+    return build
+
+
+@pytest.mark.parametrize(
+    ("event", "at", "step"),
+    [
+        ("on_substep_end", 1, 0),  # in the middle of the first step: there is nothing to keep
+        ("on_substep_end", 4, 3),  # in the middle of a step's accumulation
+        ("on_step_end", 5, 5),  # after a step that neither logs nor saves
+        ("on_step_end", 4, 4),  # after a step that saves anyway
+        ("on_step_end", 6, 6),  # after a step that logs, validates and saves; an epoch ends
+        ("on_prediction_step", 2, 3),  # in the middle of a validation
+        ("on_prediction_step", 4, 6),  # in one with a checkpoint due after it
+        ("on_prediction_step", 8, 9),  # in the last one
+        ("on_log", 2, 3),  # in the middle of bookkeeping
+    ],
+)
+def test_stopped_and_resumed_is_undisturbed(tiny_lm, tmp_path, whole, event, at, step):
+    cut = make_trainer(tiny_lm, tmp_path)
+    cut.add_callback(Signal(event, at))
+    with pytest.raises(SystemExit) as stop:
+        stops_on_signals(cut.train)()
+    assert stop.value.code == 143
+    newest = newest_valid(tmp_path)
+    assert (newest.name if newest else "checkpoint-0") == f"checkpoint-{step}"
+    assert interruption.requested() is None
+    assert_same_bits(whole(tiny_lm), resume(make_trainer(tiny_lm, tmp_path)))
+
+
+def test_stopped_again_and_again(tiny_lm, tmp_path, whole):
+    """A signal in every step, in the validation owed from the last one too."""
+    statuses = []
+    for number in range(60):
+        cut = make_trainer(tiny_lm, tmp_path, packed=True)
+        event = ("on_step_end", "on_prediction_step", "on_substep_end")[number % 3]
+        cut.add_callback(Signal(event, 1, signal.SIGINT))
+        try:
+            stops_on_signals(resume)(cut)
+            break
+        except SystemExit as stop:
+            statuses.append(stop.code)
+    assert statuses
+    assert set(statuses) == {130}
+    assert_same_bits(whole(tiny_lm, packed=True), resume(cut))
+
+
+def test_a_signal_outside_the_loop_ends_at_once(capsys):
+    reached = []
+
+    @stops_on_signals
+    def prepare():
+        os.kill(os.getpid(), signal.SIGTERM)
+        reached.append(True)
+
+    before = signal.getsignal(signal.SIGTERM)
+    with pytest.raises(SystemExit) as stop:
+        prepare()
+    assert stop.value.code == 143
+    assert not reached
+    assert signal.getsignal(signal.SIGTERM) is before
+    assert "stopped by SIGTERM" in capsys.readouterr().err
+
+
+def test_other_threads_train_without_handlers():
+    results = []
+    thread = threading.Thread(target=lambda: results.append(stops_on_signals(lambda: 7)()))
+    thread.start()
+    thread.join()
+    assert results == [7]
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_second_signal_ends_at_once(number):
+    code = (
+        "import time\n"
+        "from src.interruption import deferred, stops_on_signals\n"
+        "@stops_on_signals\n"
+        "def work():\n"
+        "    with deferred():\n"
+        "        print('ready', flush=True)\n"
+        "        time.sleep(60)\n"
+        "        time.sleep(60)\n"
+        "work()\n"
+    )
+    with subprocess.Popen(
+        [sys.executable, "-c", code],
+        cwd=ROOT,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    ) as process:
+        assert process.stdout is not None
+        assert process.stderr is not None
+        assert process.stdout.readline() == "ready\n"
+        process.send_signal(number)
+        assert "a second signal ends at once" in process.stderr.readline()
+        assert process.poll() is None
+        started = time.monotonic()
+        process.send_signal(number)
+        assert process.wait(30) == -number
+        assert time.monotonic() - started < 10
+
+
+def test_workers_leave_signals_to_the_run(tiny_lm, tmp_path):
+    """Ctrl-C reaches the whole process group, and a scheduler may signal every process."""
+    cut = make_trainer(tiny_lm, tmp_path, dataloader_num_workers=2)
+
+    class SignalWorkers(TrainerCallback):
+        def on_step_end(self, args, state, control, **kwargs):
+            if state.global_step == 3:
+                listing = subprocess.run(
+                    ["ps", "-o", "pid=", "--ppid", str(os.getpid())], capture_output=True, text=True
+                )
+                children = [int(line) for line in listing.stdout.split()]
+                signalled = 0
+                for child in children:
+                    if Path(f"/proc/{child}/cmdline").exists():
+                        os.kill(child, signal.SIGTERM)
+                        os.kill(child, signal.SIGINT)
+                        signalled += 1
+                assert signalled >= 2
+                time.sleep(0.3)
+                os.kill(os.getpid(), signal.SIGTERM)
+
+    cut.add_callback(SignalWorkers())
+    with pytest.raises(SystemExit) as stop:
+        stops_on_signals(cut.train)()
+    assert stop.value.code == 143
+    assert checkpoints_of(tmp_path)[0].name == "checkpoint-3"
+    assert fault_of(tmp_path / "checkpoint-3") is None

@@ -1,0 +1,166 @@
+"""Trains on one and on two processes (gloo, CPU); run by tests/test_distributed.py.
+
+PyTorch is imported once, and each rank is a process forked from this one with the environment that
+``torchrun`` would give it. Usage: ``python tests/two_processes.py FOLDER JOB...``
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+import socket
+import sys
+import traceback
+from pathlib import Path
+from typing import Any
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+os.environ.update(OMP_NUM_THREADS="1", HF_HUB_OFFLINE="1", TOKENIZERS_PARALLELISM="false")
+
+import torch
+from small_runs import make_trainer, resume
+from transformers import GPT2Config, GPT2LMHeadModel, TrainerCallback
+
+from src.cli import USER_ERROR
+from src.interruption import stops_on_signals
+from src.safeguards import NotFinite
+
+
+def tiny_lm(n_layer: int = 2, n_embd: int = 16, seed: int = 0, **config):
+    """Return a tiny model in float64, so that orders of summation cannot hide differences."""
+    torch.manual_seed(seed)
+    names = ("resid_pdrop", "embd_pdrop", "attn_pdrop")
+    settings = {**dict.fromkeys(names, 0.0), "initializer_range": 0.4, **config}
+    shape = {"n_layer": n_layer, "n_head": 2, "n_embd": n_embd, "vocab_size": 64}
+    return GPT2LMHeadModel(GPT2Config(n_positions=256, **shape, **settings)).double().eval()
+
+
+class At(TrainerCallback):
+    """Does something in one rank when a step begins, counted from 1."""
+
+    def __init__(self, step: int, rank: int, act):
+        self.step, self.rank, self.act = step, rank, act
+
+    def on_step_begin(self, args, state, control, **kwargs):
+        if state.global_step + 1 == self.step and args.process_index == self.rank:
+            self.act()
+
+
+def die():
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+def ask_to_stop():
+    os.kill(os.getpid(), signal.SIGTERM)
+
+
+def trainer_of(folder: Path, processes: int, dropout: float = 0.0, **options) -> Any:
+    loss = {"weighting": "mean_one", "smoothing": "matched"}
+    return make_trainer(
+        tiny_lm,
+        folder,
+        dropout=dropout,
+        loss=loss,
+        gradient_accumulation_steps=2 // processes,
+        use_cpu=True,
+        **options,
+    )
+
+
+def train(folder, processes, **options):
+    trainer = trainer_of(folder, processes, **options)
+    stops_on_signals(resume)(trainer)
+
+
+def train_and(folder, processes, at, **options):
+    trainer = trainer_of(folder, processes, **options)
+    trainer.add_callback(At(*at))
+    stops_on_signals(resume)(trainer)
+
+
+def train_to_nan(folder, processes):
+    trainer = trainer_of(folder, processes)
+
+    def spoil():
+        with torch.no_grad():
+            trainer.model.transformer.ln_f.bias[0] = float("nan")
+
+    trainer.add_callback(At(6, 1, spoil))
+    resume(trainer)
+
+
+# (name of the directory, processes, function, options): a job is a list of them.
+JOBS = {
+    "one": [("one", 1, train, {})],
+    "two": [("two", 2, train, {})],
+    "two then one": [
+        ("two then one", 2, train_and, {"at": (6, 0, die)}),
+        ("two then one", 1, train, {}),
+    ],
+    "one then two": [
+        ("one then two", 1, train_and, {"at": (6, 0, die)}),
+        ("one then two", 2, train, {}),
+    ],
+    "dropout": [("dropout", 2, train, {"dropout": 0.1})],
+    "dropout, killed": [
+        ("dropout, killed", 2, train_and, {"dropout": 0.1, "at": (6, 1, die)}),
+        ("dropout, killed", 2, train, {"dropout": 0.1}),
+    ],
+    "dropout, stopped": [
+        ("dropout, stopped", 2, train_and, {"dropout": 0.1, "at": (4, 1, ask_to_stop)}),
+        ("dropout, stopped", 2, train, {"dropout": 0.1}),
+    ],
+    "nan": [("nan", 2, train_to_nan, {})],
+}
+
+
+def run_ranks(folder: Path, processes: int, function, options) -> list[int]:
+    """Run a function in so many processes and return their exit statuses."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    ranks = []
+    for rank in range(processes):
+        process = os.fork()
+        if process:
+            ranks.append(process)
+            continue
+        status = 1
+        try:
+            if processes > 1:
+                place = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": processes}
+                place |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+                place |= {"LOCAL_WORLD_SIZE": processes}
+                os.environ.update({name: str(value) for name, value in place.items()})
+            function(folder, processes, **options)
+            status = 0
+        except NotFinite as error:
+            print(f"rank {rank}: {error}", flush=True)
+            status = USER_ERROR
+        except SystemExit as stop:
+            status = int(stop.code or 0)
+        except BaseException:
+            traceback.print_exc()
+        finally:
+            os._exit(status)
+    statuses = {}
+    lost = False
+    while len(statuses) < processes:
+        process, status = os.wait()
+        statuses[process] = os.waitstatus_to_exitcode(status)
+        if statuses[process] == -signal.SIGKILL and not lost:
+            # What torchrun does when a process dies: it ends the others. One that notices first
+            # that it is alone fails by itself.
+            lost = True
+            for other in ranks:
+                if other not in statuses:
+                    os.kill(other, signal.SIGKILL)
+    return [-signal.SIGKILL if lost else statuses[process] for process in ranks]
+
+
+if __name__ == "__main__":
+    base = Path(sys.argv[1])
+    for job in sys.argv[2:]:
+        for name, processes, function, options in JOBS[job]:
+            statuses = run_ranks(base / name, processes, function, options)
+            print(f"{job}: {[int(status) for status in statuses]}", flush=True)
