@@ -25,7 +25,7 @@ from torch import Tensor
 from transformers import Trainer
 
 from src.cli import say
-from src.files import read_json, sha256_file, sync_folder, write_json
+from src.files import is_plain_name, read_json, sha256_file, sync_folder, write_json
 
 MANIFEST = "manifest.json"
 OPTIMIZER_FILE = "optimizer.safetensors"
@@ -50,7 +50,11 @@ def fault_of(folder: Path) -> str | None:
     """Return what is wrong with a checkpoint, or None where every file agrees with the manifest."""
     try:
         files = read_json(folder / MANIFEST)["files"]
+        if not files:
+            return f"{MANIFEST} names no file"
         for name, expected in files.items():
+            if not is_plain_name(name):
+                return f"{MANIFEST} names {name!r:.40}, which is no file of the checkpoint"
             path = folder / name
             if not path.is_file():
                 return f"{name} is missing"
