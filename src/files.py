@@ -12,6 +12,8 @@ from pathlib import Path
 from typing import IO, Any
 
 MAX_JSON_BYTES = 1 << 25
+MAX_JSON_DEPTH = 100
+"""Deeper than any file of ours, and far from where Python's own recursion ends."""
 
 
 @contextlib.contextmanager
@@ -97,13 +99,29 @@ def read_json(path: str | Path, max_bytes: int = MAX_JSON_BYTES) -> Any:
             reason = "not UTF-8 text"
         raise ValueError(f"{path}: cannot be read ({reason})") from None
     try:
-        return json.loads(text, object_pairs_hook=_object)
+        value = json.loads(text, object_pairs_hook=_object)
     except json.JSONDecodeError as error:
         raise ValueError(f"{path}: line {error.lineno}: not valid JSON") from None
     except RecursionError:
         raise ValueError(f"{path}: not valid JSON (nested too deeply)") from None
     except ValueError as error:
         raise ValueError(f"{path}: not valid JSON ({error})") from None
+    if is_nested_beyond(value, MAX_JSON_DEPTH):
+        raise ValueError(f"{path}: is nested more than {MAX_JSON_DEPTH} deep: no file of ours is")
+    return value
+
+
+def is_nested_beyond(value: Any, depth: int) -> bool:
+    """Return whether lists and objects stand in one another more than ``depth`` times."""
+    level = [value] if isinstance(value, dict | list) else []
+    for _ in range(depth):
+        level = [
+            child
+            for item in level
+            for child in (item.values() if isinstance(item, dict) else item)
+            if isinstance(child, dict | list)
+        ]
+    return bool(level)
 
 
 def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from src.cli import printable
-from src.files import read_json, write_json
+from src.files import MAX_JSON_DEPTH, is_nested_beyond, read_json, write_json
 from src.runs import relative_paths
 
 if TYPE_CHECKING:
@@ -77,8 +77,6 @@ NESTED: dict[str, str] = {
     "data.clusters": "at least 0",
 }
 """Figures inside the objects above that the table for a person shows. May be missing or null."""
-
-MAX_DEPTH = 100
 
 
 def write_results(path: str | Path, results: Mapping[str, Any], overwrite: bool = False) -> None:
@@ -179,10 +177,6 @@ def _is_number(value: Any) -> bool:
     return isinstance(value, int | float) and not isinstance(value, bool)
 
 
-def _fits_float(value: int) -> bool:
-    return abs(value) <= sys.float_info.max
-
-
 def _problem(value: Any, kind: str) -> str | None:
     """Return what is wrong with a value of some kind, or None."""
     if kind in ("number", "above 0", "at least 0", "share"):
@@ -222,25 +216,24 @@ def _problem(value: Any, kind: str) -> str | None:
 def _unusable(results: Mapping[str, Any]) -> str | None:
     """Return what no results file may hold anywhere, with its dotted name, or None.
 
-    That is: NaN, infinity, an integer beyond every float, or objects nested so deeply that other
-    programs refuse them.
+    That is: NaN, infinity, an integer beyond every float, or objects nested too deeply to be read.
     """
-    stack: list[tuple[str, int, Any]] = [("", 0, results)]
+    if is_nested_beyond(dict(results), MAX_JSON_DEPTH):
+        return f"is nested more than {MAX_JSON_DEPTH} deep"
+    stack: list[tuple[str, Any]] = [("", results)]
     while stack:
-        where, depth, item = stack.pop()
+        where, item = stack.pop()
         if isinstance(item, float) and not math.isfinite(item):
             return f"{where} is not a finite number"
-        if isinstance(item, int) and not _fits_float(item):
+        if isinstance(item, int) and abs(item) > sys.float_info.max:
             return f"{where} is too large a number"
-        if depth > MAX_DEPTH:
-            return f"{where[:40]}… is nested more than {MAX_DEPTH} deep"
         if isinstance(item, Mapping):
             stack += [
-                (f"{where}.{str(key)[:40]}" if where else str(key)[:40], depth + 1, each)
+                (f"{where}.{str(key)[:40]}" if where else str(key)[:40], each)
                 for key, each in item.items()
             ]
         elif isinstance(item, list | tuple):
-            stack += [(f"{where}[{index}]", depth + 1, each) for index, each in enumerate(item)]
+            stack += [(f"{where}[{index}]", each) for index, each in enumerate(item)]
     return None
 
 

@@ -19,7 +19,7 @@ import pytest
 from src import fuzzing
 from src.cli import one_line, printable
 from src.files import is_plain_name, read_json
-from src.results import read_results, summary_lines, with_interval
+from src.results import read_results, summary_lines, with_interval, write_results
 from src.runs import read_run
 from src.sources import ReadReport, read_entries
 from src.splits import read_clusters, read_split
@@ -326,11 +326,18 @@ def test_results_whose_figures_cannot_be_shown_are_refused(tmp_path, change, mes
     assert len(str(caught.value)) < 500
 
 
-def test_results_nested_without_end_are_refused(tmp_path):
-    deep = json.loads("[" * 500 + "]" * 500)
-    path = written(tmp_path / "r.json", {"schema_version": 1, **good(), "run": {"a": deep}})
-    with pytest.raises(ValueError, match="nested more than"):
-        read_results(path)
+def test_what_is_nested_without_end_is_neither_written_nor_read(tmp_path):
+    def nested(depth):
+        return json.loads('{"a":' * depth + "[]" + "}" * depth)
+
+    assert read_json(written(tmp_path / "a.json", nested(99))) == nested(99)
+    for depth in (100, 500):
+        with pytest.raises(ValueError, match="nested more than"):
+            read_json(written(tmp_path / "a.json", nested(depth)))
+        with pytest.raises(ValueError, match="nested more than"):
+            write_results(tmp_path / "r.json", {**good(), "run": nested(depth)})
+    for flat in (3, "x", None, [], {}, [1, [2]]):
+        assert read_json(written(tmp_path / "a.json", json.dumps(flat))) == flat
 
 
 def test_results_that_lack_what_is_optional_are_shown():

@@ -27,7 +27,13 @@ def uniform_model(residues: int = RESIDUES) -> GPT2LMHeadModel:
     embedding) reads off that vector: 0 for a residue, far below for the marker.
     """
     config = GPT2Config(
-        vocab_size=22, n_positions=64, n_embd=8, n_layer=1, n_head=2, bos_token_id=20
+        vocab_size=22,
+        n_positions=64,
+        n_embd=8,
+        n_layer=1,
+        n_head=2,
+        bos_token_id=20,
+        eos_token_id=20,
     )
     model = GPT2LMHeadModel(config).eval()
     with torch.no_grad():
@@ -52,12 +58,11 @@ def test_a_uniform_model_is_twenty_for_each_residue(rows):
     residues = np.array([len(row) - 1 for row in rows])
     nll = e.protein_nll(uniform_model(), rows)
     assert np.exp(nll / residues) == pytest.approx(20, rel=1e-6)
-    scores = e.score_proteins(uniform_model(), uniform_model(10), rows[:1])
-    assert scores.tokens.sum() == 1
-    nll = e.score_proteins(uniform_model(), uniform_model(), rows).sums["nll_student"]
-    assert np.exp(nll.sum() / residues.sum()) == pytest.approx(20, rel=1e-6)
-    found = {"nll": nll.sum() / math.log(2) / residues.sum()}
-    assert found["nll"] == pytest.approx(math.log2(20), rel=1e-6)
+    (scores,) = e.score_students([uniform_model()], uniform_model(), rows)
+    assert scores.tokens.tolist() == residues.tolist()
+    for model in ("student", "teacher"):
+        nll = scores.sums[f"nll_{model}"].sum()
+        assert np.exp(nll / residues.sum()) == pytest.approx(20, rel=1e-6)
 
 
 def test_a_model_of_fewer_residues_is_not_twenty(rows):
