@@ -32,6 +32,7 @@ from src.cli import say
 from src.crash_points import crash_point
 from src.files import (
     UNFINISHED_SUFFIX,
+    is_plain_name,
     names_full_disk,
     read_json,
     sha256_file,
@@ -63,7 +64,11 @@ def fault_of(folder: Path) -> str | None:
     """Return what is wrong with a checkpoint, or None where every file agrees with the manifest."""
     try:
         files = read_json(folder / MANIFEST)["files"]
+        if not files:
+            return f"{MANIFEST} names no file"
         for name, expected in files.items():
+            if not is_plain_name(name):
+                return f"{MANIFEST} names {name!r:.40}, which is no file of the checkpoint"
             path = folder / name
             if not path.is_file():
                 return f"{name} is missing"

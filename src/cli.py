@@ -74,11 +74,18 @@ def quiet_libraries() -> None:
 
 
 def one_line(error: BaseException) -> str:
-    """Return an error's message in one line."""
+    """Return an error's message in one line, without characters that steer a terminal."""
     if isinstance(error, OSError) and error.strerror:
         name = f"{error.filename}: " if error.filename else ""
-        return f"{name}{error.strerror}"
-    return " ".join(str(error).split()) or type(error).__name__
+        return printable(f"{name}{error.strerror}")
+    return printable(" ".join(str(error).split())) or type(error).__name__
+
+
+def printable(text: str) -> str:
+    """Return a text from a file as it may be shown: what is not printable is escaped."""
+    if text.isprintable():
+        return text
+    return "".join(c if c.isprintable() else ascii(c)[1:-1] for c in text)
 
 
 def positive_int(text: str) -> int:

@@ -30,7 +30,7 @@ from typing import Any
 
 import numpy as np
 
-from src.cli import progress, say
+from src.cli import one_line, progress, say
 from src.files import read_json, sha256_file, sync_folder, write_json
 from src.proteins import layout
 from src.sources import (
@@ -196,11 +196,12 @@ def encode(tokenizer: Any, proteins: Sequence[str]) -> list[list[int]]:
 
 def _require_layout(tokenizer: Any) -> None:
     marker = tokenizer.eos_token_id
+    name = getattr(tokenizer, "name_or_path", "")
     ids = encode(tokenizer, ["M"])[0]
-    if marker is None or ids[0] != marker or ids[-1] != marker:
+    if marker is None or not ids or ids[0] != marker or ids[-1] != marker:
         raise ValueError(
-            "the tokenizer does not take <|endoftext|> for its end-of-text token: proteins in "
-            "ProtGPT2's layout need one that does"
+            f"{name or 'the tokenizer'}: does not take <|endoftext|> for its end-of-text token: "
+            "proteins in ProtGPT2's layout need one that does"
         )
 
 
@@ -355,6 +356,10 @@ def open_store(folder: Path, thorough: bool | None = None) -> TokenisedProteins:
         raise ValueError(f"{folder}: of version {manifest.get('version')}, not {FORMAT_VERSION}")
     if manifest.get("check") != _manifest_check(manifest):
         raise ValueError(f"{folder / MANIFEST}: was altered")
+    try:
+        _require_consistent(manifest)
+    except (KeyError, TypeError, AttributeError, OverflowError, ValueError) as error:
+        raise ValueError(f"{folder / MANIFEST}: is broken ({one_line(error)[:100]})") from None
     sizes = sum(entry["bytes"] for entry in manifest["files"].values())
     if thorough is None:
         thorough = sizes <= CHECKED_BYTES
@@ -365,6 +370,33 @@ def open_store(folder: Path, thorough: bool | None = None) -> TokenisedProteins:
         if thorough and sha256_file(path) != entry["sha256"]:
             raise ValueError(f"{path}: was altered")
     return TokenisedProteins(folder, manifest)
+
+
+def _require_consistent(manifest: dict[str, Any]) -> None:
+    """Check that a manifest's counts and sizes fit together; raises whatever does not."""
+    proteins, tokens = manifest["proteins"], manifest["tokens"]
+    dtype = np.dtype(manifest["dtype"])
+    if dtype.str not in ("<u2", "<u4"):
+        raise ValueError(f"dtype {dtype.str}")
+    sizes = {name: entry["bytes"] for name, entry in manifest["files"].items()}
+    wanted = {
+        "tokens.bin": tokens * dtype.itemsize,
+        "offsets.bin": (proteins + 1) * 8,
+        "residues.bin": proteins * 4,
+        "hashes.bin": proteins * 8,
+        "name_offsets.bin": (proteins + 1) * 8,
+    }
+    wrong = [name for name, size in wanted.items() if sizes[name] != size]
+    if wrong or set(sizes) != {*wanted, "names.bin", "letters.json"}:
+        raise ValueError(f"the size of {wrong[0]}" if wrong else "its files are others")
+    if not all(isinstance(count, int) and count > 0 for count in (proteins, tokens)):
+        raise ValueError("it counts nothing")
+    for entry in manifest["files"].values():
+        if type(entry["bytes"]) is not int or not isinstance(entry["sha256"], str):
+            raise ValueError("a size or hash is missing")
+    ReadReport.from_dict(manifest["report"])
+    if not isinstance(manifest["fingerprint"], str):
+        raise ValueError("the fingerprint is missing")
 
 
 def _manifest_check(manifest: dict[str, Any]) -> str:

@@ -8,6 +8,7 @@ from a bootstrap over clusters of related proteins (``src.statistics``).
 from __future__ import annotations
 
 import math
+import os
 import random
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -834,12 +835,14 @@ def run_of(folder: str | Path) -> dict[str, Any]:
 
 def named_teacher(record: Mapping[str, Any]) -> str | None:
     """Return the teacher that a run names."""
-    return figure(record, "teacher.name") or figure(record, "settings.teacher_model")
+    name = figure(record, "teacher.name") or figure(record, "settings.teacher_model")
+    return name and os.path.expanduser(name)
 
 
 def named_data(record: Mapping[str, Any]) -> str | None:
     """Return the data that a run names."""
-    return figure(record, "data.source") or figure(record, "settings.data")
+    source = figure(record, "data.source") or figure(record, "settings.data")
+    return source and os.path.expanduser(source)
 
 
 def choose_split(source: str, wanted: str | None) -> tuple[str | None, bool]:

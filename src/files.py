@@ -21,6 +21,9 @@ UNFINISHED_SUFFIX = ".unfinished"
 UNFINISHED_NAME = re.compile(r"(checkpoint-\d+(\.\w+)?|model)" + re.escape(UNFINISHED_SUFFIX))
 TEMPORARY_NAME = re.compile(r"\..+\.[^.]{8}\.tmp")
 FULL = (errno.ENOSPC, errno.EDQUOT)
+MAX_JSON_BYTES = 1 << 25
+MAX_JSON_DEPTH = 100
+"""Deeper than any file of ours, and far from where Python's own recursion ends."""
 
 
 @contextlib.contextmanager
@@ -122,18 +125,75 @@ def write_json(path: str | Path, value: Any) -> None:
     write_text(path, json.dumps(value, indent=2, allow_nan=False) + "\n")
 
 
-def read_json(path: str | Path) -> Any:
-    """Read JSON. Raises ``ValueError`` naming the file, and the line where it is broken."""
+def read_json(path: str | Path, max_bytes: int = MAX_JSON_BYTES) -> Any:
+    """Read JSON.
+
+    Args:
+        path: the file.
+        max_bytes: the largest file that is read: parsed values take about forty times the bytes.
+
+    Returns:
+        What the file holds. An integer has at most 4,300 digits; a key stands in an object once.
+
+    Raises:
+        ValueError: names the file, and the line where it is broken.
+    """
+    if Path(path).exists() and not Path(path).is_file():
+        raise ValueError(f"{path}: is no file")  # a pipe or a device may have no end
     try:
-        text = Path(path).read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        reason = error.strerror if isinstance(error, OSError) else "not UTF-8 text"
+        with open(path, "rb") as handle:
+            raw = handle.read(max_bytes + 1)
+        if len(raw) > max_bytes:
+            raise ValueError(f"over {max_bytes:,} bytes: is this the right file?")
+        text = raw.decode("utf-8")
+    except (OSError, ValueError) as error:
+        reason = error.strerror if isinstance(error, OSError) else str(error)
+        if isinstance(error, UnicodeDecodeError):
+            reason = "not UTF-8 text"
         raise ValueError(f"{path}: cannot be read ({reason})") from None
     try:
-        return json.loads(text)
-    except (json.JSONDecodeError, RecursionError) as error:
-        where = f"line {error.lineno}: " if isinstance(error, json.JSONDecodeError) else ""
-        raise ValueError(f"{path}: {where}not valid JSON") from None
+        value = json.loads(text, object_pairs_hook=_object)
+    except json.JSONDecodeError as error:
+        raise ValueError(f"{path}: line {error.lineno}: not valid JSON") from None
+    except RecursionError:
+        raise ValueError(f"{path}: not valid JSON (nested too deeply)") from None
+    except ValueError as error:
+        raise ValueError(f"{path}: not valid JSON ({error})") from None
+    if is_nested_beyond(value, MAX_JSON_DEPTH):
+        raise ValueError(f"{path}: is nested more than {MAX_JSON_DEPTH} deep: no file of ours is")
+    return value
+
+
+def is_nested_beyond(value: Any, depth: int) -> bool:
+    """Return whether lists and objects stand in one another more than ``depth`` times."""
+    level = [value] if isinstance(value, dict | list) else []
+    for _ in range(depth):
+        level = [
+            child
+            for item in level
+            for child in (item.values() if isinstance(item, dict) else item)
+            if isinstance(child, dict | list)
+        ]
+    return bool(level)
+
+
+def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """Return a JSON object; of two values under one key, neither is known to be meant."""
+    found = dict(pairs)
+    if len(found) != len(pairs):
+        raise ValueError("a key stands in an object twice")
+    return found
+
+
+def is_plain_name(name: Any) -> bool:
+    """Return whether a name read from a file names something inside the folder it is used in."""
+    return (
+        isinstance(name, str)
+        and name not in ("", ".", "..")
+        and len(name) <= 200
+        and not {"/", "\\", "\0"} & set(name)
+        and name.isprintable()
+    )
 
 
 def sha256_file(path: str | Path) -> str:
@@ -143,3 +203,21 @@ def sha256_file(path: str | Path) -> str:
         while piece := handle.read(1 << 20):
             digest.update(piece)
     return digest.hexdigest()
+
+
+def replace_section(path: str | Path, name: str, text: str) -> None:
+    """Replace what stands between ``<!-- name -->`` and ``<!-- /name -->`` in a document.
+
+    Raises:
+        ValueError: the document cannot be read, or does not hold both marks once, in order.
+    """
+    start, end = f"<!-- {name} -->", f"<!-- /{name} -->"
+    try:
+        whole = Path(path).read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError):
+        raise ValueError(f"{path}: cannot be read") from None
+    before, first, rest = whole.partition(start)
+    _, last, after = rest.partition(end)
+    if not first or not last or start in rest or end in after:
+        raise ValueError(f"{path}: needs the marks {start} and {end}, each once and in this order")
+    write_text(path, f"{before}{start}\n{text.strip()}\n{end}{after}")

@@ -1,12 +1,15 @@
 """Loads teachers and tokenizers, builds students, and opens a model at its output head.
 
 There is one way to load a model: safetensors, no remote code, a clear line when it cannot be had.
+A file from elsewhere may be hostile: nothing in it is run as code, and a configuration is compared
+with its weights before anything of the size it asks for is built.
 """
 
 from __future__ import annotations
 
 import hashlib
 import inspect
+import math
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -15,7 +18,12 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
+from src.cli import one_line
+from src.files import read_json
+from src.proteins import STANDARD_RESIDUES, layout
 from src.settings import BUNDLED_TEACHER, StudentSettings
+
+MAX_TOKENIZER_BYTES = 1 << 28
 
 if TYPE_CHECKING:
     from transformers import GPT2Config, GPT2LMHeadModel, PreTrainedModel
@@ -37,16 +45,30 @@ def load_tokenizer(name: str | Path, revision: str | None = None) -> PreTrainedT
     """
     from transformers import AutoTokenizer
 
-    require_model_directory(name)
+    if require_model_directory(name):
+        path = Path(name) / "tokenizer_config.json"
+        _refuse_code(read_json(path) if path.is_file() else {}, path)
+        require_bounded(Path(name) / "tokenizer.json", MAX_TOKENIZER_BYTES)
     with explain_loading("tokenizer", name):
         tokenizer = AutoTokenizer.from_pretrained(
             str(name), revision=revision or "main", trust_remote_code=False
         )
+        _try_out(tokenizer)
     if tokenizer.eos_token is None:
         raise ValueError(f"{name}: its tokenizer has no end-of-text token")
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token
     return tokenizer
+
+
+def _try_out(tokenizer: PreTrainedTokenizerBase) -> None:
+    """Encode and decode a protein, so that a broken tokenizer raises here and not in mid-run."""
+    ids = tokenizer(layout(STANDARD_RESIDUES), add_special_tokens=False)["input_ids"]
+    tokenizer.decode(ids)
+    known = [*tokenizer.all_special_ids, *ids]
+    if not all(isinstance(i, int) and 0 <= i < len(tokenizer) for i in known):
+        raise ValueError("its token ids do not run from 0 to the size of its vocabulary")
+    tokenizer.convert_ids_to_tokens(list(range(len(tokenizer))))
 
 
 def load_causal_lm(
@@ -65,29 +87,106 @@ def load_causal_lm(
 
     Returns:
         The model. Directories must hold safetensors; a hub model that has none is read with
-        PyTorch's ``weights_only`` loader, which runs no code.
+        PyTorch's ``weights_only`` loader, which runs no code. Every weight comes from the files
+        (none is left as it was drawn), and the model was run on one token.
 
     Raises:
-        ValueError: it is not there, broken, no causal language model, or the hub cannot be reached.
+        ValueError: it is not there, broken, no causal language model, brings code of its own, or
+            the hub cannot be reached.
     """
     from transformers import AutoModelForCausalLM
 
     local = require_model_directory(name)
+    if local:
+        require_fitting_weights(Path(name))
     options: dict[str, Any] = {
         "dtype": dtype,
         "revision": revision or "main",
         "trust_remote_code": False,
+        "output_loading_info": True,
     }
     with explain_loading("model", name):
         try:
-            model = AutoModelForCausalLM.from_pretrained(str(name), use_safetensors=True, **options)
+            model, found = AutoModelForCausalLM.from_pretrained(
+                str(name), use_safetensors=True, **options
+            )
         except OSError as error:
             if local or "safetensors" not in str(error):
                 raise
-            model = AutoModelForCausalLM.from_pretrained(
+            model, found = AutoModelForCausalLM.from_pretrained(
                 str(name), use_safetensors=False, weights_only=True, **options
             )
-    return model.to(device).eval()  # type: ignore[arg-type]
+        if found["missing_keys"]:
+            missing = sorted(found["missing_keys"])
+            raise ValueError(f"{len(missing)} weights are missing, the first is {missing[0]}")
+        model = model.to(device).eval()
+        require_runnable(model)
+    return model
+
+
+def require_runnable(model: PreTrainedModel) -> None:
+    """Run a model on one token. Raises whatever it raises, ``ValueError`` for no finite output."""
+    token = torch.zeros(1, 1, dtype=torch.long, device=model.device)
+    with torch.inference_mode():
+        logits = model(input_ids=token).logits
+    if not torch.isfinite(logits).all():
+        raise ValueError("its outputs are no finite numbers: the weights are damaged")
+
+
+def require_fitting_weights(folder: Path) -> None:
+    """Compare a directory's configuration with its weights, without building or reading either.
+
+    Raises:
+        ValueError: there are no safetensors, the configuration brings code, or it asks for more
+            blocks or parameters than the weights hold.
+    """
+    from safetensors import safe_open
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    config_file = folder / "config.json"
+    _refuse_code(read_json(config_file), config_file)
+    tensors, numbers = 0, 0
+    with explain_loading("model", folder):
+        files = sorted(folder.glob("model*.safetensors"))
+        if not files:
+            raise ValueError("it holds no safetensors; pickled weights are not read")
+        for path in files:
+            with safe_open(path, framework="pt") as weights:
+                for key in weights.keys():  # noqa: SIM118
+                    tensors += 1
+                    numbers += math.prod(weights.get_slice(key).get_shape())
+        config = AutoConfig.from_pretrained(str(folder), trust_remote_code=False)
+        blocks = getattr(config, "num_hidden_layers", 0)
+        if not isinstance(blocks, int) or not 0 <= blocks <= tensors:
+            raise ValueError(
+                f"config.json has {blocks!r:.40} blocks, the weights {tensors} tensors"
+            )
+        with torch.device("meta"):
+            wanted = count_parameters(AutoModelForCausalLM.from_config(config))
+        if wanted > numbers:
+            raise ValueError(
+                f"config.json asks for {wanted:,} numbers, the weights hold {numbers:,}"
+            )
+
+
+def require_bounded(path: Path, limit: int) -> None:
+    """Raise ``ValueError`` where a file is larger than it has reason to be."""
+    if path.is_file() and path.stat().st_size > limit:
+        raise ValueError(f"{path}: is larger than {limit:,} bytes: is this the right file?")
+
+
+def _refuse_code(config: Any, path: Path) -> None:
+    """Refuse a configuration that names code to be run: ``auto_map``, or a kernel from the hub."""
+    if not isinstance(config, dict):
+        raise ValueError(f"{path}: expected an object at the top")
+    if config.get("auto_map"):
+        raise ValueError(
+            f"{path}: names code of its own (auto_map), which is never run: give a model of an "
+            "architecture that transformers has, or take the entry out"
+        )
+    for key in ("attn_implementation", "_attn_implementation", "experts_implementation"):
+        if "/" in str(config.get(key)):
+            raise ValueError(f"{path}: names code from elsewhere ({key}), which is never run")
 
 
 def require_model_directory(name: str | Path) -> bool:
@@ -114,14 +213,17 @@ def explain_loading(kind: str, name: str | Path) -> Iterator[None]:
     """Turn whatever a loader raises into one ``ValueError`` that says what to do."""
     try:
         yield
-    except Exception as error:  # the loaders raise whatever a broken file makes them raise
+    except BaseException as error:  # the loaders raise whatever a broken file makes them raise
+        # A panic in tokenizers' Rust code is no Exception; an interrupt is not ours to explain.
+        if not isinstance(error, Exception) and type(error).__name__ != "PanicException":
+            raise
         raise ValueError(_why_not_loaded(kind, name, error)) from error
 
 
-def _why_not_loaded(kind: str, name: str | Path, error: Exception) -> str:
+def _why_not_loaded(kind: str, name: str | Path, error: BaseException) -> str:
     """Return one line on why a model or tokenizer was not loaded and what to do."""
     if Path(name).is_dir():
-        reason = " ".join(str(error).split())[:200] or type(error).__name__
+        reason = one_line(error)[:200]
         return f"{name}: the {kind} cannot be loaded ({reason})"
     return (
         f"the {kind} {name!r} is neither a directory here nor to be had from the hub (no network, "

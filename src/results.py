@@ -9,16 +9,21 @@ any file without that key, as the project's first scripts wrote them.
 from __future__ import annotations
 
 import math
+import sys
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from src.files import read_json, write_json
+from src.cli import printable
+from src.files import MAX_JSON_DEPTH, is_nested_beyond, read_json, write_json
+from src.runs import relative_paths
 
 if TYPE_CHECKING:
     from src.statistics import Estimate
 
 SCHEMA_VERSION = 1
+MODELS = ("student", "teacher")
+FLOORS = ("uniform", "unigram", "bigram", "trigram")
 
 REQUIRED: dict[str, str] = {
     "perplexity_ratio": "above 0",
@@ -46,6 +51,10 @@ OPTIONAL: dict[str, str] = {
     "js_divergence": "at least 0",
     "js_per_residue": "at least 0",
     "top1_agreement": "share",
+    "student_accuracy": "share",
+    "teacher_accuracy": "share",
+    "student_brier": "at least 0",
+    "teacher_brier": "at least 0",
     "student_parameters": "above 0",
     "teacher_parameters": "above 0",
     "share_of_teacher": "above 0",
@@ -60,15 +69,29 @@ OPTIONAL: dict[str, str] = {
     "settings": "object",
 }
 
+NESTED: dict[str, str] = {
+    "threshold.perplexity_ratio_below": "above 0",
+    **{f"{m}_ece.{key}": "number" for m in MODELS for key in ("ece_debiased", "smooth_ece")},
+    **{f"floors.{name}.perplexity_per_residue": "above 0" for name in FLOORS},
+    "data.proteins": "at least 0",
+    "data.clusters": "at least 0",
+}
+"""Figures inside the objects above that the table for a person shows. May be missing or null."""
+
 
 def write_results(path: str | Path, results: Mapping[str, Any], overwrite: bool = False) -> None:
     """Check a results file and write it atomically, with the current ``schema_version``.
+
+    Paths under ``run`` become relative: results are published, and whose home they come from is
+    nobody's business.
 
     Raises:
         ValueError: a key is missing or wrong, or the file is there and ``overwrite`` is not set.
     """
     check_output(path, overwrite)
     results = {"schema_version": SCHEMA_VERSION, **results}
+    if "run" in results:
+        results["run"] = relative_paths(results["run"])
     validate(results, path)
     write_json(path, results)
 
@@ -145,9 +168,14 @@ def validate(results: Mapping[str, Any], path: str | Path = "results") -> None:
         problem = _problem(value, kind)
         if problem:
             raise ValueError(f"{path}: {key} {problem}")
-    bad = _not_finite(results)
+    for key, kind in NESTED.items():
+        value = figure(results, key)
+        problem = None if value is None else _problem(value, kind)
+        if problem:
+            raise ValueError(f"{path}: {key} {problem}")
+    bad = _unusable(results)
     if bad:
-        raise ValueError(f"{path}: {bad} is not a finite number")
+        raise ValueError(f"{path}: {printable(bad)}")
 
 
 def _is_number(value: Any) -> bool:
@@ -173,7 +201,7 @@ def _problem(value: Any, kind: str) -> str | None:
         if value.get("ece") is not None and _problem(value["ece"], "share"):
             return f"has an ece that {_problem(value['ece'], 'share')}"
     elif kind == "pair":
-        for name in ("student", "teacher"):
+        for name in MODELS:
             if value.get(name) is not None and not _is_number(value[name]):
                 return f"has a {name} that is no number: {value[name]!r:.40}"
     elif kind == "intervals":
@@ -186,19 +214,29 @@ def _problem(value: Any, kind: str) -> str | None:
                 and all(map(_is_number, interval))
                 and not interval[0] > interval[1]
             ):
-                return f"must hold [low, high], but {name} is {interval!r:.40}"
+                return f"must hold [low, high], but {printable(name)[:40]} is {interval!r:.40}"
     return None
 
 
-def _not_finite(value: Any, name: str = "") -> str | None:
-    """Return the dotted name of the first NaN or infinity, or None. Deep nesting is no problem."""
-    stack = [(name, value)]
+def _unusable(results: Mapping[str, Any]) -> str | None:
+    """Return what no results file may hold anywhere, with its dotted name, or None.
+
+    That is: NaN, infinity, an integer beyond every float, or objects nested too deeply to be read.
+    """
+    if is_nested_beyond(dict(results), MAX_JSON_DEPTH):
+        return f"is nested more than {MAX_JSON_DEPTH} deep"
+    stack: list[tuple[str, Any]] = [("", results)]
     while stack:
         where, item = stack.pop()
         if isinstance(item, float) and not math.isfinite(item):
-            return where
+            return f"{where} is not a finite number"
+        if isinstance(item, int) and abs(item) > sys.float_info.max:
+            return f"{where} is too large a number"
         if isinstance(item, Mapping):
-            stack += [(f"{where}.{key}" if where else str(key), each) for key, each in item.items()]
+            stack += [
+                (f"{where}.{str(key)[:40]}" if where else str(key)[:40], each)
+                for key, each in item.items()
+            ]
         elif isinstance(item, list | tuple):
             stack += [(f"{where}[{index}]", each) for index, each in enumerate(item)]
     return None
@@ -276,6 +314,9 @@ def generation_rows(results: Mapping[str, Any]) -> tuple[list[str], list[list[st
     return list(sets), rows
 
 
+SIZES = ("student_parameters", "teacher_parameters", "share_of_teacher", "compression_ratio")
+
+
 def print_table(results: Mapping[str, Any]) -> None:
     """Print the main figures of a results file for a person, each with its interval."""
     from rich import box
@@ -287,11 +328,11 @@ def print_table(results: Mapping[str, Any]) -> None:
     for title in ("student", "teacher", "student / teacher"):
         table.add_column(title, justify="right")
     for label, name, ratio in TABLE:
-        cells = [with_interval(results, f"{model}_{name}") for model in ("student", "teacher")]
+        cells = [with_interval(results, f"{model}_{name}") for model in MODELS]
         if any(cells):
             table.add_row(label, *cells, with_interval(results, ratio) if ratio else "")
     for key in ("kl_from_natural", "kl_from_natural_uniprot"):
-        cells = [with_interval(results, f"{key}.{model}") for model in ("student", "teacher")]
+        cells = [with_interval(results, f"{key}.{model}") for model in MODELS]
         if any(cells):
             where = "UniProt" if key.endswith("uniprot") else "held-out"
             table.add_row(f"composition KL from {where}", *cells, "")
@@ -322,7 +363,7 @@ def summary_lines(results: Mapping[str, Any]) -> list[str]:
             f"{with_interval(results, 'top1_agreement')}"
         )
     bound = figure(results, "threshold.perplexity_ratio_below")
-    if bound is not None:
+    if bound is not None and all(results.get(key) is not None for key in SIZES):
         verdict = "passed" if figure(results, "threshold.passed") else "not passed"
         lines.append(
             f"size: {results['student_parameters']:,} of {results['teacher_parameters']:,} "
@@ -337,18 +378,18 @@ def summary_lines(results: Mapping[str, Any]) -> list[str]:
         )
     floors = [
         f"{name} {figure(results, f'floors.{name}.perplexity_per_residue'):.2f}"
-        for name in ("uniform", "unigram", "bigram", "trigram")
+        for name in FLOORS
         if figure(results, f"floors.{name}.perplexity_per_residue") is not None
     ]
     if floors:
         lines.append(f"floors, perplexity per residue: {', '.join(floors)}")
-    for model in ("student", "teacher"):
+    for model in MODELS:
         if figure(results, f"{model}_ece.calibration_meaningful") is False:
             lines.append(
                 f"calibration of the {model} is not meaningful: it is right no more often than "
                 "always naming the most frequent token"
             )
-    if figure(results, "data.proteins"):
+    if figure(results, "data.proteins") and figure(results, "data.clusters") is not None:
         lines.append(
             f"{results['data']['proteins']:,} proteins in {results['data']['clusters']:,} "
             "clusters; intervals: 95 %, bootstrap over clusters"

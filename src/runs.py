@@ -6,6 +6,7 @@ import fcntl
 import functools
 import os
 import platform
+import re
 import subprocess
 import sys
 import time
@@ -15,6 +16,7 @@ from importlib import metadata
 from pathlib import Path
 from typing import IO, Any
 
+from src.cli import printable
 from src.files import is_temporary, names_full_disk, read_json, write_json
 
 RUN_FILE = "run.json"
@@ -22,6 +24,14 @@ LOCK_FILE = ".lock"
 SCHEMA_VERSION = 1
 FINISHED = "finished"
 RUNNING = "running"
+NAMES = (
+    ("teacher", "name"),
+    ("settings", "teacher_model"),
+    ("data", "source"),
+    ("settings", "data"),
+)
+"""Where a record names a model or data: evaluation opens what stands there."""
+LONGEST_NAME = 500
 PACKAGES = ("torch", "transformers", "tokenizers", "accelerate", "datasets", "numpy", "safetensors")
 
 
@@ -89,9 +99,31 @@ def read_run(folder: str | Path) -> dict[str, Any]:
     """Read a run's record. Raises ``ValueError`` where there is none or it is not one."""
     path = Path(folder) / RUN_FILE
     record = read_json(path)
-    if not isinstance(record, dict) or "settings" not in record:
+    if not isinstance(record, dict) or not isinstance(record.get("settings"), dict):
         raise ValueError(f"{path}: not the record of a run")
+    version = record.get("schema_version", 0)
+    if isinstance(version, bool) or not isinstance(version, int):
+        raise ValueError(f"{path}: schema_version must be a whole number, got {version!r:.40}")
+    if version > SCHEMA_VERSION:
+        raise ValueError(
+            f"{path}: schema_version {version} is newer than this program's {SCHEMA_VERSION}: "
+            "update the program"
+        )
+    for section, name in NAMES:
+        value = record.get(section) or {}
+        if not isinstance(value, dict):
+            raise ValueError(f"{path}: {section} must be an object, got {value!r:.40}")
+        named = value.get(name)
+        if named is not None and not _is_name(named):
+            raise ValueError(f"{path}: {section}.{name} must be a name, got {named!r:.40}")
+    resumed = record.get("resumed")
+    if resumed is not None and not isinstance(resumed, list):
+        raise ValueError(f"{path}: resumed must be a list, got {resumed!r:.40}")
     return record
+
+
+def _is_name(value: Any) -> bool:
+    return isinstance(value, str) and 0 < len(value) <= LONGEST_NAME and value.isprintable()
 
 
 def changed_settings(old: Mapping[str, Any], new: Mapping[str, Any], prefix: str = "") -> list[str]:
@@ -130,11 +162,11 @@ def claim_folder(folder: Path, settings: Mapping[str, Any], resume: bool) -> str
             f"{folder} holds files that no run of ours wrote: choose another --output_dir"
         )
     record = read_run(folder)
-    changed = changed_settings(record["settings"], settings)
+    changed = changed_settings(relative_paths(record["settings"]), relative_paths(settings))
     if changed:
+        names = printable(", ".join(changed[:20]))[:300]
         raise ValueError(
-            f"{folder} holds a run with other settings ({', '.join(changed)}): "
-            "choose another --output_dir"
+            f"{folder} holds a run with other settings ({names}): choose another --output_dir"
         )
     if record.get("status") == FINISHED:
         return "finished"
@@ -149,7 +181,7 @@ def claim_folder(folder: Path, settings: Mapping[str, Any], resume: bool) -> str
 def provenance() -> dict[str, Any]:
     """Return what made a result: command, commit, versions and machine."""
     return {
-        "command": [Path(sys.argv[0]).name, *sys.argv[1:]],
+        "command": [Path(sys.argv[0]).name, *relative_paths(sys.argv[1:])],
         "git": git_state(),
         "versions": versions(),
         "platform": {
@@ -159,6 +191,33 @@ def provenance() -> dict[str, Any]:
         },
         "started": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
     }
+
+
+def relative_paths(value: Any) -> Any:
+    """Return a value for a record that may be published: its absolute paths made relative.
+
+    Args:
+        value: text, or lists and objects of it. ``--flag=/path`` counts as a path, too.
+
+    Returns:
+        The same with each absolute path relative to the working directory, or to the home
+        directory (``~/…``, which readers expand) where only that holds it.
+    """
+    if isinstance(value, Mapping):
+        return {key: relative_paths(each) for key, each in value.items()}
+    if isinstance(value, list | tuple):
+        return [relative_paths(each) for each in value]
+    if isinstance(value, Path):
+        value = str(value)
+    if not isinstance(value, str):
+        return value
+    flag, path = re.fullmatch(r"(--?\w+=)?(.*)", value, re.DOTALL).groups("")  # type: ignore[union-attr]
+    if not os.path.isabs(path):
+        return value
+    here, home = Path.cwd(), Path.home()
+    if Path(path).is_relative_to(home) and not Path(path).is_relative_to(here):
+        return f"{flag}~/{Path(path).relative_to(home)}"
+    return flag + os.path.relpath(path)
 
 
 def git_state() -> dict[str, Any]:
@@ -195,6 +254,6 @@ def versions() -> dict[str, str]:
 
 
 def write_run(folder: Path, record: Mapping[str, Any]) -> None:
-    """Write a run's record atomically."""
+    """Write a run's record atomically, its paths relative."""
     with names_full_disk(folder, "make space and go on with --resume"):
-        write_json(folder / RUN_FILE, {"schema_version": SCHEMA_VERSION, **record})
+        write_json(folder / RUN_FILE, relative_paths({"schema_version": SCHEMA_VERSION, **record}))

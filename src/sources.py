@@ -30,8 +30,9 @@ refused, with file and line                         empty file; nothing usable; 
                                                     first header; NUL bytes; carriage returns
                                                     inside a line; a line over 1 MiB; a protein over
                                                     100,000 characters; broken or truncated gzip; a
-                                                    gzip that unpacks to over 200 times its size;
-                                                    broken CSV or parquet; missing columns
+                                                    gzip that unpacks to over 200 times its size,
+                                                    and parquet likewise; broken CSV or parquet;
+                                                    missing columns
 ==================================================  ==============================================
 
 Memory is bounded by the longest line or the rows read together, never by the size of a file.
@@ -51,6 +52,7 @@ from typing import IO, Any, NamedTuple
 
 import numpy as np
 
+from src.cli import one_line, printable
 from src.proteins import AMBIGUOUS_RESIDUES, END_OF_TEXT, STANDARD_RESIDUES, layout, residues_of
 from src.settings import BUNDLED_DATA
 
@@ -64,7 +66,7 @@ ROWS_TOGETHER = 512
 MAX_ROWS_BYTES = 1 << 28
 MAX_EXPANSION = 200
 """Proteins shrink two- to fivefold; deflate can reach 1,032-fold only on what says nothing."""
-FREE_EXPANSION_BYTES = 1 << 26
+FREE_EXPANSION_BYTES = 1 << 24
 
 FASTA, TEXT, CSV, TSV, PARQUET = "FASTA", "text", "CSV", "TSV", "parquet"
 SUFFIXES = {
@@ -329,6 +331,7 @@ def guarded_lines(path: Path, report: ReadReport) -> Iterator[tuple[int, str]]:
         if packed:
             stream = io.BufferedReader(gzip.GzipFile(fileobj=raw, mode="rb"), 1 << 18)  # type: ignore[arg-type]
         number = unpacked = 0
+        checked = FREE_EXPANSION_BYTES
         while True:
             number += 1
             try:
@@ -346,9 +349,11 @@ def guarded_lines(path: Path, report: ReadReport) -> Iterator[tuple[int, str]]:
                     "a file of proteins?"
                 )
             unpacked += len(line)
-            if packed and unpacked > FREE_EXPANSION_BYTES:
+            if packed and unpacked > checked:
                 _require_bounded_expansion(path, number, unpacked, raw)
-            yield number, _text_of_line(path, number, line, report)
+                checked = unpacked + (1 << 16)
+            # Blank lines are what a bomb has most of.
+            yield number, "" if line == b"\n" else _text_of_line(path, number, line, report)
 
 
 def _text_of_line(path: Path, number: int, line: bytes, report: ReadReport) -> str:
@@ -381,7 +386,7 @@ def _require_bounded_expansion(path: Path, number: int, unpacked: int, raw: IO[b
 
 
 def _reason(error: BaseException) -> str:
-    return " ".join(str(error).split())[:150] or type(error).__name__
+    return one_line(error)[:150]
 
 
 # Reading records
@@ -500,9 +505,8 @@ def parquet_records(path: Path) -> Iterator[Record]:
         wanted = [columns.data] + ([] if columns.name is None else [columns.name])
         _require_type(pa, schema.field(columns.data).type, columns.kind, path)
         try:
-            batches = file.iter_batches(
-                batch_size=ROWS_TOGETHER, columns=[schema.names[i] for i in wanted]
-            )
+            rows = _rows_together(file.metadata, [schema.names[i] for i in wanted], columns.kind)
+            batches = file.iter_batches(batch_size=rows, columns=[schema.names[i] for i in wanted])
         except broken as error:
             raise problem(error) from None
         while True:
@@ -511,7 +515,7 @@ def parquet_records(path: Path) -> Iterator[Record]:
                 if batch is None:
                     return
                 if batch.nbytes > MAX_ROWS_BYTES:
-                    raise ValueError(f"{ROWS_TOGETHER} rows take {batch.nbytes:,} bytes")
+                    raise ValueError(f"{rows} rows take {batch.nbytes:,} bytes")
                 cells, names = _batch_cells(batch, [schema.names[i] for i in wanted], columns.kind)
             except broken as error:
                 raise problem(error) from None
@@ -524,6 +528,33 @@ def parquet_records(path: Path) -> Iterator[Record]:
                     yield Record(name, place, ids=cell)
                 else:
                     yield from _text_cell(cell, name, place, columns.kind, f"{path}: row {row}")
+
+
+def _rows_together(metadata: Any, names: Sequence[str], kind: str) -> int:
+    """Return how many rows of a parquet file can be in memory together, from its own figures.
+
+    A page unpacks as a whole, and a value of the dictionary may stand in every row. Raises
+    ``ValueError`` where that is out of all proportion to the size of the file.
+    """
+    largest = 1
+    for number in range(metadata.num_row_groups):
+        group = metadata.row_group(number)
+        for index in range(group.num_columns):
+            chunk = group.column(index)
+            if chunk.path_in_schema.split(".")[0] not in names:
+                continue
+            packed, unpacked = max(1, chunk.total_compressed_size), chunk.total_uncompressed_size
+            if unpacked > FREE_EXPANSION_BYTES and unpacked > MAX_EXPANSION * packed:
+                raise ValueError(
+                    f"unpacks to more than {MAX_EXPANSION} times its size, which proteins never "
+                    "do: a decompression bomb"
+                )
+            if kind == "input_ids" and chunk.num_values > max(FREE_EXPANSION_BYTES, 8 * unpacked):
+                raise ValueError("more tokens than bits: a decompression bomb")
+            if chunk.has_dictionary_page:
+                dictionary = max(0, chunk.data_page_offset - chunk.dictionary_page_offset)
+                largest = max(largest, dictionary * -(-unpacked // packed))
+    return max(1, min(ROWS_TOGETHER, MAX_ROWS_BYTES // largest))
 
 
 def _batch_cells(batch: Any, names: Sequence[str], kind: str) -> tuple[list, list]:
@@ -613,7 +644,7 @@ class _Columns(NamedTuple):
         lower = [name.strip().lower() for name in names]
         kind = next((k for k in ("sequence", "text", "input_ids") if k in lower), None)
         if kind is None:
-            shown = ", ".join(str(name)[:30] for name in names[:8])
+            shown = printable(", ".join(str(name)[:30] for name in names[:8]))
             raise ValueError(
                 f"{place}: no column 'sequence', 'text' or 'input_ids' among its columns ({shown})"
             )

@@ -22,9 +22,10 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-from src.files import read_json, sync_folder, write_json
+from src.cli import printable
+from src.files import is_plain_name, read_json, sync_folder, write_json
 from src.proteins import RESIDUES_PER_LINE
-from src.sources import DUPLICATE, ReadReport, guarded_lines, read_proteins
+from src.sources import DUPLICATE, MAX_NAME, ReadReport, guarded_lines, read_proteins
 
 SPLIT_FILE = "split.json"
 CLUSTERS_FILE = "clusters.tsv.gz"
@@ -152,14 +153,14 @@ def read_clusters(path: Path) -> dict[str, str]:
     ours = False
     for number, line in guarded_lines(path, ReadReport()):
         fields = line.split("\t")
-        if len(fields) != 2 or not all(fields):
+        if len(fields) != 2 or not all(fields) or not line.replace("\t", "").isprintable():
             raise ValueError(f"{path}:{number}: not two names with a tab between them")
         if number == 1 and tuple(fields) == CLUSTERS_HEADER:
             ours = True
             continue
         protein, cluster = fields if ours else reversed(fields)
         if clusters.setdefault(protein, cluster) != cluster:
-            raise ValueError(f"{path}:{number}: {protein} is in two clusters")
+            raise ValueError(f"{path}:{number}: {protein[:MAX_NAME]} is in two clusters")
     if not clusters:
         raise ValueError(f"{path}: no cluster in it")
     return clusters
@@ -552,6 +553,61 @@ def write_split(
     return record
 
 
+def read_split(folder: Path) -> dict[str, Any]:
+    """Read a split's record and check its form.
+
+    Raises:
+        ValueError: it is missing, of a newer version, or not the record of a split.
+    """
+    path = folder / SPLIT_FILE
+    record = read_json(path)
+    if not isinstance(record, dict):
+        raise ValueError(f"{path}: not the record of a split (expected an object at the top)")
+    if record.get("schema_version") != SCHEMA_VERSION:
+        raise ValueError(
+            f"{path}: schema_version must be {SCHEMA_VERSION}, got "
+            f"{record.get('schema_version')!r:.40}"
+        )
+    full = record.get("full_train")
+    problem = (
+        _parts_problem(record.get("parts"))
+        or _leakage_problem(record.get("leakage"))
+        or (full is not None and not isinstance(full, dict) and "full_train is no object")
+        or (full and "leakage" in full and _leakage_problem(full["leakage"]))
+    )
+    if not problem and not isinstance(record.get("split_hash"), str):
+        problem = "split_hash is no text"
+    if problem:
+        raise ValueError(f"{path}: not the record of a split ({printable(problem)})")
+    return record
+
+
+def _parts_problem(parts: Any) -> str | None:
+    if not isinstance(parts, dict) or not parts:
+        return "parts names none"
+    for part, entry in parts.items():
+        if not is_plain_name(part):
+            return f"parts names {part!r:.40}"
+        keys = ("proteins", "residues", "clusters")
+        if not isinstance(entry, dict) or not all(_is_count(entry.get(key)) for key in keys):
+            return f"the counts of {part:.40} are no whole numbers"
+    return None
+
+
+def _leakage_problem(leakage: Any) -> str | None:
+    if not isinstance(leakage, dict):
+        return "leakage is no object"
+    for part, entry in leakage.items():
+        keys = ("proteins", "identity_30", "identity_50", "any_hit")
+        if not isinstance(entry, dict) or not all(_is_count(entry.get(key)) for key in keys):
+            return f"the leakage of {part:.40} is not given in whole numbers"
+    return None
+
+
+def _is_count(value: Any) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and 0 <= value < 1 << 63
+
+
 def check_split(folder: Path) -> dict[str, Any]:
     """Read a split back from its files and compare it with its record.
 
@@ -565,7 +621,7 @@ def check_split(folder: Path) -> dict[str, Any]:
         ValueError: a part, its hash or its clusters differ from the record; a protein is in two
             parts; or a held-out cluster is among the training clusters.
     """
-    record = read_json(folder / SPLIT_FILE)
+    record = read_split(folder)
     clusters = read_clusters(folder / CLUSTERS_FILE)
     proteins: dict[str, str] = {}
     parts: dict[str, list[str]] = {}

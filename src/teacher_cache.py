@@ -24,8 +24,15 @@ import torch
 from torch import Tensor
 
 from src.batching import PaddingCollator
-from src.cli import progress, say, size
-from src.files import atomic_write, read_json, remove_unfinished, sha256_file, write_json
+from src.cli import one_line, progress, say, size
+from src.files import (
+    atomic_write,
+    is_plain_name,
+    read_json,
+    remove_unfinished,
+    sha256_file,
+    write_json,
+)
 from src.fused import teacher_statistics
 from src.models import final_hidden_states, model_fingerprint, output_head
 from src.runs import locked
@@ -37,6 +44,8 @@ FORMAT = 1
 SHARD_BYTES = 256 << 20
 STATISTICS = ("entropy", "max_logit", "log_sum_exp")
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+MAX_MANIFEST_BYTES = 1 << 30
+"""A manifest has some 13 bytes a protein."""
 DISK_RESERVE = 1 << 30
 """Bytes that a capture leaves free on the disk."""
 
@@ -84,15 +93,19 @@ class TeacherCache:
     def __init__(self, folder: str | Path, teacher: str, data: str, verify: bool = True) -> None:
         self.folder = Path(folder)
         self.verify = verify
-        manifest = read_json(self.folder / "manifest.json")
+        manifest = read_json(self.folder / "manifest.json", MAX_MANIFEST_BYTES)
         try:
             self._check(manifest, teacher, data)
-            self.width = int(manifest["width"])
+            self.width = manifest["width"]
             self.dtype = DTYPES[manifest["dtype"]]
             self.shards: list[dict[str, Any]] = manifest["shards"]
-            self.starts = np.array([shard["first"] for shard in self.shards])
-        except (KeyError, TypeError) as error:
-            raise ValueError(f"{self.folder}: the cache's manifest is broken ({error})") from None
+            problem = shards_problem(self.shards, self.width, self.dtype)
+        except (KeyError, TypeError, AttributeError) as error:
+            problem = one_line(error)[:100]
+        if problem:
+            raise ValueError(f"{self.folder}: the cache's manifest is broken ({problem})")
+        self.starts = np.array([shard["first"] for shard in self.shards])
+        self.proteins = self.shards[-1]["first"] + len(self.shards[-1]["lengths"])
         self._maps: dict[int, tuple[np.ndarray, np.ndarray, np.ndarray]] = {}
         for shard in self.shards:
             for name, expected in shard["files"].items():
@@ -114,6 +127,11 @@ class TeacherCache:
 
     def __getitem__(self, index: int) -> tuple[Tensor, Tensor]:
         """Return a protein's hidden states ``(T, E)`` and figures ``(T, 3)`` float32."""
+        if not 0 <= index < self.proteins:
+            raise ValueError(
+                f"{self.folder}: protein {index} is not among the {self.proteins} of the cache; "
+                "capture it again"
+            )
         number = int(np.searchsorted(self.starts, index, side="right")) - 1
         hidden, figures, offsets = self._mapped(number)
         row = index - self.shards[number]["first"]
@@ -138,6 +156,34 @@ class TeacherCache:
                 np.cumsum([0, *shard["lengths"]]),
             )
         return self._maps[number]
+
+
+def shards_problem(shards: Any, width: Any, dtype: torch.dtype) -> str | None:
+    """Return what is wrong with the shards of a manifest, or None.
+
+    Names stay inside the cache's directory, and sizes follow from lengths: what is mapped later is
+    what the proteins need. Raises ``KeyError`` or ``TypeError`` for what is no record of shards.
+    """
+    if not isinstance(width, int) or not 0 < width < 1 << 24:
+        return "width"
+    if not isinstance(shards, list) or not shards:
+        return "it names no shard"
+    first = 0
+    for number, shard in enumerate(shards):
+        lengths, files = shard["lengths"], shard["files"]
+        if type(shard["first"]) is not int or shard["first"] != first or not lengths:
+            return f"shard {number} does not follow the one before"
+        if not all(type(length) is int and 0 < length < 1 << 32 for length in lengths):
+            return f"lengths of shard {number}"
+        tokens = sum(lengths)
+        sizes = [tokens * width * dtype.itemsize, tokens * 4 * len(STATISTICS)]
+        if not all(map(is_plain_name, files)) or len(files) != len(sizes):
+            return f"files of shard {number}"
+        for entry, size_ in zip(files.values(), sizes, strict=True):
+            if entry["bytes"] != size_ or not isinstance(entry["sha256"], str):
+                return f"sizes of shard {number}"
+        first += len(lengths)
+    return None
 
 
 def numpy_dtype(dtype: torch.dtype) -> np.dtype:

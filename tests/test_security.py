@@ -1,0 +1,252 @@
+"""What comes as data never runs: no pickle, no remote code, no name that leads outside."""
+
+from __future__ import annotations
+
+import json
+import pickle
+import re
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+
+from src.checkpoints import MANIFEST, fault_of, newest_valid, write_manifest
+from src.models import load_causal_lm, load_tokenizer
+
+ROOT = Path(__file__).resolve().parents[1]
+
+
+class Payload:
+    """Makes a file when it is unpickled."""
+
+    def __init__(self, proof: Path) -> None:
+        self.proof = str(proof)
+
+    def __reduce__(self):
+        return open, (self.proof, "w")
+
+
+@pytest.fixture
+def proof(tmp_path):
+    """A file that stands there only where a payload ran."""
+    path = tmp_path / "the-payload-ran"
+    pickle.loads(pickle.dumps(Payload(path))).close()
+    assert path.exists(), "the payload works"
+    path.unlink()
+    yield path
+    assert not path.exists(), "the payload ran"
+
+
+@pytest.fixture
+def model_folder(tmp_path, tiny_lm, tiny_tokenizer):
+    folder = tmp_path / "model"
+    tiny_lm().save_pretrained(folder)
+    tiny_tokenizer.save_pretrained(folder)
+    return folder
+
+
+def refused(action, folder: Path) -> str:
+    """Return the one line with which an action is refused."""
+    with pytest.raises(ValueError, match=re.escape(folder.name)) as caught:
+        action(folder)
+    message = str(caught.value)
+    assert "\n" not in message
+    return message
+
+
+def test_the_untouched_folder_is_loaded(model_folder):
+    load_tokenizer(model_folder)
+    load_causal_lm(model_folder)
+
+
+@pytest.mark.parametrize("name", ["pytorch_model.bin", "model.bin", "model.pt", "model.ckpt"])
+@pytest.mark.parametrize("legacy", [True, False])
+def test_pickled_weights_are_refused(model_folder, proof, name, legacy):
+    (model_folder / "model.safetensors").unlink()
+    torch.save(
+        {"transformer.wte.weight": Payload(proof)},
+        model_folder / name,
+        _use_new_zipfile_serialization=not legacy,
+    )
+    assert "safetensors" in refused(load_causal_lm, model_folder)
+
+
+def test_a_pickle_named_safetensors_is_refused(model_folder, proof):
+    (model_folder / "model.safetensors").write_bytes(pickle.dumps(Payload(proof)))
+    refused(load_causal_lm, model_folder)
+
+
+def test_pickles_beside_safetensors_are_not_read(model_folder, proof):
+    for name in ("pytorch_model.bin", "optimizer.pt", "training_args.bin", "scheduler.pt"):
+        torch.save(Payload(proof), model_folder / name)
+    load_causal_lm(model_folder)
+    load_tokenizer(model_folder)
+
+
+def test_a_hub_model_without_safetensors_runs_no_code_either(proof, tmp_path):
+    """The one way to a pickle is PyTorch's loader that knows tensors only."""
+    torch.save({"weight": Payload(proof)}, tmp_path / "pytorch_model.bin")
+    with pytest.raises(pickle.UnpicklingError):
+        torch.load(tmp_path / "pytorch_model.bin", weights_only=True)
+
+
+CODE = "open({!r}, 'w')\nclass Model: pass\nclass Config: pass\nclass Tokenizer: pass\n"
+
+
+@pytest.mark.parametrize("model_type", ["gpt2", "evil"])
+def test_code_beside_a_configuration_is_refused(model_folder, proof, model_type):
+    (model_folder / "code.py").write_text(CODE.format(str(proof)))
+    path = model_folder / "config.json"
+    config = json.loads(path.read_text())
+    config |= {
+        "model_type": model_type,
+        "auto_map": {"AutoConfig": "code.Config", "AutoModelForCausalLM": "code.Model"},
+    }
+    path.write_text(json.dumps(config))
+    message = refused(load_causal_lm, model_folder)
+    assert "auto_map" in message
+    assert "trust_remote_code" not in message, "what is not offered is not named"
+
+
+def test_code_beside_a_tokenizer_is_refused(model_folder, proof):
+    (model_folder / "code.py").write_text(CODE.format(str(proof)))
+    path = model_folder / "tokenizer_config.json"
+    config = {**json.loads(path.read_text()), "tokenizer_class": "Tokenizer"}
+    path.write_text(json.dumps({**config, "auto_map": {"AutoTokenizer": ["code.Tokenizer", None]}}))
+    assert "auto_map" in refused(load_tokenizer, model_folder)
+
+
+def test_code_for_generation_is_not_read(model_folder, proof):
+    (model_folder / "custom_generate").mkdir()
+    (model_folder / "custom_generate" / "generate.py").write_text(CODE.format(str(proof)))
+    load_causal_lm(model_folder)
+
+
+@pytest.mark.parametrize("key", ["attn_implementation", "_attn_implementation"])
+def test_kernels_from_elsewhere_are_refused(model_folder, key):
+    path = model_folder / "config.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), key: "someone/kernels"}))
+    assert key in refused(load_causal_lm, model_folder)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"n_layer": 10**9}, "blocks"),
+        ({"n_layer": 3}, "asks for"),
+        ({"n_embd": 1 << 20}, "asks for"),
+        ({"n_positions": 1 << 24}, "asks for"),
+        ({"vocab_size": 1 << 30}, "asks for"),
+        ({"n_layer": "many"}, ""),
+        ({"model_type": "bert"}, ""),
+        ({"activation_function": "os.system"}, ""),
+        ({"n_head": -2}, ""),
+    ],
+)
+def test_a_configuration_that_does_not_fit_the_weights(model_folder, change, message):
+    path = model_folder / "config.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), **change}))
+    assert message in refused(load_causal_lm, model_folder)
+
+
+def test_weights_that_are_missing_or_no_numbers_are_refused(model_folder, tiny_lm):
+    from safetensors.torch import load_file, save_file
+
+    path = model_folder / "model.safetensors"
+    whole = load_file(path)
+    name = "transformer.h.1.mlp.c_fc.weight"
+    # Padding keeps the count of numbers, so that only the name is missing.
+    save_file(
+        {**{k: v for k, v in whole.items() if k != name}, "x": whole[name]}, path, {"format": "pt"}
+    )
+    assert name in refused(load_causal_lm, model_folder)
+    whole[name][0, 0] = float("nan")
+    save_file(whole, path, {"format": "pt"})
+    assert "finite" in refused(load_causal_lm, model_folder)
+
+
+def test_a_checkpoint_cannot_name_files_outside(tmp_path):
+    for step in (1, 2):
+        (tmp_path / f"checkpoint-{step}").mkdir()
+        (tmp_path / f"checkpoint-{step}" / "a.json").write_text("{}")
+        write_manifest(tmp_path / f"checkpoint-{step}")
+    newest = tmp_path / "checkpoint-2"
+    assert newest_valid(tmp_path, print) == newest
+    record = json.loads((newest / MANIFEST).read_text())["files"]["a.json"]
+    for name in ("../checkpoint-1/a.json", str(tmp_path / "checkpoint-1" / "a.json"), "..", "a\0"):
+        (newest / MANIFEST).write_text(json.dumps({"files": {name: record}}))
+        fault = fault_of(newest)
+        assert fault is not None
+        assert fault.isprintable()
+    (newest / MANIFEST).write_text('{"files": {}}')
+    assert fault_of(newest) == f"{MANIFEST} names no file"
+    assert newest_valid(tmp_path, lambda line: None) == tmp_path / "checkpoint-1"
+
+
+def test_a_split_cannot_name_files_outside(tmp_path):
+    from src.splits import SPLIT_FILE, check_split
+
+    for part in ("../a", "/etc/passwd", "a/../../b"):
+        entry = {"proteins": 1, "residues": 1, "clusters": 1, "hash": ""}
+        record = {"schema_version": 1, "parts": {part: entry}, "leakage": {}, "split_hash": ""}
+        (tmp_path / SPLIT_FILE).write_text(json.dumps(record))
+        with pytest.raises(ValueError, match="parts names"):
+            check_split(tmp_path)
+
+
+FORBIDDEN = {
+    r"\btorch\.load\((?![^)]*weights_only=True)": "torch.load without weights_only=True",
+    r"\b(import|from) (pickle|dill|joblib|marshal|shelve|cloudpickle)\b": "pickle",
+    r"\b(pickle|dill|joblib|marshal)\.loads?\(": "pickle",
+    r"allow_pickle\s*=\s*True": "NumPy's pickles",
+    r"trust_remote_code\s*=\s*(?!False\b)": "remote code",
+    r"weights_only\s*=\s*False": "pickled weights",
+    r"(?<![\w.])(eval|exec)\(": "eval or exec",
+    r"shell\s*=\s*True": "a shell",
+    r"\bos\.(system|popen)\(": "a shell",
+    r"\byaml\.(load|unsafe_load|full_load)\(": "YAML that builds objects",
+}
+
+
+def faults_of(text: str) -> list[str]:
+    return [what for pattern, what in FORBIDDEN.items() if re.search(pattern, text)]
+
+
+def test_no_source_reads_pickles_or_runs_text():
+    sources = [p for d in ("src", "scripts", "tools") for p in (ROOT / d).rglob("*.py")]
+    assert len(sources) > 30
+    found = {str(p.relative_to(ROOT)): f for p in sources if (f := faults_of(p.read_text()))}
+    assert found == {}
+
+
+@pytest.mark.parametrize(
+    "line",
+    [
+        "torch.load(path)",
+        "torch.load(path, weights_only=False)",
+        "import pickle",
+        "from dill import loads",
+        "np.load(p, allow_pickle=True)",
+        "f(trust_remote_code=True)",
+        "f(trust_remote_code=flag)",
+        "eval(text)",
+        "run(c, shell=True)",
+    ],
+)
+def test_the_search_finds_what_it_looks_for(line):
+    assert faults_of(line)
+    assert not faults_of("model.eval(); torch.load(p, weights_only=True); trust_remote_code=False")
+
+
+def test_two_models_in_one_folder_do_not_mix(model_folder, tmp_path):
+    """Weights of one architecture under another's configuration are no model."""
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    sizes = {"hidden_size": 16, "intermediate_size": 16, "num_attention_heads": 2}
+    config = LlamaConfig(
+        vocab_size=64, num_hidden_layers=1, bos_token_id=0, eos_token_id=0, **sizes
+    )
+    LlamaForCausalLM(config).save_pretrained(tmp_path / "llama")
+    shutil.copy(tmp_path / "llama" / "config.json", model_folder / "config.json")
+    assert "missing" in refused(load_causal_lm, model_folder)
