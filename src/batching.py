@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any, Protocol
 
 import numpy as np
@@ -60,7 +60,7 @@ class ProteinDataset(Dataset):
         return row | _taught(self.cache, [int(index)])
 
 
-def _taught(cache: HiddenStates | None, proteins: Sequence[int]) -> dict[str, Any]:
+def _taught(cache: HiddenStates | None, proteins: Iterable[int]) -> dict[str, Any]:
     return {} if cache is None else {"teacher": [cache[int(index)] for index in proteins]}
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+from typing import Any
 
 import numpy as np
 import pytest
@@ -81,6 +82,10 @@ def alone(arm, student, options, folder, **overrides):
     return trainer
 
 
+def students_of(record: Any) -> Any:
+    return record["students"]
+
+
 def cohort(student, options, folder, dropout=0.0, **overrides):
     members = [Member(arm, student(arm, dropout), ARMS[arm], RATES[arm]) for arm in ARMS]
     return CohortTrainer(members, args=arguments(folder, **overrides), **options)
@@ -103,7 +108,7 @@ def test_each_student_ends_in_the_bits_of_training_it_alone(
         )
         assert model_fingerprint(member.model) == model_fingerprint(other.model), member.name  # type: ignore[arg-type]
         records = [r for r in other.state.log_history if "hard_loss" in r]
-        ours = [r["students"][member.name] for r in together.state.log_history if "loss" in r]
+        ours = [students_of(r)[member.name] for r in together.state.log_history if "loss" in r]
         for mine, theirs in zip(ours, records, strict=True):
             for key in ("hard_loss", "soft_loss", "mean_weight", "mean_epsilon", "grad_norm"):
                 if ARMS[member.name].alpha < 1 or key != "teacher_entropy":
@@ -154,13 +159,14 @@ def test_evaluation_gives_each_student_its_own_figures(parts, tmp_path):
     student, options = parts
     together = cohort(student, options(False), tmp_path / "all")
     found = together.evaluate()
+    students: Any = found["eval_students"]
     for member in together.members:
         args = arguments(tmp_path / member.name)
         single = DistillationTrainer(
             model=student(member.name, 0.0), **vars(member.loss), args=args, **options(False)
         ).evaluate()
-        assert found["eval_students"][member.name]["loss"] == single["eval_loss"]
-    losses = [record["loss"] for record in found["eval_students"].values()]
+        assert students[member.name]["loss"] == single["eval_loss"]
+    losses = [record["loss"] for record in students.values()]
     assert found["eval_loss"] == pytest.approx(np.mean(losses))
     json.dumps(together.state.log_history)
     assert all(math.isfinite(loss) for loss in losses)
