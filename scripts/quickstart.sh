@@ -20,8 +20,8 @@ started=$SECONDS
 echo
 echo "== 1/3 distil: data/small_teacher into a student a quarter of its size"
 "$python" scripts/train.py --teacher_model data/small_teacher --data data/proteins \
-    --n_layer 2 --n_head 4 --n_embd 192 --train_size_prop 1.0 --batch_size 16 --precision bf16 \
-    --learning_rate 2e-3 --max_steps 600 --eval_steps 200 --save_steps 600 \
+    --n_layer 4 --n_head 4 --n_embd 128 --train_size_prop 1.0 --batch_size 32 \
+    --learning_rate 4e-3 --max_steps 300 --eval_steps 100 --save_steps 300 \
     --validation_proteins 200 --cache_dir "$out/cache" --output_dir "$out/student"
 
 echo
