@@ -33,6 +33,7 @@ from src.evaluation import (
 )
 from src.files import atomic_write, read_json, write_json
 from src.grids import Cell, Grid, settings_key
+from src.interruption import stops_on_signals
 from src.models import count_parameters, load_causal_lm, model_fingerprint, output_head
 from src.results import figure, read_results, write_results
 from src.runs import InUseError, locked, provenance
@@ -135,10 +136,12 @@ class GridRun:
 
     # Running ------------------------------------------------------------------------------------
 
+    @stops_on_signals
     def run(self) -> dict[str, Any]:
         """Run every group that is not done, and return how many cells are.
 
-        A group that another process is running is left to it.
+        A group that another process is running is left to it. SIGTERM and SIGINT leave a checkpoint
+        of the group under way.
         """
         quiet_libraries()
         for line in self.status_lines():
