@@ -244,7 +244,7 @@ def test_a_packed_bomb(tmp_path, name, piece):
 
 def test_a_bomb_of_clusters(tmp_path):
     with pytest.raises(ValueError, match="bomb"):
-        read_clusters(bomb(tmp_path / "c.tsv.gz", b"a\ta\n", 40 << 20))
+        read_clusters(bomb(tmp_path / "c.tsv.gz", b"a" * 90 + b"\t" + b"a" * 90 + b"\n", 40 << 20))
 
 
 @pytest.mark.parametrize("kind", ["page", "dictionary", "tokens"])
