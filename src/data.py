@@ -353,7 +353,9 @@ def open_store(folder: Path, thorough: bool | None = None) -> TokenisedProteins:
     if not isinstance(manifest, dict) or manifest.get("format") != FORMAT:
         raise ValueError(f"{folder / MANIFEST}: not the record of tokenised proteins")
     if manifest.get("version") != FORMAT_VERSION:
-        raise ValueError(f"{folder}: of version {manifest.get('version')}, not {FORMAT_VERSION}")
+        raise ValueError(
+            f"{folder}: of version {manifest.get('version')!r:.40}, not {FORMAT_VERSION}"
+        )
     if manifest.get("check") != _manifest_check(manifest):
         raise ValueError(f"{folder / MANIFEST}: was altered")
     try:

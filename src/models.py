@@ -107,15 +107,16 @@ def load_causal_lm(
     }
     with explain_loading("model", name):
         try:
-            model, found = AutoModelForCausalLM.from_pretrained(
+            loaded: Any = AutoModelForCausalLM.from_pretrained(
                 str(name), use_safetensors=True, **options
             )
         except OSError as error:
             if local or "safetensors" not in str(error):
                 raise
-            model, found = AutoModelForCausalLM.from_pretrained(
+            loaded = AutoModelForCausalLM.from_pretrained(
                 str(name), use_safetensors=False, weights_only=True, **options
             )
+        model, found = loaded
         if found["missing_keys"]:
             missing = sorted(found["missing_keys"])
             raise ValueError(f"{len(missing)} weights are missing, the first is {missing[0]}")
@@ -125,7 +126,14 @@ def load_causal_lm(
 
 
 def require_runnable(model: PreTrainedModel) -> None:
-    """Run a model on one token. Raises whatever it raises, ``ValueError`` for no finite output."""
+    """Look at every weight and run a model on one token.
+
+    Raises:
+        ValueError: a weight or an output is not finite. Other errors are the model's own.
+    """
+    for name, weight in model.named_parameters():
+        if not torch.isfinite(weight).all():
+            raise ValueError(f"{name} holds what is no finite number: the weights are damaged")
     token = torch.zeros(1, 1, dtype=torch.long, device=model.device)
     with torch.inference_mode():
         logits = model(input_ids=token).logits

@@ -90,10 +90,8 @@ def write_results(path: str | Path, results: Mapping[str, Any], overwrite: bool 
     """
     check_output(path, overwrite)
     results = {"schema_version": SCHEMA_VERSION, **results}
-    if "run" in results:
-        results["run"] = relative_paths(results["run"])
     validate(results, path)
-    write_json(path, results)
+    write_json(path, {**results, "run": relative_paths(results["run"])})
 
 
 def check_output(path: str | Path, overwrite: bool) -> None:

@@ -83,7 +83,7 @@ class Measurements:
         if not isinstance(self.name, str) or self.source not in ("measured", "bound"):
             raise ValueError(f"source must be measured or bound, got {self.source!r:.40}")
         for field in fields(self):
-            value = getattr(self, field.name)
+            value: Any = getattr(self, field.name)
             if field.name in ("name", "source") or value is None and field.default is None:
                 continue
             if field.name == "shared_storage":

@@ -569,7 +569,7 @@ def read_split(folder: Path) -> dict[str, Any]:
             f"{record.get('schema_version')!r:.40}"
         )
     full = record.get("full_train")
-    problem = (
+    problem: Any = (
         _parts_problem(record.get("parts"))
         or _leakage_problem(record.get("leakage"))
         or (full is not None and not isinstance(full, dict) and "full_train is no object")

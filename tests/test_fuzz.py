@@ -6,7 +6,6 @@ import gzip
 import json
 import os
 import random
-import resource
 import signal
 import subprocess
 import sys
@@ -245,7 +244,7 @@ def test_a_packed_bomb(tmp_path, name, piece):
 
 def test_a_bomb_of_clusters(tmp_path):
     with pytest.raises(ValueError, match="bomb"):
-        read_clusters(bomb(tmp_path / "c.tsv.gz", b"a\ta\n", 40 << 20))
+        read_clusters(bomb(tmp_path / "c.tsv.gz", b"a" * 90 + b"\t" + b"a" * 90 + b"\n", 40 << 20))
 
 
 @pytest.mark.parametrize("kind", ["page", "dictionary", "tokens"])
@@ -265,7 +264,7 @@ def test_a_parquet_bomb(tmp_path, kind):
         column = pa.DictionaryArray.from_arrays(pa.array([0] * 512, pa.int32()), [value])
         table, expected = pa.table({"sequence": column}), "longer than 100,000"
     pq.write_table(table, path, compression="zstd", dictionary_pagesize_limit=1 << 30)
-    line, _ = growth_of(f"told(lambda: len(list(read_entries({str(path)!r}))))", 500 << 20)
+    line, _ = growth_of(f"told(lambda: len(list(read_entries({str(path)!r}))))", 1 << 30)
     assert expected in line
     assert "a.parquet" in line
 
@@ -454,6 +453,7 @@ def test_a_teacher_cache_without_its_last_proteins(cache):
 @pytest.mark.parametrize(
     ("spoil", "message"),
     [
+        (lambda m: m.update(version="\ud800"), r"of version '\\ud800'"),
         (lambda m: m.pop("files"), "broken"),
         (lambda m: m["files"].pop("names.bin"), "its files are others"),
         (lambda m: m["files"]["names.bin"].update(bytes=[]), "size or hash"),
@@ -502,8 +502,6 @@ def test_a_column_name_cannot_steer_a_terminal(tmp_path):
         list(read_entries(path, report=ReadReport()))
 
 
-def test_memory_is_limited_at_all():
-    """The limit that the bombs are tried under is one on this system."""
-    assert resource.getrlimit(resource.RLIMIT_AS)
+def test_the_limit_that_bombs_are_tried_under_is_one():
     code = "try:\n    bytes(1 << 30)\nexcept MemoryError:\n    print('refused')"
     assert growth_of(code, 200 << 20)[0] == "refused"

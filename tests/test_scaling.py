@@ -7,6 +7,7 @@ import math
 import re
 from dataclasses import asdict, replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -32,7 +33,7 @@ from src.scaling import (
 )
 
 ROOT = Path(__file__).resolve().parents[1]
-FAST = {"cache_read_bytes_per_s": 1e15, "cache_write_bytes_per_s": 1e15}
+FAST: dict[str, Any] = {"cache_read_bytes_per_s": 1e15, "cache_write_bytes_per_s": 1e15}
 BASE = Measurements(
     name="a device",
     source="measured",
@@ -142,7 +143,12 @@ def test_caching_pays_after_some_passes():
 
 
 def test_bounds_are_peak_over_flop():
-    others = {"student_parameters": 1, "tokens_per_step": 1, "teacher_width": 1, "hidden_bytes": 2}
+    others: dict[str, Any] = {
+        "student_parameters": 1,
+        "tokens_per_step": 1,
+        "teacher_width": 1,
+        "hidden_bytes": 2,
+    }
     m = bound("x", 2e15, 2.0, 0.5, 1.5, **others, **FAST)
     assert m.source == "bound"
     assert m.capture_tokens_per_s == pytest.approx(1e6)

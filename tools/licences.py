@@ -12,7 +12,7 @@ import argparse
 import sys
 from importlib import metadata
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
@@ -100,7 +100,7 @@ def _needs_of(line: str) -> list[tuple[str, str]]:
     return [(each, extra) for each in lines for extra in (need.extras or {""})]
 
 
-def licence_of(facts: metadata.PackageMetadata) -> str:
+def licence_of(facts: Any) -> str:
     """Return the licence that a package states: as an expression, a classifier or in words."""
     if facts.get("License-Expression"):
         return facts["License-Expression"]
