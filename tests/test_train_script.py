@@ -180,7 +180,7 @@ def test_a_run_leaves_a_finished_model(finished, small_teacher_dir):
     run = finished / "run"
     record = json.loads((run / "run.json").read_text())
     assert record["status"] == "finished"
-    assert record["teacher"]["name"] == str(small_teacher_dir)
+    assert Path(record["teacher"]["name"]).resolve() == small_teacher_dir
     assert record["data"]["train"]["proteins"] > 0
     assert record["final"]["eval_loss"] > 0
     assert {"commit", "dirty"} <= record["git"].keys()
