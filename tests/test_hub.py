@@ -574,7 +574,7 @@ def spoil_settings(folder):
         (spoil_other_weights, "the weights are not those that run.json records"),
         (spoil_missing_tensor, "the weights hold"),
         (spoil_tokenizer, "tokenizer"),
-        (spoil_nan, "no finite numbers"),
+        (spoil_nan, "no finite number"),
         (spoil_record, "not valid JSON"),
         (spoil_steps, "not the record of a finished run"),
         (spoil_settings, "not the record of a finished run"),
