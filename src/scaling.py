@@ -91,8 +91,9 @@ class Measurements:
                     raise ValueError(f"shared_storage must be true or false, got {value!r:.40}")
                 continue
             number = isinstance(value, int | float) and not isinstance(value, bool)
+            real = float(value) if number else math.nan  # type: ignore[arg-type]
             least_zero = field.name in ("overlap", "step_spread", "restart_minutes")
-            if not number or not (0 < value < math.inf or (least_zero and value == 0)):
+            if not (0 < real < math.inf or (least_zero and real == 0)):
                 raise ValueError(f"{field.name} must be a number above 0, got {value!r:.40}")
         if self.overlap > 1:
             raise ValueError(f"overlap must be in [0, 1], got {self.overlap}")
