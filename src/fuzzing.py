@@ -900,8 +900,12 @@ def _forked(
         with os.fdopen(reading, "rb", buffering=0) as pipe:
             pending = b""
             while True:
-                # The alarm cannot interrupt a library's own code; this wait can.
-                ready, _, _ = select.select([pipe], [], [], 10 * seconds)
+                # The alarm cannot interrupt a library's own code, nor a wait; this can. Twice,
+                # because a machine that was paused shows one long silence.
+                for _ in range(2):
+                    ready, _, _ = select.select([pipe], [], [], 10 * seconds)
+                    if ready:
+                        break
                 piece = pipe.read(1 << 16) if ready else None
                 if not piece:
                     break
