@@ -18,6 +18,7 @@ Examples:
 from __future__ import annotations
 
 import argparse
+import contextlib
 import hashlib
 import importlib
 import json
@@ -198,6 +199,9 @@ def start(scenario: Scenario, work: Path, out: Path, log: Path, point: str | Non
     """Run a scenario in a process forked from this one, and return its number."""
     process = os.fork()
     if process:
+        # Here too, or a kill of the group could come before the child has made it.
+        with contextlib.suppress(OSError):
+            os.setpgid(process, process)
         return process
     status = 70
     try:
