@@ -283,6 +283,7 @@ class GridRun:
         path = self.results / f"per_protein-{self.grid.name}-{name}.parquet"
         write_table(path, [(cell, found[cell.name].per_protein) for cell in cells], self.grid)
         by_name = {member.name: member for member in trainer.members}
+        teacher_fingerprint = model_fingerprint(self.ingredients.teacher)
         for cell in cells:
             settings = self.grid.settings(cell)
             model = by_name[cell.name].model
@@ -308,7 +309,7 @@ class GridRun:
                 },
                 "teacher": {
                     "name": settings.teacher_model,
-                    "fingerprint": model_fingerprint(self.ingredients.teacher),
+                    "fingerprint": teacher_fingerprint,
                 },
                 "data": {
                     "source": settings.data,

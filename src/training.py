@@ -241,10 +241,16 @@ def capture_parts(
     parts: dict[str, TokenisedProteins],
     directory: str | Path,
     announce: Callable[[str], None] = say,
+    fingerprint: str | None = None,
 ) -> dict[str, TeacherCache]:
-    """Return the teacher's cache for each part, captured where it is not there yet."""
+    """Return the teacher's cache for each part, captured where it is not there yet.
+
+    ``fingerprint`` is the teacher's where it is known; a large teacher is hashed once, not for each
+    part.
+    """
+    fingerprint = fingerprint or model_fingerprint(teacher)
     return {
-        name: capture(teacher, proteins, directory, announce=announce)
+        name: capture(teacher, proteins, directory, announce=announce, fingerprint=fingerprint)
         for name, proteins in parts.items()
     }
 
@@ -322,7 +328,7 @@ def train(
     if settings.cached_teacher:
         if teacher_cache is None:
             raise ValueError("this run reads a teacher cache: pass --teacher_cache DIR")
-        caches = capture_parts(teacher, parts, teacher_cache, announce)
+        caches = capture_parts(teacher, parts, teacher_cache, announce, teacher_fingerprint)
         keep_head_alone(teacher)
 
     with locked(output_dir):
