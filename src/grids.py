@@ -51,22 +51,26 @@ SIZES = {
 }
 """About 27, 11 and 5 % of the bundled teacher."""
 
-RATES = (1e-3, 2e-3, 4e-3, 8e-3)
+RATES = (2e-3, 4e-3, 8e-3)
 """Learning rates that every arm is tuned over."""
 
 SHARED = TrainSettings(
     data=BUNDLED_DATA,
     teacher_model=BUNDLED_TEACHER,
     train_size_prop=1.0,
-    batch_size=32,
-    max_steps=600,
+    batch_size=16,
+    max_steps=120,
     precision="fp32",
-    eval_steps=100,
-    save_steps=100,
+    eval_steps=40,
+    save_steps=40,
     validation_proteins=200,
     cached_teacher=True,
+    init_from=BUNDLED_TEACHER,
 )
-"""What all cells of the bundled grids have in common."""
+"""What all cells of the bundled grids have in common: students are cut from the teacher."""
+
+RANDOM = replace(SHARED, init_from=None, max_steps=600, eval_steps=100, save_steps=100)
+"""The same for students that start from random weights, as the published ones did."""
 
 
 @dataclass(frozen=True)
@@ -144,7 +148,7 @@ class Grid:
         except KeyError:
             raise ValueError(
                 f"the grid {self.name} needs a tuned learning rate for {arm} at {size}: run "
-                "--grid synergy-tuning first"
+                f"--grid {self.name}-tuning and --choose first"
             ) from None
 
     def settings(self, cell: Cell) -> TrainSettings:
@@ -180,6 +184,32 @@ def _sweep(name: str, values: tuple[float, ...], title: str) -> Grid:
         arms={f"{name}{value:g}": loss(value) for value in values},
         sizes={"s11": SIZES["s11"]},
         seeds=(42, 43),
+        rates=(4e-3,),
+    )
+
+
+def _tuned_and_confirmed(name: str, of: str, shared: TrainSettings) -> tuple[Grid, Grid]:
+    """Return a stratum of the experiment: its tuning and its confirmatory grid."""
+    return (
+        Grid(
+            f"{name}-tuning",
+            f"every arm's learning rate, on validation proteins and a seed of its own; {of}",
+            ARMS,
+            TWO_SIZES,
+            (1000,),
+            rates=RATES,
+            shared=shared,
+        ),
+        Grid(
+            name,
+            f"the confirmatory experiment, every arm at its tuned learning rate; {of}",
+            ARMS,
+            TWO_SIZES,
+            (1, 2, 3, 4, 5),
+            tuned=True,
+            split="test",
+            shared=shared,
+        ),
     )
 
 
@@ -195,26 +225,13 @@ GRIDS = {
             PUBLISHED,
             {"s27": SIZES["s27"]},
             (42,),
+            rates=(4e-3,),
             split="test",
+            shared=RANDOM,
             cell_files={arm: f"ablation_{arm}" for arm in PUBLISHED},
         ),
-        Grid(
-            "synergy-tuning",
-            "every arm's learning rate, on validation proteins and a seed of its own",
-            ARMS,
-            TWO_SIZES,
-            (1000,),
-            rates=RATES,
-        ),
-        Grid(
-            "synergy",
-            "the confirmatory experiment: every arm at its tuned learning rate",
-            ARMS,
-            TWO_SIZES,
-            (1, 2, 3, 4, 5),
-            tuned=True,
-            split="test",
-        ),
+        *_tuned_and_confirmed("synergy", "students cut from the teacher", SHARED),
+        *_tuned_and_confirmed("synergy-random", "students from random weights", RANDOM),
         _sweep("temperature", (1, 2, 4, 6, 8, 10), "temperature of the soft loss"),
         _sweep("alpha", (0.1, 0.3, 0.5, 0.7, 0.9), "share of the hard loss"),
         _sweep("smoothing_factor", (0.01, 0.05, 0.1, 0.2), "largest share of the uniform"),

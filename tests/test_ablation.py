@@ -245,7 +245,8 @@ def test_results_of_other_settings_are_not_taken_for_done(finished, grid, world)
 
 def test_the_provided_grids_are_the_issues():
     assert set(GRIDS) == {
-        "owner", "synergy-tuning", "synergy", "temperature", "alpha", "smoothing"
+        "owner", "synergy-tuning", "synergy", "synergy-random-tuning", "synergy-random",
+        "temperature", "alpha", "smoothing",
     }  # fmt: skip
     owner = GRIDS["owner"]
     files = {owner.file_of(cell) for cell in owner.cells()}
@@ -258,10 +259,13 @@ def test_the_provided_grids_are_the_issues():
     assert all(loss.use_calibration_smoothing for loss in smoothing)
     for name in ("temperature", "alpha", "smoothing", "synergy-tuning"):
         assert GRIDS[name].split == "validation"
-    confirm, tuning = GRIDS["synergy"], GRIDS["synergy-tuning"]
-    assert len(confirm.seeds) >= 5
-    assert not set(confirm.seeds) & set(tuning.seeds)
-    assert set(confirm.arms) == set(tuning.arms) == set(ARMS)
+    for name in ("synergy", "synergy-random"):
+        confirm, tuning = GRIDS[name], GRIDS[f"{name}-tuning"]
+        assert len(confirm.seeds) >= 5
+        assert not set(confirm.seeds) & set(tuning.seeds)
+        assert set(confirm.arms) == set(tuning.arms) == set(ARMS)
+        assert confirm.shared == tuning.shared
+        assert (confirm.split, tuning.split) == ("test", "validation")
 
 
 def test_the_script(grid, world, tmp_path, capsys):
