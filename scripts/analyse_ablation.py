@@ -4,8 +4,9 @@
 Contrasts, intervals and the decision rule are those of docs/EXPERIMENT.md. Writes analysis.json and
 analysis.md beside the tables.
 
-Example:
+Examples:
   python scripts/analyse_ablation.py --results results/synergy
+  python scripts/analyse_ablation.py --results results/recipe --grid recipe --against baseline cut
 """
 
 from __future__ import annotations
@@ -26,6 +27,7 @@ def build_parser() -> argparse.ArgumentParser:
     add("--results", type=Path, required=True, help="directory with per_protein-<grid>-*.parquet")
     add("--grid", default="synergy", help="which grid's tables")
     add("--split", default="test", help="the part that was measured")
+    add("--against", nargs="+", default=["baseline"], help="arms that all others are compared with")
     return parser
 
 
@@ -35,7 +37,7 @@ def run(args: argparse.Namespace) -> dict:
     from src.runs import provenance
     from src.synergy import analyse, analysis_lines, read_runs
 
-    analysis = analyse(read_runs(args.results, args.grid, args.split))
+    analysis = analyse(read_runs(args.results, args.grid, args.split), args.against)
     lines = analysis_lines(analysis)
     for line in lines:
         say(line)

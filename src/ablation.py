@@ -116,8 +116,9 @@ class GridRun:
 
     def groups(self) -> list[tuple[str, list[Cell]]]:
         """Return the cells of each group, in the order in which they are run."""
-        ordered = sorted(self.cells, key=lambda cell: (cell.seed, cell.size))
-        return [(name, list(cells)) for name, cells in groupby(ordered, lambda c: c.group)]
+        group_of = self.grid.group_of
+        ordered = sorted(self.cells, key=lambda cell: (cell.seed, cell.size, group_of(cell)))
+        return [(name, list(cells)) for name, cells in groupby(ordered, group_of)]
 
     def status_lines(self) -> list[str]:
         """Return how many cells are done, for each group and in all, and the time that remains."""

@@ -87,11 +87,6 @@ class Cell:
         """The name of the cell's results file."""
         return f"{self.arm}-{self.size}-seed{self.seed}-lr{self.learning_rate:g}"
 
-    @property
-    def group(self) -> str:
-        """The cells of one group share the initial student, the data order and the teacher."""
-        return f"{self.size}-seed{self.seed}"
-
 
 @dataclass(frozen=True)
 class Grid:
@@ -108,6 +103,7 @@ class Grid:
         split: the part that is measured: ``validation`` to choose, ``test`` to confirm.
         shared: every other setting.
         cell_files: file name of a cell where it is not the cell's own name.
+        changes: settings other than the loss that an arm changes, by arm.
     """
 
     name: str
@@ -120,6 +116,7 @@ class Grid:
     split: str = "validation"
     shared: TrainSettings = SHARED
     cell_files: Mapping[str, str] = field(default_factory=dict)
+    changes: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
 
     def cells(self, tuned: Mapping[str, Mapping[str, float]] | None = None) -> list[Cell]:
         """Return all cells, group by group.
@@ -159,7 +156,18 @@ class Grid:
             loss=self.arms[cell.arm],
             learning_rate=cell.learning_rate,
             seed=cell.seed,
+            **self.changes.get(cell.arm, {}),
         )
+
+    def group_of(self, cell: Cell) -> str:
+        """Return the name of a cell's group: what is trained together, on the same batches.
+
+        Students of one group differ in what a cohort's members may differ in: loss, learning rate
+        and initial weights. An arm that changes more is trained in a group of its own.
+        """
+        own = self.changes.get(cell.arm, {})
+        apart = [f"-{name}{own[name]}" for name in sorted(own) if name != "init_from"]
+        return f"{cell.size}-seed{cell.seed}{''.join(apart)}"
 
     def file_of(self, cell: Cell) -> str:
         """Return the name of a cell's results file."""
@@ -188,30 +196,57 @@ def _sweep(name: str, values: tuple[float, ...], title: str) -> Grid:
     )
 
 
-def _tuned_and_confirmed(name: str, of: str, shared: TrainSettings) -> tuple[Grid, Grid]:
-    """Return a stratum of the experiment: its tuning and its confirmatory grid."""
-    return (
-        Grid(
-            f"{name}-tuning",
-            f"every arm's learning rate, on validation proteins and a seed of its own; {of}",
-            ARMS,
-            TWO_SIZES,
-            (1000,),
-            rates=RATES,
-            shared=shared,
-        ),
-        Grid(
-            name,
-            f"the confirmatory experiment, every arm at its tuned learning rate; {of}",
-            ARMS,
-            TWO_SIZES,
-            (1, 2, 3, 4, 5),
-            tuned=True,
-            split="test",
-            shared=shared,
-        ),
+def _tuned_and_confirmed(
+    name: str,
+    purpose: str,
+    shared: TrainSettings,
+    arms: Mapping[str, LossSettings],
+    sizes: Mapping[str, StudentSettings],
+    changes: Mapping[str, Mapping[str, Any]] | None = None,
+) -> tuple[Grid, Grid]:
+    """Return the two grids of an experiment: every arm's rate is tuned, then it is confirmed."""
+    tuning = Grid(
+        f"{name}-tuning",
+        f"{purpose}: every arm's learning rate, on validation proteins and a seed of its own",
+        arms,
+        sizes,
+        (1000,),
+        rates=RATES,
+        shared=shared,
+        changes=changes or {},
     )
+    confirm = replace(
+        tuning,
+        name=name,
+        purpose=f"{purpose}: every arm at its tuned learning rate, on test proteins",
+        seeds=(1, 2, 3, 4, 5),
+        rates=(),
+        tuned=True,
+        split="test",
+    )
+    return tuning, confirm
 
+
+RECIPES = {
+    "baseline": LossSettings(),
+    "cut": LossSettings(),
+    "temperature_1": LossSettings(temperature=1.0),
+    "temperature_4": LossSettings(temperature=4.0),
+    "soft_only": LossSettings(alpha=0.0),
+    "soft_only_temperature_1": LossSettings(alpha=0.0, temperature=1.0),
+    "both": PUBLISHED["both"],
+    "mean_one": CONTROLLED["uncertainty_mean_one"],
+    "confident": CONTROLLED["calibration_confident"],
+    "reverse_kl": LossSettings(divergence="reverse_kl"),
+    "jsd": LossSettings(divergence="jsd"),
+    "skew_kl": LossSettings(divergence="skew_kl", divergence_weight=0.1),
+    "long_warmup": LossSettings(),
+}
+"""What might beat plain distillation. All but ``baseline`` start from the teacher's weights.
+
+Skew 0.1: Ko et al. 2024 (arXiv:2402.03898), whose skew KL mixes that share of the teacher's
+distribution into the student's.
+"""
 
 ARMS = {**PUBLISHED, **CONTROLLED, **CONTROLS}
 TWO_SIZES = {name: SIZES[name] for name in ("s27", "s11")}
@@ -230,8 +265,20 @@ GRIDS = {
             shared=RANDOM,
             cell_files={arm: f"ablation_{arm}" for arm in PUBLISHED},
         ),
-        *_tuned_and_confirmed("synergy", "students cut from the teacher", SHARED),
-        *_tuned_and_confirmed("synergy-random", "students from random weights", RANDOM),
+        *_tuned_and_confirmed(
+            "synergy", "the claim, for students cut from the teacher", SHARED, ARMS, TWO_SIZES
+        ),
+        *_tuned_and_confirmed(
+            "synergy-random", "the claim, for random initial weights", RANDOM, ARMS, TWO_SIZES
+        ),
+        *_tuned_and_confirmed(
+            "recipe",
+            "what might beat plain distillation",
+            SHARED,
+            RECIPES,
+            {"s11": SIZES["s11"]},
+            {"baseline": {"init_from": None}, "long_warmup": {"warmup_steps": 36}},
+        ),
         _sweep("temperature", (1, 2, 4, 6, 8, 10), "temperature of the soft loss"),
         _sweep("alpha", (0.1, 0.3, 0.5, 0.7, 0.9), "share of the hard loss"),
         _sweep("smoothing_factor", (0.01, 0.05, 0.1, 0.2), "largest share of the uniform"),

@@ -171,18 +171,26 @@ def claim_verdict(parts: Mapping[str, str]) -> str:
     return REFUTED if REFUTED in values else INCONCLUSIVE
 
 
-def analyse(runs: Mapping[str, Runs]) -> dict[str, Any]:
+def analyse(runs: Mapping[str, Runs], references: Sequence[str] = ("baseline",)) -> dict[str, Any]:
     """Compute every contrast and verdict.
+
+    Args:
+        runs: by size, of :func:`read_runs`.
+        references: arms that every other arm is compared with.
 
     Returns:
         By size: ``seeds``, ``clusters``, ``arms`` (mean y of each with its interval), ``designs``
         (contrasts, parts, verdict, whether the published interaction is excluded),
-        ``explanations`` with Holm's correction, and ``seeds_needed`` for the wanted half-width.
+        ``explanations`` and ``against`` (every arm less a reference) with Holm's correction, and
+        ``seeds_needed`` for the wanted half-width.
+
+    Raises:
+        ValueError: a reference is no arm.
     """
-    return {size: _analyse_size(found) for size, found in runs.items()}
+    return {size: _analyse_size(found, references) for size, found in runs.items()}
 
 
-def _analyse_size(runs: Runs) -> dict[str, Any]:
+def _analyse_size(runs: Runs, references: Sequence[str]) -> dict[str, Any]:
     def estimate(coefficients: Mapping[str, float]) -> Estimate:
         return contrast(runs.nll, coefficients, runs.residues, runs.clusters)
 
@@ -211,7 +219,36 @@ def _analyse_size(runs: Runs) -> dict[str, Any]:
             "seeds_needed": _seeds_needed(found["I"], len(runs.seeds)),
         }
     record["explanations"] = _explanations(runs, estimate)
+    record["against"] = {name: against(runs, name) for name in references}
     return record
+
+
+def against(runs: Runs, reference: str) -> dict[str, Any]:
+    """Compare every arm with one of them.
+
+    Returns:
+        For each other arm its difference in y (``nats``) and in KL(teacher‖student) for each
+        residue at T = 1 (``kl``), with intervals; ``p_value`` and ``p_holm`` are of y, corrected
+        for the number of arms.
+
+    Raises:
+        ValueError: the reference is no arm.
+    """
+    if reference not in runs.nll:
+        raise ValueError(f"there is no arm {reference}: there are {', '.join(runs.nll)}")
+    coefficients = {arm: {arm: 1.0, reference: -1.0} for arm in runs.nll if arm != reference}
+    nats = {a: contrast(runs.nll, c, runs.residues, runs.clusters) for a, c in coefficients.items()}
+    kl = {a: contrast(runs.kl, c, runs.residues, runs.clusters) for a, c in coefficients.items()}
+    adjusted = holm({arm: e.p_value for arm, e in nats.items()}) if nats else {}
+    return {
+        arm: {
+            "nats": _described(e),
+            "kl": _described(kl[arm]),
+            "p_value": e.p_value,
+            "p_holm": adjusted[arm],
+        }
+        for arm, e in nats.items()
+    }
 
 
 def _seeds_needed(interaction: Estimate, seeds: int) -> int | None:
@@ -284,6 +321,18 @@ def analysis_lines(analysis: Mapping[str, Any]) -> list[str]:
                 *(
                     f"| {name}: {e['arms'][0]} − {e['arms'][1]} | {_shown(e)} | {e['p_holm']:.2g} |"
                     for name, e in record["explanations"].items()
+                ),
+                "",
+            ]
+        for reference, arms in record["against"].items():
+            lines += [
+                f"### Every arm less {reference}",
+                "",
+                "| arm | ln(perplexity per residue) | p (Holm) | KL, nats per residue |",
+                "|---|---|---|---|",
+                *(
+                    f"| {arm} | {_shown(e['nats'])} | {e['p_holm']:.2g} | {_shown(e['kl'])} |"
+                    for arm, e in arms.items()
                 ),
                 "",
             ]

@@ -246,7 +246,7 @@ def test_results_of_other_settings_are_not_taken_for_done(finished, grid, world)
 def test_the_provided_grids_are_the_issues():
     assert set(GRIDS) == {
         "owner", "synergy-tuning", "synergy", "synergy-random-tuning", "synergy-random",
-        "temperature", "alpha", "smoothing",
+        "recipe-tuning", "recipe", "temperature", "alpha", "smoothing",
     }  # fmt: skip
     owner = GRIDS["owner"]
     files = {owner.file_of(cell) for cell in owner.cells()}
@@ -263,9 +263,46 @@ def test_the_provided_grids_are_the_issues():
         confirm, tuning = GRIDS[name], GRIDS[f"{name}-tuning"]
         assert len(confirm.seeds) >= 5
         assert not set(confirm.seeds) & set(tuning.seeds)
-        assert set(confirm.arms) == set(tuning.arms) == set(ARMS)
+        assert confirm.arms == tuning.arms == ARMS
         assert confirm.shared == tuning.shared
         assert (confirm.split, tuning.split) == ("test", "validation")
+
+
+def test_an_arm_may_start_elsewhere_or_warm_up_longer(grid, world, tmp_path):
+    """Other initial weights stay in the group; other training arguments make one of their own."""
+    changes = {"both": {"init_from": str(world / "teacher")}, "hard_only": {"warmup_steps": 4}}
+    changed = replace(grid, sizes={"s": grid.sizes["s"]}, seeds=(1,), rates=(1e-2,))
+    changed = replace(changed, changes=changes)
+    run = job(changed, tmp_path, world)
+    assert [(name, [c.arm for c in cells]) for name, cells in run.groups()] == [
+        ("s-seed1", ["baseline", "both"]),
+        ("s-seed1-warmup_steps4", ["hard_only"]),
+    ]
+    assert run.run()["done"] == 3
+    found = {
+        arm: read_results(tmp_path / "results" / f"{arm}-s-seed1-lr0.01.json")
+        for arm in changed.arms
+    }
+    assert found["both"]["settings"]["train"]["init_from"] == str(world / "teacher")
+    assert found["hard_only"]["settings"]["train"]["warmup_steps"] == 4
+    names = {path.name for path in (tmp_path / "results").glob("*.parquet")}
+    assert "per_protein-small-s-seed1-warmup_steps4.parquet" in names
+
+
+def test_every_recipe_can_be_trained_in_its_group():
+    """Cells of one group have the same training arguments: a cohort has one set of them."""
+    for grid in GRIDS.values():
+        cells = grid.cells({size: dict.fromkeys(grid.arms, 1e-3) for size in grid.sizes})
+        groups: dict[str, set[str]] = {}
+        for cell in cells:
+            own = replace(
+                grid.settings(cell),
+                loss=grid.shared.loss,
+                learning_rate=1.0,
+                init_from=None,
+            )
+            groups.setdefault(grid.group_of(cell), set()).add(settings_key(own))
+        assert all(len(kinds) == 1 for kinds in groups.values())
 
 
 def test_the_script(grid, world, tmp_path, capsys):

@@ -88,6 +88,30 @@ def test_known_truths_are_told(tmp_path, effects, verdict, interaction):
     assert found["seeds_needed"] >= 2
 
 
+def test_arms_are_compared_with_a_reference(tmp_path):
+    """Against made-up effects, and with Holm's correction from its definition."""
+    effects = {**CLAIM, "equal": 0.001, "better": -0.03}
+    write_experiment(tmp_path, effects)
+    runs = read_runs(tmp_path, "synergy")
+    record = analyse(runs, ("baseline", "both"))["s"]["against"]
+    for reference, arms in record.items():
+        assert set(arms) == set(effects) - {reference}
+        for arm, found in arms.items():
+            truth = effects[arm] - effects[reference]
+            low, high = found["nats"]["interval"]
+            assert low - 0.003 < truth < high + 0.003
+            assert found["kl"]["estimate"] == pytest.approx(0, abs=1e-6)
+        ordered = sorted(arms.values(), key=lambda e: e["p_value"])
+        largest = 0.0
+        for rank, found in enumerate(ordered):
+            largest = max(largest, min(1.0, found["p_value"] * (len(ordered) - rank)))
+            assert found["p_holm"] == pytest.approx(largest)
+    assert record["baseline"]["better"]["p_holm"] < 0.05
+    assert record["baseline"]["equal"]["nats"]["interval"][0] < 0.001
+    with pytest.raises(ValueError, match="there is no arm nonsense"):
+        analyse(runs, ("nonsense",))
+
+
 def test_much_noise_is_inconclusive(tmp_path):
     write_experiment(tmp_path, CLAIM, noise=0.5, seed=1)
     found = analyse(read_runs(tmp_path, "synergy"))["s"]["designs"]["published"]
