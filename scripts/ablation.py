@@ -36,6 +36,7 @@ def build_parser() -> argparse.ArgumentParser:
     add("--seeds", type=int, nargs="+", help="these instead of the grid's own")
     add("--sizes", nargs="+", help="only these of the grid's sizes")
     add("--arms", nargs="+", help="only these of the grid's arms")
+    add("--rates", type=float, nargs="+", help="these learning rates instead of the grid's own")
     add("--teacher_model", help="(default: the bundled teacher)")
     add("--data", help="(default: the bundled proteins)")
     add("--max_steps", type=positive_int, help="of every cell (default: the grid's)")
@@ -103,7 +104,12 @@ def chosen(args: argparse.Namespace):
     shared = {k: getattr(args, k) for k in ("teacher_model", "data", "max_steps")}
     shared = {k: v for k, v in shared.items() if v is not None}
     grid = replace(grid, shared=replace(grid.shared, **shared))
-    return replace(grid, seeds=tuple(args.seeds)) if args.seeds else grid
+    if args.rates and grid.tuned:
+        raise ValueError(f"--rates: the grid {grid.name} reads each arm's rate from --results")
+    for name in ("seeds", "rates"):
+        if getattr(args, name):
+            grid = replace(grid, **{name: tuple(getattr(args, name))})
+    return grid
 
 
 def main(argv: list[str] | None = None) -> int:

@@ -370,7 +370,8 @@ def tuned_rates(results: Path, grid: Grid) -> dict[str, Any]:
 
     Args:
         results: directory of the cells.
-        grid: with several learning rates, measured on validation proteins.
+        grid: with several learning rates, measured on validation proteins. Cells of other rates
+            that stand in the directory (``--rates``) are taken in.
 
     Returns:
         ``rates`` by size and arm, and ``nats_per_residue`` of every rate tried, the mean over the
@@ -389,7 +390,7 @@ def tuned_rates(results: Path, grid: Grid) -> dict[str, Any]:
     for size in grid.sizes:
         for arm in grid.arms:
             means = {}
-            for rate in grid.rates:
+            for rate in sorted({*grid.rates, *_rates_beyond(results, grid, arm, size)}):
                 files = [results / grid.file_of(Cell(arm, size, seed, rate)) for seed in grid.seeds]
                 missing = [path for path in files if not path.exists()]
                 if missing:
@@ -399,6 +400,13 @@ def tuned_rates(results: Path, grid: Grid) -> dict[str, Any]:
             best = min(means, key=lambda rate: means[rate])
             rates.setdefault(size, {})[arm] = best
             tried.setdefault(size, {})[arm] = {f"{rate:g}": v for rate, v in means.items()}
-            if len(grid.rates) > 2 and best in (min(grid.rates), max(grid.rates)):
+            if len(means) > 2 and best in (min(means), max(means)):
                 edges.append(f"{arm} at {size}: {best:g}")
     return {"rates": rates, "nats_per_residue": tried, "at_edge": edges, "grid": grid.name}
+
+
+def _rates_beyond(results: Path, grid: Grid, arm: str, size: str) -> set[float]:
+    """Return the learning rates of an arm's cells on disk, the grid's own or not."""
+    start = f"{arm}-{size}-seed{grid.seeds[0]}-lr"
+    found = (path.stem.removeprefix(start) for path in results.glob(f"{start}*.json"))
+    return {float(rate) for rate in found}

@@ -26,6 +26,7 @@ from src.files import read_json
 from src.results import figure, read_results, with_interval
 from src.settings import PUBLISHED_STUDENTS
 from src.sizing import threshold_for
+from src.tables import latex_lines, markdown_lines
 
 if TYPE_CHECKING:
     from src.statistics import Estimate
@@ -219,13 +220,7 @@ FOOTNOTE = (
 def as_markdown(entries: Sequence[Entry], verdicts: Sequence[Verdict], notes: Sequence[str]) -> str:
     """Return the comparison as a Markdown table with its verdicts."""
     headings, rows = table(entries)
-    lines = [
-        f"| {' | '.join(headings)} |",
-        f"|---|{'---:|' * (len(headings) - 1)}",
-        *(f"| {' | '.join(cell.replace('|', chr(92) + '|') for cell in row)} |" for row in rows),
-        "",
-        FOOTNOTE,
-    ]
+    lines = [*markdown_lines(headings, rows), "", FOOTNOTE]
     for verdict in verdicts:
         first, *rest = verdict_lines(verdict)
         lines += ["", f"**{first}**", "", *(f"- {line}" for line in rest)]
@@ -234,32 +229,11 @@ def as_markdown(entries: Sequence[Entry], verdicts: Sequence[Verdict], notes: Se
     return "\n".join(lines) + "\n"
 
 
-_LATEX = {
-    "\\": r"\textbackslash{}",
-    **{sign: f"\\{sign}" for sign in "&%$#_{}"},
-    "~": r"\textasciitilde{}",
-    "^": r"\textasciicircum{}",
-    "<": r"$<$",
-    ">": r"$>$",
-}
-
-
-def _latex(text: str) -> str:
-    return "".join(_LATEX.get(letter, letter) for letter in text)
-
-
 def as_latex(entries: Sequence[Entry], verdicts: Sequence[Verdict], notes: Sequence[str]) -> str:
     """Return the comparison as a LaTeX table (package booktabs); verdicts as comments."""
     headings, rows = table(entries)
     lines = [
-        r"% \usepackage{booktabs}",
-        rf"\begin{{tabular}}{{l{'r' * (len(headings) - 1)}}}",
-        r"\toprule",
-        " & ".join(map(_latex, headings)) + r" \\",
-        r"\midrule",
-        *(" & ".join(map(_latex, row)) + r" \\" for row in rows),
-        r"\bottomrule",
-        r"\end{tabular}",
+        *latex_lines(headings, rows),
         f"% {FOOTNOTE}",
         *(f"% {line}" for verdict in verdicts for line in verdict_lines(verdict)),
         *(f"% {note}" for note in notes),

@@ -80,7 +80,7 @@ STYLE: Any = {
 }
 
 
-def _styled(draw: Callable[Parameters, Figure]) -> Callable[Parameters, Figure]:
+def styled(draw: Callable[Parameters, Figure]) -> Callable[Parameters, Figure]:
     """Draw in the project's style, whatever style the caller's session has."""
 
     @functools.wraps(draw)
@@ -97,7 +97,7 @@ def _colour(label: str, index: int) -> str:
     return COLOURS.get(label, CYCLE[index % len(CYCLE)])
 
 
-@_styled
+@styled
 def learning_curves(
     runs: Mapping[str, Sequence[Mapping[str, Any]]],
     quantity: str = "loss",
@@ -155,7 +155,7 @@ def learning_curves(
     return figure
 
 
-@_styled
+@styled
 def reliability_diagram(calibrations: Mapping[str, Mapping[str, Any]]) -> Figure:
     """Draw accuracy against confidence, and how many tokens have which confidence.
 
@@ -240,7 +240,7 @@ def _reliability(
     axes.legend(loc="upper left", fontsize=8)
 
 
-@_styled
+@styled
 def composition_bars(sets: Mapping[str, Mapping[str, float]], rows: int = 2) -> Figure:
     """Draw amino-acid compositions side by side, the most frequent residues first.
 
@@ -300,7 +300,7 @@ def composition_bars(sets: Mapping[str, Mapping[str, float]], rows: int = 2) -> 
     return figure
 
 
-@_styled
+@styled
 def quality_against_compression(results: Mapping[str, Mapping[str, Any]]) -> Figure:
     """Draw perplexity ratio and KL divergence of students against how much smaller they are.
 

@@ -179,7 +179,8 @@ def analyse(runs: Mapping[str, Runs], references: Sequence[str] = ("baseline",))
         references: arms that every other arm is compared with.
 
     Returns:
-        By size: ``seeds``, ``clusters``, ``arms`` (mean y of each with its interval), ``designs``
+        By size: ``seeds``, ``clusters``, ``arms`` (mean y of each with its interval, and y of each
+        seed), ``designs``
         (contrasts, parts, verdict, whether the published interaction is excluded),
         ``explanations`` and ``against`` (every arm less a reference) with Holm's correction, and
         ``seeds_needed`` for the wanted half-width.
@@ -198,7 +199,11 @@ def _analyse_size(runs: Runs, references: Sequence[str]) -> dict[str, Any]:
         "seeds": runs.seeds,
         "clusters": len(set(runs.clusters)),
         "proteins": len(runs.residues),
-        "arms": {arm: _described(estimate({arm: 1.0})) for arm in runs.nll},
+        "arms": {
+            arm: _described(estimate({arm: 1.0}))
+            | {"by_seed": (nll.sum(axis=1) / runs.residues.sum()).tolist()}
+            for arm, nll in runs.nll.items()
+        },
         "designs": {},
     }
     for name, arms in DESIGNS.items():

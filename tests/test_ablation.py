@@ -237,6 +237,19 @@ def test_learning_rates_are_chosen_on_validation(finished, grid, world, tmp_path
         confirm.cells({"s": {"baseline": 1e-3}})
 
 
+def test_rates_beyond_the_range_are_taken_into_the_choice(finished, grid, tmp_path):
+    import shutil
+
+    shutil.copytree(finished / "results", tmp_path / "results")
+    narrow = replace(grid, rates=(1e-2,), arms={"both": grid.arms["both"]})
+    chosen = tuned_rates(tmp_path / "results", narrow)
+    assert set(chosen["nats_per_residue"]["s"]["both"]) == {"0.001", "0.01"}
+    assert (
+        chosen["rates"]["s"]["both"]
+        == tuned_rates(finished / "results", grid)["rates"]["s"]["both"]
+    )
+
+
 def test_results_of_other_settings_are_not_taken_for_done(finished, grid, world):
     other = replace(grid, shared=replace(grid.shared, max_steps=7))
     with pytest.raises(ValueError, match="holds a cell of other settings"):
@@ -312,6 +325,8 @@ def test_the_script(grid, world, tmp_path, capsys):
     assert "--list" in capsys.readouterr().err
     assert script.main(["--grid", "owner", "--arms", "nonsense"]) == 2
     assert "the grid owner has baseline" in capsys.readouterr().err
+    assert script.main(["--grid", "synergy", "--rates", "1e-3"]) == 2
+    assert "reads each arm's rate" in capsys.readouterr().err
     arguments = (
         f"--grid owner --teacher_model {world / 'teacher'} --data {world / 'proteins'} "
         f"--max_steps 2 --arms baseline both --results {tmp_path / 'results'} "

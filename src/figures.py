@@ -1,0 +1,352 @@
+"""Makes the project's figures and tables from ``results/`` alone.
+
+Each maker reads the files that it needs and says what is missing where they are not there; what can
+be made is made.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from src import experiment_plots, plots
+from src.cli import say
+from src.files import read_json, write_text
+from src.results import figure, read_results
+from src.synergy import EXPLANATIONS, MARGIN
+from src.tables import latex_lines, markdown_lines
+
+STRATA = {"cut": ("synergy", "synergy"), "random": ("synergy_random", "synergy-random")}
+"""Of the experiment: directory and grid by name of the stratum."""
+SIZE_NAMES = {"s27": "27 %", "s11": "11 %", "s05": "5 %"}
+FOUR = ("baseline", "uncertainty", "calibration", "both")
+GENERATION = "generation"
+"""Directory of evaluations with generated proteins."""
+FIRST = ("first_27_baseline", "first_27_both", "first_11_baseline", "first_11_both")
+"""The first results: students from random weights, trained longer and on one seed."""
+
+Cells = list[dict[str, Any]]
+Table = tuple[list[str], list[list[str]]]
+
+
+class Missing(Exception):
+    """What a figure needs is not there; the message says how to make it."""
+
+
+def read_cells(folder: Path, grid: str) -> Cells:
+    """Return the results of a grid's finished cells.
+
+    Raises:
+        Missing: there are none.
+    """
+    found = []
+    for path in sorted(folder.glob("*-seed*-lr*.json")):
+        results = read_results(path)
+        if figure(results, "settings.grid") == grid:
+            found.append(results)
+    if not found:
+        raise Missing(f"{folder}: no cells of {grid}: python scripts/ablation.py --grid {grid}")
+    return found
+
+
+def read_analysis(folder: Path, grid: str) -> dict[str, Any]:
+    """Return the sizes' records of a grid's analysis.
+
+    Raises:
+        Missing: it was not analysed yet.
+    """
+    path = folder / "analysis.json"
+    if not path.exists():
+        raise Missing(
+            f"{path}: python scripts/analyse_ablation.py --results {folder} --grid {grid}"
+        )
+    return read_json(path)["sizes"]
+
+
+def _strata(results: Path) -> dict[str, tuple[Path, str]]:
+    """Return folder and grid of the strata that were analysed."""
+    found = {
+        name: (results / folder, grid)
+        for name, (folder, grid) in STRATA.items()
+        if (results / folder / "analysis.json").exists()
+    }
+    if not found:
+        folder, grid = STRATA["cut"]
+        read_analysis(results / folder, grid)
+    return found
+
+
+def _title(size: str, stratum: str) -> str:
+    return f"{SIZE_NAMES.get(size, size)}, {stratum}"
+
+
+# Figures -------------------------------------------------------------------------------------
+
+
+def effects(results: Path) -> Any:
+    """Figure 1: every arm's effect and the interaction."""
+    sizes = {
+        _title(size, stratum): record
+        for stratum, (folder, grid) in _strata(results).items()
+        for size, record in read_analysis(folder, grid).items()
+    }
+    return experiment_plots.effects_figure(sizes, MARGIN)
+
+
+def scaling(results: Path) -> Any:
+    """Figure 2: quality over sizes."""
+    series: dict[str, list[tuple[float, float, float, float]]] = {}
+    lines: dict[str, float] = {}
+    for stratum, (folder, grid) in _strata(results).items():
+        analysis = read_analysis(folder, grid)
+        cells = read_cells(folder, grid)
+        for results_of in cells[:1]:
+            lines["teacher"] = figure(results_of, "teacher_nats_per_residue")
+            lines["unigram"] = figure(results_of, "floors.unigram.nats_per_residue")
+        shares = {c["settings"]["size"]: figure(c, "share_of_teacher") for c in cells}
+        for arm in ("baseline", "both"):
+            series[f"{arm}, {stratum}"] = [
+                (shares[size], found["estimate"], *found["interval"])
+                for size, record in analysis.items()
+                if (found := record["arms"].get(arm))
+            ]
+    return experiment_plots.scaling_figure(series, lines)
+
+
+def curves(results: Path) -> Any:
+    """Figure 3: learning curves of the four arms."""
+    panels: dict[str, dict[str, tuple[list[float], list[list[float]]]]] = {}
+    for stratum, (folder, grid) in _strata(results).items():
+        for results_of in read_cells(folder, grid):
+            about = results_of["settings"]
+            if about["arm"] not in FOUR:
+                continue
+            curve = [r for r in results_of["training"]["curve"] if "eval_hard_loss" in r]
+            panel = panels.setdefault(_title(about["size"], stratum), {})
+            steps, values = panel.setdefault(about["arm"], ([r["step"] for r in curve], []))
+            values.append([r["eval_hard_loss"] for r in curve])
+    ordered = {
+        title: {arm: arms[arm] for arm in FOUR if arm in arms} for title, arms in panels.items()
+    }
+    return experiment_plots.arm_curves(ordered, "validation hard loss, nats per token")
+
+
+def composition(results: Path) -> Any:
+    """Figure 4: amino acids of generated proteins."""
+    sets: dict[str, Mapping[str, float]] = {}
+    for path in sorted((results / GENERATION).glob("*.json")):
+        found = read_results(path)
+        for name, key in ((path.stem, "student"), ("teacher", "teacher")):
+            shares = figure(found, f"generation.{key}.composition")
+            if shares and name not in sets:
+                sets[name] = shares
+        natural = figure(found, "generation.reference.composition")
+        if natural:
+            sets["natural"] = natural
+    if not sets:
+        raise Missing(
+            f"{results / GENERATION}: python scripts/evaluate.py --num_samples 100 --output ..."
+        )
+    return plots.composition_bars(sets)
+
+
+def calibration(results: Path) -> Any:
+    """Figure 5: reliability of the teacher and the four arms at the larger size."""
+    folder, grid = _strata(results)["cut"]
+    models: dict[str, list[dict[str, Any]]] = {"teacher": [], **{arm: [] for arm in FOUR}}
+    for found in read_cells(folder, grid):
+        about = found["settings"]
+        if about["size"] != "s27" or about["arm"] not in FOUR:
+            continue
+        models[about["arm"]].append(_calibration_of(found, "student"))
+        if not models["teacher"]:
+            models["teacher"].append(_calibration_of(found, "teacher"))
+    return experiment_plots.calibration_figure({n: m for n, m in models.items() if m})
+
+
+def _calibration_of(found: Mapping[str, Any], model: str) -> dict[str, Any]:
+    record = found[f"{model}_ece"]
+    return {
+        "ece": record["ece"],
+        "interval": found["intervals"].get(f"{model}_ece.ece"),
+        "reliability": record["reliability"],
+    }
+
+
+def compression(results: Path) -> Any:
+    """Figure 6: quality against compression."""
+    points: dict[str, Any] = {}
+    for name in FIRST:
+        path = results / f"{name}.json"
+        if path.exists():
+            points[name.removeprefix("first_").replace("_", " %, ") + ", random"] = read_results(
+                path
+            )
+    for stratum, (folder, grid) in _strata(results).items():
+        if stratum != "cut":
+            continue
+        for found in read_cells(folder, grid):
+            about = found["settings"]
+            if about["seed"] == 1 and about["arm"] in ("baseline", "both"):
+                points[f"{_title(about['size'], about['arm'])}, {stratum}"] = found
+    return plots.quality_against_compression(points)
+
+
+FIGURES: dict[str, Callable[[Path], Any]] = {
+    "1_effects": effects,
+    "2_scaling": scaling,
+    "3_learning_curves": curves,
+    "4_composition": composition,
+    "5_calibration": calibration,
+    "6_compression": compression,
+}
+
+# Tables --------------------------------------------------------------------------------------
+
+
+def arms_tables(results: Path) -> Iterator[tuple[str, Table]]:
+    """Each arm's figures, means over seeds; the interval of nats is that of the analysis."""
+    for stratum, (folder, grid) in _strata(results).items():
+        analysis = read_analysis(folder, grid)
+        cells = read_cells(folder, grid)
+        for size, record in analysis.items():
+            yield f"arms_{stratum}_{size}", arms_table(record, _of_size(cells, size))
+
+
+def recipe_tables(results: Path) -> Iterator[tuple[str, Table]]:
+    """Each recipe's figures, and its differences from plain distillation and from ``cut``."""
+    folder = results / "recipe"
+    cells = read_cells(folder, "recipe")
+    for size, record in read_analysis(folder, "recipe").items():
+        yield f"recipe_{size}", arms_table(record, _of_size(cells, size))
+        for reference, arms in record["against"].items():
+            headings = ["arm", f"ln PPL less {reference}", "p (Holm)", f"KL less {reference}"]
+            rows = [
+                [arm, _shown(e["nats"]), f"{e['p_holm']:.2g}", _shown(e["kl"])]
+                for arm, e in arms.items()
+            ]
+            yield f"recipe_{size}_against_{reference}", (headings, rows)
+
+
+def contrast_tables(results: Path) -> Iterator[tuple[str, Table]]:
+    """The contrasts of both designs with their verdicts, and the explanations."""
+    for stratum, (folder, grid) in _strata(results).items():
+        rows: list[list[str]] = []
+        explained: list[list[str]] = []
+        for size, record in read_analysis(folder, grid).items():
+            for name, design in record["designs"].items():
+                for key, entry in design["contrasts"].items():
+                    verdict = design["parts"][key]
+                    rows.append([f"{size} {name} {key}", _shown(entry), verdict])
+                rows.append([f"{size} {name}: the claim", "", design["verdict"]])
+            for name, entry in record["explanations"].items():
+                arms = " less ".join(EXPLANATIONS[name])
+                cells = [f"{size} {name}", arms, _shown(entry), f"{entry['p_holm']:.2g}"]
+                explained.append(cells)
+        yield f"contrasts_{stratum}", (["contrast", "estimate [95 %]", "the claim's part"], rows)
+        headings = ["contrast", "arms", "estimate [95 %]", "p (Holm)"]
+        yield f"explanations_{stratum}", (headings, explained)
+
+
+TABLES: tuple[Callable[[Path], Iterator[tuple[str, Table]]], ...] = (
+    arms_tables,
+    contrast_tables,
+    recipe_tables,
+)
+
+
+def _of_size(cells: Cells, size: str) -> Cells:
+    return [cell for cell in cells if cell["settings"]["size"] == size]
+
+
+def arms_table(record: Mapping[str, Any], cells: Cells) -> Table:
+    """Return a row for each arm of one size.
+
+    Args:
+        record: of the analysis.
+        cells: results of the same size.
+    """
+    headings = [
+        "arm", "learning rate", "nats per residue [95 %]", "KL per residue", "ECE",
+        "top-1 agreement", "kept of the teacher", "gradient norm",
+    ]  # fmt: skip
+    rows = []
+    for arm, entry in record["arms"].items():
+        own = [cell for cell in cells if cell["settings"]["arm"] == arm]
+
+        def mean(name: str, own: Cells = own) -> float:
+            values = [figure(cell, name) for cell in own]
+            return float(np.mean([v for v in values if v is not None]))
+
+        norms = [
+            record["grad_norm"]
+            for cell in own
+            for record in cell["training"]["curve"]
+            if "grad_norm" in record
+        ]
+        low, high = entry["interval"]
+        rows.append(
+            [
+                arm,
+                ", ".join(sorted({f"{cell['settings']['learning_rate']:g}" for cell in own})),
+                f"{entry['estimate']:.4f} [{low:.4f}, {high:.4f}]",
+                f"{mean('kl_per_residue'):.4f}",
+                f"{mean('student_ece.ece'):.4f}",
+                f"{mean('top1_agreement'):.3f}",
+                f"{mean('kept_advantage'):.2f}",
+                f"{float(np.median(norms)):.2f}" if norms else "---",
+            ]
+        )
+    return headings, rows
+
+
+def _shown(entry: Mapping[str, Any]) -> str:
+    low, high = entry["interval"]
+    return f"{entry['estimate']:+.4f} [{low:+.4f}, {high:+.4f}]"
+
+
+# All of it -----------------------------------------------------------------------------------
+
+
+def make_all(
+    results: Path, output: Path, announce: Callable[[str], None] = say
+) -> dict[str, Sequence[str]]:
+    """Write every figure (PNG and PDF) and table (Markdown and LaTeX) that can be made.
+
+    Args:
+        results: where results stand.
+        output: directory to write to; what stands there under the same names is replaced.
+        announce: called with each line for a person.
+
+    Returns:
+        ``written`` and ``missing``.
+    """
+    written: list[str] = []
+    missing: list[str] = []
+    for name, maker in FIGURES.items():
+        try:
+            drawn = maker(results)
+        except Missing as why:
+            missing.append(f"figure {name}: {why}")
+            continue
+        for ending in (".png", ".pdf"):
+            path = output / f"{name}{ending}"
+            plots.save_figure(drawn, path)
+            written.append(str(path))
+    for maker in TABLES:
+        try:
+            for name, (headings, rows) in maker(results):
+                for ending, lines in ((".md", markdown_lines), (".tex", latex_lines)):
+                    path = output / f"{name}{ending}"
+                    write_text(path, "\n".join(lines(headings, rows)) + "\n")
+                    written.append(str(path))
+        except Missing as why:
+            missing.append(f"{maker.__name__}: {why}")
+    for path in written:
+        announce(f"written: {path}")
+    for line in missing:
+        announce(f"left out: {line}")
+    return {"written": written, "missing": missing}
