@@ -325,7 +325,7 @@ def write_table(path: Path, tables: Sequence[tuple[Cell, Mapping[str, Any]]], gr
     """Write what was measured on single proteins for some cells of a group.
 
     Rows of other cells that the file has already are kept. Sums are in nats, rounded to float32;
-    rows stand in the order of the grid's arms and learning rates.
+    arms stand in the order of their names, each with its learning rates from the lowest.
     """
     import pyarrow as pa
     import pyarrow.parquet as pq
@@ -346,10 +346,10 @@ def write_table(path: Path, tables: Sequence[tuple[Cell, Mapping[str, Any]]], gr
         for key in dict.fromkeys(keys):
             if key not in parts:
                 parts[key] = old.filter(pa.array([each == key for each in keys]))
-    arms = list(grid.arms)
-    order = sorted(parts, key=lambda key: (arms.index(key[0]), key[1]))
     with atomic_write(path, "wb") as handle:
-        pq.write_table(pa.concat_tables([parts[k] for k in order]), handle, compression="zstd")
+        pq.write_table(
+            pa.concat_tables([parts[k] for k in sorted(parts)]), handle, compression="zstd"
+        )
 
 
 def curve_of(history: Sequence[Mapping[str, Any]], name: str) -> list[dict[str, Any]]:

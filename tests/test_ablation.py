@@ -9,6 +9,7 @@ import sys
 from dataclasses import replace
 from pathlib import Path
 
+import pyarrow.compute as pc
 import pyarrow.parquet as pq
 import pytest
 
@@ -171,6 +172,21 @@ def test_missing_cells_alone_are_run_and_come_out_the_same(
         assert new["perplexity_ratio"] == pytest.approx(old["perplexity_ratio"], rel=1e-9)
     for name, raw in tables.items():
         assert (folder / "results" / name).read_bytes() == raw
+
+
+def test_a_part_of_a_grid_leaves_the_rows_of_the_rest(finished, grid, world, tmp_path):
+    import shutil
+
+    shutil.copytree(finished / "results", tmp_path / "results")
+    part = replace(grid, sizes={"s": grid.sizes["s"]}, seeds=(1,), rates=(2e-2,))
+    part = replace(part, arms={"both": grid.arms["both"]})
+    assert job(part, tmp_path, world).run()["done"] == 1
+    name = "per_protein-small-s-seed1.parquet"
+    before = pq.read_table(finished / "results" / name)
+    after = pq.read_table(tmp_path / "results" / name)
+    assert after.num_rows == before.num_rows * 7 // 6
+    rest = after.filter(pc.not_equal(after["learning_rate"], 2e-2))
+    assert rest.equals(before)
 
 
 def test_a_killed_group_goes_on_to_the_same_cells(finished, grid, world, tmp_path, monkeypatch):
