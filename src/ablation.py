@@ -282,7 +282,7 @@ class GridRun:
     ) -> None:
         """Write the table of single proteins first: a cell counts as done by its results file."""
         path = self.results / f"per_protein-{self.grid.name}-{name}.parquet"
-        write_table(path, [(cell, found[cell.name].per_protein) for cell in cells], self.grid)
+        write_table(path, [(cell, found[cell.name].per_protein) for cell in cells], self.grid.split)
         by_name = {member.name: member for member in trainer.members}
         teacher_fingerprint = model_fingerprint(self.ingredients.teacher)
         for cell in cells:
@@ -321,7 +321,7 @@ class GridRun:
         self.announce(f"{name}: {len(cells)} cells written to {self.results}")
 
 
-def write_table(path: Path, tables: Sequence[tuple[Cell, Mapping[str, Any]]], grid: Grid) -> None:
+def write_table(path: Path, tables: Sequence[tuple[Cell, Mapping[str, Any]]], split: str) -> None:
     """Write what was measured on single proteins for some cells of a group.
 
     Rows of other cells that the file has already are kept. Sums are in nats, rounded to float32;
@@ -335,7 +335,7 @@ def write_table(path: Path, tables: Sequence[tuple[Cell, Mapping[str, Any]]], gr
         columns: dict[str, Any] = {}
         for name in ("arm", "seed", "size", "learning_rate"):
             columns[name] = pa.array([getattr(cell, name)] * len(table["protein"]))
-        columns["split"] = pa.array([grid.split] * len(table["protein"]))
+        columns["split"] = pa.array([split] * len(table["protein"]))
         for name, values in table.items():
             real = isinstance(values, np.ndarray) and values.dtype.kind == "f"
             columns[name] = pa.array(values.astype(np.float32) if real else values)
