@@ -4,8 +4,9 @@
 Figures come as PNG and PDF, tables as Markdown and LaTeX. What lacks its results is left out, and
 the command that makes them is named.
 
-Example:
+Examples:
   python scripts/figures.py
+  python scripts/figures.py --update docs/RESULTS.md
 """
 
 from __future__ import annotations
@@ -26,6 +27,7 @@ def build_parser() -> argparse.ArgumentParser:
     add = parser.add_argument
     add("--results", type=Path, default=Path("results"), help="directory of results")
     add("--output", type=Path, help="directory to write to (default: RESULTS/figures)")
+    add("--update", type=Path, metavar="FILE", help="put the tables into this page too")
     return parser
 
 
@@ -35,7 +37,7 @@ def run(args: argparse.Namespace) -> dict[str, Sequence[str]]:
 
     if not args.results.is_dir():
         raise ValueError(f"--results {args.results}: is no directory")
-    return make_all(args.results, args.output or args.results / "figures")
+    return make_all(args.results, args.output or args.results / "figures", args.update)
 
 
 def main(argv: list[str] | None = None) -> int:

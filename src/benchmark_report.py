@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from src.files import read_json, write_text
+from src.files import read_json, replace_section
 
 SCHEMA_VERSION = 1
 KIND = "benchmark"
@@ -54,7 +53,8 @@ GOALS = {
     },
 }
 """Ratios that were aimed at before anything was measured."""
-BEGIN, END = "<!-- benchmark: generated -->", "<!-- benchmark: end -->"
+SECTION = "benchmark tables"
+"""Of docs/PERFORMANCE.md: what stands between its marks is generated."""
 
 
 def read_benchmark(path: str | Path) -> dict[str, Any]:
@@ -80,24 +80,14 @@ def measures(results: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
 
 
 def fill_page(page: str | Path, results: Sequence[str | Path]) -> None:
-    """Replace what stands between a page's two markers by the tables of results.
+    """Replace a page's generated section by the tables of results.
 
     Raises:
-        ValueError: the page has no markers, or there are no results.
+        ValueError: the page has no such section, or there are no results.
     """
-    page = Path(page)
     if not results:
         raise ValueError("results/: no benchmark_*.json; run scripts/benchmark.py first")
-    tables = "\n\n".join(table(path) for path in results)
-    try:
-        text = page.read_text(encoding="utf-8")
-    except OSError as error:
-        raise ValueError(f"{page}: cannot be read ({error.strerror})") from None
-    pattern = re.compile(f"{re.escape(BEGIN)}.*?{re.escape(END)}", re.DOTALL)
-    filled, count = pattern.subn(lambda _: f"{BEGIN}\n{tables}\n{END}", text)
-    if count != 1:
-        raise ValueError(f"{page}: needs the markers {BEGIN} and {END}, once")
-    write_text(page, filled)
+    replace_section(page, SECTION, "\n\n".join(table(path) for path in results))
 
 
 def table(path: str | Path) -> str:

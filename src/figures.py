@@ -14,7 +14,7 @@ import numpy as np
 
 from src import experiment_plots, plots
 from src.cli import say
-from src.files import read_json, write_text
+from src.files import read_json, replace_section, write_text
 from src.results import figure, read_results
 from src.synergy import EXPLANATIONS, MARGIN
 from src.tables import latex_lines, markdown_lines
@@ -27,6 +27,9 @@ GENERATION = "generation"
 """Directory of evaluations with generated proteins."""
 FIRST = ("first_27_baseline", "first_27_both", "first_11_baseline", "first_11_both")
 """The first results: students from random weights, trained longer and on one seed."""
+
+SECTION = "experiment tables"
+"""Of docs/RESULTS.md: what stands between its marks is generated."""
 
 Cells = list[dict[str, Any]]
 Table = tuple[list[str], list[list[str]]]
@@ -312,17 +315,24 @@ def _shown(entry: Mapping[str, Any]) -> str:
 
 
 def make_all(
-    results: Path, output: Path, announce: Callable[[str], None] = say
+    results: Path,
+    output: Path,
+    page: Path | None = None,
+    announce: Callable[[str], None] = say,
 ) -> dict[str, Sequence[str]]:
     """Write every figure (PNG and PDF) and table (Markdown and LaTeX) that can be made.
 
     Args:
         results: where results stand.
         output: directory to write to; what stands there under the same names is replaced.
+        page: a document whose generated section gets the tables.
         announce: called with each line for a person.
 
     Returns:
         ``written`` and ``missing``.
+
+    Raises:
+        ValueError: the page has no generated section.
     """
     written: list[str] = []
     missing: list[str] = []
@@ -336,15 +346,20 @@ def make_all(
             path = output / f"{name}{ending}"
             plots.save_figure(drawn, path)
             written.append(str(path))
+    text: list[str] = []
     for maker in TABLES:
         try:
             for name, (headings, rows) in maker(results):
+                text += [f"**{name}**", "", *markdown_lines(headings, rows), ""]
                 for ending, lines in ((".md", markdown_lines), (".tex", latex_lines)):
                     path = output / f"{name}{ending}"
                     write_text(path, "\n".join(lines(headings, rows)) + "\n")
                     written.append(str(path))
         except Missing as why:
             missing.append(f"{maker.__name__}: {why}")
+    if page:
+        replace_section(page, SECTION, "\n".join(text))
+        written.append(str(page))
     for path in written:
         announce(f"written: {path}")
     for line in missing:

@@ -34,6 +34,8 @@ TINY = b.Scale(
     evaluated=5,
 )
 
+BEGIN, END = f"<!-- {report.SECTION} -->", f"<!-- /{report.SECTION} -->"
+
 
 def case(settings: LossSettings | None = None, **changes) -> LossCase:
     labels = (tuple(range(20)), tuple(range(5, 17)))
@@ -224,11 +226,11 @@ def example(**changes) -> dict:
 def test_the_tables_of_a_page(tmp_path):
     path, page = tmp_path / "benchmark_cpu.json", tmp_path / "page.md"
     path.write_text(json.dumps(example()))
-    page.write_text(f"before\n{report.BEGIN}\nold\n{report.END}\nafter\n")
+    page.write_text(f"before\n{BEGIN}\nold\n{END}\nafter\n")
     assert script.main(["--tables", str(page), "--output", str(path)]) == 0
     text = page.read_text()
-    assert text.startswith(f"before\n{report.BEGIN}\n")
-    assert text.endswith(f"{report.END}\nafter\n")
+    assert text.startswith(f"before\n{BEGIN}\n")
+    assert text.endswith(f"{END}\nafter\n")
     assert "old" not in text
     assert "x86_64, 2 threads, PyTorch 2.13.0, commit 0123456789 with changes" in text
     assert "| loss, peak memory, float32 | 4,000 MB | 1,000 MB | **4.00** | 8 |" in text
@@ -243,9 +245,9 @@ def test_the_tables_of_a_page(tmp_path):
 @pytest.mark.parametrize(
     ("page", "results", "message"),
     [
-        ("no markers", example(), "needs the markers"),
-        (f"{report.BEGIN}\n{report.END}", {"ratios": {}}, "not the results"),
-        (f"{report.BEGIN}\n{report.END}", example(schema_version=9), "another version"),
+        ("no markers", example(), "needs the marks"),
+        (f"{BEGIN}\n{END}", {"ratios": {}}, "not the results"),
+        (f"{BEGIN}\n{END}", example(schema_version=9), "another version"),
     ],
 )
 def test_a_page_or_results_that_do_not_fit_are_refused(tmp_path, capsys, page, results, message):
