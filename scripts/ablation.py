@@ -9,7 +9,10 @@ Examples:
   python scripts/ablation.py --list
   python scripts/ablation.py --grid owner --results results --work models/owner
   python scripts/ablation.py --grid synergy-tuning --results results/synergy
+  python scripts/ablation.py --grid synergy-tuning --results results/synergy --choose
   python scripts/ablation.py --grid synergy --results results/synergy
+  python scripts/ablation.py --grid temperature
+  python scripts/ablation.py --grid temperature --choose
 """
 
 from __future__ import annotations
@@ -32,7 +35,7 @@ def build_parser() -> argparse.ArgumentParser:
     add("--grid", choices=sorted(GRIDS), help="which grid")
     add("--list", action="store_true", help="show the grids and stop")
     add("--status", action="store_true", help="show what is done and stop")
-    add("--choose", action="store_true", help="write the best learning rates of a finished grid")
+    add("--choose", action="store_true", help="write the best rates and arm of a finished grid")
     add("--seeds", type=int, nargs="+", help="these instead of the grid's own")
     add("--sizes", nargs="+", help="only these of the grid's sizes")
     add("--arms", nargs="+", help="only these of the grid's arms")
@@ -70,6 +73,8 @@ def run(args: argparse.Namespace) -> dict:
     if args.choose:
         record = tuned_rates(results, grid)
         write_json(results / RATES_FILE, record)
+        for size, arm in record["best_arm"].items():
+            say(f"best on validation at {size}: {arm}")
         for edge in record["at_edge"]:
             say(f"at an end of the range: {edge}")
         say(f"written: {results / RATES_FILE}")

@@ -366,7 +366,7 @@ def curve_of(history: Sequence[Mapping[str, Any]], name: str) -> list[dict[str, 
 
 
 def tuned_rates(results: Path, grid: Grid) -> dict[str, Any]:
-    """Choose each arm's learning rate by the validation perplexity of a tuning grid's cells.
+    """Choose each arm's learning rate, and the best arm, by a grid's validation perplexities.
 
     Args:
         results: directory of the cells.
@@ -374,8 +374,8 @@ def tuned_rates(results: Path, grid: Grid) -> dict[str, Any]:
             that stand in the directory (``--rates``) are taken in.
 
     Returns:
-        ``rates`` by size and arm, and ``nats_per_residue`` of every rate tried, the mean over the
-        tuning seeds; ``at_edge`` names choices at an end of the range.
+        ``rates`` by size and arm, ``best_arm`` by size, and ``nats_per_residue`` of every rate
+        tried, the mean over the seeds; ``at_edge`` names choices at an end of the range.
 
     Raises:
         ValueError: the grid was measured on test proteins, or a cell is missing.
@@ -402,7 +402,16 @@ def tuned_rates(results: Path, grid: Grid) -> dict[str, Any]:
             tried.setdefault(size, {})[arm] = {f"{rate:g}": v for rate, v in means.items()}
             if len(means) > 2 and best in (min(means), max(means)):
                 edges.append(f"{arm} at {size}: {best:g}")
-    return {"rates": rates, "nats_per_residue": tried, "at_edge": edges, "grid": grid.name}
+    best = {
+        size: min(arms, key=lambda arm: min(arms[arm].values())) for size, arms in tried.items()
+    }
+    return {
+        "rates": rates,
+        "best_arm": best,
+        "nats_per_residue": tried,
+        "at_edge": edges,
+        "grid": grid.name,
+    }
 
 
 def _rates_beyond(results: Path, grid: Grid, arm: str, size: str) -> set[float]:

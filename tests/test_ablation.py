@@ -241,6 +241,10 @@ def test_learning_rates_are_chosen_on_validation(finished, grid, world, tmp_path
         for arm, rate in arms.items():
             tried = chosen["nats_per_residue"][size][arm]
             assert rate == float(min(tried, key=tried.get))
+        lowest = {
+            arm: min(tried.values()) for arm, tried in chosen["nats_per_residue"][size].items()
+        }
+        assert lowest[chosen["best_arm"][size]] == min(lowest.values())
     with pytest.raises(ValueError, match="nothing is chosen by those"):
         tuned_rates(finished / "results", replace(grid, split="test"))
     (tmp_path / "results").mkdir()
