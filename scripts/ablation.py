@@ -24,8 +24,9 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from src.cli import HelpFormatter, positive_int, run_script, say
+from src.cli import HelpFormatter, positive_int, run_script, say, share
 from src.grids import GRIDS
+from src.settings import PRESETS
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -37,11 +38,12 @@ def build_parser() -> argparse.ArgumentParser:
     add("--status", action="store_true", help="show what is done and stop")
     add("--choose", action="store_true", help="write the best rates and arm of a finished grid")
     add("--seeds", type=int, nargs="+", help="these instead of the grid's own")
-    add("--sizes", nargs="+", help="only these of the grid's sizes")
+    add("--sizes", nargs="+", help="these sizes: of the grid, or presets of train.py")
     add("--arms", nargs="+", help="only these of the grid's arms")
     add("--rates", type=float, nargs="+", help="these learning rates instead of the grid's own")
     add("--teacher_model", help="(default: the bundled teacher)")
     add("--data", help="(default: the bundled proteins)")
+    add("--train_size_prop", type=share, help="share of the training proteins (default: all)")
     add("--max_steps", type=positive_int, help="of every cell (default: the grid's)")
 
     add = parser.add_argument_group("where").add_argument
@@ -96,18 +98,20 @@ def run(args: argparse.Namespace) -> dict:
 def chosen(args: argparse.Namespace):
     """Return the grid with what the arguments change of it."""
     grid = GRIDS[args.grid]
-    for name in ("sizes", "arms"):
+    presets = {name: preset.student for name, preset in PRESETS.items()}
+    for name, there in (("sizes", {**grid.sizes, **presets}), ("arms", grid.arms)):
         wanted = getattr(args, name)
         if wanted:
-            there = getattr(grid, name)
             unknown = [each for each in wanted if each not in there]
             if unknown:
                 raise ValueError(
                     f"--{name} {unknown[0]}: the grid {grid.name} has {', '.join(there)}"
                 )
             grid = replace(grid, **{name: {each: there[each] for each in wanted}})
-    shared = {k: getattr(args, k) for k in ("teacher_model", "data", "max_steps")}
-    shared = {k: v for k, v in shared.items() if v is not None}
+    names = ("teacher_model", "data", "train_size_prop", "max_steps")
+    shared = {k: v for k in names if (v := getattr(args, k)) is not None}
+    if args.teacher_model and grid.shared.init_from == grid.shared.teacher_model:
+        shared["init_from"] = args.teacher_model
     grid = replace(grid, shared=replace(grid.shared, **shared))
     if args.rates and grid.tuned:
         raise ValueError(f"--rates: the grid {grid.name} reads each arm's rate from --results")
