@@ -164,8 +164,8 @@ def scaling_figure(
             color=colour,
         )
     axes.set_xscale("log")
-    ticks = sorted({round(share) for share in shares})
-    axes.set_xticks(ticks, [f"{tick} %" for tick in ticks])
+    ticks = sorted(set(shares))
+    axes.set_xticks(ticks, [f"{tick:.0f} %" for tick in ticks])
     axes.minorticks_off()
     axes.set_xlabel("student's parameters, share of the teacher's")
     axes.set_ylabel("nats per residue (lower is better)")
@@ -243,9 +243,12 @@ def calibration_figure(models: Mapping[str, Sequence[Mapping[str, Any]]]) -> Fig
     gap, tokens, ece = grid["gap"], grid["tokens"], grid["ece"]
     gap.axhline(0, color=FAINT, linestyle="--", linewidth=1)
     largest = 0.1
+    students = [name for name in models if name not in COLOURS]
     for index, (name, seeds) in enumerate(models.items()):
-        colour = COLOURS.get(name, CYCLE[index % len(CYCLE)])
-        marker = MARKERS[index % len(MARKERS)]
+        # A student looks as in the learning curves, whether or not the teacher stands before it.
+        own = students.index(name) if name in students else len(students)
+        colour = COLOURS.get(name, CYCLE[own % len(CYCLE)])
+        marker = MARKERS[own % len(MARKERS)]
         count, confidence, accuracy, edges = _pooled([seed["reliability"] for seed in seeds])
         share = count / count.sum()
         shown = share >= 1e-3
@@ -255,10 +258,10 @@ def calibration_figure(models: Mapping[str, Sequence[Mapping[str, Any]]]) -> Fig
             (accuracy - confidence)[shown],
             color=colour,
             marker=marker,
-            linestyle=DASHES[index % len(DASHES)],
+            linestyle=DASHES[own % len(DASHES)],
             label=name.replace("_", " "),
         )
-        tokens.stairs(share, edges, color=colour, linestyle=DASHES[index % len(DASHES)], lw=1.4)
+        tokens.stairs(share, edges, color=colour, linestyle=DASHES[own % len(DASHES)], lw=1.4)
         places = -index + np.linspace(0.18, -0.18, len(seeds)) if len(seeds) > 1 else [-index]
         for place, seed in zip(places, seeds, strict=True):
             low, high = seed["interval"] or (seed["ece"], seed["ece"])
@@ -268,7 +271,6 @@ def calibration_figure(models: Mapping[str, Sequence[Mapping[str, Any]]]) -> Fig
         axes.set_xlim(0, largest)
     gap.set_ylabel("accuracy − confidence")
     gap.set_title("above 0: less sure than right")
-    gap.legend(fontsize=8)
     tokens.set_yscale("log")
     tokens.set_ylabel("share of\ntokens")
     tokens.set_xlabel("confidence of the likeliest token")
@@ -279,6 +281,8 @@ def calibration_figure(models: Mapping[str, Sequence[Mapping[str, Any]]]) -> Fig
     ece.set_title("ECE, each seed")
     ece.set_xlabel("ECE, 15 bins")
     ece.grid(visible=False, axis="y")
+    handles, labels = gap.get_legend_handles_labels()
+    figure.legend(handles, labels, loc="outside lower center", ncols=len(labels), fontsize=8)
     return figure
 
 

@@ -25,9 +25,6 @@ SIZE_NAMES = {"s27": "27 %", "s11": "11 %", "s05": "5 %"}
 FOUR = ("baseline", "uncertainty", "calibration", "both")
 GENERATION = "generation"
 """Directory of evaluations with generated proteins."""
-FIRST = ("first_27_baseline", "first_27_both", "first_11_baseline", "first_11_both")
-"""The first results: students from random weights, trained longer and on one seed."""
-
 SECTION = "experiment tables"
 """Of docs/RESULTS.md: what stands between its marks is generated."""
 
@@ -180,22 +177,20 @@ def _calibration_of(found: Mapping[str, Any], model: str) -> dict[str, Any]:
 
 
 def compression(results: Path) -> Any:
-    """Figure 6: quality against compression."""
-    points: dict[str, Any] = {}
-    for name in FIRST:
-        path = results / f"{name}.json"
-        if path.exists():
-            points[name.removeprefix("first_").replace("_", " %, ") + ", random"] = read_results(
-                path
-            )
+    """Figure 6: quality against compression, of one seed."""
+    kinds: dict[str, list[dict[str, Any]]] = {}
+    for arm in ("baseline", "both"):
+        paths = [results / f"first_{size}_{arm}.json" for size in ("27", "11")]
+        found = [read_results(path) for path in paths if path.exists()]
+        if found:
+            kinds[f"{arm}, random, 1,200 steps of 32"] = found
     for stratum, (folder, grid) in _strata(results).items():
-        if stratum != "cut":
-            continue
-        for found in read_cells(folder, grid):
-            about = found["settings"]
-            if about["seed"] == 1 and about["arm"] in ("baseline", "both"):
-                points[f"{_title(about['size'], about['arm'])}, {stratum}"] = found
-    return plots.quality_against_compression(points)
+        cells = [c for c in read_cells(folder, grid) if c["settings"]["seed"] == 1]
+        steps = {c["settings"]["train"]["max_steps"] for c in cells}
+        for arm in ("baseline", "both"):
+            own = [c for c in cells if c["settings"]["arm"] == arm]
+            kinds[f"{arm}, {stratum}, {'/'.join(map(str, sorted(steps)))} steps of 16"] = own
+    return plots.quality_against_compression(kinds)
 
 
 FIGURES: dict[str, Callable[[Path], Any]] = {

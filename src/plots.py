@@ -301,53 +301,67 @@ def composition_bars(sets: Mapping[str, Mapping[str, float]], rows: int = 2) -> 
 
 
 @styled
-def quality_against_compression(results: Mapping[str, Mapping[str, Any]]) -> Figure:
+def quality_against_compression(
+    results: Mapping[str, Mapping[str, Any] | Sequence[Mapping[str, Any]]],
+) -> Figure:
     """Draw perplexity ratio and KL divergence of students against how much smaller they are.
 
     Args:
-        results: results files as read, by name of the student.
+        results: results files as read, by name of the student; or several, of students of one kind
+            and of different sizes, by name of the kind.
 
     Returns:
         The figure, with intervals, and the ratio that each size must stay below where the files
-        name it.
+        name it. Where several kinds have one size, they stand side by side.
 
     Raises:
         ValueError: no file has a compression ratio and a figure to draw.
     """
-    points = {
-        name: r
-        for name, r in results.items()
-        if r.get("compression_ratio") and r.get("perplexity_ratio") is not None
-    }
-    if not points:
+    kinds: dict[str, list[Mapping[str, Any]]] = {}
+    for name, given in results.items():
+        records = [given] if isinstance(given, Mapping) else list(given)
+        drawn = [
+            r
+            for r in records
+            if r.get("compression_ratio") and r.get("perplexity_ratio") is not None
+        ]
+        if drawn:
+            kinds[name] = sorted(drawn, key=lambda r: float(r["compression_ratio"]))
+    if not kinds:
         raise ValueError("no results with compression_ratio and perplexity_ratio to draw")
     figure = Figure(figsize=(WIDTH * 1.5, 3.2), layout="constrained")
     grid = figure.subplots(1, 2)
-    sizes = {name: float(r["compression_ratio"]) for name, r in points.items()}
+    every = [record for records in kinds.values() for record in records]
+    sizes = [float(record["compression_ratio"]) for record in every]
+    middle = (len(kinds) - 1) / 2
     panels = (
         ("perplexity_ratio", "perplexity, student / teacher"),
         ("kl_divergence", "KL(teacher‖student), nats per token"),
     )
     for axes, (key, label) in zip(grid, panels, strict=True):
-        for index, (name, record) in enumerate(points.items()):
-            value = figure_of(record, key)
-            if value is None:
+        for index, (name, records) in enumerate(kinds.items()):
+            shown = [r for r in records if figure_of(r, key) is not None]
+            if not shown:
                 continue
-            interval = (record.get("intervals") or {}).get(key)
-            error = None
-            if interval:
-                error = np.maximum([[value - interval[0]], [interval[1] - value]], 0)
+            values = np.array([figure_of(r, key) for r in shown], dtype=float)
+            ends = [(r.get("intervals") or {}).get(key) for r in shown]
+            low, high = np.array(
+                [e or (v, v) for e, v in zip(ends, values, strict=True)], dtype=float
+            ).reshape(-1, 2).T  # fmt: skip
+            shift = 1 + 0.03 * (index - middle) * (max(map(len, kinds.values())) > 1)
             axes.errorbar(
-                [sizes[name]],
-                [value],
-                yerr=error,
-                fmt=MARKERS[index % len(MARKERS)],
+                [float(r["compression_ratio"]) * shift for r in shown],
+                values,
+                yerr=np.maximum([values - low, high - values], 0),
+                marker=MARKERS[index % len(MARKERS)],
+                linestyle=DASHES[index % len(DASHES)] if len(shown) > 1 else "",
+                linewidth=1,
                 color=CYCLE[index % len(CYCLE)],
                 capsize=3,
                 label=name,
             )
         axes.set_xscale("log")
-        ticks = _nice_sizes(list(sizes.values()))
+        ticks = _nice_sizes(sizes)
         axes.xaxis.set_major_locator(FixedLocator(ticks))
         axes.xaxis.set_major_formatter(FixedFormatter([f"{tick:g}×" for tick in ticks]))
         axes.xaxis.set_minor_locator(FixedLocator([]))
@@ -356,16 +370,18 @@ def quality_against_compression(results: Mapping[str, Mapping[str, Any]]) -> Fig
         axes.set_title(label, fontweight="normal")
     grid[0].axhline(1, color=COLOURS["teacher"], linewidth=1, label="teacher")
     bounds = sorted(
-        (sizes[name], bound)
-        for name, record in points.items()
-        if (bound := figure_of(record, "threshold.perplexity_ratio_below")) is not None
+        {
+            (float(record["compression_ratio"]), bound)
+            for record in every
+            if (bound := figure_of(record, "threshold.perplexity_ratio_below")) is not None
+        }
     )
     if bounds:
         places, limits = zip(*bounds, strict=True)
         # One student gives one bound, and a line needs two ends.
-        ends = (places[0] / 1.12, *places, places[-1] * 1.12)
+        ends_of_line = (places[0] / 1.12, *places, places[-1] * 1.12)
         grid[0].plot(
-            ends,
+            ends_of_line,
             (limits[0], *limits, limits[-1]),
             color=FAINT,
             linestyle="--",
@@ -376,7 +392,7 @@ def quality_against_compression(results: Mapping[str, Mapping[str, Any]]) -> Fig
     grid[0].set_ylim(min(low, 1 - 0.05 * (high - 1)), high)
     grid[1].set_ylim(bottom=0)
     handles, labels = grid[0].get_legend_handles_labels()
-    columns = min(len(labels), 4)
+    columns = min(len(labels), 4 if max(map(len, labels)) < 24 else 2)
     figure.legend(handles, labels, loc="outside lower center", ncols=columns, fontsize=8)
     return figure
 

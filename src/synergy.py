@@ -14,6 +14,7 @@ from typing import Any
 
 import numpy as np
 
+from src.grids import ARMS, RECIPES
 from src.statistics import Estimate, contrast, equivalence, holm, seeds_for_half_width
 
 MARGIN = 0.02
@@ -105,7 +106,9 @@ def read_runs(folder: str | Path, grid: str, split: str = "test") -> dict[str, R
 
 
 def _runs(size: str, cells: Mapping[tuple[str, int], Mapping[str, np.ndarray]]) -> Runs:
-    arms = list(dict.fromkeys(arm for arm, _ in cells))
+    known = list({**ARMS, **RECIPES})
+    place = {arm: number for number, arm in enumerate(known)}
+    arms = sorted({arm for arm, _ in cells}, key=lambda arm: (place.get(arm, len(known)), arm))
     everywhere = [{seed for a, seed in cells if a == arm} for arm in arms]
     seeds = sorted(set.intersection(*everywhere))
     first = next(iter(cells.values()))

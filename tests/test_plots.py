@@ -137,3 +137,17 @@ def test_a_session_keeps_its_own_style():
     before = matplotlib.rcParams["font.size"]
     plots.learning_curves({"a": records()})
     assert matplotlib.rcParams["font.size"] == before
+
+
+def test_students_of_one_kind_are_joined():
+    """Two kinds of two sizes each: a line for each kind, shifted apart so that none hides another."""
+
+    def student(compression, ratio):
+        return {"compression_ratio": compression, "perplexity_ratio": ratio, "kl_divergence": 0.1}
+
+    kinds = {"cut": [student(10.0, 1.2), student(4.0, 1.1)], "random": [student(4.0, 1.3)]}
+    left = plots.quality_against_compression(kinds).axes[0]
+    lines = {c.get_label(): np.asarray(c.lines[0].get_xydata()) for c in left.containers}
+    assert lines["cut"][:, 1].tolist() == [1.1, 1.2]
+    assert lines["random"][:, 1].tolist() == [1.3]
+    assert lines["cut"][0, 0] < 4.0 < lines["random"][0, 0]
