@@ -140,7 +140,7 @@ def test_a_session_keeps_its_own_style():
 
 
 def test_students_of_one_kind_are_joined():
-    """Two kinds of two sizes each: a line for each kind, shifted apart so that none hides another."""
+    """A line for each kind, shifted apart so that none hides another."""
 
     def student(compression, ratio):
         return {"compression_ratio": compression, "perplexity_ratio": ratio, "kl_divergence": 0.1}
