@@ -203,6 +203,7 @@ def _tuned_and_confirmed(
     arms: Mapping[str, LossSettings],
     sizes: Mapping[str, StudentSettings],
     changes: Mapping[str, Mapping[str, Any]] | None = None,
+    seeds: tuple[int, ...] = (1, 2, 3, 4, 5),
 ) -> tuple[Grid, Grid]:
     """Return the two grids of an experiment: every arm's rate is tuned, then it is confirmed."""
     tuning = Grid(
@@ -219,7 +220,7 @@ def _tuned_and_confirmed(
         tuning,
         name=name,
         purpose=f"{purpose}: every arm at its tuned learning rate, on test proteins",
-        seeds=(1, 2, 3, 4, 5),
+        seeds=seeds,
         rates=(),
         tuned=True,
         split="test",
@@ -234,7 +235,9 @@ RECIPES = {
     "temperature_4": LossSettings(temperature=4.0),
     "soft_only": LossSettings(alpha=0.0),
     "soft_only_temperature_1": LossSettings(alpha=0.0, temperature=1.0),
+    "uncertainty": PUBLISHED["uncertainty"],
     "both": PUBLISHED["both"],
+    "both_controlled": CONTROLLED["both_controlled"],
     "mean_one": CONTROLLED["uncertainty_mean_one"],
     "confident": CONTROLLED["calibration_confident"],
     "reverse_kl": LossSettings(divergence="reverse_kl"),
@@ -278,6 +281,7 @@ GRIDS = {
             RECIPES,
             {"s11": SIZES["s11"]},
             {"baseline": {"init_from": None}, "long_warmup": {"warmup_steps": 36}},
+            (11, 12, 13, 14, 15),
         ),
         _sweep("temperature", (1, 2, 4, 6, 8, 10), "temperature of the soft loss"),
         _sweep("alpha", (0.1, 0.3, 0.5, 0.7, 0.9), "share of the hard loss"),
