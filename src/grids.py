@@ -69,7 +69,7 @@ SHARED = TrainSettings(
 )
 """What all cells of the bundled grids have in common: students are cut from the teacher."""
 
-RANDOM = replace(SHARED, init_from=None, max_steps=600, eval_steps=100, save_steps=100)
+RANDOM = replace(SHARED, init_from=None, max_steps=300, eval_steps=60, save_steps=60)
 """The same for students that start from random weights, as the published ones did."""
 
 
