@@ -68,6 +68,14 @@ def build_parser() -> argparse.ArgumentParser:
     add("--gradient_accumulation_steps", type=positive_int, default=1, help="batches a step")
     add("--num_train_epochs", type=positive_float, default=3.0, help="passes over the data")
     add("--max_steps", type=int, default=-1, help="stop there, whatever the epochs")
+    add(
+        "--early_stopping",
+        nargs="?",
+        const=3,
+        type=positive_int,
+        metavar="PATIENCE",
+        help="stop after so many validations (3) without improvement, and keep the best weights",
+    )
     add("--batching", choices=s.BATCHINGS, default="bucketed", help="how rows become batches")
     add("--precision", choices=s.PRECISIONS, default="auto", help="bf16 on a GPU, else fp32")
     add("--seed", type=natural, default=DEFAULTS.seed, help="of the weights and the order")

@@ -3,7 +3,8 @@
 A checkpoint is written under a temporary name, every file flushed to disk, a manifest with the
 SHA-256 of each file added, and the directory renamed. The newest checkpoint whose files agree with
 its manifest is the one to resume from; older ones are removed only after a newer one was read back
-and found right. No file is a pickle, so a checkpoint cannot run code.
+and found right, and never the best step of one that is kept. No file is a pickle, so a checkpoint
+cannot run code.
 
 Beside weights, optimiser, schedule and random states a checkpoint holds the open interval of the
 log: what was summed since the last record. So a checkpoint can be made after any step, without a
@@ -12,6 +13,7 @@ trace in what the run logs later.
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import random
@@ -91,6 +93,14 @@ def checkpoints_of(run: Path) -> list[Path]:
     return [path for _, path in sorted(found, reverse=True)]
 
 
+def best_step_of(folder: Path) -> int | None:
+    """Return the best step that a checkpoint's state names, or None where it names none."""
+    try:
+        return read_json(folder / TRAINER_STATE_FILE).get("best_global_step")
+    except (ValueError, AttributeError, OSError):
+        return None
+
+
 def newest_valid(run: Path, announce: Callable[[str], None] = say) -> Path | None:
     """Return the newest checkpoint that is whole, saying which ones were passed over and why."""
     for path in checkpoints_of(run):
@@ -166,6 +176,10 @@ def read_tensors(path: Path) -> dict[str, Tensor]:
 def with_prefix(tensors: Mapping[str, Tensor], prefix: str) -> dict[str, Tensor]:
     """Return the tensors whose names begin with a prefix, without it."""
     return {k.removeprefix(prefix): v for k, v in tensors.items() if k.startswith(prefix)}
+
+
+class _TrainingIsOver(Exception):  # noqa: N818
+    """A validation that was made up for on resuming ended the training."""
 
 
 class AtomicCheckpointTrainer(Trainer):
@@ -279,7 +293,14 @@ class AtomicCheckpointTrainer(Trainer):
         limit = self.args.save_total_limit
         if not limit or fault_of(newest) is not None:
             return
-        for old in checkpoints_of(run)[limit:]:
+        checkpoints = checkpoints_of(run)
+        best = set()
+        if self.state.best_global_step is not None:
+            # Of every checkpoint that a run may go on from, its best must be there at the end.
+            best = {f"checkpoint-{best_step_of(kept)}" for kept in checkpoints[:limit]}
+        for old in checkpoints[limit:]:
+            if old.name in best:
+                continue
             # Renamed first: a checkpoint that is being removed must not look like a broken one.
             shutil.rmtree(old.rename(old.with_name(f"{old.name}.old{UNFINISHED_SUFFIX}")))
 
@@ -350,18 +371,43 @@ class AtomicCheckpointTrainer(Trainer):
     # Loading --------------------------------------------------------------------------------------
 
     def _init_training_state(self, max_steps: int, *arguments: Any) -> tuple[int, int]:
-        """Find where training goes on; past the last epoch where every step is done.
+        """Find where training goes on; past the last epoch where it is over.
 
         The Trainer would make one step more of a run that was killed between its last checkpoint
-        and its end.
+        and its end, and go on with one that was stopped before its last step.
         """
         epochs_trained, steps_trained = super()._init_training_state(max_steps, *arguments)
         checkpoint = arguments[2]
         self._finished_checkpoint = None
-        if checkpoint is not None and self.state.global_step >= max_steps:
+        if checkpoint is not None and (self.state.global_step >= max_steps or self._was_stopped()):
             self._finished_checkpoint = checkpoint
             return int(arguments[1]), 0
         return epochs_trained, steps_trained
+
+    def _was_stopped(self) -> bool:
+        """Return whether the loop had been told to end when the state was saved."""
+        saved: Any = self.state.stateful_callbacks.get("TrainerControl")  # type: ignore[union-attr]
+        return isinstance(saved, dict) and saved["args"]["should_training_stop"]
+
+    def _run_epoch(self, *args: Any, **kwargs: Any) -> None:
+        """Run an epoch; one whose first act ended the training makes no step."""
+        with contextlib.suppress(_TrainingIsOver):
+            super()._run_epoch(*args, **kwargs)
+
+    def load_weights(self, step: int) -> None:
+        """Load the weights of the checkpoint of a step.
+
+        Raises:
+            ValueError: it is not there, or not whole.
+        """
+        folder = Path(str(self.args.output_dir)) / f"checkpoint-{step}"
+        fault = fault_of(folder)
+        if fault is not None:
+            raise ValueError(
+                f"{folder}, the best of this run, is not whole: {fault}; its weights are lost: "
+                "train again in another --output_dir"
+            )
+        self._load_from_checkpoint(str(folder))
 
     def _finalize_training(self, *arguments: Any) -> Any:
         """End training; what a finished run's checkpoint holds is loaded even without a step."""
@@ -423,3 +469,5 @@ class AtomicCheckpointTrainer(Trainer):
             epoch = float(self.state.epoch or 0)
             model: Any = self.model_wrapped
             self._maybe_log_save_evaluate(self._tr_loss, None, model, None, epoch, None, 0.0)
+            if self.control.should_training_stop and self._finished_checkpoint is None:
+                raise _TrainingIsOver

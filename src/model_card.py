@@ -11,6 +11,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from src.early_stopping import outcome_line
 from src.proteins import RESIDUES_PER_LINE
 from src.results import TABLE, figure, summary_lines, with_interval
 from src.settings import BUNDLED_DATA, BUNDLED_TEACHER, DEFAULT_TEACHER
@@ -212,12 +213,13 @@ def loss_text(loss: Mapping[str, Any]) -> str:
 def training_rows(record: Mapping[str, Any]) -> list[tuple[str, str]]:
     """Return the settings of a run for a person."""
     settings, train = record["settings"], record["data"]["train"]
-    device = record["device"]
+    device, stopped = record["device"], record.get("early_stopping")
     rows = [
         ("training proteins", f"{train['proteins']:,} ({train['tokens']:,} tokens)"),
         ("data", settings["data"]),
         ("share of the data", f"{settings['train_size_prop']:g}"),
         ("steps", f"{record['steps']:,}"),
+        ("early stopping", stopped and outcome_line(stopped)),
         ("rows of a step", settings["batch_size"] * settings["gradient_accumulation_steps"]),
         ("initial weights", settings.get("init_from") or "random"),
         ("learning rate", f"{settings['learning_rate']:g}, {settings['lr_schedule']}"),

@@ -13,6 +13,7 @@ from matplotlib.figure import Figure
 from src import plots
 from src.callbacks import read_metrics
 from src.cli import duration, size
+from src.early_stopping import outcome_line
 from src.proteins import RESIDUES_PER_LINE
 from src.results import TABLE, figure, generation_rows, read_results, with_interval
 from src.runs import FINISHED, RUN_FILE, read_run
@@ -285,6 +286,8 @@ def _training(run: Mapping[str, Any]) -> list[tuple[str, str]]:
         rows.append(
             ("steps", f"{run['steps']:,} of {batch:,} rows, {settings.get('batching', '')}")
         )
+    if run.get("early_stopping"):
+        rows.append(("early stopping", outcome_line(run["early_stopping"])))
     rows.append(("longest input", f"{run.get('max_length')} tokens"))
     rows.append(("precision", str(run.get("precision"))))
     rows.append(("seed", str(settings.get("seed"))))

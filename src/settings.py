@@ -134,7 +134,8 @@ class TrainSettings:
     Lengths are in tokens, batch sizes in rows. ``warmup_steps``, ``eval_steps`` and ``save_steps``
     of None are derived from the number of steps (:func:`derived_steps`). ``cached_teacher`` reads
     the teacher's hidden states from disk, which are equal but for rounding; ``init_from`` names a
-    model whose weights the student starts from instead of random ones.
+    model whose weights the student starts from instead of random ones. ``early_stopping`` is the
+    number of validations without improvement that ends a run, whose best weights are then kept.
     """
 
     student: StudentSettings = field(default_factory=StudentSettings)
@@ -162,6 +163,7 @@ class TrainSettings:
     cached_teacher: bool = False
     init_from: str | None = None
     skip_loss_spikes: float | None = None
+    early_stopping: int | None = None
     seed: int = 42
 
     def __post_init__(self) -> None:
@@ -179,6 +181,8 @@ class TrainSettings:
                 raise ValueError(f"--{name} must be at least 1, got {getattr(self, name)}")
         if self.skip_loss_spikes is not None and not 1 < self.skip_loss_spikes < math.inf:
             raise ValueError(f"--skip_loss_spikes must be above 1, got {self.skip_loss_spikes}")
+        if self.early_stopping is not None and self.early_stopping < 1:
+            raise ValueError(f"--early_stopping must be at least 1, got {self.early_stopping}")
         if self.max_length < 8:
             raise ValueError(f"--max_length must be at least 8 tokens, got {self.max_length}")
         for name, choices in (
@@ -221,6 +225,8 @@ def default_run_name(settings: TrainSettings) -> str:
         value = getattr(settings, field_name)
         if value != getattr(defaults, field_name):
             suffixes.append(f"{label}{value:g}")
+    if settings.early_stopping:
+        suffixes.append(f"stop{settings.early_stopping}")
     if student.dropout:
         suffixes.append(f"drop{student.dropout}")
     if settings.init_from:

@@ -27,6 +27,7 @@ from src.devices import (
     weights_dtype,
 )
 from src.distillation import DistillationTrainer
+from src.early_stopping import EarlyStopping, outcome, outcome_line, validation_standing
 from src.evaluation import check_teacher
 from src.files import remove_unfinished
 from src.initialisation import subclone
@@ -190,6 +191,9 @@ def build_trainer(
     caches: dict[str, TeacherCache] | None = None,
 ) -> DistillationTrainer:
     """Wire data, models and loss into a Trainer with our own progress and log."""
+    callbacks = [MetricsFile(Path(str(arguments.output_dir))), ConsoleProgress()]
+    if settings.early_stopping is not None:
+        callbacks.append(EarlyStopping(settings.early_stopping))
     trainer = DistillationTrainer(
         model=student,
         teacher_model=teacher,
@@ -198,7 +202,7 @@ def build_trainer(
         skip_loss_spikes=settings.skip_loss_spikes,
         args=arguments,
         processing_class=tokenizer,
-        callbacks=[MetricsFile(Path(str(arguments.output_dir))), ConsoleProgress()],
+        callbacks=callbacks,
         **build_inputs(settings, parts, int(tokenizer.pad_token_id), max_length, caches),
     )
     remove_default_output(trainer)
@@ -375,6 +379,13 @@ def train(
         trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
         seconds = time.monotonic() - started
         final = last_evaluation(trainer) or trainer.evaluate()
+        if settings.early_stopping is not None:
+            history, last_step = trainer.state.log_history, trainer.state.global_step
+            record["early_stopping"] = outcome(history, last_step, steps)
+            final = dict(validation_standing(history).best)
+            if final["step"] != last_step:
+                trainer.load_weights(final["step"])
+            announce(outcome_line(record["early_stopping"]))
         trainer.save_model(str(output_dir))
         record |= {
             "status": FINISHED,

@@ -98,6 +98,7 @@ CHANGES = {
     "--precision": "fp32",
     "--seed": "1",
     "--skip_loss_spikes": "3",
+    "--early_stopping": None,
     "--eval_steps": "3",
     "--save_steps": "3",
     "--validation_proteins": "10",

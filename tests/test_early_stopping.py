@@ -1,0 +1,224 @@
+"""Early stopping: the best weights are kept, and a resumed run stops where it would have."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+from pathlib import Path
+
+import pytest
+from small_runs import history, make_trainer, resume, timeless
+from transformers import TrainerCallback
+
+from src.callbacks import read_metrics
+from src.checkpoints import checkpoints_of
+from src.early_stopping import EarlyStopping, outcome, outcome_line, validation_standing
+from src.files import sha256_file
+from src.interruption import stops_on_signals
+from src.models import model_fingerprint
+from src.settings import TrainSettings, default_run_name
+from tests.test_train_script import tiny_run
+
+LOSSES = {1: 5.0, 2: 4.0, 3: 3.0, 4: 3.5, 5: 3.0, 6: 3.7, 7: 1.0, 8: 1.0, 9: 1.0}
+"""Validation losses by step: the best of the first six is step 3, and equal it does not count."""
+
+
+def stopping_trainer(tiny_lm, folder: Path, patience: int = 3, losses=LOSSES, **options):
+    """Return a Trainer whose validation losses are the given ones."""
+    settings = {"eval_steps": 1, "save_steps": 4, "save_total_limit": 1, **options}
+    trainer = make_trainer(tiny_lm, folder, **settings)
+    trainer.add_callback(EarlyStopping(patience))
+    measured = trainer.evaluation_loop
+
+    def scripted(*arguments, **options):
+        found = measured(*arguments, **options)
+        assert found.metrics is not None
+        found.metrics["eval_loss"] = losses[trainer.state.global_step]
+        return found
+
+    trainer.evaluation_loop = scripted
+    return trainer
+
+
+def names(folder: Path) -> list[str]:
+    return [path.name for path in checkpoints_of(folder)]
+
+
+def assert_same_end(one, other) -> None:
+    assert one.state.global_step == other.state.global_step
+    assert one.state.best_global_step == other.state.best_global_step
+    logs = [[timeless(r) for r in read_metrics(t.args.output_dir)] for t in (one, other)]
+    assert logs[0] == logs[1]
+    for trainer in (one, other):
+        trainer.load_weights(trainer.state.best_global_step)
+    assert model_fingerprint(one.model) == model_fingerprint(other.model)
+
+
+def records(*losses: float) -> list[dict[str, float]]:
+    found: list[dict[str, float]] = []
+    for step, loss in enumerate(losses, start=1):
+        found += [{"step": step, "loss": 9.0}, {"step": step, "eval_loss": loss}]
+    return found
+
+
+@pytest.mark.parametrize(
+    ("losses", "best", "since"),
+    [((3.0,), 1, 0), ((3.0, 2.0), 2, 0), ((3.0, 2.0, 2.0, 2.5), 2, 2), ((1.0, 2.0, 3.0), 1, 2)],
+)
+def test_the_standing_of_a_log(losses, best, since):
+    found = validation_standing(records(*losses))
+    assert (found.best_step, found.since_best) == (best, since)
+
+
+def test_a_log_without_validation_has_no_standing():
+    with pytest.raises(ValueError, match="no validation"):
+        validation_standing([{"step": 1, "loss": 1.0}])
+
+
+def test_an_outcome_tells_why():
+    early = outcome(records(2.0, 1.0, 3.0), 3, 9)
+    assert early == {
+        "best_step": 2,
+        "best_eval_loss": 1.0,
+        "last_step": 3,
+        "reason": "no improvement",
+    }
+    assert "step 2," in outcome_line(early)
+    assert outcome(records(2.0, 1.0, 3.0), 3, 3)["reason"] == "all steps done"
+
+
+def test_it_stops_and_the_best_checkpoint_survives_pruning(tiny_lm, tmp_path):
+    trainer = stopping_trainer(tiny_lm, tmp_path)
+    fingerprints = {}
+
+    class Note(TrainerCallback):
+        def on_step_end(self, args, state, control, **kwargs):
+            fingerprints[state.global_step] = model_fingerprint(trainer.model)
+
+    trainer.add_callback(Note())
+    trainer.train()
+    assert trainer.state.global_step == 6
+    # 4 is kept as the newest, 3 as its best; 1 and 2 were the best once.
+    assert names(tmp_path) == ["checkpoint-4", "checkpoint-3"]
+    assert model_fingerprint(trainer.model) == fingerprints[6]
+    trainer.load_weights(3)
+    assert model_fingerprint(trainer.model) == fingerprints[3] != fingerprints[6]
+
+
+def test_patience_decides(tiny_lm, tmp_path):
+    trainer = stopping_trainer(tiny_lm, tmp_path, patience=4)
+    trainer.train()
+    assert trainer.state.global_step == 9  # 7 is better again
+    assert trainer.state.best_global_step == 7
+
+
+@pytest.fixture(scope="module")
+def undisturbed(tmp_path_factory):
+    done = {}
+
+    def build(tiny_lm, **options):
+        key = str(options)
+        if key not in done:
+            done[key] = stopping_trainer(tiny_lm, tmp_path_factory.mktemp("whole"), **options)
+            done[key].train()
+        return done[key]
+
+    return build
+
+
+class SignalAt(TrainerCallback):
+    """Sends SIGTERM at the n-th event of a kind."""
+
+    def __init__(self, event: str, at: int):
+        self.left = at
+        setattr(self, event, self.count)
+
+    def count(self, *arguments, **options):
+        self.left -= 1
+        if self.left == 0:
+            os.kill(os.getpid(), signal.SIGTERM)
+
+
+# A validation has three batches: 18 of them before the one of step 6 that ends the training.
+@pytest.mark.parametrize("accumulation", [1, 2])
+@pytest.mark.parametrize(
+    ("event", "at", "step"),
+    [
+        ("on_step_end", 2, 2),  # before the best
+        ("on_evaluate", 3, 3),  # at the best, before its checkpoint
+        ("on_step_end", 5, 5),  # while patience runs
+        ("on_prediction_step", 17, 6),  # in the validation that ends the training
+        ("on_evaluate", 6, 6),  # when it has just ended it
+    ],
+)
+def test_interrupted_and_resumed_it_stops_at_the_same_step(
+    tiny_lm, tmp_path, undisturbed, event, at, step, accumulation
+):
+    options = {"gradient_accumulation_steps": accumulation, "per_device_eval_batch_size": 8}
+    cut = stopping_trainer(tiny_lm, tmp_path, **options)
+    cut.add_callback(SignalAt(event, at))
+    with pytest.raises(SystemExit):
+        stops_on_signals(cut.train)()
+    assert names(tmp_path)[0] == f"checkpoint-{step}"
+    resumed = resume(stopping_trainer(tiny_lm, tmp_path, **options))
+    assert_same_end(undisturbed(tiny_lm, **options), resumed)
+
+
+@pytest.mark.parametrize("save_steps", [3, 4])
+def test_killed_after_the_stop_it_makes_no_further_step(tiny_lm, tmp_path, undisturbed, save_steps):
+    """Nothing but checkpoints is left of a run that was killed between its stop and its end."""
+    stopping_trainer(tiny_lm, tmp_path, save_steps=save_steps).train()
+    resumed = resume(stopping_trainer(tiny_lm, tmp_path, save_steps=save_steps))
+    assert_same_end(undisturbed(tiny_lm, save_steps=save_steps), resumed)
+
+
+def test_an_older_checkpoint_keeps_its_best_too(tiny_lm, tmp_path):
+    """The newest may be found broken, and the run then goes on from the one before it."""
+    losses = {1: 1.0, 2: 5.0, 3: 5.0, 4: 5.0, 5: 0.5, 6: 5.0, 7: 5.0, 8: 5.0, 9: 5.0}
+    options = {"save_steps": 2, "save_total_limit": 2, "max_steps": 5, "patience": 9}
+    trainer = stopping_trainer(tiny_lm, tmp_path, losses=losses, **options)
+    trainer.train()
+    # 5 is the best now; a run that goes on from 4 would still want 1.
+    assert names(tmp_path) == ["checkpoint-5", "checkpoint-4", "checkpoint-1"]
+
+
+def test_a_broken_best_is_told(tiny_lm, tmp_path):
+    trainer = stopping_trainer(tiny_lm, tmp_path)
+    trainer.train()
+    path = tmp_path / "checkpoint-3" / "model.safetensors"
+    path.write_bytes(path.read_bytes()[:-1])
+    with pytest.raises(ValueError, match=r"checkpoint-3, the best of this run, is not whole"):
+        trainer.load_weights(3)
+
+
+def test_without_it_nothing_is_noted(tiny_lm, tmp_path):
+    make_trainer(tiny_lm, tmp_path, max_steps=3).train()
+    state = json.loads((tmp_path / "checkpoint-3" / "trainer_state.json").read_text())
+    assert state["best_global_step"] is None
+    assert history(tmp_path / "checkpoint-3")
+
+
+def test_the_setting_checks_itself_and_names_its_run():
+    with pytest.raises(ValueError, match="--early_stopping must be at least 1"):
+        TrainSettings(early_stopping=0)
+    assert default_run_name(TrainSettings(early_stopping=4)).endswith("uniprot-stop4")
+
+
+def test_a_run_of_the_script_keeps_the_best_weights(
+    tmp_path, small_teacher_dir, proteins_dir, capsys
+):
+    """While the rate climbs to one far too high, the first validation stays the best."""
+    run = tmp_path / "run"
+    steps = "--learning_rate 30 --warmup_steps 9 --max_steps 9 --eval_steps 1 --save_steps 5"
+    more = [*steps.split(), "--early_stopping", "2"]
+    assert tiny_run(small_teacher_dir, proteins_dir, run, tmp_path / "cache", *more) == 0
+    record = json.loads((run / "run.json").read_text())
+    found = record["early_stopping"]
+    assert found["reason"] == "no improvement"
+    assert found["last_step"] == found["best_step"] + 2 < 9
+    assert record["settings"]["early_stopping"] == 2
+    assert record["final"]["eval_loss"] == found["best_eval_loss"]
+    best = run / f"checkpoint-{found['best_step']}"
+    assert sha256_file(run / "model.safetensors") == sha256_file(best / "model.safetensors")
+    assert outcome_line(found) in capsys.readouterr().out
