@@ -93,7 +93,7 @@ def build_parser() -> argparse.ArgumentParser:
     add("--cache_dir", help="where tokenised proteins are kept")
     add("--teacher_cache", type=Path, help="keep the teacher's hidden states there, run it once")
     add("--skip_teacher_check", action="store_true", help="do not test the teacher first")
-    add("--dry_run", action="store_true", help="print sizes, memory and steps, and stop")
+    add("--dry_run", action="store_true", help="print sizes, memory, steps and time, and stop")
     return parser
 
 
@@ -131,7 +131,7 @@ def run(args: argparse.Namespace) -> dict:
     if args.dry_run:
         from src.planning import plan
 
-        return plan(settings, args.preset, args.cache_dir, say)
+        return plan(settings, args.preset, args.cache_dir, say, args.device)
     from src.training import train
 
     return train(

@@ -4,12 +4,16 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable
+from pathlib import Path
 from types import SimpleNamespace
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from src.cli import size
+from src.cli import quiet_libraries, size
 from src.settings import DEFAULT_TEACHER, PRESETS, TrainSettings
 from src.sizing import PROTGPT2, estimate, gpt2_parameters
+
+if TYPE_CHECKING:
+    from src.training import Ingredients
 
 
 def plan(
@@ -17,6 +21,7 @@ def plan(
     preset: str | None,
     cache_dir: str | None,
     announce: Callable[[str], None],
+    device_name: str = "auto",
 ) -> dict[str, Any]:
     """Estimate the run's student and, for comparison, every preset.
 
@@ -25,15 +30,24 @@ def plan(
         preset: the preset it was made from, or None.
         cache_dir: where tokenised proteins are kept.
         announce: called with each line of the table.
+        device_name: where a few batches are measured, if teacher and data are local.
 
     Returns:
-        The estimates for each name.
+        The estimates for each name, and what was measured under ``measured``.
 
     Raises:
         ValueError: the teacher or the data is missing.
     """
     config, parameters = teacher_shape(settings.teacher_model)
-    rows = known_rows(settings, cache_dir, announce)
+    found = local_ingredients(settings, device_name, cache_dir)
+    rows = None
+    if found is not None:
+        from src.data import data_summary
+        from src.training import training_rows
+
+        for line in data_summary(found.parts["train"], settings.batch_size, "training"):
+            announce(line)
+        rows = training_rows(settings, found.parts["train"], found.max_length)
     announce(f"teacher {settings.teacher_model}: {parameters:,} parameters")
     announce(
         f"{'student':<12} {'shape':>12} {'parameters':>13} {'of teacher':>11} {'smaller':>8} "
@@ -52,9 +66,20 @@ def plan(
             f"{figures.compression:>7.1f}x {size(figures.memory):>9} {steps:>9}"
         )
     announce(
-        f"memory: an estimate for batches of {settings.batch_size} x {settings.max_length} tokens, "
-        f"precision {settings.precision}; nothing was trained"
+        f"memory: by formula, for batches of {settings.batch_size} x {settings.max_length} tokens, "
+        f"precision {settings.precision}"
     )
+    if found is None:
+        announce("time: unknown, because teacher or data are not on this machine")
+    elif settings.cached_teacher:
+        announce("time: not measured, because a dry run makes no teacher cache")
+    else:
+        from src.training import dry_rehearsal
+
+        rehearsal = dry_rehearsal(settings, found)
+        result["measured"] = dataclasses.asdict(rehearsal)
+        announce(f"{preset or 'this run'} on this machine, {rehearsal.line()}")
+    announce("nothing was trained")
     return result
 
 
@@ -80,21 +105,13 @@ def teacher_shape(name: str) -> tuple[Any, int]:
     ), parameters
 
 
-def known_rows(
-    settings: TrainSettings, cache_dir: str | None, announce: Callable[[str], None]
-) -> int | None:
-    """Return the rows of an epoch where the data and tokenizer are local, else None."""
-    from pathlib import Path
-
+def local_ingredients(
+    settings: TrainSettings, device_name: str, cache_dir: str | None
+) -> Ingredients | None:
+    """Return teacher and proteins where both are on this machine, else None."""
     if not Path(settings.data).exists() or not Path(settings.teacher_model).is_dir():
         return None
-    from src.data import data_summary
-    from src.models import load_tokenizer
-    from src.training import load_parts, training_rows
+    from src.training import load_teacher_and_parts
 
-    parts = load_parts(
-        settings, load_tokenizer(settings.teacher_model), settings.max_length, cache_dir
-    )
-    for line in data_summary(parts["train"], settings.batch_size, "training"):
-        announce(line)
-    return training_rows(settings, parts["train"], settings.max_length)
+    quiet_libraries()
+    return load_teacher_and_parts(settings, device_name, cache_dir)

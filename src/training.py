@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import tempfile
 import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
@@ -43,6 +44,7 @@ from src.models import (
     set_dropout,
     student_config,
 )
+from src.rehearsal import REHEARSED_FROM, Rehearsal, rehearse
 from src.runs import FINISHED, RUNNING, claim_folder, locked, provenance, read_run, write_run
 from src.settings import TrainSettings, derived_steps
 from src.sizing import total_steps
@@ -373,6 +375,10 @@ def train(
         checkpoint = newest_valid(output_dir, announce) if standing == "resume" else None
         if standing == "resume":
             announce(f"going on from {checkpoint.name}" if checkpoint else "starting over")
+        elif steps >= REHEARSED_FROM and not compile_model:
+            rehearsal = rehearse(trainer, steps)
+            record["estimate"] = asdict(rehearsal)
+            announce(rehearsal.line())
         started = time.monotonic()
         if device.type == "cuda":
             torch.cuda.reset_peak_memory_stats(device)
@@ -402,6 +408,27 @@ def train(
     )
     announce(f"student written to {output_dir}")
     return record
+
+
+def dry_rehearsal(settings: TrainSettings, found: Ingredients) -> Rehearsal:
+    """Measure a few batches of a run that is only planned; nothing of it is kept."""
+    student = initial_student(settings, found.teacher.config)
+    steps = total_steps(settings, training_rows(settings, found.parts["train"], found.max_length))
+    assert steps is not None
+    with tempfile.TemporaryDirectory() as folder:
+        arguments = build_arguments(
+            settings, Path(folder), steps, found.precision, found.device, "none"
+        )
+        trainer = build_trainer(
+            settings,
+            found.parts,
+            student,
+            found.teacher,
+            found.tokenizer,
+            arguments,
+            found.max_length,
+        )
+        return rehearse(trainer, steps)
 
 
 def initial_student(settings: TrainSettings, teacher_config: Any) -> PreTrainedModel:
