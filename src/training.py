@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import tempfile
 import time
 from collections.abc import Callable
@@ -50,13 +49,13 @@ from src.settings import TrainSettings, derived_steps
 from src.sizing import total_steps
 from src.sources import has_split
 from src.teacher_cache import CachedCollator, TeacherCache, capture
+from src.tracking import Tracking, require_tracker
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 HELD_OUT_SHARE = 0.02
 """Of a source without a validation part: proteins set aside, at most ``validation_proteins``."""
-WANDB_PROJECT = "PROTGPT2_DISTILLATION"
 CHECKPOINTS_KEPT = 2
 
 
@@ -298,12 +297,11 @@ def train(
         ValueError: anything that the user can mend.
     """
     quiet_libraries()
+    require_tracker(report_to)
     wanted = asdict(settings)
     if claim_folder(output_dir, wanted, resume) == "finished":
         announce(f"{output_dir} holds this run, finished: nothing to do")
         return read_run(output_dir)
-    if report_to == "wandb":
-        os.environ.setdefault("WANDB_PROJECT", WANDB_PROJECT)
     found = load_teacher_and_parts(settings, device_name, cache_dir)
     device, precision, max_length = found.device, found.precision, found.max_length
     teacher, tokenizer, parts = found.teacher, found.tokenizer, found.parts
@@ -372,6 +370,9 @@ def train(
         trainer = build_trainer(
             settings, parts, student, teacher, tokenizer, arguments, max_length, caches
         )
+        tracking = Tracking(report_to, output_dir, record) if report_to != "none" else None
+        if tracking is not None:
+            tracking.watch(trainer)
         checkpoint = newest_valid(output_dir, announce) if standing == "resume" else None
         if standing == "resume":
             announce(f"going on from {checkpoint.name}" if checkpoint else "starting over")
@@ -402,6 +403,8 @@ def train(
         }
         record["student"]["fingerprint"] = model_fingerprint(student)
         write_run(output_dir, record)
+        if tracking is not None and trainer.is_world_process_zero():
+            tracking.conclude(record)
     announce(
         f"trained in {duration(seconds)}, peak memory {size(record['peak_memory_bytes'])}; "
         f"validation loss {final['eval_loss']:.4f}"

@@ -1,0 +1,102 @@
+"""Trackers are told the configuration, the metrics, the learning curve and the outcome."""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+
+import pytest
+
+from src.tracking import flat, require_tracker
+from tests.test_train_script import tiny_run
+
+
+def test_a_record_becomes_one_level():
+    record = {"settings": {"loss": {"alpha": 0.5}, "init_from": None}, "other": 1, "final": {}}
+    assert flat(record, ("settings", "final", "absent")) == {"settings/loss/alpha": 0.5}
+
+
+def test_a_tracker_that_is_not_there_is_told(monkeypatch):
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    require_tracker("none")
+    with pytest.raises(ValueError, match="pip install tensorboard"):
+        require_tracker("tensorboard")
+
+
+def test_tensorboard_has_the_whole_run(tmp_path, small_teacher_dir, proteins_dir):
+    pytest.importorskip("tensorboard")
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    run = tmp_path / "named-run"
+    more = ["--report_to", "tensorboard"]
+    assert tiny_run(small_teacher_dir, proteins_dir, run, tmp_path / "cache", *more) == 0
+    events = EventAccumulator(str(run / "tensorboard"))
+    events.Reload()
+    tags = events.Tags()
+    assert {"train/loss", "train/soft_loss", "train/tokens_per_second", "eval/loss"} <= set(
+        tags["scalars"]
+    )
+    lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    logged = [(r["step"], r["eval_loss"]) for r in lines if "eval_loss" in r]
+    seen = {event.step: event.value for event in events.Scalars("eval/loss")}
+    assert seen == pytest.approx(dict(logged), rel=1e-6)
+    assert "learning_curve" in tags["images"]
+    texts = {tag.split("/")[0]: tag for tag in tags["tensors"]}
+    assert {"configuration", "outcome"} <= set(texts)
+    told = str(events.Tensors(texts["configuration"])[0].tensor_proto)
+    assert "settings/loss/temperature" in told
+    assert "final/eval_loss" in str(events.Tensors(texts["outcome"])[0].tensor_proto)
+
+
+def wandb_records(path: Path) -> list:
+    """Return the records of an offline run's file: LevelDB's log format after seven bytes."""
+    from wandb.proto import wandb_internal_pb2
+
+    raw, place, block = path.read_bytes(), 7, 32768
+    found, pieces = [], b""
+    while place + 7 <= len(raw):
+        if block - place % block < 7:  # no room for a header: the block's end is filled with zeros
+            place += block - place % block
+            continue
+        size, kind = int.from_bytes(raw[place + 4 : place + 6], "little"), raw[place + 6]
+        pieces += raw[place + 7 : place + 7 + size]
+        place += 7 + size
+        if kind in (1, 4):  # whole, or its last piece
+            record = wandb_internal_pb2.Record()
+            record.ParseFromString(pieces)
+            found.append(record)
+            pieces = b""
+    return found
+
+
+@pytest.mark.slow
+def test_an_offline_wandb_run_has_the_whole_run(
+    tmp_path, small_teacher_dir, proteins_dir, monkeypatch
+):
+    pytest.importorskip("wandb")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("WANDB_MODE", "offline")
+    for name in [name for name in os.environ if name.startswith("WANDB_") and name != "WANDB_MODE"]:
+        monkeypatch.delenv(name)
+    run = tmp_path / "named-run"
+    more = ["--report_to", "wandb"]
+    assert tiny_run(small_teacher_dir, proteins_dir, run, tmp_path / "cache", *more) == 0
+    (path,) = tmp_path.glob("wandb/offline-run-*/*.wandb")
+    records = wandb_records(path)
+    about = next(r.run for r in records if r.HasField("run"))
+    assert about.display_name == "named-run"
+    assert about.project == "PROTGPT2_DISTILLATION"
+    keys = {u.key or "/".join(u.nested_key) for r in records for u in r.config.update}
+    assert {"settings/loss/temperature", "teacher/fingerprint", "data/train/proteins"} <= keys
+    logged = {
+        item.key or "/".join(item.nested_key)
+        for r in records
+        if r.HasField("history")
+        for item in r.history.item
+    }
+    assert {"train/loss", "eval/loss", "eval/soft_loss"} <= logged
+    assert any(key.startswith("learning_curve") for key in logged)
+    assert list(path.parent.glob("files/media/images/learning_curve*.png"))
+    summed = {u.key or "/".join(u.nested_key) for r in records for u in r.summary.update}
+    assert {"final/eval_loss", "train_seconds", "peak_memory_bytes"} <= summed
