@@ -3,7 +3,8 @@
 
 The cells of a group share the initial student, the data order and the teacher. A grid that was
 stopped goes on where it was when the same command is given again; several processes may run it at
-once. --list shows the grids.
+once. --list shows the grids. To choose T or alpha for one preset with its own data and teacher, and
+have the best named, run scripts/pipeline.py --sweep.
 
 Examples:
   python scripts/ablation.py --list

@@ -4,7 +4,9 @@ r"""Train and evaluate presets one after another, unattended, and go on where it
 Arguments after -- go to every training as they are. Started again, the same command skips what is
 finished and resumes what was cut off. logs/pipeline-NAME/pipeline.status tells what happened.
 Evaluations have --num_samples 100 --compute_ece, and --max_proteins 5000 where the data is on a
-hub, unless --evaluate_args says otherwise; a sweep is judged on validation proteins.
+hub, unless --evaluate_args says otherwise; a sweep is judged on validation proteins. It trains one
+value after another with any teacher; scripts/ablation.py --grid temperature trains all values at
+once, and two seeds, against the bundled teacher or --teacher_model.
 
 Examples:
   bash scripts/pipeline.sh

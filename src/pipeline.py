@@ -108,14 +108,28 @@ def script_command(script: str, arguments: Sequence[str]) -> tuple[str, ...]:
     return (sys.executable, str(ROOT / "scripts" / script), *arguments)
 
 
-def train_stage(title: str, arguments: Sequence[str], output: Path, parsers: Parsers) -> Stage:
-    """Return a training; ``--resume`` goes on with what an earlier start left."""
+def train_stage(
+    title: str,
+    arguments: Sequence[str],
+    output: Path,
+    parsers: Parsers,
+    flag: str = "--name or --models_dir",
+) -> Stage:
+    """Return a training; ``--resume`` goes on with what an earlier start left.
+
+    Args:
+        title: for banners.
+        arguments: of scripts/train.py, without the output.
+        output: the model's directory.
+        parsers: of the scripts.
+        flag: with which the user chooses another directory, for messages.
+    """
     arguments = [*arguments, "--output_dir", str(output)]
     settings = asdict(parsers.train(arguments))
     return Stage(
         title,
         script_command("train.py", [*arguments, "--resume"]),
-        lambda: claim_folder(output, settings, resume=True),
+        lambda: claim_folder(output, settings, resume=True, flag=flag),
         output,
     )
 
@@ -338,7 +352,9 @@ def sweep_plan(
         output = choices.results / f"sweep_{parameter}_{value}.json"
         evaluate = [*choices.evaluate, "--split", "validation"]
         stages += [
-            train_stage(f"train {preset} at {parameter} {value}", arguments, model, parsers),
+            train_stage(
+                f"train {preset} at {parameter} {value}", arguments, model, parsers, "--models_dir"
+            ),
             evaluate_stage(
                 f"evaluate {parameter} {value}", model, evaluate, output, parsers, choices.overwrite
             ),

@@ -138,13 +138,16 @@ def changed_settings(old: Mapping[str, Any], new: Mapping[str, Any], prefix: str
     return names
 
 
-def claim_folder(folder: Path, settings: Mapping[str, Any], resume: bool) -> str:
+def claim_folder(
+    folder: Path, settings: Mapping[str, Any], resume: bool, flag: str = "--output_dir"
+) -> str:
     """Decide what a run may do with its output directory. Nothing in it is touched.
 
     Args:
         folder: the output directory.
         settings: what the run is about to do, as JSON values.
         resume: whether the user asked to go on.
+        flag: with which the user chooses another, for the message.
 
     Returns:
         ``new`` (empty or absent), ``resume`` (the same run, unfinished) or ``finished`` (the same
@@ -158,22 +161,20 @@ def claim_folder(folder: Path, settings: Mapping[str, Any], resume: bool) -> str
         # Also what a run leaves that was killed before its first record was whole.
         return "new"
     if not (folder / RUN_FILE).is_file():
-        raise ValueError(
-            f"{folder} holds files that no run of ours wrote: choose another --output_dir"
-        )
+        raise ValueError(f"{folder} holds files that no run of ours wrote: choose another {flag}")
     record = read_run(folder)
     changed = changed_settings(relative_paths(record["settings"]), relative_paths(settings))
     if changed:
         names = printable(", ".join(changed[:20]))[:300]
         raise ValueError(
-            f"{folder} holds a run with other settings ({names}): choose another --output_dir"
+            f"{folder} holds a run with other settings ({names}): choose another {flag}"
         )
     if record.get("status") == FINISHED:
         return "finished"
     if not resume:
         raise ValueError(
             f"{folder} holds an unfinished run of these settings: pass --resume to go on, "
-            "or choose another --output_dir"
+            f"or choose another {flag}"
         )
     return "resume"
 

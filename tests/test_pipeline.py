@@ -528,6 +528,26 @@ def test_user_errors_are_one_line(arguments, message, tmp_path, capsys, monkeypa
     assert sorted(x.name for x in tmp_path.iterdir()) == ["one.fasta"]
 
 
+@pytest.mark.parametrize(
+    ("arguments", "flags"),
+    [
+        (["--presets", "xs"], "choose another --name or --models_dir"),
+        (["--sweep", "alpha", "--values", "0.5"], "choose another --models_dir"),
+    ],
+)
+def test_what_is_in_the_way_names_this_scripts_flags(
+    arguments, flags, tmp_path, capsys, monkeypatch
+):
+    monkeypatch.chdir(tmp_path)
+    output = plan_of(*arguments).stages[0].output
+    output.mkdir(parents=True)
+    (output / "thesis.txt").touch()
+    assert script.main(arguments) == 2
+    error = capsys.readouterr().err
+    assert flags in error
+    assert "--output_dir" not in error
+
+
 def test_dry_run_starts_nothing(tmp_path, capsys, monkeypatch):
     monkeypatch.chdir(tmp_path)
     assert script.main(["--dry_run", "--baselines"]) == 0

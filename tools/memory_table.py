@@ -44,7 +44,13 @@ def build_parser() -> argparse.ArgumentParser:
         help="students",
     )
     add("--batch_sizes", nargs="+", type=positive_int, default=[1, 4], help="rows of a batch")
-    add("--teachers", nargs="+", default=["cached", "online"], choices=("cached", "online"))
+    add(
+        "--teachers",
+        nargs="+",
+        default=["cached", "online"],
+        choices=("cached", "online"),
+        help="states from disk, or the whole teacher beside the student",
+    )
     add("--max_length", type=positive_int, default=512, help="tokens of each row")
     add("--device", default="cpu", help="cpu or cuda")
     add("--precision", choices=PRECISIONS[1:], default="fp32", help="of the training")
