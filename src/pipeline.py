@@ -18,7 +18,7 @@ import sys
 import time
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -27,7 +27,13 @@ from src.cli import duration
 from src.files import read_json, write_json, write_text
 from src.results import figure, read_results, with_interval
 from src.runs import FINISHED, claim_folder, locked, provenance, read_run
-from src.settings import PRESETS, PUBLISHED_STUDENTS, TrainSettings, default_run_name
+from src.settings import (
+    PRESETS,
+    PUBLISHED_STUDENTS,
+    TrainSettings,
+    as_recorded,
+    default_run_name,
+)
 from src.sources import has_split
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -125,7 +131,7 @@ def train_stage(
         flag: with which the user chooses another directory, for messages.
     """
     arguments = [*arguments, "--output_dir", str(output)]
-    settings = asdict(parsers.train(arguments))
+    settings = as_recorded(parsers.train(arguments))
     return Stage(
         title,
         script_command("train.py", [*arguments, "--resume"]),

@@ -6,7 +6,8 @@ Each dataclass checks itself; its ``ValueError`` names the flag.
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
+from typing import Any
 
 DEFAULT_TEACHER = "nferruz/ProtGPT2"
 DEFAULT_DATA = "nferruz/UR50_2021_04"
@@ -195,6 +196,18 @@ class TrainSettings:
                 raise ValueError(
                     f"--{name} must be one of {', '.join(choices)}, got {getattr(self, name)!r}"
                 )
+
+
+def as_recorded(settings: TrainSettings) -> dict[str, Any]:
+    """Return settings as records hold them, which tell by comparison whether a run is the same one.
+
+    ``early_stopping`` is left out where it is off: records made before there was such a setting,
+    and hashes of them, stay those of the same run.
+    """
+    record = asdict(settings)
+    if settings.early_stopping is None:
+        del record["early_stopping"]
+    return record
 
 
 def default_run_name(settings: TrainSettings) -> str:

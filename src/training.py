@@ -45,7 +45,7 @@ from src.models import (
 )
 from src.rehearsal import REHEARSED_FROM, Rehearsal, rehearse
 from src.runs import FINISHED, RUNNING, claim_folder, locked, provenance, read_run, write_run
-from src.settings import TrainSettings, derived_steps
+from src.settings import TrainSettings, as_recorded, derived_steps
 from src.sizing import total_steps
 from src.sources import has_split
 from src.teacher_cache import CachedCollator, TeacherCache, capture
@@ -56,6 +56,8 @@ if TYPE_CHECKING:
 
 HELD_OUT_SHARE = 0.02
 """Of a source without a validation part: proteins set aside, at most ``validation_proteins``."""
+DECIDING_SHARE = 0.1
+"""The same where the validation decides when to stop: few proteins would decide by chance."""
 CHECKPOINTS_KEPT = 2
 
 
@@ -68,7 +70,8 @@ def load_parts(
     """Return the tokenised training and validation proteins.
 
     Validation proteins are the source's own validation part where it has one. Of any other source
-    a share is set aside by a hash of the sequence, the same whatever ``train_size_prop``.
+    a share is set aside by a hash of the sequence, the same whatever ``train_size_prop``: more of
+    them with early stopping, and the same ones among them.
 
     Raises:
         ValueError: the source is missing or broken, or nothing is left to train on.
@@ -87,7 +90,8 @@ def load_parts(
     if separate:
         validation = tokenise(settings.data, "validation", tokenizer, max_length, **options)
     else:
-        aside = chosen(train.hashes, HELD_OUT_SHARE, settings.data_seed + 1)
+        share = HELD_OUT_SHARE if settings.early_stopping is None else DECIDING_SHARE
+        aside = chosen(train.hashes, share, settings.data_seed + 1)
         validation = train.subset(np.flatnonzero(aside))
         train = train.subset(np.flatnonzero(~aside))
     validation = validation.subset(np.arange(min(len(validation), settings.validation_proteins)))
@@ -298,7 +302,7 @@ def train(
     """
     quiet_libraries()
     require_tracker(report_to)
-    wanted = asdict(settings)
+    wanted = as_recorded(settings)
     if claim_folder(output_dir, wanted, resume) == "finished":
         announce(f"{output_dir} holds this run, finished: nothing to do")
         return read_run(output_dir)

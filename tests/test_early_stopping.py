@@ -17,7 +17,8 @@ from src.early_stopping import EarlyStopping, outcome, outcome_line, validation_
 from src.files import sha256_file
 from src.interruption import stops_on_signals
 from src.models import model_fingerprint
-from src.settings import TrainSettings, default_run_name
+from src.settings import TrainSettings, as_recorded, default_run_name
+from src.training import load_parts
 from tests.test_train_script import tiny_run
 
 LOSSES = {1: 5.0, 2: 4.0, 3: 3.0, 4: 3.5, 5: 3.0, 6: 3.7, 7: 1.0, 8: 1.0, 9: 1.0}
@@ -203,6 +204,25 @@ def test_the_setting_checks_itself_and_names_its_run():
     with pytest.raises(ValueError, match="--early_stopping must be at least 1"):
         TrainSettings(early_stopping=0)
     assert default_run_name(TrainSettings(early_stopping=4)).endswith("uniprot-stop4")
+
+
+def test_records_made_before_are_of_the_same_settings():
+    assert "early_stopping" not in as_recorded(TrainSettings())
+    assert as_recorded(TrainSettings(early_stopping=2))["early_stopping"] == 2
+
+
+def test_more_proteins_decide_than_watch(tmp_path, tiny_tokenizer, random_proteins):
+    """Where the source has no validation part."""
+    path = tmp_path / "family.fasta"
+    path.write_text("".join(f">{n}\n{s}\n" for n, s in enumerate(random_proteins(300))))
+    hashes = []
+    for patience in (None, 3):
+        settings = TrainSettings(data=str(path), train_size_prop=1, early_stopping=patience)
+        parts = load_parts(settings, tiny_tokenizer, 256, str(tmp_path / "cache"))
+        assert not set(parts["train"].hashes) & set(parts["validation"].hashes)
+        hashes.append(set(parts["validation"].hashes))
+    assert hashes[0] < hashes[1]
+    assert 20 < len(hashes[1]) < 40
 
 
 def test_a_run_of_the_script_keeps_the_best_weights(
