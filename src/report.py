@@ -152,9 +152,13 @@ def _summary(run: Mapping[str, Any], results: Mapping[str, Any]) -> str:
             f"{shape['n_embd']}"
         )
     sentence = f"{what}, {parameters:,} parameters" if parameters else what
-    sentence += f", distilled from {teacher}" if teacher else ""
-    if parameters and theirs:
-        sentence += f" ({theirs:,} parameters, {theirs / parameters:.1f} times as many)"
+    begun = short_name(figure(run, "settings.init_from"))
+    if figure(run, "settings.loss.alpha") == 1:
+        sentence += f", {begun} trained further" if begun else ", trained without a teacher"
+    elif teacher:
+        sentence += f", distilled from {teacher}"
+        if parameters and theirs:
+            sentence += f" ({theirs:,} parameters, {theirs / parameters:.1f} times as many)"
     train = figure(run, "data.train") or {}
     if train:
         sentence += (
@@ -274,10 +278,11 @@ def _training(run: Mapping[str, Any]) -> list[tuple[str, str]]:
             )
             if loss.get(flag)
         ]
-        rows += [
-            ("loss", f"T = {loss['temperature']:g}, α = {loss['alpha']:g}, {loss['divergence']}"),
-            ("enhancements", ", ".join(enhancements) or "none"),
-        ]
+        if loss["alpha"] == 1:
+            rows.append(("loss", "cross-entropy with the proteins (α = 1)"))
+        else:
+            what = f"T = {loss['temperature']:g}, α = {loss['alpha']:g}, {loss['divergence']}"
+            rows += [("loss", what), ("enhancements", ", ".join(enhancements) or "none")]
     if settings.get("learning_rate"):
         rate = f"{settings['learning_rate']:g}, {settings.get('lr_schedule', '')}"
         rows.append(("learning rate", rate.rstrip(", ")))

@@ -154,6 +154,18 @@ def test_the_page_tells_everything_and_asks_for_nothing(folders):
     assert page.count("<svg") == 4  # one learning curve, two reliability diagrams, composition
 
 
+def test_a_fine_tuned_model_is_not_called_distilled(folders):
+    record = json.loads(json.dumps(RUN))
+    record["settings"] |= {"init_from": "models/demo"}
+    record["settings"]["loss"]["alpha"] = 1.0
+    stopped = {"best_step": 3, "best_eval_loss": 1.0, "last_step": 8, "reason": "no improvement"}
+    (folders / "run" / "run.json").write_text(json.dumps({**record, "early_stopping": stopped}))
+    text = Page(build_report(folders / "run")).text
+    assert "models/demo trained further on" in text
+    assert "distilled from" not in text
+    assert "stopped after step 8: no improvement" in text
+
+
 def test_a_run_alone_says_how_to_measure_it(folders):
     text = Page(build_report(folders / "run")).text
     assert "Not measured yet" in text
