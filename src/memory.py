@@ -87,11 +87,12 @@ def measure(cell: Cell, device_name: str = "cpu", precision: str = "fp32") -> di
     quiet_libraries()
     device = choose_device(device_name)
     base = peak_memory(device)
-    shape = dict(PROTGPT2)
+    shape: dict[str, Any] = dict(PROTGPT2)
     if cell.teacher == "cached":
         shape["n_layer"] = 0  # what is kept of a teacher whose states are read: the head
     config = GPT2Config(**shape)
-    teacher: Any = GPT2LMHeadModel(config).to(device=device, dtype=weights_dtype(precision))
+    teacher: Any = GPT2LMHeadModel(config)
+    teacher = teacher.to(device=device, dtype=weights_dtype(precision))
     student = build_student(student_config(PRESETS[cell.preset].student, config), 0)
     rows = _Rows(cell)
     # The optimiser's state must be there when the full batch comes, as in all steps but the first.

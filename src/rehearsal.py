@@ -100,7 +100,7 @@ def rehearse(trainer: DistillationTrainer, steps: int) -> Rehearsal:
     step = float(np.mean(padded)) * arguments.gradient_accumulation_steps / rate
     evaluations = max(1, steps // max(1, int(arguments.eval_steps or steps)))
     validation: Any = trainer.eval_dataset
-    validated = evaluations * float(np.sum(validation.lengths)) / arguments.world_size / rate
+    validated = evaluations * float(np.sum(validation.lengths)) / rate
     return Rehearsal(steps * step + validated, step, rate, memory, measured)
 
 

@@ -380,7 +380,7 @@ def train(
         checkpoint = newest_valid(output_dir, announce) if standing == "resume" else None
         if standing == "resume":
             announce(f"going on from {checkpoint.name}" if checkpoint else "starting over")
-        elif steps >= REHEARSED_FROM and not compile_model:
+        elif steps >= REHEARSED_FROM and not compile_model and arguments.world_size == 1:
             rehearsal = rehearse(trainer, steps)
             record["estimate"] = asdict(rehearsal)
             announce(rehearsal.line())

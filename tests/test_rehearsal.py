@@ -42,14 +42,14 @@ def test_no_trace_is_left(tiny_lm, tmp_path):
     trainer = make_trainer(tiny_lm, tmp_path)
     attributes = dict(vars(trainer))
     sums = [tally.sums.clone() for tally in trainer._tallies]
-    states = torch.get_rng_state(), random.getstate(), np.random.get_state()[1].copy()
+    states = torch.get_rng_state(), random.getstate(), list(np.random.get_state())[1].copy()
     weights = {name: p.detach().clone() for name, p in trainer.model.named_parameters()}
     rehearse(trainer, 9)
     assert vars(trainer) == attributes
     assert all(torch.equal(a, t.sums) for a, t in zip(sums, trainer._tallies, strict=True))
     assert torch.equal(torch.get_rng_state(), states[0])
     assert random.getstate() == states[1]
-    assert np.array_equal(np.random.get_state()[1], states[2])
+    assert np.array_equal(list(np.random.get_state())[1], states[2])
     for name, parameter in trainer.model.named_parameters():
         assert parameter.grad is None
         assert torch.equal(parameter, weights[name])

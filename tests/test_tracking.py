@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -49,10 +50,20 @@ def test_tensorboard_has_the_whole_run(tmp_path, small_teacher_dir, proteins_dir
     assert "final/eval_loss" in str(events.Tensors(texts["outcome"])[0].tensor_proto)
 
 
+def test_a_disabled_wandb_is_no_hindrance(tmp_path, small_teacher_dir, proteins_dir, monkeypatch):
+    pytest.importorskip("wandb")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("WANDB_MODE", "disabled")
+    more = ["--report_to", "wandb"]
+    assert tiny_run(small_teacher_dir, proteins_dir, tmp_path / "r", tmp_path / "c", *more) == 0
+    assert not (tmp_path / "wandb").exists()
+
+
 def wandb_records(path: Path) -> list:
     """Return the records of an offline run's file: LevelDB's log format after seven bytes."""
     from wandb.proto import wandb_internal_pb2
 
+    kinds: Any = wandb_internal_pb2
     raw, place, block = path.read_bytes(), 7, 32768
     found, pieces = [], b""
     while place + 7 <= len(raw):
@@ -63,7 +74,7 @@ def wandb_records(path: Path) -> list:
         pieces += raw[place + 7 : place + 7 + size]
         place += 7 + size
         if kind in (1, 4):  # whole, or its last piece
-            record = wandb_internal_pb2.Record()
+            record = kinds.Record()
             record.ParseFromString(pieces)
             found.append(record)
             pieces = b""

@@ -20,6 +20,7 @@ import subprocess
 import sys
 from dataclasses import asdict
 from pathlib import Path
+from typing import Any
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
@@ -80,7 +81,9 @@ def run(args: argparse.Namespace) -> dict:
     from src.memory import Cell, comparison_line, planned, table
     from src.runs import provenance
 
-    record = read_json(args.output) if args.output.exists() else {"cells": []}
+    record: dict[str, Any] = {"cells": []}
+    if args.output.exists():
+        record = read_json(args.output)
     if args.update:
         if not record["cells"]:
             raise ValueError(f"{args.output}: nothing was measured yet")
