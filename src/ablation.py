@@ -37,6 +37,7 @@ from src.interruption import stops_on_signals
 from src.models import count_parameters, load_causal_lm, model_fingerprint, output_head
 from src.results import figure, read_results, write_results
 from src.runs import InUseError, locked, provenance
+from src.settings import as_recorded
 from src.sizing import total_steps
 from src.teacher_cache import TeacherCache
 from src.training import (
@@ -294,7 +295,7 @@ class GridRun:
                 "grid": self.grid.name,
                 **asdict(cell),
                 "split": self.grid.split,
-                "train": asdict(settings),
+                "train": as_recorded(settings),
             }
             results["training"] = {
                 "curve": curve_of(trainer.state.log_history, cell.name),

@@ -9,10 +9,17 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
-from src.settings import BUNDLED_DATA, BUNDLED_TEACHER, LossSettings, StudentSettings, TrainSettings
+from src.settings import (
+    BUNDLED_DATA,
+    BUNDLED_TEACHER,
+    LossSettings,
+    StudentSettings,
+    TrainSettings,
+    as_recorded,
+)
 
 PUBLISHED = {
     "baseline": LossSettings(),
@@ -176,7 +183,8 @@ class Grid:
 
 def settings_key(settings: TrainSettings) -> str:
     """Return a short hash of everything that decides a cell's outcome."""
-    return hashlib.sha256(json.dumps(asdict(settings), sort_keys=True).encode()).hexdigest()[:16]
+    text = json.dumps(as_recorded(settings), sort_keys=True)
+    return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 
 def _sweep(name: str, values: tuple[float, ...], title: str) -> Grid:
