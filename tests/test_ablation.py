@@ -9,7 +9,7 @@ import sys
 from dataclasses import replace
 from pathlib import Path
 
-import pyarrow.compute as pc
+import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
@@ -185,8 +185,8 @@ def test_a_part_of_a_grid_leaves_the_rows_of_the_rest(finished, grid, world, tmp
     before = pq.read_table(finished / "results" / name)
     after = pq.read_table(tmp_path / "results" / name)
     assert after.num_rows == before.num_rows * 7 // 6
-    rest = after.filter(pc.not_equal(after["learning_rate"], 2e-2))
-    assert rest.equals(before)
+    old = pa.array([rate != 2e-2 for rate in after["learning_rate"].to_pylist()])
+    assert after.filter(old).equals(before)
 
 
 def test_a_killed_group_goes_on_to_the_same_cells(finished, grid, world, tmp_path, monkeypatch):

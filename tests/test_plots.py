@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import xml.etree.ElementTree as ElementTree
+from typing import Any
 
 import matplotlib
 import numpy as np
@@ -147,7 +148,8 @@ def test_students_of_one_kind_are_joined():
 
     kinds = {"cut": [student(10.0, 1.2), student(4.0, 1.1)], "random": [student(4.0, 1.3)]}
     left = plots.quality_against_compression(kinds).axes[0]
-    lines = {c.get_label(): np.asarray(c.lines[0].get_xydata()) for c in left.containers}
+    kinds_drawn: list[Any] = list(left.containers)
+    lines = {c.get_label(): np.asarray(c.lines[0].get_xydata()) for c in kinds_drawn}
     assert lines["cut"][:, 1].tolist() == [1.1, 1.2]
     assert lines["random"][:, 1].tolist() == [1.3]
     assert lines["cut"][0, 0] < 4.0 < lines["random"][0, 0]
