@@ -5,6 +5,7 @@ Examples:
   python scripts/train.py --preset hf-tiny --use_uncertainty_weighting --use_calibration_smoothing
   python scripts/train.py --teacher_model data/small_teacher --data data/proteins \
       --n_layer 2 --n_head 4 --n_embd 160 --output_dir models/demo
+  python scripts/train.py --preset hf-tiny --recipe recommended
   python scripts/train.py --preset small --dry_run
 """
 
@@ -12,7 +13,9 @@ from __future__ import annotations
 
 import argparse
 import sys
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
@@ -21,6 +24,15 @@ from src.cli import HelpFormatter, natural, positive_float, positive_int, run_sc
 
 DEFAULTS = s.TrainSettings()
 LOSS = s.LossSettings()
+
+
+class Recipe(argparse.Action):
+    """Sets the flags of a recipe; flags after it win, and :func:`main` brings it to the front."""
+
+    def __call__(self, parser: Any, namespace: Any, values: Any, option_string: Any = None) -> None:
+        """Set them."""
+        for name, value in {**s.RECIPES[values], self.dest: values}.items():
+            setattr(namespace, name, value)
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -42,10 +54,21 @@ def build_parser() -> argparse.ArgumentParser:
     add("--n_layer", type=positive_int, help="blocks (default: 4, or the preset's)")
     add("--n_head", type=positive_int, help="attention heads (default: 4, or the preset's)")
     add("--n_embd", type=positive_int, help="width (default: 256, or the preset's)")
-    add("--init_from", help="start from this model, cut to the student's shape if one is given")
+    add(
+        "--init_from",
+        help="start from this model, cut to the student's shape if one is given; "
+        "'teacher': from the teacher, cut",
+    )
     add("--dropout", type=float, default=0.0, help="probability, everywhere in the student")
 
     add = parser.add_argument_group("loss").add_argument
+    add(
+        "--recipe",
+        action=Recipe,
+        choices=sorted(s.RECIPES),
+        help="several flags at once; those given beside it win. "
+        + "; ".join(f"{name}: {shown(flags)}" for name, flags in s.RECIPES.items()),
+    )
     add("--temperature", type=positive_float, default=2.0, help="T of the soft loss")
     add("--alpha", type=float, default=0.5, help="share of the hard loss")
     add("--use_uncertainty_weighting", action="store_true", help="weight by teacher entropy")
@@ -97,12 +120,19 @@ def build_parser() -> argparse.ArgumentParser:
     return parser
 
 
+def shown(flags: Mapping[str, Any]) -> str:
+    """Return flags as they would be typed."""
+    return " ".join(f"--{k}" if v is True else f"--{k} {v}" for k, v in flags.items())
+
+
 def build_settings(args: argparse.Namespace) -> s.TrainSettings:
     """Return the settings of the run that the arguments ask for."""
     preset = s.PRESETS.get(args.preset) if args.preset else None
     shape = preset.student if preset else DEFAULTS.student
     shaped = args.preset or any((args.n_layer, args.n_head, args.n_embd))
-    if args.init_from and not shaped:
+    if args.init_from == s.OF_TEACHER:
+        args.init_from = args.teacher_model or s.DEFAULT_TEACHER
+    elif args.init_from and not shaped:
         from src.models import shape_of
 
         shape = shape_of(args.init_from)
@@ -148,9 +178,22 @@ def run(args: argparse.Namespace) -> dict:
     )
 
 
+def recipe_first(argv: Sequence[str]) -> list[str]:
+    """Return a command line with ``--recipe NAME`` in front, so that every other flag wins."""
+    ahead: list[str] = []
+    rest: list[str] = []
+    words = iter(argv)
+    for word in words:
+        if word == "--recipe":
+            ahead += [word, *(name for name in (next(words, None),) if name is not None)]
+        else:
+            (ahead if word.startswith("--recipe=") else rest).append(word)
+    return ahead + rest
+
+
 def main(argv: list[str] | None = None) -> int:
     """Run the script and return its exit status."""
-    return run_script(run, build_parser, argv)
+    return run_script(run, build_parser, recipe_first(sys.argv[1:] if argv is None else argv))
 
 
 if __name__ == "__main__":

@@ -123,6 +123,14 @@ PUBLISHED_STUDENTS = {
 """Hub ids of the published students of ProtGPT2 by the preset of the same shape."""
 
 
+OF_TEACHER = "teacher"
+"""As ``--init_from``: the teacher itself, whichever it is."""
+RECIPES: dict[str, dict[str, Any]] = {
+    "published": {"use_uncertainty_weighting": True, "use_calibration_smoothing": True},
+    "recommended": {"init_from": OF_TEACHER, "temperature": 1.0, "alpha": 0.0},
+}
+"""Values of train.py's flags by name of a recipe; docs/RESULTS.md has what is known of them."""
+
 PRECISIONS = ("auto", "fp32", "bf16", "fp16")
 BATCHINGS = ("bucketed", "packed", "padded")
 SCHEDULES = ("linear", "cosine", "constant_with_warmup")

@@ -16,7 +16,8 @@ ROOT = Path(__file__).resolve().parents[1]
 
 
 def settings_of(*arguments: str) -> TrainSettings:
-    return script.build_settings(script.build_parser().parse_args(list(arguments)))
+    line = script.recipe_first(arguments)
+    return script.build_settings(script.build_parser().parse_args(line))
 
 
 def test_help_is_quick_and_needs_no_torch():
@@ -52,6 +53,19 @@ def test_the_owners_command():
     )
     assert settings.data == "nferruz/UR50_2021_04"
     assert settings.teacher_model == "nferruz/ProtGPT2"
+
+
+def test_a_recipe_sets_flags_and_those_given_win_wherever_they_stand():
+    recommended = settings_of("--recipe", "recommended", "--teacher_model", "T")
+    assert recommended.init_from == "T"
+    assert (recommended.loss.temperature, recommended.loss.alpha) == (1.0, 0.0)
+    assert recommended.student == StudentSettings()
+    both = settings_of("--recipe=published").loss
+    assert both.use_uncertainty_weighting
+    assert both.use_calibration_smoothing
+    for typed in ("--alpha 0.5 --recipe recommended", "--recipe recommended --alpha 0.5"):
+        assert settings_of(*typed.split()).loss.alpha == 0.5
+    assert settings_of("--init_from", "teacher").init_from == "nferruz/ProtGPT2"
 
 
 @pytest.mark.parametrize("preset", sorted(PRESETS))
