@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 import torch
 from small_runs import assert_same_bits, make_trainer, resume
+from transformers import TrainerCallback
 
 from src.checkpoints import (
     as_json,
@@ -116,6 +117,25 @@ def test_a_run_killed_after_its_last_checkpoint_makes_no_further_step(tiny_lm, t
     other = make_trainer(tiny_lm, tmp_path / "other")
     other.train()
     assert_same_bits(again, other)
+
+
+class End(TrainerCallback):
+    """Ends the training after the validation of a step, as early stopping does."""
+
+    def on_evaluate(self, args, state, control, **kwargs):
+        control.should_training_stop = state.global_step >= 6
+
+
+def test_a_run_that_a_callback_ended_makes_no_further_step(tiny_lm, tmp_path):
+    runs = [make_trainer(tiny_lm, tmp_path / name) for name in ("whole", "killed")]
+    for trainer in runs:
+        trainer.add_callback(End())
+        trainer.train()
+    again = make_trainer(tiny_lm, tmp_path / "killed")
+    again.add_callback(End())
+    resume(again)
+    assert again.state.global_step == 6
+    assert_same_bits(runs[0], again, step=6)
 
 
 def test_a_checkpoint_of_a_step_can_be_made_again(tiny_lm, tmp_path):
