@@ -406,7 +406,7 @@ def _nice_sizes(values: Sequence[float]) -> list[float]:
     return chosen if len(chosen) > 1 else [low / 2, low, low * 2]
 
 
-@_styled
+@styled
 def holdings_over_time(
     samples: Sequence[Mapping[str, Any]],
     growths: Mapping[str, Mapping[str, Any]],

@@ -23,7 +23,7 @@ from src.checkpoints import (
     restore_random_states,
     write_manifest,
 )
-from src.files import remove_unfinished
+from src.files import remove_temporaries_of, remove_unfinished
 
 
 @pytest.mark.parametrize(
@@ -217,3 +217,12 @@ def test_leftovers_of_a_killed_run_go_and_nothing_else(tmp_path):
     assert sorted(path.name for path in tmp_path.iterdir()) == sorted(
         [*theirs, "thesis.unfinished"]
     )
+
+
+def test_what_is_left_of_one_file_goes_and_nothing_else(tmp_path):
+    ours = [".a[1].json.abcdefgh.tmp", ".a[1].json.12345678.tmp"]
+    theirs = [".a1.json.abcdefgh.tmp", ".b.json.abcdefgh.tmp", "a[1].json", ".a[1].json.x.tmp"]
+    for name in [*ours, *theirs]:
+        (tmp_path / name).write_text("x")
+    remove_temporaries_of(tmp_path / "a[1].json")
+    assert sorted(path.name for path in tmp_path.iterdir()) == sorted(theirs)
