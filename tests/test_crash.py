@@ -105,7 +105,7 @@ def test_user_errors_are_one_line(arguments, message, capsys):
 @pytest.mark.slow
 def test_kills_and_stops_leave_no_trace(tmp_path):
     record = tmp_path / "record.json"
-    command = [sys.executable, "tools/crash_test.py", "--kills", "5", "--stops", "3"]
+    command = [sys.executable, "tools/crash_test.py", "--kills", "10", "--stops", "3"]
     for seed in ("0", "1"):
         done = subprocess.run(
             [*command, "--seed", seed, "--record", str(record), "--work_dir", str(tmp_path)],
@@ -114,8 +114,8 @@ def test_kills_and_stops_leave_no_trace(tmp_path):
             text=True,
         )
         assert done.returncode == 0, done.stdout + done.stderr
-        assert done.stdout.splitlines()[-1] == "kills 5, differing bytes 0"
+        assert done.stdout.splitlines()[-1] == "kills 10, differing bytes 0"
     sessions = json.loads(record.read_text())["sessions"]
-    assert [(s["kills"], s["stops"], s["differing_bytes"]) for s in sessions] == [(5, 3, 0)] * 2
+    assert [(s["kills"], s["stops"], s["differing_bytes"]) for s in sessions] == [(10, 3, 0)] * 2
     assert {"commit", "dirty"} <= sessions[0]["git"].keys()
-    assert sum(sessions[0]["places"].values()) == 8
+    assert sum(sessions[0]["places"].values()) == 13

@@ -30,21 +30,24 @@ def files(folder: Path) -> dict[str, bytes]:
     return {str(n): p.read_bytes() for n, p in found.items() if p.name != ".lock"}
 
 
-def assert_like(one: Path, other: Path, steps: int) -> None:
-    """Compare two finished runs within what another order of float32 sums makes of them."""
+def assert_like(one: Path, other: Path) -> None:
+    """Compare two runs of 13 steps within what another order of float32 sums makes of them.
+
+    The last step is left out: its last batch is not full, and two processes fill it up.
+    """
     records = [read_run(folder) for folder in (one, other)]
     assert [record["status"] for record in records] == [FINISHED] * 2
-    assert [record["steps"] for record in records] == [steps] * 2
+    assert [record["steps"] for record in records] == [13] * 2
     logs = [[timeless(r) for r in read_metrics(folder)] for folder in (one, other)]
     assert [r["step"] for r in logs[0]] == [r["step"] for r in logs[1]]
-    assert len({r["step"] for r in logs[0]}) == steps
+    assert [r["step"] for r in logs[0] if "loss" in r] == [*range(1, 14)]
     for first, second in zip(*logs, strict=True):
         assert first.keys() == second.keys()
-        for name in first.keys() - {"total_flos"}:
-            assert first[name] == pytest.approx(second[name], rel=1e-4, abs=1e-6), name
-    a, b = (read_tensors(folder / "model.safetensors") for folder in (one, other))
+        for name in first.keys() - {"total_flos", "epoch"} if first["step"] < 13 else ():
+            assert first[name] == pytest.approx(second[name], rel=1e-5), name
+    a, b = (read_tensors(folder / "checkpoint-10" / "model.safetensors") for folder in (one, other))
     flat = [torch.cat([t[name].flatten() for name in sorted(t)]) for t in (a, b)]
-    assert (flat[0] - flat[1]).norm() / flat[0].norm() < 1e-4
+    assert (flat[0] - flat[1]).norm() / flat[0].norm() < 1e-6
 
 
 @pytest.mark.slow
@@ -60,8 +63,7 @@ def test_the_scripts_run_on_two_processes_as_on_one(tmp_path, capfd):
         "cache: [0]",
         "cache: [0, 0]",
     ]
-    # 26 batches of 6 proteins: were their number odd, two processes would fill the last step up.
-    assert_like(tmp_path / "train-1", tmp_path / "train-2", 13)
+    assert_like(tmp_path / "train-1", tmp_path / "train-2")
     record = read_run(tmp_path / "train-2")
     assert record["processes"] == 2
     assert json.loads((tmp_path / "results.json").read_text())["student_perplexity"] > 1
@@ -98,7 +100,7 @@ def test_a_run_goes_on_with_the_same_steps_on_more_and_on_fewer_processes(tmp_pa
         "odd: [2, 2]",  # one batch a step cannot be shared by two
     ]
     for name in ("fewer", "more"):
-        assert_like(tmp_path / "train-1", tmp_path / name, 13)
+        assert_like(tmp_path / "train-1", tmp_path / name)
         assert len(read_run(tmp_path / name)["resumed"]) == 1
     assert read_run(tmp_path / "fewer")["processes"] == 2
     assert read_run(tmp_path / "more")["processes"] == 1

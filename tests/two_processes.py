@@ -132,7 +132,7 @@ def capture_shards(folder, processes):
 TWICE = TRAIN + "--gradient_accumulation_steps 2"
 CACHED = TRAIN + "--teacher_cache {folder}-cache"
 RESUMED = {"name": "train", "typed": TRAIN + "--resume"}
-KILLED_AT = "checkpoint:after_pruning#2"
+KILLED_AT = "checkpoint:after_pruning"
 JOBS = {
     "inputs": [("inputs", 1, lambda folder, processes: make_inputs(folder.parent), {})],
     "train": [

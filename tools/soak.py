@@ -24,6 +24,7 @@ sys.path.insert(0, str(ROOT))
 os.environ.update(TOKENIZERS_PARALLELISM="false", HF_HUB_OFFLINE="1")
 
 from src.cli import HelpFormatter, positive_float, run_script, say
+from src.settings import BUNDLED_DATA, BUNDLED_TEACHER
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -32,8 +33,8 @@ def build_parser() -> argparse.ArgumentParser:
     add = parser.add_argument
     add("--minutes", type=positive_float, default=120.0, help="how long")
     add("--record", type=Path, required=True, help="JSON file for what is found")
-    add("--teacher_model", default=str(ROOT / "data" / "small_teacher"), help="directory")
-    add("--data", default=str(ROOT / "data" / "proteins"), help="with train and test parts")
+    add("--teacher_model", default=BUNDLED_TEACHER, help="directory")
+    add("--data", default=BUNDLED_DATA, help="proteins with train and test parts")
     add("--work_dir", type=Path, help="where runs are made (default: the system's temporary)")
     add("--overwrite", action="store_true", help="replace the record and its samples")
     return parser
