@@ -26,7 +26,7 @@ _group: Any = None
 
 def rank() -> int:
     """Return the number of this process, from 0."""
-    return int(os.environ.get("RANK", 0))
+    return int(os.environ.get("RANK", 0)) if count() > 1 else 0
 
 
 def count() -> int:

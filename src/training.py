@@ -321,7 +321,7 @@ def train(
         announce(f"{output_dir} holds this run, finished: nothing to do")
         return read_run(output_dir)
     together = begun_on(output_dir) if standing == "resume" else processes.count()
-    accumulation = batches_of_each(settings, together)
+    accumulation = processes.agreed(lambda: batches_of_each(settings, together))
     found = load_teacher_and_parts(settings, device_name, cache_dir)
     device, precision, max_length = found.device, found.precision, found.max_length
     teacher, tokenizer, parts = found.teacher, found.tokenizer, found.parts
