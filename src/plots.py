@@ -439,10 +439,13 @@ def holdings_over_time(
         axes.set_title(f"{named}: {found['growth']:+.2g} ({low:+.2g} to {high:+.2g})")
         spread = max(float(np.ptp(values)), found["bound"])
         middle = (values.max() + values.min()) / 2
-        axes.set_ylim(max(0, middle - 0.75 * spread) if middle else -1, middle + 0.75 * spread)
+        axes.set_ylim(max(-0.5, middle - 0.75 * spread), middle + 0.75 * spread)
         if not unit:
             axes.yaxis.set_major_locator(MaxNLocator(4, integer=True))
-    grid[-1].set_xlabel(f"minutes ({len(samples):,} cycles; grey: warm-up)")
+    grid[-1].set_xlabel(
+        f"minutes ({len(samples):,} cycles). Grey: warm-up;\n"
+        "in the titles: growth after it, 95 % interval"
+    )
     grid[-1].set_xlim(0, minutes[-1])
     return figure
 

@@ -31,7 +31,7 @@ from typing import Any
 
 import numpy as np
 
-from src.files import write_json
+from src.files import read_json, write_json
 
 MEGABYTE = 1e6
 WARM_UP = 1 / 3
@@ -182,7 +182,9 @@ def verdict(samples: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
 
 
 class Recorder:
-    """Writes what a soak finds: a line for each cycle, and now and then its record and figure.
+    """Writes what a soak finds: a line for each cycle, and now and then its record.
+
+    The figure is drawn at the end: drawing keeps fonts open, which would be seen as growth.
 
     Args:
         record: JSON file; samples (``.jsonl``) and figure (``.png``) stand beside it.
@@ -209,8 +211,6 @@ class Recorder:
 
     def write(self, ended: str | None) -> dict[str, Any]:
         """Write record and figure; ``ended``: why before its time, or None. Returns the record."""
-        from src.plots import holdings_over_time, save_figure
-
         found = verdict(self.samples)
         record = {
             "schema_version": SCHEMA_VERSION,
@@ -220,12 +220,22 @@ class Recorder:
             "run": self.made_by,
         }
         write_json(self.path, record)
-        if found["quantities"]:
-            labels = {name: (q.label, q.unit) for name, q in QUANTITIES.items()}
-            figure = holdings_over_time(self.samples, found["quantities"], labels)
-            save_figure(figure, self.path.with_suffix(".png"))
         self._written = time.monotonic()
         return record
+
+
+def draw(record: Path) -> None:
+    """Draw the figure of a record from the samples beside it, where it states a growth."""
+    from src.plots import holdings_over_time, save_figure
+
+    found = read_json(record)
+    growths = found["quantities"]
+    if growths:
+        lines = record.with_suffix(".jsonl").read_text(encoding="utf-8").splitlines()
+        # A soak that was killed took samples after it wrote its record.
+        samples = [json.loads(line) for line in lines[: found["cycles"]]]
+        labels = {name: (q.label, q.unit) for name, q in QUANTITIES.items()}
+        save_figure(holdings_over_time(samples, growths, labels), record.with_suffix(".png"))
 
 
 # What is run --------------------------------------------------------------------------------------

@@ -96,6 +96,7 @@ def test_a_cycle_that_leaks_is_found_by_the_engine(tmp_path):
     work = tmp_path
     ended = soaking.soak(leak, 600, lambda: soaking.holdings(work), recorder.keep)
     record = recorder.write(ended)
+    soaking.draw(tmp_path / "records" / "soak.json")
     for handle in hoard[1::2]:
         handle.close()
     assert ended == soaking.ASKED_TO_STOP

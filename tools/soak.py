@@ -2,12 +2,14 @@
 """Train and evaluate over and over in one process, and see whether it grows.
 
 After each cycle memory, file handles, threads, child processes and disk are sampled into a file
-beside the record (.jsonl), one line a cycle. The record (JSON) and its figure (PNG) are written
-anew every two minutes, so that a soak that is cut short leaves what it saw. The exit status is 1
-where something grew above its bound, a cycle failed, or cycles of one kind did not end alike.
+beside the record (.jsonl), one line a cycle. The record (JSON) is written anew every two minutes,
+so that a soak that is cut short leaves what it saw; its figure (PNG) is drawn at the end, or from
+such a record by --draw. The exit status is 1 where something grew above its bound, a cycle failed,
+or cycles of one kind did not end alike.
 
-Example:
+Examples:
   python tools/soak.py --minutes 120 --record results/reliability/soak.json
+  python tools/soak.py --draw --record results/reliability/soak.json
 """
 
 from __future__ import annotations
@@ -36,18 +38,23 @@ def build_parser() -> argparse.ArgumentParser:
     add("--teacher_model", default=BUNDLED_TEACHER, help="directory")
     add("--data", default=BUNDLED_DATA, help="proteins with train and test parts")
     add("--work_dir", type=Path, help="where runs are made (default: the system's temporary)")
+    add("--draw", action="store_true", help="only draw the figure of an existing record")
     add("--overwrite", action="store_true", help="replace the record and its samples")
     return parser
 
 
 def run(args: argparse.Namespace) -> dict[str, Any]:
     """Soak, and write record, samples and figure. Exits with 1 where something is wrong."""
+    from src import soaking
     from src.results import check_output
 
+    if args.draw:
+        soaking.draw(args.record)
+        say(f"written: {args.record.with_suffix('.png')}")
+        return {}
     outputs = [args.record.with_suffix(ending) for ending in (".json", ".jsonl", ".png")]
     for path in outputs:
         check_output(path, args.overwrite)
-    from src import soaking
     from src.runs import provenance
 
     for path in outputs:
@@ -62,6 +69,7 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
             recorder.keep,
         )
     record = recorder.write(ended)
+    soaking.draw(args.record)
     for name, found in record["quantities"].items():
         quantity = soaking.QUANTITIES[name]
         low, high = found["growth_interval"]
