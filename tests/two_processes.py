@@ -112,7 +112,7 @@ def capture_shards(folder, processes):
     from src import processes as p
     from src import teacher_cache
 
-    tokens = Tokens(40)
+    tokens: Any = Tokens(40)
     tokens.fingerprint = "tokens"
     p.join("cpu")
     captured = []
