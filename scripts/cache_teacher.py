@@ -46,14 +46,17 @@ def run(args: argparse.Namespace) -> dict:
     names = set(vars(DEFAULTS)) & set(vars(args))
     settings = s.TrainSettings(**{name: getattr(args, name) for name in names})
 
+    from src import processes
     from src.cli import quiet_libraries
-    from src.training import capture_parts, load_teacher_and_parts
+    from src.training import capture_parts, load_teacher_and_parts, unheard
 
     quiet_libraries()
+    processes.join(args.device)
+    tell = say if processes.is_first() else unheard
     found = load_teacher_and_parts(settings, args.device, args.cache_dir)
-    caches = capture_parts(found.teacher, found.parts, args.teacher_cache)
+    caches = capture_parts(found.teacher, found.parts, args.teacher_cache, tell)
     for name, cache in caches.items():
-        say(f"{name}: {len(found.parts[name]):,} proteins in {cache.folder}")
+        tell(f"{name}: {len(found.parts[name]):,} proteins in {cache.folder}")
     return {name: str(cache.folder) for name, cache in caches.items()}
 
 

@@ -18,6 +18,7 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
+from src import processes
 from src import settings as s
 from src.cli import HelpFormatter, natural, positive_int, run_script, say
 from src.results import check_output, print_table, write_results
@@ -61,7 +62,12 @@ def recorded(args: argparse.Namespace) -> dict[str, Any]:
 
 
 def run(args: argparse.Namespace) -> dict:
-    """Evaluate, write the results and print a table. Returns the results."""
+    """Evaluate, write the results and print a table. Returns the results.
+
+    Of several processes the first does it: one GPU measures a student in minutes.
+    """
+    if not processes.is_first():
+        return {}
     for path in filter(None, (args.output, args.per_protein)):
         check_output(path, args.overwrite)
     from src import evaluation as e

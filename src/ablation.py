@@ -31,7 +31,13 @@ from src.evaluation import (
     evaluate_students,
     longest,
 )
-from src.files import atomic_write, read_json, write_json
+from src.files import (
+    atomic_write,
+    read_json,
+    remove_temporaries_of,
+    remove_unfinished,
+    write_json,
+)
 from src.grids import Cell, Grid, settings_key
 from src.interruption import stops_on_signals
 from src.models import count_parameters, load_causal_lm, model_fingerprint, output_head
@@ -154,6 +160,7 @@ class GridRun:
             try:
                 with locked(self.work / name):
                     started = time.monotonic()
+                    self._remove_leftovers(name, cells)
                     self._run_group(name, cells)
                     self._seconds.append(time.monotonic() - started)
             except InUseError:
@@ -273,6 +280,15 @@ class GridRun:
             quiet=True,
         )
 
+    def _remove_leftovers(self, name: str, cells: Sequence[Cell]) -> None:
+        """Remove what killed processes left half-written of a group that this one holds."""
+        remove_unfinished(self.work / name)
+        for path in (self._table_of(name), *map(self.file_of, cells)):
+            remove_temporaries_of(path)
+
+    def _table_of(self, name: str) -> Path:
+        return self.results / f"per_protein-{self.grid.name}-{name}.parquet"
+
     def _write(
         self,
         name: str,
@@ -282,7 +298,7 @@ class GridRun:
         seconds: float,
     ) -> None:
         """Write the table of single proteins first: a cell counts as done by its results file."""
-        path = self.results / f"per_protein-{self.grid.name}-{name}.parquet"
+        path = self._table_of(name)
         write_table(path, [(cell, found[cell.name].per_protein) for cell in cells], self.grid.split)
         by_name = {member.name: member for member in trainer.members}
         teacher_fingerprint = model_fingerprint(self.ingredients.teacher)

@@ -412,6 +412,8 @@ class AtomicCheckpointTrainer(Trainer):
     def _finalize_training(self, *arguments: Any) -> Any:
         """End training; what a finished run's checkpoint holds is loaded even without a step."""
         if self._finished_checkpoint is not None:
+            # As it was after the last step: a validation that is made up for may save it again.
+            self.control.should_training_stop = True
             self._load_rng_state(self._finished_checkpoint)
         return super()._finalize_training(*arguments)
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import glob
 import hashlib
 import json
 import os
@@ -77,6 +78,16 @@ def remove_unfinished(folder: Path) -> list[str]:
             continue
         removed.append(path.name)
     return removed
+
+
+def remove_temporaries_of(path: Path) -> None:
+    """Remove what killed processes left of a file that they were writing atomically.
+
+    For a file that no other process may be writing now.
+    """
+    for left in path.parent.glob(f".{glob.escape(path.name)}.*.tmp"):
+        if is_temporary(left.name):
+            left.unlink(missing_ok=True)
 
 
 @contextlib.contextmanager

@@ -16,6 +16,7 @@ from importlib import metadata
 from pathlib import Path
 from typing import IO, Any
 
+from src import processes
 from src.cli import printable
 from src.files import is_temporary, names_full_disk, read_json, write_json
 
@@ -255,6 +256,8 @@ def versions() -> dict[str, str]:
 
 
 def write_run(folder: Path, record: Mapping[str, Any]) -> None:
-    """Write a run's record atomically, its paths relative."""
+    """Write a run's record atomically, its paths relative; of several processes the first does."""
+    if not processes.is_first():
+        return
     with names_full_disk(folder, "make space and go on with --resume"):
         write_json(folder / RUN_FILE, relative_paths({"schema_version": SCHEMA_VERSION, **record}))

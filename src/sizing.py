@@ -86,14 +86,22 @@ def estimate(
     )
 
 
-def total_steps(settings: TrainSettings, training_rows: int | None) -> int | None:
-    """Return the optimiser steps of a run, or None where they depend on unknown data."""
+def total_steps(
+    settings: TrainSettings, training_rows: int | None, processes: int = 1
+) -> int | None:
+    """Return the optimiser steps of a run, or None where they depend on unknown data.
+
+    Args:
+        settings: batches, accumulation, epochs.
+        training_rows: rows of an epoch.
+        processes: which share the batches of a step.
+    """
     if settings.max_steps > 0:
         return settings.max_steps
     if training_rows is None:
         return None
     batches = math.ceil(training_rows / settings.batch_size)
-    each_epoch = math.ceil(batches / settings.gradient_accumulation_steps)
+    each_epoch = math.ceil(batches / (settings.gradient_accumulation_steps * processes))
     return max(1, math.ceil(each_epoch * settings.num_train_epochs))
 
 

@@ -23,6 +23,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from src import processes
 from src.batching import PaddingCollator
 from src.cli import one_line, progress, say, size
 from src.files import (
@@ -203,6 +204,8 @@ def capture(
 ) -> TeacherCache:
     """Run the teacher over all proteins once and keep its hidden states, or find them kept.
 
+    Of several processes each runs every so-many-th shard; the first makes the cache of them.
+
     Args:
         teacher: in eval mode, on the device and in the dtype it is to be run in.
         proteins: tokenised proteins: token ids by index, ``lengths`` and ``fingerprint``.
@@ -222,15 +225,17 @@ def capture(
     dtype = next(name for name, kind in DTYPES.items() if kind == weight.dtype)
     teacher_print, data_print = fingerprint or model_fingerprint(teacher), proteins.fingerprint
     folder = Path(directory) / cache_key(teacher_print, data_print, dtype)
-    if (folder / "manifest.json").exists():
+    if processes.agreed((folder / "manifest.json").exists):
         announce(f"teacher cache found in {folder}")
         return TeacherCache(folder, teacher_print, data_print)
     lengths = np.asarray(proteins.lengths)
     width = weight.shape[1]
     token_bytes = needed_bytes(1, width, weight.dtype)
     ranges = shard_ranges(lengths, token_bytes, shard_bytes)
-    with locked(folder):
-        remove_unfinished(folder)
+    with processes.first_holds(lambda: locked(folder)):
+        if processes.is_first():
+            remove_unfinished(folder)
+        processes.agreed(lambda: None)
         kept = [_shard_record(folder, number) for number in range(len(ranges))]
         missing = [number for number, record in enumerate(kept) if record is None]
         need = sum(int(lengths[slice(*ranges[number])].sum()) for number in missing) * token_bytes
@@ -244,10 +249,17 @@ def capture(
                 f"{folder}: the teacher cache needs {size(need + DISK_RESERVE)} with the reserve, "
                 f"{size(free)} are free: choose another --teacher_cache or fewer proteins"
             )
-        for number in progress(missing, len(missing), "capturing the teacher", "shards"):
+        own = [number for number in missing if number % processes.count() == processes.rank()]
+        for number in progress(own, len(own), "capturing the teacher", "shards"):
             first, last = ranges[number]
             hidden, figures = _capture_range(teacher, proteins, lengths, first, last, batch_tokens)
             kept[number] = _write_shard(folder, number, first, lengths[first:last], hidden, figures)
+        if not processes.is_first():
+            processes.wait_until((folder / "manifest.json").exists)
+            return TeacherCache(folder, teacher_print, data_print)
+        for number in missing:
+            processes.wait_until(lambda number=number: _shard_record(folder, number) is not None)
+            kept[number] = _shard_record(folder, number)
         write_json(
             folder / "manifest.json",
             {

@@ -5,7 +5,7 @@ from __future__ import annotations
 import tempfile
 import time
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -14,6 +14,7 @@ import torch
 from transformers import Trainer, TrainingArguments
 from transformers.trainer_callback import PrinterCallback, ProgressCallback
 
+from src import processes
 from src.batching import PackedDataset, PackingCollator, PaddingCollator, ProteinDataset
 from src.callbacks import ConsoleProgress, MetricsFile
 from src.checkpoints import newest_valid
@@ -44,7 +45,16 @@ from src.models import (
     student_config,
 )
 from src.rehearsal import REHEARSED_FROM, Rehearsal, rehearse
-from src.runs import FINISHED, RUNNING, claim_folder, locked, provenance, read_run, write_run
+from src.runs import (
+    FINISHED,
+    RUN_FILE,
+    RUNNING,
+    claim_folder,
+    locked,
+    provenance,
+    read_run,
+    write_run,
+)
 from src.settings import TrainSettings, as_recorded, derived_steps
 from src.sizing import total_steps
 from src.sources import has_split
@@ -303,9 +313,15 @@ def train(
     quiet_libraries()
     require_tracker(report_to)
     wanted = as_recorded(settings)
-    if claim_folder(output_dir, wanted, resume) == "finished":
+    processes.join(device_name)
+    if not processes.is_first():
+        announce = unheard
+    standing = processes.agreed(lambda: claim_folder(output_dir, wanted, resume))
+    if standing == "finished":
         announce(f"{output_dir} holds this run, finished: nothing to do")
         return read_run(output_dir)
+    together = begun_on(output_dir) if standing == "resume" else processes.count()
+    accumulation = processes.agreed(lambda: batches_of_each(settings, together))
     found = load_teacher_and_parts(settings, device_name, cache_dir)
     device, precision, max_length = found.device, found.precision, found.max_length
     teacher, tokenizer, parts = found.teacher, found.tokenizer, found.parts
@@ -313,7 +329,7 @@ def train(
     initial = model_fingerprint(student)
     teacher_parameters, parameters = count_parameters(teacher), count_parameters(student)
     rows = training_rows(settings, parts["train"], max_length)
-    steps = total_steps(settings, rows)
+    steps = total_steps(settings, rows, together)
     assert steps is not None
     for line in data_summary(parts["train"], settings.batch_size, "training"):
         announce(line)
@@ -324,12 +340,15 @@ def train(
         f"{teacher_parameters / parameters:.1f} times smaller)"
     )
     announce(
-        f"{steps:,} steps of {settings.batch_size * settings.gradient_accumulation_steps} rows "
+        f"{steps:,} steps of {settings.batch_size * accumulation * processes.count()} rows "
         f"over {rows:,} rows, {precision} on {device.type}"
+        + (f", {processes.count()} processes" if processes.count() > 1 else "")
     )
     checks = None
     if not skip_teacher_check:
-        checks = check_teacher(teacher, tokenizer, parts["validation"], parts["train"])
+        checks = processes.agreed(
+            lambda: check_teacher(teacher, tokenizer, parts["validation"], parts["train"])
+        )
         announce(checks["summary"])
     teacher_fingerprint = model_fingerprint(teacher)
     caches = None
@@ -339,15 +358,17 @@ def train(
         caches = capture_parts(teacher, parts, teacher_cache, announce, teacher_fingerprint)
         keep_head_alone(teacher)
 
-    with locked(output_dir):
-        standing = claim_folder(output_dir, wanted, resume)
-        remove_unfinished(output_dir)
+    with processes.first_holds(lambda: locked(output_dir)):
+        standing = processes.agreed(lambda: claim_folder(output_dir, wanted, resume))
+        if processes.is_first():
+            remove_unfinished(output_dir)
         record: dict[str, Any] = {
             "name": output_dir.name,
             "status": RUNNING,
             "settings": wanted,
             **provenance(),
             "device": describe_device(device),
+            "processes": together,
             "precision": precision,
             "max_length": max_length,
             "teacher": {
@@ -369,7 +390,14 @@ def train(
             record["resumed"] = [*read_run(output_dir).get("resumed", []), record["started"]]
         write_run(output_dir, record)
         arguments = build_arguments(
-            settings, output_dir, steps, precision, device, report_to, workers, compile_model
+            replace(settings, gradient_accumulation_steps=accumulation),
+            output_dir,
+            steps,
+            precision,
+            device,
+            report_to,
+            workers,
+            compile_model,
         )
         trainer = build_trainer(
             settings, parts, student, teacher, tokenizer, arguments, max_length, caches
@@ -436,6 +464,35 @@ def dry_rehearsal(settings: TrainSettings, found: Ingredients) -> Rehearsal:
             found.max_length,
         )
         return rehearse(trainer, steps)
+
+
+def unheard(line: str) -> None:
+    """Say nothing: what all processes would say alike is said by the first."""
+
+
+def begun_on(folder: Path) -> int:
+    """Return on how many processes an unfinished run was begun."""
+    found = read_run(folder).get("processes", 1)
+    if isinstance(found, bool) or not isinstance(found, int) or found < 1:
+        raise ValueError(f"{folder / RUN_FILE}: processes must be at least 1, got {found!r:.40}")
+    return found
+
+
+def batches_of_each(settings: TrainSettings, together: int) -> int:
+    """Return the batches that each process adds up in a step of a run begun on ``together``.
+
+    A step of a run has the same rows on however many processes it goes on.
+
+    Raises:
+        ValueError: they cannot be shared out equally.
+    """
+    all_batches = settings.gradient_accumulation_steps * together
+    if all_batches % processes.count():
+        raise ValueError(
+            f"the run was begun on {together} processes and its steps have {all_batches} batches: "
+            f"they cannot be shared by {processes.count()} processes"
+        )
+    return all_batches // processes.count()
 
 
 def initial_student(settings: TrainSettings, teacher_config: Any) -> PreTrainedModel:

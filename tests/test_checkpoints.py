@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 import torch
 from small_runs import assert_same_bits, make_trainer, resume
+from transformers import TrainerCallback
 
 from src.checkpoints import (
     as_json,
@@ -22,7 +23,7 @@ from src.checkpoints import (
     restore_random_states,
     write_manifest,
 )
-from src.files import remove_unfinished
+from src.files import remove_temporaries_of, remove_unfinished
 
 
 @pytest.mark.parametrize(
@@ -118,6 +119,25 @@ def test_a_run_killed_after_its_last_checkpoint_makes_no_further_step(tiny_lm, t
     assert_same_bits(again, other)
 
 
+class End(TrainerCallback):
+    """Ends the training after the validation of a step, as early stopping does."""
+
+    def on_evaluate(self, args, state, control, **kwargs):
+        control.should_training_stop = state.global_step >= 6
+
+
+def test_a_run_that_a_callback_ended_makes_no_further_step(tiny_lm, tmp_path):
+    runs = [make_trainer(tiny_lm, tmp_path / name) for name in ("whole", "killed")]
+    for trainer in runs:
+        trainer.add_callback(End())
+        trainer.train()
+    again = make_trainer(tiny_lm, tmp_path / "killed")
+    again.add_callback(End())
+    resume(again)
+    assert again.state.global_step == 6
+    assert_same_bits(runs[0], again, step=6)
+
+
 def test_a_checkpoint_of_a_step_can_be_made_again(tiny_lm, tmp_path):
     trainer = make_trainer(tiny_lm, tmp_path, max_steps=2)
     trainer.train()
@@ -197,3 +217,12 @@ def test_leftovers_of_a_killed_run_go_and_nothing_else(tmp_path):
     assert sorted(path.name for path in tmp_path.iterdir()) == sorted(
         [*theirs, "thesis.unfinished"]
     )
+
+
+def test_what_is_left_of_one_file_goes_and_nothing_else(tmp_path):
+    ours = [".a[1].json.abcdefgh.tmp", ".a[1].json.12345678.tmp"]
+    theirs = [".a1.json.abcdefgh.tmp", ".b.json.abcdefgh.tmp", "a[1].json", ".a[1].json.x.tmp"]
+    for name in [*ours, *theirs]:
+        (tmp_path / name).write_text("x")
+    remove_temporaries_of(tmp_path / "a[1].json")
+    assert sorted(path.name for path in tmp_path.iterdir()) == sorted(theirs)

@@ -11,21 +11,22 @@ from pathlib import Path
 
 import pytest
 
+from src import crash_testing
+from tools import crash_test as tool
+
 ROOT = Path(__file__).resolve().parents[1]
-sys.path.insert(0, str(ROOT / "tools"))
-import crash_test  # noqa: E402  # pyright: ignore[reportMissingImports]
 
 
 def test_differing_bytes_are_counted():
     one = {"same": b"abc", "changed": b"abcd", "longer": b"ab", "missing": b"abc"}
     other = {"same": b"abc", "changed": b"xbcy", "longer": b"abcde", "new": b"a"}
-    assert crash_test.differing_bytes(one, other) == {
+    assert crash_testing.differing_bytes(one, other) == {
         "changed": 2,
         "longer": 3,
         "missing": 3,
         "new": 1,
     }
-    assert crash_test.differing_bytes(one, dict(one)) == {}
+    assert crash_testing.differing_bytes(one, dict(one)) == {}
 
 
 def finished_run(folder: Path, **changes) -> Path:
@@ -50,14 +51,14 @@ def finished_run(folder: Path, **changes) -> Path:
 
 
 def test_times_may_differ_and_nothing_else(tmp_path):
-    one = crash_test.outcome_of_training(finished_run(tmp_path / "one"))
-    later = crash_test.outcome_of_training(finished_run(tmp_path / "later", seconds=4.0))
-    assert crash_test.differing_bytes(one, later) == {}
+    one = crash_testing.outcome_of_training(finished_run(tmp_path / "one"))
+    later = crash_testing.outcome_of_training(finished_run(tmp_path / "later", seconds=4.0))
+    assert crash_testing.differing_bytes(one, later) == {}
     for number, change in enumerate(
         ({"loss": 1.5000000000000002}, {"weights": b"w" * 49 + b"x"}, {"random": b"r" * 19})
     ):
-        other = crash_test.outcome_of_training(finished_run(tmp_path / str(number), **change))
-        assert crash_test.differing_bytes(one, other)
+        other = crash_testing.outcome_of_training(finished_run(tmp_path / str(number), **change))
+        assert crash_testing.differing_bytes(one, other)
 
 
 def test_points_end_the_process_and_cost_nothing_otherwise():
@@ -67,9 +68,9 @@ def test_points_end_the_process_and_cost_nothing_otherwise():
         "    crash_point('other'); crash_point('here'); print(i, flush=True)\n"
     )
     for wanted, lines in (("here", 0), ("here#3", 2), ("nowhere", 5), (None, 5)):
-        environment = {k: v for k, v in os.environ.items() if k != crash_test.VARIABLE}
+        environment = {k: v for k, v in os.environ.items() if k != crash_testing.VARIABLE}
         if wanted:
-            environment[crash_test.VARIABLE] = wanted
+            environment[crash_testing.VARIABLE] = wanted
         done = subprocess.run(
             [sys.executable, "-c", code], cwd=ROOT, env=environment, capture_output=True, text=True
         )
@@ -79,7 +80,7 @@ def test_points_end_the_process_and_cost_nothing_otherwise():
 
 def test_every_point_of_a_scenario_is_in_the_code():
     code = "".join(path.read_text() for path in (ROOT / "src").glob("*.py"))
-    for scenario in crash_test.SCENARIOS.values():
+    for scenario in crash_testing.SCENARIOS.values():
         for point in scenario.points:
             assert point.startswith("write:") or f'crash_point("{point}")' in code, point
 
@@ -94,7 +95,7 @@ def test_every_point_of_a_scenario_is_in_the_code():
 )
 def test_user_errors_are_one_line(arguments, message, capsys):
     try:
-        status = crash_test.main(arguments)
+        status = tool.main(arguments)
     except SystemExit as stop:
         status = stop.code
     assert status == 2
@@ -104,7 +105,7 @@ def test_user_errors_are_one_line(arguments, message, capsys):
 @pytest.mark.slow
 def test_kills_and_stops_leave_no_trace(tmp_path):
     record = tmp_path / "record.json"
-    command = [sys.executable, "tools/crash_test.py", "--kills", "5", "--stops", "3"]
+    command = [sys.executable, "tools/crash_test.py", "--kills", "10", "--stops", "3"]
     for seed in ("0", "1"):
         done = subprocess.run(
             [*command, "--seed", seed, "--record", str(record), "--work_dir", str(tmp_path)],
@@ -113,8 +114,8 @@ def test_kills_and_stops_leave_no_trace(tmp_path):
             text=True,
         )
         assert done.returncode == 0, done.stdout + done.stderr
-        assert done.stdout.splitlines()[-1] == "kills 5, differing bytes 0"
+        assert done.stdout.splitlines()[-1] == "kills 10, differing bytes 0"
     sessions = json.loads(record.read_text())["sessions"]
-    assert [(s["kills"], s["stops"], s["differing_bytes"]) for s in sessions] == [(5, 3, 0)] * 2
+    assert [(s["kills"], s["stops"], s["differing_bytes"]) for s in sessions] == [(10, 3, 0)] * 2
     assert {"commit", "dirty"} <= sessions[0]["git"].keys()
-    assert sum(sessions[0]["places"].values()) == 8
+    assert sum(sessions[0]["places"].values()) == 13

@@ -1,4 +1,4 @@
-"""Trains on one and on two processes (gloo, CPU); run by tests/test_distributed.py.
+"""Trains on one and on two processes (gloo, CPU); run by tests of what they do together.
 
 PyTorch is imported once, and each rank is a process forked from this one with the environment that
 ``torchrun`` would give it. Usage: ``python tests/two_processes.py FOLDER JOB...``
@@ -6,6 +6,7 @@ PyTorch is imported once, and each rank is a process forked from this one with t
 
 from __future__ import annotations
 
+import importlib
 import os
 import signal
 import socket
@@ -18,10 +19,11 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 os.environ.update(OMP_NUM_THREADS="1", HF_HUB_OFFLINE="1", TOKENIZERS_PARALLELISM="false")
 
 import torch
-from small_runs import make_trainer, resume
+from small_runs import Tokens, make_trainer, resume
 from transformers import GPT2Config, GPT2LMHeadModel, TrainerCallback
 
 from src.cli import USER_ERROR
+from src.crash_testing import make_inputs
 from src.interruption import stops_on_signals
 from src.safeguards import NotFinite
 
@@ -89,8 +91,97 @@ def train_to_nan(folder, processes):
     resume(trainer)
 
 
+TRAIN = (
+    "--teacher_model {base}/teacher --data {base}/proteins.fasta --cache_dir {base}/tokens "
+    "--train_size_prop 1.0 --validation_proteins 8 --max_length 64 --n_layer 1 --n_head 2 "
+    "--n_embd 16 --batch_size 6 --num_train_epochs 1 --eval_steps 8 --save_steps 5 --device cpu "
+    "--skip_teacher_check --output_dir {folder} --use_uncertainty_weighting --weighting mean_one "
+)
+
+
+def script(folder, processes, name, typed, point=None):
+    """Run a script, killed at a crash point where one is given."""
+    if point:
+        os.environ["DISTILL_FAIL_AT"] = point
+    parts = [part.format(base=folder.parent, folder=folder) for part in typed.split()]
+    raise SystemExit(importlib.import_module(f"scripts.{name}").main(parts))
+
+
+def capture_shards(folder, processes):
+    """Capture a teacher's hidden states in many shards; the ranks tell how many each ran."""
+    from src import processes as p
+    from src import teacher_cache
+
+    tokens: Any = Tokens(40)
+    tokens.fingerprint = "tokens"
+    p.join("cpu")
+    captured = []
+    whole = teacher_cache._capture_range
+
+    def counted(*arguments):
+        captured.append(arguments[3])
+        return whole(*arguments)
+
+    teacher_cache._capture_range = counted
+    teacher = tiny_lm(seed=2).float()
+    teacher_cache.capture(teacher, tokens, folder, shard_bytes=2000, fingerprint="t" * 16)
+    print(f"rank {p.rank()}: {len(captured)} shards", flush=True)
+
+
 # (name of the directory, processes, function, options): a job is a list of them.
+TWICE = TRAIN + "--gradient_accumulation_steps 2"
+CACHED = TRAIN + "--teacher_cache {folder}-cache"
+RESUMED = {"name": "train", "typed": TRAIN + "--resume"}
+KILLED_AT = "checkpoint:after_pruning"
 JOBS = {
+    "inputs": [("inputs", 1, lambda folder, processes: make_inputs(folder.parent), {})],
+    "train": [
+        ("train-1", 1, script, {"name": "train", "typed": TWICE}),
+        ("train-2", 2, script, {"name": "train", "typed": CACHED}),
+    ],
+    "fewer": [
+        ("fewer", 2, script, {"name": "train", "typed": TRAIN, "point": KILLED_AT}),
+        ("fewer", 1, script, RESUMED),
+    ],
+    "more": [
+        ("more", 1, script, {"name": "train", "typed": TWICE, "point": KILLED_AT}),
+        ("more", 2, script, {"name": "train", "typed": TWICE + " --resume"}),
+    ],
+    "odd": [
+        ("odd", 1, script, {"name": "train", "typed": TRAIN, "point": KILLED_AT}),
+        ("odd", 2, script, RESUMED),
+    ],
+    "again": [
+        ("train-2", 2, script, {"name": "train", "typed": CACHED}),
+        ("train-2", 2, script, {"name": "train", "typed": TRAIN + "--seed 7"}),
+    ],
+    "evaluate": [
+        (
+            "train-1",
+            2,
+            script,
+            {
+                "name": "evaluate",
+                "typed": "--student_model {folder} --data {base}/parts --bootstrap 50 "
+                "--device cpu --skip_teacher_check --output {base}/results.json",
+            },
+        )
+    ],
+    "cache": [
+        (
+            name,
+            processes,
+            script,
+            {
+                "name": "cache_teacher",
+                "typed": "--teacher_model {base}/teacher --data {base}/proteins.fasta "
+                "--teacher_cache {folder} --train_size_prop 1.0 --max_length 64 --device cpu "
+                "--validation_proteins 8",
+            },
+        )
+        for name, processes in (("cache-1", 1), ("cache-2", 2))
+    ],
+    "shards": [(f"shards-{n}", n, capture_shards, {}) for n in (1, 2)],
     "one": [("one", 1, train, {})],
     "two": [("two", 2, train, {})],
     "two then one": [
