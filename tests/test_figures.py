@@ -1,0 +1,99 @@
+"""Figures and tables are made from the results that are committed, and say what those say."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pyarrow.parquet as pq
+import pytest
+
+from scripts import figures as script
+from src import figures
+
+ROOT = Path(__file__).resolve().parents[1]
+RESULTS = ROOT / "results"
+
+
+def silent(line: str) -> None:
+    """Say nothing."""
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("figures")
+    return folder, figures.make_all(RESULTS, folder, announce=silent)
+
+
+def test_every_figure_with_results_is_made_twice(made):
+    folder, found = made
+    for name in ("1_effects", "2_scaling", "3_learning_curves", "5_calibration", "6_compression"):
+        assert (folder / f"{name}.png").read_bytes().startswith(b"\x89PNG")
+        assert (folder / f"{name}.pdf").read_bytes().startswith(b"%PDF")
+    assert all("python scripts/" in line for line in found["missing"])
+
+
+def test_the_page_and_the_committed_tables_are_up_to_date(made):
+    folder, _ = made
+    page = (ROOT / "docs" / "RESULTS.md").read_text(encoding="utf-8")
+    for path in sorted(folder.glob("*.md")):
+        text = path.read_text(encoding="utf-8")
+        assert text.strip() in page, path.name
+        assert (RESULTS / "figures" / path.name).read_text(encoding="utf-8") == text
+
+
+def test_the_analysis_is_that_of_the_tables_of_single_proteins():
+    """Means of arms and the interaction, computed here from the rows alone."""
+    analysis = json.loads((RESULTS / "synergy" / "analysis.json").read_text())["sizes"]
+    for size, record in analysis.items():
+        y: dict[str, list[float]] = {}
+        for seed in record["seeds"]:
+            path = RESULTS / "synergy" / f"per_protein-synergy-{size}-seed{seed}.parquet"
+            frame = pq.read_table(path).to_pandas()
+            assert set(frame["split"]) == {"test"}
+            for arm, rows in frame.groupby("arm"):
+                total = float(rows["nll_student"].astype(np.float64).sum() / rows["residues"].sum())
+                y.setdefault(str(arm), []).append(total)
+        assert len(record["seeds"]) >= 5
+        assert set(y) == set(record["arms"])
+        for arm, values in y.items():
+            assert record["arms"][arm]["estimate"] == pytest.approx(np.mean(values), abs=1e-6)
+        mean = {arm: float(np.mean(values)) for arm, values in y.items()}
+        found = record["designs"]["published"]["contrasts"]["I"]["estimate"]
+        expected = mean["both"] - mean["uncertainty"] - mean["calibration"] + mean["baseline"]
+        assert found == pytest.approx(expected, abs=1e-6)
+
+
+def test_the_answer_in_the_text_is_the_analysis():
+    """Every contrast of the first paragraph stands in the analysis, rounded."""
+    analysis = json.loads((RESULTS / "synergy" / "analysis.json").read_text())["sizes"]
+    text = (ROOT / "docs" / "RESULTS.md").read_text(encoding="utf-8")
+    first = " ".join(text.split("**What this does not say.**")[0].split())
+    for size in ("s27", "s11"):
+        for entry in analysis[size]["designs"]["published"]["contrasts"].values():
+            numbers = (entry["estimate"], *entry["interval"])
+            value, low, high = (f"{number:+.4f}".replace("-", "−") for number in numbers)
+            assert f"{value} [{low}, {high}]" in first
+        assert {d["verdict"] for d in analysis[size]["designs"].values()} == {"refuted"}
+
+
+def test_what_is_missing_is_named_with_its_command(tmp_path, capsys):
+    (tmp_path / "results").mkdir()
+    assert script.main(["--results", str(tmp_path / "results")]) == 0
+    out = capsys.readouterr().out
+    assert "left out: figure 1_effects" in out
+    assert "python scripts/analyse_ablation.py" in out
+    assert script.main(["--results", str(tmp_path / "nowhere")]) == 2
+    assert "is no directory" in capsys.readouterr().err
+
+
+def test_a_page_without_the_section_is_left_alone(tmp_path, capsys):
+    shutil.copytree(RESULTS / "synergy", tmp_path / "results" / "synergy")
+    page = tmp_path / "page.md"
+    page.write_text("no marks\n")
+    arguments = ["--results", str(tmp_path / "results"), "--update", str(page)]
+    assert script.main(arguments) == 2
+    assert "needs the marks" in capsys.readouterr().err
+    assert page.read_text() == "no marks\n"
