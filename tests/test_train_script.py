@@ -113,6 +113,7 @@ CHANGES = {
     "--seed": "1",
     "--skip_loss_spikes": "3",
     "--early_stopping": None,
+    "--recipe": "published",
     "--eval_steps": "3",
     "--save_steps": "3",
     "--validation_proteins": "10",
