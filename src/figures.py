@@ -193,6 +193,16 @@ def compression(results: Path) -> Any:
     return plots.quality_against_compression(kinds)
 
 
+def recipes(results: Path) -> Any:
+    """Figure 7: what was tried beside the claim, less the same student with plain distillation."""
+    sizes = {}
+    for size, record in read_analysis(results / "recipe", "recipe").items():
+        # Plain distillation from random weights is so far off that the others would not be seen.
+        arms = {arm: entry for arm, entry in record["arms"].items() if arm != "baseline"}
+        sizes[_title(size, "cut")] = record | {"arms": arms}
+    return experiment_plots.effects_figure(sizes, MARGIN, "cut")
+
+
 FIGURES: dict[str, Callable[[Path], Any]] = {
     "1_effects": effects,
     "2_scaling": scaling,
@@ -200,6 +210,7 @@ FIGURES: dict[str, Callable[[Path], Any]] = {
     "4_composition": composition,
     "5_calibration": calibration,
     "6_compression": compression,
+    "7_recipes": recipes,
 }
 
 # Tables --------------------------------------------------------------------------------------

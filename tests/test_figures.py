@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -12,6 +13,8 @@ import pytest
 
 from scripts import figures as script
 from src import figures
+from src.grids import GRIDS
+from src.settings import OF_TEACHER, RECIPES, LossSettings
 
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "results"
@@ -29,10 +32,10 @@ def made(tmp_path_factory):
 
 def test_every_figure_with_results_is_made_twice(made):
     folder, found = made
-    for name in ("1_effects", "2_scaling", "3_learning_curves", "5_calibration", "6_compression"):
+    for name in figures.FIGURES:
         assert (folder / f"{name}.png").read_bytes().startswith(b"\x89PNG")
         assert (folder / f"{name}.pdf").read_bytes().startswith(b"%PDF")
-    assert all("python scripts/" in line for line in found["missing"])
+    assert not found["missing"]
 
 
 def test_the_page_and_the_committed_tables_are_up_to_date(made):
@@ -97,3 +100,17 @@ def test_a_page_without_the_section_is_left_alone(tmp_path, capsys):
     assert script.main(arguments) == 2
     assert "needs the marks" in capsys.readouterr().err
     assert page.read_text() == "no marks\n"
+
+
+def test_what_is_recommended_is_what_the_search_found():
+    """The best arm by the rule of docs/EXPERIMENT.md has the flags of ``--recipe recommended``."""
+    analysis = json.loads((RESULTS / "recipe" / "analysis.json").read_text())["sizes"]["s11"]
+    arms = {arm: entry["estimate"] for arm, entry in analysis["arms"].items()}
+    best = min(arms, key=lambda arm: arms[arm])
+    for reference in ("baseline", "cut"):
+        found = analysis["against"][reference][best]
+        assert found["nats"]["interval"][1] < 0
+        assert found["p_holm"] < 0.05
+    flags = dict(RECIPES["recommended"])
+    assert flags.pop("init_from") == OF_TEACHER
+    assert replace(LossSettings(), **flags) == GRIDS["recipe"].arms[best]
