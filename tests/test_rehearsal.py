@@ -42,7 +42,7 @@ def test_no_trace_is_left(tiny_lm, tmp_path):
     trainer = make_trainer(tiny_lm, tmp_path)
     attributes = dict(vars(trainer))
     sums = [tally.sums.clone() for tally in trainer._tallies]
-    states = torch.get_rng_state(), random.getstate(), np.array(np.random.get_state()[1])
+    states = torch.get_rng_state(), random.getstate(), np.array(list(np.random.get_state())[1])
     weights = {name: p.detach().clone() for name, p in trainer.model.named_parameters()}
     rehearse(trainer, 9)
     assert vars(trainer) == attributes
