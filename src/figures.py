@@ -25,6 +25,8 @@ SIZE_NAMES = {"s27": "27 %", "s11": "11 %", "s05": "5 %"}
 FOUR = ("baseline", "uncertainty", "calibration", "both")
 GENERATION = "generation"
 """Directory of evaluations with generated proteins."""
+CONTROLS = ("teacher", "natural", "shuffled")
+"""What generated proteins of students are read beside."""
 SECTION = "experiment tables"
 """Of docs/RESULTS.md: what stands between its marks is generated."""
 
@@ -147,9 +149,7 @@ def composition(results: Path) -> Any:
         if natural:
             sets["natural"] = natural
     if not sets:
-        raise Missing(
-            f"{results / GENERATION}: python scripts/evaluate.py --num_samples 100 --output ..."
-        )
+        raise Missing(_how_to_generate(results))
     return plots.composition_bars(sets)
 
 
@@ -260,10 +260,49 @@ def contrast_tables(results: Path) -> Iterator[tuple[str, Table]]:
         yield f"explanations_{stratum}", (headings, explained)
 
 
+GENERATED = (
+    ("length", "length.mean", ".0f"),
+    ("valid", "valid_share", ".0%"),
+    ("distinct 4-mers", "distinct_4mers", ".3f"),
+    ("over 30 % identity to train", "novelty.share_over_30", ".0%"),
+    ("low complexity", "repetitiveness.low_complexity_share", ".3f"),
+    ("KL from natural", "kl_from_natural", ".4f"),
+    ("teacher's perplexity per residue", "teacher_perplexity_per_residue", ".2f"),
+)
+"""Columns of the table of generated proteins: heading, figure, format."""
+
+
+def generation_tables(results: Path) -> Iterator[tuple[str, Table]]:
+    """Generated proteins of students and teacher beside natural and shuffled ones."""
+    rows: dict[str, list[str]] = {}
+    for path in sorted((results / GENERATION).glob("*.json")):
+        found = read_results(path)["generation"]
+        for name, key in ((path.stem, "student"), *((k, k) for k in CONTROLS)):
+            if name in rows or key not in found:
+                continue
+            values = [figure(found[key], column) for _, column, _ in GENERATED]
+            rows[name] = [
+                "---" if value is None else format(value, shape)
+                for value, (_, _, shape) in zip(values, GENERATED, strict=True)
+            ]
+    if not rows:
+        raise Missing(_how_to_generate(results))
+    headings = ["proteins of", *(heading for heading, _, _ in GENERATED)]
+    last = [name for name in CONTROLS if name in rows]
+    ordered = [name for name in rows if name not in last] + last
+    yield "generated", (headings, [[name, *rows[name]] for name in ordered])
+
+
+def _how_to_generate(results: Path) -> str:
+    how = "python scripts/evaluate.py --num_samples 100 --generation_metrics --output ..."
+    return f"{results / GENERATION}: {how}"
+
+
 TABLES: tuple[Callable[[Path], Iterator[tuple[str, Table]]], ...] = (
     arms_tables,
     contrast_tables,
     recipe_tables,
+    generation_tables,
 )
 
 
