@@ -26,7 +26,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from src.cli import HelpFormatter, positive_int, run_script, say, share
-from src.grids import GRIDS
+from src.grids import GRIDS, RATES_FILE
 from src.settings import PRESETS
 
 
@@ -70,7 +70,7 @@ def run(args: argparse.Namespace) -> dict:
     results = args.results or Path("results") / grid.name
     work = args.work or Path("models") / grid.name
 
-    from src.ablation import RATES_FILE, GridRun, tuned_rates
+    from src.ablation import GridRun, tuned_rates
     from src.files import write_json
 
     if args.choose:

@@ -38,7 +38,7 @@ from src.files import (
     remove_unfinished,
     write_json,
 )
-from src.grids import Cell, Grid, settings_key
+from src.grids import RATES_FILE, Cell, Grid, settings_key
 from src.interruption import stops_on_signals
 from src.models import count_parameters, load_causal_lm, model_fingerprint, output_head
 from src.results import figure, read_results, write_results
@@ -61,7 +61,6 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 GROUP_FILE = "group.json"
-RATES_FILE = "learning_rates.json"
 BOOTSTRAP = 1000
 
 

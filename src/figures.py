@@ -15,6 +15,7 @@ import numpy as np
 from src import experiment_plots, plots
 from src.cli import say
 from src.files import read_json, replace_section, write_text
+from src.grids import RATES_FILE
 from src.results import figure, read_results
 from src.synergy import EXPLANATIONS, MARGIN
 from src.tables import latex_lines, markdown_lines
@@ -27,6 +28,8 @@ GENERATION = "generation"
 """Directory of evaluations with generated proteins."""
 CONTROLS = ("teacher", "natural", "shuffled")
 """What generated proteins of students are read beside."""
+SWEEPS = ("temperature", "alpha", "smoothing")
+"""Grids of one setting each, and directories of their results."""
 SECTION = "experiment tables"
 """Of docs/RESULTS.md: what stands between its marks is generated."""
 
@@ -293,6 +296,30 @@ def generation_tables(results: Path) -> Iterator[tuple[str, Table]]:
     yield "generated", (headings, [[name, *rows[name]] for name in ordered])
 
 
+def sweep_tables(results: Path) -> Iterator[tuple[str, Table]]:
+    """The sweeps of temperature, alpha and the smoothing factor, on validation proteins."""
+    for grid in SWEEPS:
+        folder = results / grid
+        rows = []
+        by_arm: dict[str, Cells] = {}
+        for cell in read_cells(folder, grid):
+            by_arm.setdefault(cell["settings"]["arm"], []).append(cell)
+        best = read_json(folder / RATES_FILE)["best_arm"]
+        for arm, cells in sorted(by_arm.items(), key=lambda item: _value_of(item[0])):
+            row = [f"{arm} (best)" if arm in best.values() else arm]
+            for name in ("student_nats_per_residue", "kl_per_residue", "student_ece.ece"):
+                values = [figure(cell, name) for cell in cells]
+                row.append(f"{np.mean(values):.4f} ({', '.join(f'{v:.4f}' for v in values)})")
+            rows.append(row)
+        headings = ["setting", "nats per residue (each seed)", "KL per residue", "ECE"]
+        yield f"sweep_{grid}", (headings, rows)
+
+
+def _value_of(arm: str) -> float:
+    """Return the number at the end of a sweep's arm."""
+    return float(arm.lstrip("abcdefghijklmnopqrstuvwxyz_"))
+
+
 def _how_to_generate(results: Path) -> str:
     how = "python scripts/evaluate.py --num_samples 100 --generation_metrics --output ..."
     return f"{results / GENERATION}: {how}"
@@ -303,6 +330,7 @@ TABLES: tuple[Callable[[Path], Iterator[tuple[str, Table]]], ...] = (
     contrast_tables,
     recipe_tables,
     generation_tables,
+    sweep_tables,
 )
 
 

@@ -58,6 +58,8 @@ SIZES = {
 }
 """About 27, 11 and 5 % of the bundled teacher."""
 
+RATES_FILE = "learning_rates.json"
+"""What a tuning grid or a sweep chose, beside its results."""
 RATES = (2e-3, 4e-3, 8e-3)
 """Learning rates that every arm is tuned over."""
 

@@ -17,7 +17,7 @@ from scripts import ablation as script
 from src import ablation
 from src.ablation import GridRun, tuned_rates
 from src.files import read_json, write_json
-from src.grids import ARMS, GRIDS, PUBLISHED, Cell, Grid, settings_key
+from src.grids import ARMS, GRIDS, PUBLISHED, RATES_FILE, Cell, Grid, settings_key
 from src.models import load_causal_lm, model_fingerprint
 from src.results import read_results
 from src.settings import StudentSettings, TrainSettings
@@ -248,7 +248,7 @@ def test_learning_rates_are_chosen_on_validation(finished, grid, world, tmp_path
     with pytest.raises(ValueError, match="nothing is chosen by those"):
         tuned_rates(finished / "results", replace(grid, split="test"))
     (tmp_path / "results").mkdir()
-    write_json(tmp_path / "results" / ablation.RATES_FILE, chosen)
+    write_json(tmp_path / "results" / RATES_FILE, chosen)
     confirm = replace(grid, tuned=True, split="test", rates=())
     cells = job(confirm, tmp_path, world).cells
     assert len(cells) == 12
