@@ -13,7 +13,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
-from src.plots import COLOURS, CYCLE, DASHES, FAINT, INK, MARKERS, styled
+from src.plots import COLOURS, FAINT, INK, series_look, styled
 
 SHIFT = 0.16
 """Rows of a forest plot: how far the seeds' points lie below the estimate."""
@@ -144,9 +144,7 @@ def scaling_figure(
             100 * table[:, 0],
             table[:, 1],
             yerr=np.maximum(np.abs(table[:, 2:].T - table[:, 1]), 0),
-            color=CYCLE[index % len(CYCLE)],
-            marker=MARKERS[index % len(MARKERS)],
-            linestyle=DASHES[index % len(DASHES)],
+            **series_look(index),
             capsize=2.5,
             label=name.replace("_", " "),
         )
@@ -197,16 +195,10 @@ def arm_curves(
     for axes, (title, arms) in zip(grid, panels.items(), strict=True):
         for index, (arm, (steps, values)) in enumerate(arms.items()):
             table = np.asarray(values, dtype=float)
-            colour = CYCLE[index % len(CYCLE)]
-            axes.fill_between(steps, table.min(0), table.max(0), color=colour, alpha=0.15, lw=0)
-            axes.plot(
-                steps,
-                table.mean(0),
-                color=colour,
-                marker=MARKERS[index % len(MARKERS)],
-                linestyle=DASHES[index % len(DASHES)],
-                label=arm.replace("_", " "),
-            )
+            look = series_look(index)
+            low, high = table.min(0), table.max(0)
+            axes.fill_between(steps, low, high, color=look["color"], alpha=0.15, lw=0)
+            axes.plot(steps, table.mean(0), **look, label=arm.replace("_", " "))
         axes.set_title(title)
         axes.set_xlabel("optimiser step")
         axes.xaxis.set_major_locator(MaxNLocator(5, integer=True))
@@ -247,8 +239,8 @@ def calibration_figure(models: Mapping[str, Sequence[Mapping[str, Any]]]) -> Fig
     for index, (name, seeds) in enumerate(models.items()):
         # A student looks as in the learning curves, whether or not the teacher stands before it.
         own = students.index(name) if name in students else len(students)
-        colour = COLOURS.get(name, CYCLE[own % len(CYCLE)])
-        marker = MARKERS[own % len(MARKERS)]
+        look = series_look(own)
+        look["color"] = colour = COLOURS.get(name, look["color"])
         count, confidence, accuracy, edges = _pooled([seed["reliability"] for seed in seeds])
         share = count / count.sum()
         shown = share >= 1e-3
@@ -256,17 +248,15 @@ def calibration_figure(models: Mapping[str, Sequence[Mapping[str, Any]]]) -> Fig
         gap.plot(
             confidence[shown],
             (accuracy - confidence)[shown],
-            color=colour,
-            marker=marker,
-            linestyle=DASHES[own % len(DASHES)],
+            **look,
             label=name.replace("_", " "),
         )
-        tokens.stairs(share, edges, color=colour, linestyle=DASHES[own % len(DASHES)], lw=1.4)
+        tokens.stairs(share, edges, color=colour, linestyle=look["linestyle"], lw=1.4)
         places = -index + np.linspace(0.18, -0.18, len(seeds)) if len(seeds) > 1 else [-index]
         for place, seed in zip(places, seeds, strict=True):
             low, high = seed["interval"] or (seed["ece"], seed["ece"])
             ece.plot([low, high], [place, place], color=colour, linewidth=1)
-            ece.plot([seed["ece"]], [place], marker=marker, color=colour, markersize=3.5)
+            ece.plot([seed["ece"]], [place], marker=look["marker"], color=colour, markersize=3.5)
     for axes in (gap, tokens):
         axes.set_xlim(0, largest)
     gap.set_ylabel("accuracy − confidence")

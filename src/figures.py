@@ -17,7 +17,7 @@ from src.cli import say
 from src.files import read_json, replace_section, write_text
 from src.grids import RATES_FILE
 from src.results import figure, read_results
-from src.synergy import EXPLANATIONS, MARGIN
+from src.synergy import EXPLANATIONS, MARGIN, shown
 from src.tables import latex_lines, markdown_lines
 
 STRATA = {"cut": ("synergy", "synergy"), "random": ("synergy_random", "synergy-random")}
@@ -108,9 +108,8 @@ def scaling(results: Path) -> Any:
     for stratum, (folder, grid) in _strata(results).items():
         analysis = read_analysis(folder, grid)
         cells = read_cells(folder, grid)
-        for results_of in cells[:1]:
-            lines["teacher"] = figure(results_of, "teacher_nats_per_residue")
-            lines["unigram"] = figure(results_of, "floors.unigram.nats_per_residue")
+        lines["teacher"] = figure(cells[0], "teacher_nats_per_residue")
+        lines["unigram"] = figure(cells[0], "floors.unigram.nats_per_residue")
         shares = {c["settings"]["size"]: figure(c, "share_of_teacher") for c in cells}
         for arm in ("baseline", "both"):
             series[f"{arm}, {stratum}"] = [
@@ -237,7 +236,7 @@ def recipe_tables(results: Path) -> Iterator[tuple[str, Table]]:
         for reference, arms in record["against"].items():
             headings = ["arm", f"ln PPL less {reference}", "p (Holm)", f"KL less {reference}"]
             rows = [
-                [arm, _shown(e["nats"]), f"{e['p_holm']:.2g}", _shown(e["kl"])]
+                [arm, shown(e["nats"]), f"{e['p_holm']:.2g}", shown(e["kl"])]
                 for arm, e in arms.items()
             ]
             yield f"recipe_{size}_against_{reference}", (headings, rows)
@@ -252,11 +251,11 @@ def contrast_tables(results: Path) -> Iterator[tuple[str, Table]]:
             for name, design in record["designs"].items():
                 for key, entry in design["contrasts"].items():
                     verdict = design["parts"][key]
-                    rows.append([f"{size} {name} {key}", _shown(entry), verdict])
+                    rows.append([f"{size} {name} {key}", shown(entry), verdict])
                 rows.append([f"{size} {name}: the claim", "", design["verdict"]])
             for name, entry in record["explanations"].items():
                 arms = " less ".join(EXPLANATIONS[name])
-                cells = [f"{size} {name}", arms, _shown(entry), f"{entry['p_holm']:.2g}"]
+                cells = [f"{size} {name}", arms, shown(entry), f"{entry['p_holm']:.2g}"]
                 explained.append(cells)
         yield f"contrasts_{stratum}", (["contrast", "estimate [95 %]", "the claim's part"], rows)
         headings = ["contrast", "arms", "estimate [95 %]", "p (Holm)"]
@@ -358,10 +357,10 @@ def arms_table(record: Mapping[str, Any], cells: Cells) -> Table:
             return float(np.mean([v for v in values if v is not None]))
 
         norms = [
-            record["grad_norm"]
+            point["grad_norm"]
             for cell in own
-            for record in cell["training"]["curve"]
-            if "grad_norm" in record
+            for point in cell["training"]["curve"]
+            if "grad_norm" in point
         ]
         low, high = entry["interval"]
         rows.append(
@@ -377,11 +376,6 @@ def arms_table(record: Mapping[str, Any], cells: Cells) -> Table:
             ]
         )
     return headings, rows
-
-
-def _shown(entry: Mapping[str, Any]) -> str:
-    low, high = entry["interval"]
-    return f"{entry['estimate']:+.4f} [{low:+.4f}, {high:+.4f}]"
 
 
 # All of it -----------------------------------------------------------------------------------

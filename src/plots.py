@@ -93,6 +93,15 @@ def styled(draw: Callable[Parameters, Figure]) -> Callable[Parameters, Figure]:
     return wrapped
 
 
+def series_look(index: int) -> dict[str, Any]:
+    """Return colour, marker and dashes of a series by its number."""
+    return {
+        "color": CYCLE[index % len(CYCLE)],
+        "marker": MARKERS[index % len(MARKERS)],
+        "linestyle": DASHES[index % len(DASHES)],
+    }
+
+
 def _colour(label: str, index: int) -> str:
     return COLOURS.get(label, CYCLE[index % len(CYCLE)])
 
@@ -353,10 +362,8 @@ def quality_against_compression(
                 [float(r["compression_ratio"]) * shift for r in shown],
                 values,
                 yerr=np.maximum([values - low, high - values], 0),
-                marker=MARKERS[index % len(MARKERS)],
-                linestyle=DASHES[index % len(DASHES)] if len(shown) > 1 else "",
+                **series_look(index) | ({} if len(shown) > 1 else {"linestyle": ""}),
                 linewidth=1,
-                color=CYCLE[index % len(CYCLE)],
                 capsize=3,
                 label=name,
             )

@@ -153,7 +153,7 @@ def _shortened(path: str, tops: Iterable[str]) -> str:
             if top != "/" and (normal == top or normal.startswith(top + "/")):
                 return os.path.relpath(normal, top)
     parts = [p for p in PurePosixPath(path).parts if p not in ("/", "..", "//")]
-    # /home/name, /scratch/name, C:/Users/name: the last part may be a person.
+    # A home or scratch directory, on any system: the last part may be a person.
     if len(parts) <= 2 + (":" in path[:3]) and "." not in (parts[-1] if parts else ""):
         return HIDDEN_PATH
     return parts[-1]

@@ -183,10 +183,9 @@ def analyse(runs: Mapping[str, Runs], references: Sequence[str] = ("baseline",))
 
     Returns:
         By size: ``seeds``, ``clusters``, ``arms`` (mean y of each with its interval, and y of each
-        seed), ``designs``
-        (contrasts, parts, verdict, whether the published interaction is excluded),
-        ``explanations`` and ``against`` (every arm less a reference) with Holm's correction, and
-        ``seeds_needed`` for the wanted half-width.
+        seed), ``designs`` (contrasts, parts, verdict, whether the published interaction is
+        excluded), ``explanations`` and ``against`` (every arm less a reference) with Holm's
+        correction, and ``seeds_needed`` for the wanted half-width.
 
     Raises:
         ValueError: a reference is no arm.
@@ -248,16 +247,16 @@ def against(runs: Runs, reference: str) -> dict[str, Any]:
     coefficients = {arm: {arm: 1.0, reference: -1.0} for arm in runs.nll if arm != reference}
     nats = {a: contrast(runs.nll, c, runs.residues, runs.clusters) for a, c in coefficients.items()}
     kl = {a: contrast(runs.kl, c, runs.residues, runs.clusters) for a, c in coefficients.items()}
-    adjusted = holm({arm: e.p_value for arm, e in nats.items()}) if nats else {}
     return {
-        arm: {
-            "nats": _described(e),
-            "kl": _described(kl[arm]),
-            "p_value": e.p_value,
-            "p_holm": adjusted[arm],
-        }
-        for arm, e in nats.items()
+        arm: {"nats": _described(nats[arm]), "kl": _described(kl[arm]), **p_values}
+        for arm, p_values in _p_values(nats).items()
     }
+
+
+def _p_values(family: Mapping[str, Estimate]) -> dict[str, dict[str, float]]:
+    """Return ``p_value`` and ``p_holm``, corrected for the family, of each estimate."""
+    adjusted = holm({name: e.p_value for name, e in family.items()}) if family else {}
+    return {name: {"p_value": e.p_value, "p_holm": adjusted[name]} for name, e in family.items()}
 
 
 def _seeds_needed(interaction: Estimate, seeds: int) -> int | None:
@@ -274,15 +273,9 @@ def _explanations(runs: Runs, estimate: Any) -> dict[str, Any]:
         for name, (one, other) in EXPLANATIONS.items()
         if one in runs.nll and other in runs.nll
     }
-    adjusted = holm({name: e.p_value for name, e in found.items()}) if found else {}
     return {
-        name: {
-            **_described(e),
-            "arms": list(EXPLANATIONS[name]),
-            "p_value": e.p_value,
-            "p_holm": adjusted[name],
-        }
-        for name, e in found.items()
+        name: {**_described(found[name]), "arms": list(EXPLANATIONS[name]), **p_values}
+        for name, p_values in _p_values(found).items()
     }
 
 
@@ -306,7 +299,7 @@ def analysis_lines(analysis: Mapping[str, Any]) -> list[str]:
             "",
             "| arm | ln(perplexity per residue) |",
             "|---|---|",
-            *(f"| {arm} | {_shown(e)} |" for arm, e in record["arms"].items()),
+            *(f"| {arm} | {shown(e)} |" for arm, e in record["arms"].items()),
             "",
         ]
         for name, design in record["designs"].items():
@@ -316,7 +309,7 @@ def analysis_lines(analysis: Mapping[str, Any]) -> list[str]:
                 "| contrast | estimate | the claim's part |",
                 "|---|---|---|",
                 *(
-                    f"| {key} | {_shown(e)} | {design['parts'][key]} |"
+                    f"| {key} | {shown(e)} | {design['parts'][key]} |"
                     for key, e in design["contrasts"].items()
                 ),
                 "",
@@ -328,7 +321,7 @@ def analysis_lines(analysis: Mapping[str, Any]) -> list[str]:
                 "| contrast | estimate | p (Holm) |",
                 "|---|---|---|",
                 *(
-                    f"| {name}: {e['arms'][0]} − {e['arms'][1]} | {_shown(e)} | {e['p_holm']:.2g} |"
+                    f"| {name}: {e['arms'][0]} − {e['arms'][1]} | {shown(e)} | {e['p_holm']:.2g} |"
                     for name, e in record["explanations"].items()
                 ),
                 "",
@@ -340,7 +333,7 @@ def analysis_lines(analysis: Mapping[str, Any]) -> list[str]:
                 "| arm | ln(perplexity per residue) | p (Holm) | KL, nats per residue |",
                 "|---|---|---|---|",
                 *(
-                    f"| {arm} | {_shown(e['nats'])} | {e['p_holm']:.2g} | {_shown(e['kl'])} |"
+                    f"| {arm} | {shown(e['nats'])} | {e['p_holm']:.2g} | {shown(e['kl'])} |"
                     for arm, e in arms.items()
                 ),
                 "",
@@ -354,6 +347,7 @@ def _says(verdict: str) -> str:
     )
 
 
-def _shown(entry: Mapping[str, Any]) -> str:
+def shown(entry: Mapping[str, Any]) -> str:
+    """Return a described estimate with its interval, four digits and signs."""
     low, high = entry["interval"]
     return f"{entry['estimate']:+.4f} [{low:+.4f}, {high:+.4f}]"
