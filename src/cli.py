@@ -12,6 +12,10 @@ from typing import Any, TypeVar
 Item = TypeVar("Item")
 USER_ERROR = 2
 INTERRUPTED = 130
+HUGE_PAGES = "THP_MEM_ALLOC_ENABLE"
+"""PyTorch reads this at its first large allocation. Weights, moments and logits of some hundred MB
+are walked through once a step: in pages of 2 MB instead of 4 kB a step of three students on a CPU
+took a fifth less time. Users' own choice stands."""
 QUIET_SECONDS = 30.0
 """Seconds between two progress lines where no terminal shows a bar."""
 
@@ -52,6 +56,7 @@ def run_script(
         USER_ERROR, f"{parser.prog}: error: {message} (--help shows all flags)\n"
     )
     args = parser.parse_args(argv)
+    os.environ.setdefault(HUGE_PAGES, "1")
     try:
         run(args)
     except KeyboardInterrupt:

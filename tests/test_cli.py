@@ -1,0 +1,54 @@
+"""What every script gets from ``src.cli``, beyond its own tests."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from src.cli import HUGE_PAGES
+
+ROOT = Path(__file__).parents[1]
+SWITCH = Path("/sys/kernel/mm/transparent_hugepage/enabled")
+SCRIPT = """
+import argparse
+from src.cli import run_script
+
+def run(args):
+    import torch
+    weights = torch.ones(32 << 20)  # 128 MB
+    pages = sum(
+        int(line.split()[1])
+        for line in open("/proc/self/smaps")
+        if line.startswith("AnonHugePages")
+    )
+    print(pages)
+
+raise SystemExit(run_script(run, argparse.ArgumentParser, []))
+"""
+
+
+def huge_kilobytes(**variables: str) -> int:
+    """Return how much memory in huge pages a script holds that allocates 128 MB."""
+    environment = {k: v for k, v in os.environ.items() if k != HUGE_PAGES} | variables
+    done = subprocess.run(
+        [sys.executable, "-c", SCRIPT],
+        env=environment,
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    return int(done.stdout)
+
+
+@pytest.mark.skipif(
+    not SWITCH.exists() or "[madvise]" not in SWITCH.read_text(),
+    reason="the kernel gives huge pages to all or to none",
+)
+def test_large_tensors_lie_in_huge_pages_unless_the_user_says_no():
+    assert huge_kilobytes() >= 100_000
+    assert huge_kilobytes(**{HUGE_PAGES: "0"}) < 10_000
