@@ -10,7 +10,16 @@ from src.files import read_json, replace_section
 
 SCHEMA_VERSION = 1
 KIND = "benchmark"
-SECTIONS = ("loss", "step", "students", "generation", "evaluation", "trl", "liger")
+SECTIONS = (
+    "loss",
+    "step",
+    "students",
+    "generation",
+    "evaluation",
+    "evaluation_ways",
+    "trl",
+    "liger",
+)
 FIGURES = {
     "loss_memory": "loss, peak memory, float32",
     "loss_memory_bf16": "loss, peak memory, bfloat16",
@@ -25,6 +34,11 @@ FIGURES = {
     "three_students_three_epochs": "three students, three epochs, with the capture",
     "generation_100": "100 proteins sampled in a batch",
     "evaluation_1000": "1,000 proteins evaluated in batches",
+    "evaluation_batches_4096": "the same in batches of 4,096 tokens",
+    "evaluation_batches_1024": "the same in batches of 1,024 tokens",
+    "evaluation_threads": "the same, a batch on each thread",
+    "evaluation_onednn": "the same with oneDNN's products",
+    "evaluation_bf16": "the same in bfloat16, whose figures differ",
     "trl_step": "step against TRL's GKD loss",
     "liger_loss_time": "loss against Liger's, time",
     "liger_loss_memory": "loss against Liger's, peak memory",

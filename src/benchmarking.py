@@ -28,8 +28,8 @@ import torch
 from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
-from src import metrics
 from src.batching import PaddingCollator, ProteinDataset
+from src.benchmark_evaluation import EvaluationBench, Sums
 from src.benchmark_loss import LossBench, LossCase, measure_loss_peak, relative_difference
 from src.benchmark_report import KIND, SCHEMA_VERSION, SECTIONS
 from src.cli import say
@@ -37,7 +37,7 @@ from src.cohort import CohortTrainer, Member
 from src.data import TokenisedProteins, tokenise
 from src.devices import describe_device
 from src.distillation import DistillationTrainer
-from src.evaluation import EvaluationSettings, choose_split, score_students
+from src.evaluation import EvaluationSettings, choose_split
 from src.fused import elementwise_for
 from src.generation import GenerationSettings, sample_proteins
 from src.models import (
@@ -710,50 +710,54 @@ def generation_section(bench: Workbench) -> dict[str, Any]:
     }
 
 
-@torch.inference_mode()
+def evaluation_bench(bench: Workbench) -> EvaluationBench:
+    """Return the small teacher on as many proteins as are evaluated."""
+    longest = int(bench.small_teacher.config.n_positions)
+    fitting = np.flatnonzero(np.asarray(bench.proteins.lengths) <= longest)
+    proteins = bench.proteins.subset(fitting[: bench.scale.evaluated])
+    return EvaluationBench(bench.small_teacher, proteins, bench.device)
+
+
 def evaluation_section(bench: Workbench) -> dict[str, Any]:
     """Compare evaluating a student beside its teacher in batches with a loop over proteins."""
-    scale = bench.scale
-    teacher = bench.small_teacher
-    student = build_student(student_config(StudentSettings(2, 2, 128), teacher.config), seed=2)
-    student.to(bench.device).eval()  # type: ignore[arg-type]
-    longest = int(teacher.config.n_positions)
-    fitting = np.flatnonzero(np.asarray(bench.proteins.lengths) <= longest)[: scale.evaluated]
-    proteins = bench.proteins.subset(fitting)
-    settings = EvaluationSettings()
-
-    def loop() -> dict[str, np.ndarray]:
-        sums: dict[str, list[float]] = {}
-        for index in range(len(proteins)):
-            ids = torch.as_tensor(np.asarray(proteins[index], dtype=np.int64))[None]
-            ids = ids.to(bench.device)
-            of_student, of_teacher = (
-                model(ids).logits[0, :-1].float()  # type: ignore[operator]
-                for model in (student, teacher)
-            )
-            found = metrics.token_statistics(of_student, of_teacher, ids[0, 1:])
-            for name, values in found.items():
-                sums.setdefault(name, []).append(float(values.double().sum()))
-        return {name: np.array(values) for name, values in sums.items()}
-
-    def batched() -> dict[str, np.ndarray]:
-        return score_students([student], teacher, proteins, settings)[0].sums
-
-    ours, theirs = batched(), loop()
-    check = {
-        name: float(np.abs(ours[name] - theirs[name]).max() / (np.abs(theirs[name]).max() + 1e-30))
-        for name in theirs
-        if not name.startswith(("agree", "correct"))  # counts: a near tie may fall either way
-    }
+    work = evaluation_bench(bench)
+    check = work.difference(work.batched(), work.loop())
     require_same("evaluation", check, 1e-3)
-    sides = {"loop": loop, "batched": batched}
+    sides = {"loop": work.loop, "batched": work.batched}
     # The check was their warm-up.
-    seconds = interleave(sides, scale.long_rounds, bench.synchronise, warm=False)
+    seconds = interleave(sides, bench.scale.long_rounds, bench.synchronise, warm=False)
     return {
         "checks": check,
         "measured": {"evaluation_1000": ratio(seconds["loop"], seconds["batched"])},
-        "proteins": len(proteins),
-        "tokens": int(np.asarray(proteins.lengths).sum()),
+        "proteins": len(work.proteins),
+        "tokens": int(np.asarray(work.proteins.lengths).sum()),
+    }
+
+
+def evaluation_ways_section(bench: Workbench) -> dict[str, Any]:
+    """Compare other ways of evaluating with the same loop; bfloat16 alone gives other figures."""
+    work = evaluation_bench(bench)
+    ways: dict[str, Callable[[], Sums]] = {
+        "batches_4096": lambda: work.batched(EvaluationSettings(batch_size=64, batch_tokens=4096)),
+        "batches_1024": lambda: work.batched(EvaluationSettings(batch_tokens=1024)),
+        "bf16": work.bfloat16(),
+    }
+    if bench.device.type == "cpu":
+        ways |= {"threads": work.one_batch_a_thread, "onednn": work.other_products}
+    with FlopCounterMode(display=False) as counter:
+        expected = work.batched()
+    checks = {}
+    for name, way in ways.items():
+        check = checks[name] = work.difference(way(), expected)
+        require_same(f"evaluation, {name}", check, TOLERANCES["bfloat16"])
+    seconds = interleave(
+        {"loop": work.loop, **ways}, bench.scale.long_rounds, bench.synchronise, warm=False
+    )
+    return {
+        "checks": checks,
+        "measured": {f"evaluation_{name}": ratio(seconds["loop"], seconds[name]) for name in ways},
+        "proteins": len(work.proteins),
+        "flops": counter.get_total_flops(),
     }
 
 
@@ -765,6 +769,7 @@ MEASURES: dict[str, Callable[[Workbench], dict[str, Any]]] = {
     "students": students_section,
     "generation": generation_section,
     "evaluation": evaluation_section,
+    "evaluation_ways": evaluation_ways_section,
     "trl": trl_section,
     "liger": liger_section,
 }

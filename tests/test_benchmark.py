@@ -154,7 +154,9 @@ def test_proteins_of_a_batch_nearly_fill_it(bench):
         bench.rows(2, 1)
 
 
-@pytest.mark.parametrize("section", ["step", "students", "generation", "evaluation"])
+@pytest.mark.parametrize(
+    "section", ["step", "students", "generation", "evaluation", "evaluation_ways"]
+)
 def test_a_section_checks_and_measures(bench, section):
     results = b.run_benchmark(bench, [section])
     assert set(results["ratios"]) <= set(report.FIGURES)
