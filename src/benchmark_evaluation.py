@@ -52,7 +52,7 @@ class EvaluationBench:
 
     def batched(self, settings: EvaluationSettings | None = None) -> Sums:
         """Evaluate as ``scripts/evaluate.py`` does."""
-        return score_students([self.student], self.teacher, self.proteins, settings)[0].sums
+        return _sums(self.student, self.teacher, self.proteins, settings)
 
     def one_batch_a_thread(self) -> Sums:
         """Evaluate as many batches at a time as there are threads, each with one thread."""
@@ -62,8 +62,7 @@ class EvaluationBench:
 
         def part(chosen: np.ndarray) -> Sums:
             torch.set_num_threads(1)
-            proteins = self.proteins.subset(chosen)
-            return score_students([self.student], self.teacher, proteins)[0].sums
+            return _sums(self.student, self.teacher, self.proteins.subset(chosen))
 
         try:
             with ThreadPoolExecutor(threads) as pool:
@@ -78,11 +77,12 @@ class EvaluationBench:
 
     def other_products(self) -> Sums:
         """Evaluate with oneDNN's products, which may round to bfloat16 where there is AMX."""
+        before = torch.get_float32_matmul_precision()
         torch.set_float32_matmul_precision("medium")
         try:
             return self.batched()
         finally:
-            torch.set_float32_matmul_precision("highest")
+            torch.set_float32_matmul_precision(before)
 
     def bfloat16(self) -> Callable[[], Sums]:
         """Return what evaluates copies of both models in bfloat16."""
@@ -90,14 +90,22 @@ class EvaluationBench:
             copy.deepcopy(model).to(torch.bfloat16)  # type: ignore[call-arg]
             for model in (self.student, self.teacher)
         )
-        return lambda: score_students([student], teacher, self.proteins)[0].sums
+        return lambda: _sums(student, teacher, self.proteins)
 
-    def difference(self, ours: Sums, theirs: Sums) -> dict[str, float]:
-        """Return the largest difference in each sum, by the largest sum."""
-        return {
-            name: float(
-                np.abs(ours[name] - theirs[name]).max() / (np.abs(theirs[name]).max() + 1e-30)
-            )
-            for name in theirs
-            if not name.startswith(("agree", "correct"))  # counts: a near tie may fall either way
-        }
+
+def _sums(
+    student: PreTrainedModel,
+    teacher: PreTrainedModel,
+    proteins: TokenisedProteins,
+    settings: EvaluationSettings | None = None,
+) -> Sums:
+    return score_students([student], teacher, proteins, settings)[0].sums
+
+
+def sums_difference(ours: Sums, theirs: Sums) -> dict[str, float]:
+    """Return the largest difference in each sum, by the largest sum."""
+    return {
+        name: float(np.abs(ours[name] - theirs[name]).max() / (np.abs(theirs[name]).max() + 1e-30))
+        for name in theirs
+        if not name.startswith(("agree", "correct"))  # counts: a near tie may fall either way
+    }

@@ -29,7 +29,7 @@ from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
 from src.batching import PaddingCollator, ProteinDataset
-from src.benchmark_evaluation import EvaluationBench, Sums
+from src.benchmark_evaluation import EvaluationBench, Sums, sums_difference
 from src.benchmark_loss import LossBench, LossCase, measure_loss_peak, relative_difference
 from src.benchmark_report import KIND, SCHEMA_VERSION, SECTIONS
 from src.cli import say
@@ -712,16 +712,16 @@ def generation_section(bench: Workbench) -> dict[str, Any]:
 
 def evaluation_bench(bench: Workbench) -> EvaluationBench:
     """Return the small teacher on as many proteins as are evaluated."""
-    longest = int(bench.small_teacher.config.n_positions)
-    fitting = np.flatnonzero(np.asarray(bench.proteins.lengths) <= longest)
-    proteins = bench.proteins.subset(fitting[: bench.scale.evaluated])
-    return EvaluationBench(bench.small_teacher, proteins, bench.device)
+    count = min(bench.scale.evaluated, len(bench.proteins))
+    return EvaluationBench(
+        bench.small_teacher, bench.proteins.subset(np.arange(count)), bench.device
+    )
 
 
 def evaluation_section(bench: Workbench) -> dict[str, Any]:
     """Compare evaluating a student beside its teacher in batches with a loop over proteins."""
     work = evaluation_bench(bench)
-    check = work.difference(work.batched(), work.loop())
+    check = sums_difference(work.batched(), work.loop())
     require_same("evaluation", check, 1e-3)
     sides = {"loop": work.loop, "batched": work.batched}
     # The check was their warm-up.
@@ -748,7 +748,7 @@ def evaluation_ways_section(bench: Workbench) -> dict[str, Any]:
         expected = work.batched()
     checks = {}
     for name, way in ways.items():
-        check = checks[name] = work.difference(way(), expected)
+        check = checks[name] = sums_difference(way(), expected)
         require_same(f"evaluation, {name}", check, TOLERANCES["bfloat16"])
     seconds = interleave(
         {"loop": work.loop, **ways}, bench.scale.long_rounds, bench.synchronise, warm=False

@@ -15,7 +15,7 @@ INTERRUPTED = 130
 HUGE_PAGES = "THP_MEM_ALLOC_ENABLE"
 """PyTorch reads this at its first large allocation. Weights, moments and logits of some hundred MB
 are walked through once a step: in pages of 2 MB instead of 4 kB a step of three students on a CPU
-took a fifth less time. Users' own choice stands."""
+took a fifth less time. A value that the user has set stands."""
 QUIET_SECONDS = 30.0
 """Seconds between two progress lines where no terminal shows a bar."""
 

@@ -77,6 +77,7 @@ def student(finished, tmp_path) -> Path:  # noqa: F811
 @pytest.fixture
 def results_file(student, tmp_path) -> Path:
     record = json.loads((student / "run.json").read_text())
+    private = tmp_path / "alice" / "held_out.fasta"
     results = {
         **dict.fromkeys(REQUIRED),
         "perplexity_ratio": 1.25,
@@ -86,7 +87,7 @@ def results_file(student, tmp_path) -> Path:
         "intervals": {"perplexity_ratio": [1.2, 1.3]},
         "run": {
             "student": {"fingerprint": record["student"]["fingerprint"]},
-            "data": {"source": "/home/alice/sets/held_out.fasta", "split": None},
+            "data": {"source": str(private), "split": None},
         },
     }
     write_results(tmp_path / "results.json", results)
@@ -151,8 +152,9 @@ def test_neither_secret_nor_private_path_nor_pickle_leaves(
         (student / name).write_text(f"private {CANARIES['WANDB_API_KEY']}")
     (student / "wandb").mkdir()
     (student / "wandb" / "debug.log").write_text(CANARIES["WANDB_API_KEY"])
-    edit(student / "run.json", command=["train.py", "--cache_dir", "/home/alice/cache/tokens"])
-    edit(student / "config.json", _name_or_path="/home/alice/runs/student")
+    home = student.parent / "alice"
+    edit(student / "run.json", command=["train.py", "--cache_dir", f"{home}/cache/tokens"])
+    edit(student / "config.json", _name_or_path=f"{home}/runs/student")
     fake.fail_every = 4
     assert give(student, "--results", str(results_file)) == 0
     sent = b"\n".join(request.body for request in fake.requests)
