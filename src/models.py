@@ -53,12 +53,12 @@ def load_tokenizer(name: str | Path, revision: str | None = None) -> PreTrainedT
         tokenizer = AutoTokenizer.from_pretrained(
             str(name), revision=revision or "main", trust_remote_code=False
         )
+        _keep_no_words(tokenizer)
         _try_out(tokenizer)
     if tokenizer.eos_token is None:
         raise ValueError(f"{name}: its tokenizer has no end-of-text token")
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token
-    _keep_no_words(tokenizer)
     return tokenizer
 
 

@@ -159,8 +159,10 @@ def growth(samples: Sequence[Mapping[str, Any]], name: str, bound: float) -> dic
 def verdict(samples: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     """Return what the samples of a soak say: growth by quantity, and outcomes by kind of cycle.
 
-    ``grows`` names the quantities that do, ``unlike`` the kinds whose cycles did not all end
-    alike; ``passed`` is None where there are too few cycles to say.
+    ``grows`` names the quantities that do, ``creeps`` those that rise steadily (the interval of
+    their slope is above zero) but stay below their bound, ``unlike`` the kinds whose cycles did not
+    all end alike. ``passed`` speaks of the first and the last; it is None where there are too few
+    cycles to say.
     """
     kinds: dict[str, list[str]] = {}
     for sample in samples:
@@ -170,12 +172,14 @@ def verdict(samples: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     if len(samples) >= FEWEST:
         found = {name: growth(samples, name, q.bound) for name, q in QUANTITIES.items()}
     grows = [name for name, each in found.items() if each["grows"]]
+    rises = [name for name, each in found.items() if each["growth_interval"][0] > 0]
     return {
         "minutes": round(samples[-1]["seconds"] / 60, 2) if samples else 0.0,
         "cycles": len(samples),
         "cycles_by_kind": {kind: len(outcomes) for kind, outcomes in kinds.items()},
         "quantities": found,
         "grows": grows,
+        "creeps": [name for name in rises if name not in grows],
         "unlike": unlike,
         "passed": not grows and not unlike if found else None,
     }

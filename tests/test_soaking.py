@@ -43,7 +43,7 @@ def test_noise_and_a_warm_up_are_no_growth():
         samples_of(300, lambda n: 500 + rng.gauss(0, 5) - (120 if n < 60 else 0))
     )
     assert found["passed"] is True
-    assert found["grows"] == []
+    assert found["grows"] == found["creeps"] == []
     low, high = found["quantities"]["memory"]["growth_interval"]
     assert low < 0 < high < soaking.QUANTITIES["memory"].bound
     assert found["cycles_by_kind"] == {"even": 150, "odd": 150}
@@ -57,6 +57,14 @@ def test_a_leak_in_the_noise_is_growth_by_as_much():
     memory = found["quantities"]["memory"]
     assert memory["per_cycle"] == pytest.approx(0.3, abs=0.02)
     assert memory["growth"] == pytest.approx(0.3 * 199, rel=0.1)
+
+
+def test_a_steady_rise_below_the_bound_passes_but_is_named():
+    rng = random.Random(0)
+    found = soaking.verdict(samples_of(300, lambda n: 500 + rng.gauss(0, 5) + 0.05 * n))
+    assert found["passed"] is True
+    assert found["grows"] == []
+    assert found["creeps"] == ["memory"]
 
 
 @pytest.mark.parametrize("name", ["handles", "threads", "children", "disk"])

@@ -77,6 +77,8 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
             f"{quantity.label:<26}{found['first']:10.2f} → {found['last']:10.2f} {quantity.unit:<3}"
             f" growth {found['growth']:8.3f} ({low:.3f} to {high:.3f}, bound {found['bound']:g})"
         )
+    for name in record["creeps"]:
+        say(f"rises steadily, below its bound: {soaking.QUANTITIES[name].label}")
     if ended:
         say(f"ended early: {ended}")
     grew = ", ".join([*record["grows"], *record["unlike"]]) or "nothing"
