@@ -166,8 +166,9 @@ def progress(
             rate = done / (now - started)
             left = f", {duration((total - done) / rate)} left" if total else ""
             of = f" of {total:,}" if total else ""
+            pace = f"{rate:,.1f} {unit}/s" if rate >= 1 else f"{1 / rate:,.1f} s each"
             print(
-                f"{description}: {done:,}{of} {unit}, {rate:,.1f} {unit}/s{left}",
+                f"{description}: {done:,}{of} {unit}, {pace}{left}",
                 file=sys.stderr,
                 flush=True,
             )

@@ -224,7 +224,8 @@ def require_model_directory(name: str | Path) -> bool:
     text = str(name)
     if path.exists():
         raise ValueError(f"{name}: is a file; a model is a directory or a hub id")
-    if text.startswith((".", "/", "~")) or text.count("/") > 1:
+    # The hub has no owner "models"; it is where this project's own students lie.
+    if text.startswith((".", "/", "~", "models/")) or text.count("/") > 1:
         raise ValueError(f"{name}: there is no such directory")
     return False
 

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 
+from src import cli
 from src.cli import HUGE_PAGES
 
 ROOT = Path(__file__).parents[1]
@@ -52,3 +53,37 @@ def huge_kilobytes(**variables: str) -> int:
 def test_large_tensors_lie_in_huge_pages_unless_the_user_says_no():
     assert huge_kilobytes() >= 100_000
     assert huge_kilobytes(**{HUGE_PAGES: "0"}) < 10_000
+
+
+@pytest.mark.parametrize(
+    ("seconds", "lines"),
+    [
+        (
+            10,
+            [
+                "reading: 3 of 8 shards, 10.0 s each, 50 s left",
+                "reading: 6 of 8 shards, 10.0 s each, 20 s left",
+            ],
+        ),
+        (40, [f"reading: {n} of 8 shards, 40.0 s each" for n in range(1, 9)]),
+        (0.02, []),
+    ],
+)
+def test_elsewhere_than_on_a_terminal_progress_is_a_line_now_and_then(
+    seconds, lines, monkeypatch, capsys
+):
+    clock = iter(seconds * n for n in range(100))
+    monkeypatch.setattr(cli.time, "monotonic", lambda: next(clock))
+    monkeypatch.setattr(sys.stderr, "isatty", lambda: False)
+    assert list(cli.progress("abcdefgh", description="reading", unit="shards")) == [*"abcdefgh"]
+    printed = capsys.readouterr().err.splitlines()
+    assert len(printed) == len(lines)
+    assert all(said.startswith(line) for said, line in zip(printed, lines, strict=True))
+
+
+def test_many_a_second_are_a_rate(monkeypatch, capsys):
+    clock = iter(0.25 * n for n in range(1000))
+    monkeypatch.setattr(cli.time, "monotonic", lambda: next(clock))
+    monkeypatch.setattr(sys.stderr, "isatty", lambda: False)
+    list(cli.progress(range(150), description="reading", unit="files"))
+    assert capsys.readouterr().err == "reading: 120 of 150 files, 4.0 files/s, 8 s left\n"

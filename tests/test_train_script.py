@@ -150,6 +150,7 @@ def test_no_flag_is_forgotten_here():
         (["--temperature", "0"], "--temperature"),
         (["--train_size_prop", "0"], "--train_size_prop"),
         (["--teacher_model", "no/such/place"], "there is no such directory"),
+        (["--teacher_model", "models/mistyped"], "there is no such directory"),
         (["--teacher_model", "data/small_teacher", "--data", "missing.fasta"], "missing.fasta"),
         (["--device", "cuda", "--teacher_model", "data/small_teacher"], "--device"),
         (["--data", "data/proteins"], "data/small_teacher"),
