@@ -48,7 +48,7 @@ def run_script(
         argv: arguments; None: those of the process.
 
     Returns:
-        0, 2 after a user's error, 130 after Ctrl-C. A ``SystemExit`` passes through. With
+        0, 2 after a user's error or where a package is missing, 130 after Ctrl-C. A ``SystemExit`` passes through. With
         ``DISTILL_TRACEBACK`` set in the environment, errors keep their traceback.
     """
     parser = build_parser()
@@ -62,6 +62,16 @@ def run_script(
     except KeyboardInterrupt:
         print(f"{parser.prog}: interrupted", file=sys.stderr)
         return INTERRUPTED
+    except ModuleNotFoundError as error:
+        package = (error.name or "").partition(".")[0]
+        if os.environ.get("DISTILL_TRACEBACK") or package in ("", "src", "scripts", "tools"):
+            raise
+        print(
+            f"{parser.prog}: error: the package {package} is not installed for {sys.executable}: "
+            "source .venv/bin/activate, or pip install -r requirements.txt",
+            file=sys.stderr,
+        )
+        return USER_ERROR
     except (ValueError, OSError) as error:
         if os.environ.get("DISTILL_TRACEBACK"):
             raise

@@ -87,3 +87,22 @@ def test_many_a_second_are_a_rate(monkeypatch, capsys):
     monkeypatch.setattr(sys.stderr, "isatty", lambda: False)
     list(cli.progress(range(150), description="reading", unit="files"))
     assert capsys.readouterr().err == "reading: 120 of 150 files, 4.0 files/s, 8 s left\n"
+
+
+@pytest.mark.parametrize(
+    "typed",
+    [
+        "scripts/evaluate.py --student_model data/small_teacher --output results.json",
+        "scripts/compare.py results/first_27_both.json",
+        "tools/upload_to_hf.py --model_dir data/small_teacher --repo_id me/student --dry_run",
+    ],
+)
+def test_without_the_packages_one_line_says_so(typed):
+    """As where a new shell has not activated the environment: -S hides its packages."""
+    done = subprocess.run(
+        [sys.executable, "-S", *typed.split()], cwd=ROOT, capture_output=True, text=True
+    )
+    assert done.returncode == 2
+    assert done.stderr.count("\n") == 1
+    assert "is not installed for" in done.stderr
+    assert "source .venv/bin/activate" in done.stderr
