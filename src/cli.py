@@ -48,8 +48,9 @@ def run_script(
         argv: arguments; None: those of the process.
 
     Returns:
-        0, 2 after a user's error or where a package is missing, 130 after Ctrl-C. A ``SystemExit`` passes through. With
-        ``DISTILL_TRACEBACK`` set in the environment, errors keep their traceback.
+        0, 2 after a user's error or where a package is missing, 130 after Ctrl-C. A ``SystemExit``
+        passes through. With ``DISTILL_TRACEBACK`` set in the environment, errors keep their
+        traceback.
     """
     parser = build_parser()
     parser.error = lambda message: parser.exit(  # type: ignore[method-assign]
