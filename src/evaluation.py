@@ -37,7 +37,7 @@ from src.models import (
 )
 from src.ngrams import UNIFORM_NATS, NgramModel, fit_ngrams
 from src.proteins import residues_of, shuffled
-from src.results import figure, finite_or_none, put_figure
+from src.results import MODELS, figure, finite_or_none, put_figure
 from src.runs import RUN_FILE, read_run
 from src.sizing import threshold_for
 from src.splits import CLUSTERS_FILE, read_clusters
@@ -58,7 +58,6 @@ FLOOR_PROTEINS = 50_000
 BATCH_TOKENS = {"cpu": 2048, "cuda": 16_384}
 """Tokens of a batch: on a CPU larger ones leave its caches and gain nothing."""
 GATE_LEVEL = 0.01
-MODELS = ("student", "teacher")
 KEPT = ("confidence", "correct")
 """What is kept of every token, for calibration."""
 

@@ -15,12 +15,19 @@ from src.callbacks import read_metrics
 from src.cli import duration, size
 from src.early_stopping import outcome_line
 from src.proteins import RESIDUES_PER_LINE
-from src.results import TABLE, figure, generation_rows, read_results, with_interval
+from src.results import (
+    MODELS,
+    TABLE,
+    cautions,
+    figure,
+    generation_rows,
+    read_results,
+    with_interval,
+)
 from src.runs import FINISHED, RUN_FILE, read_run
 
 TEMPLATES = Path(__file__).parent / "templates"
 EXAMPLES = 3
-MODELS = ("student", "teacher")
 ABSOLUTE = re.compile(r"^(/|~|[A-Za-z]:[\\/])")
 
 DIVERGENCES = (
@@ -228,17 +235,7 @@ def _warnings(run: Mapping[str, Any], results: Mapping[str, Any]) -> list[str]:
         found.append(
             "The teacher was not checked on natural and shuffled proteins before it was measured."
         )
-    for model in MODELS:
-        gain = figure(results, f"floors.unigram.{model}_gain")
-        if gain is not None and gain <= 0:
-            found.append(
-                f"The {model} predicts proteins no better than the frequencies of residues alone."
-            )
-        if figure(results, f"{model}_ece.calibration_meaningful") is False:
-            found.append(
-                f"Calibration of the {model} means nothing: it is right no more often than always "
-                "naming the most frequent token."
-            )
+    found += [f"{line[0].upper()}{line[1:]}." for line in cautions(results)]
     if results and not any((results.get("intervals") or {}).values()):
         found.append("These results have no intervals: differences may be chance.")
     dirty = [

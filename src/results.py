@@ -381,17 +381,29 @@ def summary_lines(results: Mapping[str, Any]) -> list[str]:
     ]
     if floors:
         lines.append(f"floors, perplexity per residue: {', '.join(floors)}")
-    for model in MODELS:
-        if figure(results, f"{model}_ece.calibration_meaningful") is False:
-            lines.append(
-                f"calibration of the {model} is not meaningful: it is right no more often than "
-                "always naming the most frequent token"
-            )
+    lines += cautions(results)
     if figure(results, "data.proteins") and figure(results, "data.clusters") is not None:
         lines.append(
             f"{results['data']['proteins']:,} proteins in {results['data']['clusters']:,} "
             "clusters; intervals: 95 %, bootstrap over clusters"
         )
+    return lines
+
+
+def cautions(results: Mapping[str, Any]) -> list[str]:
+    """Return what keeps the figures of either model from meaning what they seem to say."""
+    lines = []
+    for model in MODELS:
+        gain = figure(results, f"floors.unigram.{model}_gain")
+        if gain is not None and gain <= 0:
+            lines.append(
+                f"the {model} predicts proteins no better than the frequencies of residues alone"
+            )
+        if figure(results, f"{model}_ece.calibration_meaningful") is False:
+            lines.append(
+                f"calibration of the {model} is not meaningful: it is right no more often than "
+                "always naming the most frequent token"
+            )
     return lines
 
 

@@ -177,3 +177,11 @@ def test_table_for_a_person(capsys):
     assert "ratio below 2.00: passed" in shown
     assert "calibration of the student is not meaningful" in shown
     assert summary_lines({}) == []
+
+
+@pytest.mark.parametrize(("gain", "said"), [(-0.2, True), (0.0, True), (0.1, False), (None, False)])
+def test_a_student_below_the_floor_is_named(gain, said):
+    results = good() | {"floors": {"unigram": {"student_gain": gain, "teacher_gain": 0.3}}}
+    line = "the student predicts proteins no better than the frequencies of residues alone"
+    assert (line in summary_lines(results)) is said
+    assert not any("the teacher predicts" in each for each in summary_lines(results))
