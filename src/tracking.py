@@ -17,6 +17,7 @@ from transformers import Trainer, TrainerCallback
 from transformers.integrations.integration_utils import TensorBoardCallback
 
 from src.callbacks import read_metrics
+from src.cli import one_line
 from src.runs import relative_paths
 
 WANDB_PROJECT = "PROTGPT2_DISTILLATION"
@@ -44,15 +45,32 @@ def flat(record: Mapping[str, Any], names: tuple[str, ...]) -> dict[str, Any]:
 
 
 def require_tracker(tracker: str) -> None:
-    """Check that a tracker can be used, and choose its project.
-
-    Raises:
-        ValueError: it is not installed.
-    """
+    """Check that a tracker is installed. Raises ``ValueError`` where it is not."""
     if tracker != "none" and importlib.util.find_spec(tracker) is None:
         raise ValueError(f"--report_to {tracker}: it is not installed: pip install {tracker}")
-    if tracker == "wandb":
-        os.environ.setdefault("WANDB_PROJECT", WANDB_PROJECT)
+
+
+def open_tracker(tracker: str, folder: Path) -> None:
+    """Open W&B's run, named like the folder, before anything that takes long.
+
+    The Trainer's callback would do so after the teacher was measured, and takes the run that is
+    open. TensorBoard has nothing to open.
+
+    Raises:
+        ValueError: there is no key, or W&B cannot be reached.
+    """
+    if tracker != "wandb":
+        return
+    import wandb
+
+    # Read by the Trainer's callback too.
+    project = os.environ.setdefault("WANDB_PROJECT", WANDB_PROJECT)
+    try:
+        wandb.init(project=project, name=folder.name)
+    except wandb.Error as error:
+        raise ValueError(
+            f"--report_to wandb: {one_line(error)} WANDB_MODE=offline keeps the run on this machine"
+        ) from error
 
 
 class Tracking(TrainerCallback):

@@ -59,7 +59,7 @@ from src.settings import TrainSettings, as_recorded, derived_steps
 from src.sizing import total_steps
 from src.sources import has_split
 from src.teacher_cache import CachedCollator, TeacherCache, capture
-from src.tracking import Tracking, require_tracker
+from src.tracking import Tracking, open_tracker, require_tracker
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -320,6 +320,7 @@ def train(
     if standing == "finished":
         announce(f"{output_dir} holds this run, finished: nothing to do")
         return read_run(output_dir)
+    processes.agreed(lambda: open_tracker(report_to, output_dir))
     together = begun_on(output_dir) if standing == "resume" else processes.count()
     accumulation = processes.agreed(lambda: batches_of_each(settings, together))
     found = load_teacher_and_parts(settings, device_name, cache_dir)

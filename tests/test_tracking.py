@@ -50,6 +50,25 @@ def test_tensorboard_has_the_whole_run(tmp_path, small_teacher_dir, proteins_dir
     assert "final/eval_loss" in str(events.Tensors(texts["outcome"])[0].tensor_proto)
 
 
+def test_wandb_without_a_key_is_refused_before_anything_is_made(
+    tmp_path, small_teacher_dir, proteins_dir, monkeypatch, capsys, request
+):
+    wandb = pytest.importorskip("wandb")
+    # It reads its environment once in a process.
+    request.addfinalizer(wandb.teardown)
+    wandb.teardown()
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.delenv("WANDB_API_KEY", raising=False)
+    for name, value in {"WANDB_MODE": "online", "HOME": tmp_path, "NETRC": tmp_path / "no"}.items():
+        monkeypatch.setenv(name, str(value))
+    more = ["--report_to", "wandb"]
+    assert tiny_run(small_teacher_dir, proteins_dir, tmp_path / "r", tmp_path / "c", *more) == 2
+    said = capsys.readouterr().err.splitlines()[-1]
+    assert "--report_to wandb: No API key" in said
+    assert "WANDB_MODE=offline" in said
+    assert not (tmp_path / "r").exists()
+
+
 def test_a_disabled_wandb_is_no_hindrance(tmp_path, small_teacher_dir, proteins_dir, monkeypatch):
     pytest.importorskip("wandb")
     monkeypatch.chdir(tmp_path)
