@@ -51,17 +51,15 @@ def parse_header(line: str) -> tuple[str, dict[str, str]]:
     return name, dict(word.split("=", 1) for word in words if "=" in word)
 
 
-def fasta_lines(record: FastaRecord) -> list[str]:
-    """Return the header and the residues in lines of 60, without line ends."""
+def fasta_text(record: FastaRecord) -> str:
+    """Return the entry: its header, then the residues in lines of 60."""
     starts = range(0, len(record.residues), RESIDUES_PER_LINE)
-    return [
-        format_header(record),
-        *(record.residues[start : start + RESIDUES_PER_LINE] for start in starts),
-    ]
+    lines = (record.residues[start : start + RESIDUES_PER_LINE] for start in starts)
+    return "".join(f"{line}\n" for line in (format_header(record), *lines))
 
 
 def write_fasta(path: str | Path, records: Iterable[FastaRecord]) -> None:
     """Write entries to a file, atomically; what stood there is replaced."""
     with atomic_write(path) as handle:
         for record in records:
-            handle.writelines(f"{line}\n" for line in fasta_lines(record))
+            handle.write(fasta_text(record))

@@ -35,6 +35,7 @@ from pathlib import Path
 from typing import Any
 
 from src.cli import one_line
+from src.fasta import FastaRecord, fasta_text
 
 SECONDS = 10
 """Of the processor, for a case."""
@@ -661,7 +662,7 @@ def build_formats(folder: Path) -> dict[str, Format]:
     clusters = {name: name for name in named}
     for part, names in parts.items():
         splits.write_packed(
-            split / f"{part}.fasta.gz", [splits.fasta_text(n, named[n]) for n in names]
+            split / f"{part}.fasta.gz", [fasta_text(FastaRecord(n, named[n])) for n in names]
         )
     rows = ["protein\tcluster", *(f"{n}\t{c}" for n, c in clusters.items())]
     splits.write_packed(split / splits.CLUSTERS_FILE, [f"{row}\n" for row in rows])

@@ -316,14 +316,6 @@ def count_parameters(model: nn.Module) -> int:
     return sum(p.numel() for p in model.parameters())
 
 
-def count_config_parameters(config: GPT2Config) -> int:
-    """Return the number of parameters of a GPT-2 without giving it memory."""
-    from transformers import GPT2LMHeadModel
-
-    with torch.device("meta"):
-        return count_parameters(GPT2LMHeadModel(config))
-
-
 def max_positions(config: Any) -> int:
     """Return the longest input of a model, in tokens.
 

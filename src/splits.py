@@ -23,8 +23,8 @@ from pathlib import Path
 from typing import Any
 
 from src.cli import printable
+from src.fasta import FastaRecord, fasta_text
 from src.files import is_plain_name, read_json, sync_folder, write_json
-from src.proteins import RESIDUES_PER_LINE
 from src.sources import DUPLICATE, MAX_NAME, ReadReport, guarded_lines, read_proteins
 
 SPLIT_FILE = "split.json"
@@ -460,12 +460,6 @@ def write_packed(path: Path, text: Iterable[str]) -> None:
         os.fsync(handle.fileno())
 
 
-def fasta_text(name: str, residues: str) -> str:
-    """Return one FASTA entry with residues in lines of 60."""
-    lines = range(0, len(residues), RESIDUES_PER_LINE)
-    return f">{name}\n" + "".join(f"{residues[i : i + RESIDUES_PER_LINE]}\n" for i in lines)
-
-
 def describe_parts(
     proteins: Mapping[str, str], parts: Mapping[str, Sequence[str]], clusters: Mapping[str, str]
 ) -> dict[str, dict[str, Any]]:
@@ -535,7 +529,7 @@ def write_split(
     work = Path(tempfile.mkdtemp(prefix=f".{folder.name}.", suffix=".tmp", dir=folder.parent))
     try:
         for part, names in parts.items():
-            entries = (fasta_text(n, proteins[n]) for n in names)
+            entries = (fasta_text(FastaRecord(n, proteins[n])) for n in names)
             write_packed(work / f"{part}.fasta.gz", entries)
         members = sorted({name for names in parts.values() for name in names})
         rows = ["\t".join(CLUSTERS_HEADER)] + [f"{n}\t{split.clusters[n]}" for n in members]

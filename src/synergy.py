@@ -16,6 +16,7 @@ import numpy as np
 
 from src.grids import ARMS, RECIPES
 from src.statistics import Estimate, contrast, equivalence, holm, seeds_for_half_width
+from src.tables import markdown_lines
 
 MARGIN = 0.02
 """Nats per residue: a contrast within ±0.02 of 0 is equivalent to none."""
@@ -297,20 +298,22 @@ def analysis_lines(analysis: Mapping[str, Any]) -> list[str]:
             f"{len(record['seeds'])} seeds, {record['proteins']:,} proteins in "
             f"{record['clusters']:,} clusters; 95 % intervals.",
             "",
-            "| arm | ln(perplexity per residue) |",
-            "|---|---|",
-            *(f"| {arm} | {shown(e)} |" for arm, e in record["arms"].items()),
+            *markdown_lines(
+                ["arm", "ln(perplexity per residue)"],
+                [[arm, shown(e)] for arm, e in record["arms"].items()],
+            ),
             "",
         ]
         for name, design in record["designs"].items():
             lines += [
                 f"### {name}: the claim {_says(design['verdict'])}",
                 "",
-                "| contrast | estimate | the claim's part |",
-                "|---|---|---|",
-                *(
-                    f"| {key} | {shown(e)} | {design['parts'][key]} |"
-                    for key, e in design["contrasts"].items()
+                *markdown_lines(
+                    ["contrast", "estimate", "the claim's part"],
+                    [
+                        [key, shown(e), design["parts"][key]]
+                        for key, e in design["contrasts"].items()
+                    ],
                 ),
                 "",
             ]
@@ -318,11 +321,12 @@ def analysis_lines(analysis: Mapping[str, Any]) -> list[str]:
             lines += [
                 "### What explains it (exploratory)",
                 "",
-                "| contrast | estimate | p (Holm) |",
-                "|---|---|---|",
-                *(
-                    f"| {name}: {e['arms'][0]} − {e['arms'][1]} | {shown(e)} | {e['p_holm']:.2g} |"
-                    for name, e in record["explanations"].items()
+                *markdown_lines(
+                    ["contrast", "estimate", "p (Holm)"],
+                    [
+                        [f"{name}: {' − '.join(e['arms'])}", shown(e), f"{e['p_holm']:.2g}"]
+                        for name, e in record["explanations"].items()
+                    ],
                 ),
                 "",
             ]
@@ -330,11 +334,12 @@ def analysis_lines(analysis: Mapping[str, Any]) -> list[str]:
             lines += [
                 f"### Every arm less {reference}",
                 "",
-                "| arm | ln(perplexity per residue) | p (Holm) | KL, nats per residue |",
-                "|---|---|---|---|",
-                *(
-                    f"| {arm} | {shown(e['nats'])} | {e['p_holm']:.2g} | {shown(e['kl'])} |"
-                    for arm, e in arms.items()
+                *markdown_lines(
+                    ["arm", "ln(perplexity per residue)", "p (Holm)", "KL, nats per residue"],
+                    [
+                        [arm, shown(e["nats"]), f"{e['p_holm']:.2g}", shown(e["kl"])]
+                        for arm, e in arms.items()
+                    ],
                 ),
                 "",
             ]

@@ -10,7 +10,7 @@ import pytest
 import torch
 from scipy.stats import chisquare
 
-from src.fasta import FastaRecord, fasta_lines, format_header, parse_header, write_fasta
+from src.fasta import FastaRecord, fasta_text, format_header, parse_header, write_fasta
 from src.generation import (
     EMPTY,
     NO_PROTEIN,
@@ -346,7 +346,7 @@ def test_headers_stay_one_line():
     header = format_header(record)
     assert header == ">a_b model=x_y=z empty=_ value=0.333333"
     assert parse_header(header + "\n")[1]["model"] == "x_y=z"
-    assert fasta_lines(record) == [header, "MK"]
+    assert fasta_text(record) == f"{header}\nMK\n"
     assert parse_header(">") == ("", {})
 
 

@@ -14,10 +14,10 @@ import pytest
 
 from src import splits
 from src.data import read_proteins
+from src.fasta import FastaRecord, fasta_text
 from src.splits import (
     SplitSettings,
     check_split,
-    fasta_text,
     find_mmseqs,
     homology_clusters,
     leakage,
@@ -237,7 +237,7 @@ def test_read_named(tmp_path):
 
 def test_packed_files_depend_on_their_text_alone(tmp_path):
     for name in ("one.gz", "two.gz"):
-        write_packed(tmp_path / name, (fasta_text("a", "M" * 61) for _ in range(2)))
+        write_packed(tmp_path / name, (fasta_text(FastaRecord("a", "M" * 61)) for _ in range(2)))
     one = (tmp_path / "one.gz").read_bytes()
     assert one == (tmp_path / "two.gz").read_bytes()
     assert gzip.decompress(one).decode() == f">a\n{'M' * 60}\nM\n" * 2

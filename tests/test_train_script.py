@@ -279,11 +279,15 @@ def test_planning_knows_the_default_teacher(capsys):
 def test_parameter_formula_equals_the_models():
     from types import SimpleNamespace
 
-    from src.models import count_config_parameters, student_config
+    import torch
+    from transformers import GPT2LMHeadModel
+
+    from src.models import count_parameters, student_config
     from src.sizing import gpt2_parameters
 
     teacher = SimpleNamespace(vocab_size=777, n_positions=99, bos_token_id=0, eos_token_id=0)
     for preset in PRESETS.values():
         s = preset.student
-        expected = count_config_parameters(student_config(s, teacher))
+        with torch.device("meta"):
+            expected = count_parameters(GPT2LMHeadModel(student_config(s, teacher)))
         assert gpt2_parameters(s.n_layer, s.n_embd, 777, 99) == expected

@@ -45,7 +45,7 @@ def write_made_up_fasta(path: Path, target_bytes: int, seed: int) -> int:
     """Write made-up proteins until the file has about that many bytes; return their number."""
     import numpy as np
 
-    from src.splits import fasta_text
+    from src.fasta import FastaRecord, fasta_text
 
     rng = np.random.default_rng(seed)
     letters = np.frombuffer(b"ACDEFGHIKLMNPQRSTVWY", dtype=np.uint8)
@@ -57,7 +57,8 @@ def write_made_up_fasta(path: Path, target_bytes: int, seed: int) -> int:
             start, entries = 0, []
             for length in lengths:
                 count += 1
-                entries.append(fasta_text(f"protein{count}", residues[start : start + length]))
+                made_up = FastaRecord(f"protein{count}", residues[start : start + length])
+                entries.append(fasta_text(made_up))
                 start += length
             written += handle.write("".join(entries))
     return count
