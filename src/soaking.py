@@ -172,14 +172,17 @@ def verdict(samples: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     if len(samples) >= FEWEST:
         found = {name: growth(samples, name, q.bound) for name, q in QUANTITIES.items()}
     grows = [name for name, each in found.items() if each["grows"]]
-    rises = [name for name, each in found.items() if each["growth_interval"][0] > 0]
     return {
         "minutes": round(samples[-1]["seconds"] / 60, 2) if samples else 0.0,
         "cycles": len(samples),
         "cycles_by_kind": {kind: len(outcomes) for kind, outcomes in kinds.items()},
         "quantities": found,
         "grows": grows,
-        "creeps": [name for name in rises if name not in grows],
+        "creeps": [
+            name
+            for name, each in found.items()
+            if each["growth_interval"][0] > 0 and not each["grows"]
+        ],
         "unlike": unlike,
         "passed": not grows and not unlike if found else None,
     }

@@ -101,7 +101,7 @@ def test_names_of_secret_variables(name):
     [
         ("TOKENIZERS_PARALLELISM", "definitely"),
         ("PATH", "/usr/bin:/bin"),
-        ("PWD", "/home/somebody"),
+        ("PWD", "/usr/share/proteins"),
         ("COMPASS", "north-by-northwest"),
         ("HF_TOKEN", ""),
         ("SHORT_TOKEN", "abc"),
