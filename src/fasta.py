@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from src.files import atomic_write
-from src.proteins import RESIDUES_PER_LINE
+from src.proteins import lines_of
 
 
 class FastaRecord(NamedTuple):
@@ -53,9 +53,7 @@ def parse_header(line: str) -> tuple[str, dict[str, str]]:
 
 def fasta_text(record: FastaRecord) -> str:
     """Return the entry: its header, then the residues in lines of 60."""
-    starts = range(0, len(record.residues), RESIDUES_PER_LINE)
-    lines = (record.residues[start : start + RESIDUES_PER_LINE] for start in starts)
-    return "".join(f"{line}\n" for line in (format_header(record), *lines))
+    return "".join(f"{line}\n" for line in (format_header(record), *lines_of(record.residues)))
 
 
 def write_fasta(path: str | Path, records: Iterable[FastaRecord]) -> None:

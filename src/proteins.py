@@ -35,11 +35,13 @@ def layout(residues: str) -> str:
     if not (residues.isascii() and residues.isalpha() and residues.isupper()):
         bad = next(c for c in residues if not ("A" <= c <= "Z"))
         raise ValueError(f"{bad!r} is not a residue: clean the protein before laying it out")
-    lines = (
-        residues[start : start + RESIDUES_PER_LINE]
-        for start in range(0, len(residues), RESIDUES_PER_LINE)
-    )
-    return f"{END_OF_TEXT}\n" + "\n".join(lines) + f"\n{END_OF_TEXT}"
+    return f"{END_OF_TEXT}\n" + "\n".join(lines_of(residues)) + f"\n{END_OF_TEXT}"
+
+
+def lines_of(residues: str) -> list[str]:
+    """Return residues in lines of 60, the last one as long as is left."""
+    starts = range(0, len(residues), RESIDUES_PER_LINE)
+    return [residues[start : start + RESIDUES_PER_LINE] for start in starts]
 
 
 def prompt_layout(residues: str = "") -> str:

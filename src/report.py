@@ -14,7 +14,7 @@ from src import plots
 from src.callbacks import read_metrics
 from src.cli import duration, size
 from src.early_stopping import outcome_line
-from src.proteins import RESIDUES_PER_LINE
+from src.proteins import lines_of
 from src.results import (
     MODELS,
     TABLE,
@@ -402,14 +402,7 @@ def _examples(results: Mapping[str, Any], fasta: Path | None) -> list[tuple[str,
         given = figure(results, "generation.student.examples") or []
         proteins = [(f"sample {i}", r) for i, r in enumerate(given[:EXAMPLES], start=1)]
     return [
-        (
-            f"{name} · {len(residues):,} residues",
-            [
-                residues[start : start + RESIDUES_PER_LINE]
-                for start in range(0, len(residues), RESIDUES_PER_LINE)
-            ],
-        )
-        for name, residues in proteins
+        (f"{name} · {len(residues):,} residues", lines_of(residues)) for name, residues in proteins
     ]
 
 
