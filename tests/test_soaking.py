@@ -125,6 +125,25 @@ def test_a_cycle_that_leaks_is_found_by_the_engine(tmp_path):
     assert (tmp_path / "records" / "soak.png").stat().st_size > 5_000
 
 
+def test_what_was_freed_is_not_held(tmp_path):
+    """Blocks freed below one that is in use stay with the process until they are asked for."""
+    library = ctypes.CDLL(None)
+    if not hasattr(library, "malloc_trim"):
+        pytest.skip("needs glibc")
+    library.malloc.restype = ctypes.c_void_p
+    soaking.holdings(tmp_path)
+    size, count = 1 << 16, 2_000
+    blocks = [ctypes.c_void_p(library.malloc(size)) for _ in range(count)]
+    for block in blocks:
+        ctypes.memset(block, 1, size)
+    held = soaking.holdings(tmp_path)["memory"]
+    for block in blocks[:-1]:
+        library.free(block)
+    freed = size * count / soaking.MEGABYTE
+    assert held - soaking.holdings(tmp_path)["memory"] == pytest.approx(freed, rel=0.1)
+    library.free(blocks[-1])
+
+
 def left_behind(action, measure, times: int, blocks: int) -> float:
     """Return by how much a measure rises with each call, the median over blocks of calls."""
     rises = []
