@@ -23,7 +23,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from src import settings as s
 from src.benchmark_report import SECTIONS, draw, fill_page
 from src.cli import HelpFormatter, positive_int, run_script, say
-from src.results import check_output
+from src.files import check_outputs
 
 
 def sections(text: str) -> list[str]:
@@ -69,8 +69,7 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
     device = choose_device(args.device)
     output = args.output or Path("results") / f"benchmark_{device.type}.json"
     figure = output.with_suffix(".png")
-    for path in (output, figure):
-        check_output(path, args.overwrite)
+    check_outputs(output, figure, overwrite=args.overwrite)
     if args.threads:
         torch.set_num_threads(args.threads)
 

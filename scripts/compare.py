@@ -50,11 +50,10 @@ def build_parser() -> argparse.ArgumentParser:
 def run(args: argparse.Namespace) -> dict:
     """Compare, print and write. Returns the entries and verdicts."""
     from src import comparison as c
-    from src.files import write_text
-    from src.results import check_output
+    from src.files import check_outputs, write_text
 
+    check_outputs(args.output, overwrite=args.overwrite)
     if args.output:
-        check_output(args.output, args.overwrite)
         if args.format == "terminal":
             raise ValueError("--format terminal goes to the screen: leave out --output")
         args.format = args.format or c.format_of(args.output)

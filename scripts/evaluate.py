@@ -21,7 +21,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from src import processes
 from src import settings as s
 from src.cli import HelpFormatter, natural, positive_int, run_script, say
-from src.results import check_output, print_table, write_results
+from src.files import check_outputs
+from src.results import print_table, write_results
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -68,8 +69,7 @@ def run(args: argparse.Namespace) -> dict:
     """
     if not processes.is_first():
         return {}
-    for path in filter(None, (args.output, args.per_protein)):
-        check_output(path, args.overwrite)
+    check_outputs(args.output, args.per_protein, overwrite=args.overwrite)
     from src import evaluation as e
     from src import sequence_quality as q
     from src.cli import quiet_libraries

@@ -16,6 +16,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from src.cli import HelpFormatter, natural, positive_float, positive_int, run_script, say, share
+from src.files import check_outputs
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -53,10 +54,7 @@ def build_parser() -> argparse.ArgumentParser:
 
 def run(args: argparse.Namespace) -> dict:
     """Generate, score and write. Returns the counts."""
-    if args.output.is_dir():
-        raise ValueError(f"--output {args.output} is a directory: name a file")
-    if args.output.exists() and not args.overwrite:
-        raise ValueError(f"{args.output} exists: pass --overwrite or another --output")
+    check_outputs(args.output, overwrite=args.overwrite)
     if args.scorer and args.scorer == args.model:
         args.scorer = None
     from src import generation as g

@@ -16,7 +16,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from src.cli import HelpFormatter, run_script, say, size
-from src.results import check_output
+from src.files import check_outputs, write_text
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -33,8 +33,7 @@ def build_parser() -> argparse.ArgumentParser:
 
 def run(args: argparse.Namespace) -> dict:
     """Write the page. Returns its size in bytes."""
-    check_output(args.output, args.overwrite)
-    from src.files import write_text
+    check_outputs(args.output, overwrite=args.overwrite)
     from src.report import build_report
 
     write_text(args.output, build_report(args.run, args.results, args.fasta))

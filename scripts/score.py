@@ -17,7 +17,8 @@ from typing import Any
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from src.cli import HelpFormatter, natural, positive_int, run_script, say
-from src.results import check_output, put_figure, with_interval
+from src.files import check_outputs
+from src.results import put_figure, with_interval
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -45,8 +46,7 @@ def build_parser() -> argparse.ArgumentParser:
 
 def run(args: argparse.Namespace) -> dict:
     """Score, compare, write. Returns what was found."""
-    for path in filter(None, (args.output, args.correlations)):
-        check_output(path, args.overwrite)
+    check_outputs(args.output, args.correlations, overwrite=args.overwrite)
     from src import fitness as f
 
     variants = f.read_variants(args.input, args.sequence_column, args.score_column)

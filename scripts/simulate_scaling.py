@@ -62,15 +62,13 @@ def run(args: argparse.Namespace) -> dict:
     from dataclasses import asdict
 
     from src import scaling
-    from src.files import read_json, replace_section, write_json
-    from src.results import check_output
+    from src.files import check_outputs, read_json, replace_section, write_json
     from src.runs import provenance, relative_paths
 
     if args.example:
         say(json.dumps(scaling.EXAMPLE, indent=2))
         return scaling.EXAMPLE
-    if args.output:
-        check_output(args.output, args.overwrite)
+    check_outputs(args.output, overwrite=args.overwrite)
     figures = [scaling.Measurements.from_json(read_json(p), p) for p in args.measurements]
     figures += scaling.assumed_bounds() if args.bounds else []
     if not figures:

@@ -131,6 +131,33 @@ def write_text(path: str | Path, text: str) -> None:
         handle.write(text)
 
 
+def check_outputs(*paths: str | Path | None, overwrite: bool) -> None:
+    """Check, before the work whose outcome they hold, that files can be written.
+
+    Args:
+        paths: the files; None where one is not asked for.
+        overwrite: whether files that are there may be replaced.
+
+    Raises:
+        ValueError: one is there and ``overwrite`` is not set, one cannot be written where it is, or
+            two are the same file.
+    """
+    taken = set()
+    for path in (Path(path) for path in paths if path is not None):
+        if path.is_dir():
+            raise ValueError(f"{path} is a directory: name a file, for example {path / 'name'}")
+        if path.exists() and not overwrite:
+            raise ValueError(f"{path} exists: pass --overwrite to replace it, or name another file")
+        folder = next(parent for parent in path.absolute().parents if parent.exists())
+        if not folder.is_dir():
+            raise ValueError(f"{path} cannot be written: {folder} is a file, not a directory")
+        if not os.access(folder, os.W_OK | os.X_OK):
+            raise ValueError(f"{path} cannot be written: no permission to write in {folder}")
+        if path.resolve() in taken:
+            raise ValueError(f"{path} is named for two outputs: give each a file of its own")
+        taken.add(path.resolve())
+
+
 def write_json(path: str | Path, value: Any) -> None:
     """Write JSON atomically: indented, strict (a NaN or infinity raises ``ValueError``)."""
     write_text(path, json.dumps(value, indent=2, allow_nan=False) + "\n")

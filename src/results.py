@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from src.cli import printable
-from src.files import MAX_JSON_DEPTH, is_nested_beyond, read_json, write_json
+from src.files import MAX_JSON_DEPTH, check_outputs, is_nested_beyond, read_json, write_json
 from src.runs import relative_paths
 
 if TYPE_CHECKING:
@@ -88,19 +88,10 @@ def write_results(path: str | Path, results: Mapping[str, Any], overwrite: bool 
     Raises:
         ValueError: a key is missing or wrong, or the file is there and ``overwrite`` is not set.
     """
-    check_output(path, overwrite)
+    check_outputs(path, overwrite=overwrite)
     results = {"schema_version": SCHEMA_VERSION, **results}
     validate(results, path)
     write_json(path, {**results, "run": relative_paths(results["run"])})
-
-
-def check_output(path: str | Path, overwrite: bool) -> None:
-    """Raise ``ValueError`` where a file would be overwritten without leave."""
-    path = Path(path)
-    if path.is_dir():
-        raise ValueError(f"--output {path} is a directory: name a file, for example {path}/x.json")
-    if path.exists() and not overwrite:
-        raise ValueError(f"{path} exists: pass --overwrite to replace it, or another --output")
 
 
 def read_results(path: str | Path) -> dict[str, Any]:

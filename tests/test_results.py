@@ -2,9 +2,11 @@ from __future__ import annotations
 
 import json
 import random
+from pathlib import Path
 
 import pytest
 
+from src.files import check_outputs
 from src.results import (
     OPTIONAL,
     REQUIRED,
@@ -66,6 +68,24 @@ def test_a_file_is_not_overwritten_without_leave(tmp_path):
     assert read_results(path)["perplexity_ratio"] == 1.5
     with pytest.raises(ValueError, match="is a directory"):
         write_results(tmp_path, good(), overwrite=True)
+
+
+def test_a_file_that_cannot_be_written_is_refused_before_the_work(tmp_path, monkeypatch):
+    (tmp_path / "file").write_text("precious")
+    with pytest.raises(ValueError, match="file is a file, not a directory"):
+        check_outputs(tmp_path / "file" / "deeper" / "r.json", overwrite=True)
+    check_outputs(tmp_path / "new" / "deeper" / "r.json", overwrite=False)
+    assert not (tmp_path / "new").exists()
+    monkeypatch.setattr("os.access", lambda path, mode: Path(path) != tmp_path)
+    with pytest.raises(ValueError, match=f"no permission to write in {tmp_path}"):
+        check_outputs(tmp_path / "new" / "r.json", overwrite=False)
+
+
+def test_two_outputs_of_one_name_are_refused(tmp_path):
+    twice = [tmp_path / "r.json", tmp_path / "folder" / ".." / "r.json"]
+    with pytest.raises(ValueError, match="named for two outputs"):
+        check_outputs(*twice, overwrite=True)
+    check_outputs(twice[0], None, None, overwrite=False)
 
 
 @pytest.mark.parametrize(

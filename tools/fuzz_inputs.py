@@ -38,14 +38,13 @@ def run(args: argparse.Namespace) -> dict:
     """Run the cases and print a table. Returns the counts."""
     if args.case is not None and not args.format:
         raise ValueError("--case needs --format: cases are numbered within a format")
-    if args.output:
-        from src.results import check_output
-
-        check_output(args.output, args.overwrite)
     import torch
 
     from src import fuzzing
     from src.cli import quiet_libraries
+    from src.files import check_outputs
+
+    check_outputs(args.output, overwrite=args.overwrite)
 
     torch.set_num_threads(1)  # threads do not survive a fork
     quiet_libraries()

@@ -46,15 +46,14 @@ def build_parser() -> argparse.ArgumentParser:
 def run(args: argparse.Namespace) -> dict[str, Any]:
     """Soak, and write record, samples and figure. Exits with 1 where something is wrong."""
     from src import soaking
-    from src.results import check_output
+    from src.files import check_outputs
 
     if args.draw:
         soaking.draw(args.record)
         say(f"written: {args.record.with_suffix('.png')}")
         return {}
     outputs = [args.record.with_suffix(ending) for ending in (".json", ".jsonl", ".png")]
-    for path in outputs:
-        check_output(path, args.overwrite)
+    check_outputs(*outputs, overwrite=args.overwrite)
     from src.runs import provenance
 
     for path in outputs:
