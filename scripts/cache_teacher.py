@@ -37,6 +37,11 @@ def build_parser() -> argparse.ArgumentParser:
     add("--validation_proteins", type=positive_int, default=500, help="watched while training")
     add("--precision", choices=s.PRECISIONS, default="auto", help="bf16 on a GPU, else fp32")
     add("--device", default="auto", help="auto, cpu or cuda")
+    add(
+        "--shard_teacher",
+        action="store_true",
+        help="spread a teacher that no device holds over the processes of torchrun",
+    )
     add("--cache_dir", help="where tokenised proteins are kept")
     return parser
 
@@ -53,8 +58,8 @@ def run(args: argparse.Namespace) -> dict:
     quiet_libraries()
     processes.join(args.device)
     tell = say if processes.is_first() else unheard
-    found = load_teacher_and_parts(settings, args.device, args.cache_dir)
-    caches = capture_parts(found.teacher, found.parts, args.teacher_cache, tell)
+    found = load_teacher_and_parts(settings, args.device, args.cache_dir, args.shard_teacher)
+    caches = capture_parts(found, args.teacher_cache, tell)
     for name, cache in caches.items():
         tell(f"{name}: {len(found.parts[name]):,} proteins in {cache.folder}")
     return {name: str(cache.folder) for name, cache in caches.items()}

@@ -115,6 +115,11 @@ def build_parser() -> argparse.ArgumentParser:
     add("--num_workers", type=natural, default=0, help="processes that prepare batches")
     add("--cache_dir", help="where tokenised proteins are kept")
     add("--teacher_cache", type=Path, help="keep the teacher's hidden states there, run it once")
+    add(
+        "--shard_teacher",
+        action="store_true",
+        help="spread a teacher that no device holds over the processes of torchrun",
+    )
     add("--skip_teacher_check", action="store_true", help="do not test the teacher first")
     add("--dry_run", action="store_true", help="print sizes, memory, steps and time, and stop")
     return parser
@@ -172,6 +177,7 @@ def run(args: argparse.Namespace) -> dict:
         device_name=args.device,
         cache_dir=args.cache_dir,
         teacher_cache=args.teacher_cache,
+        shard_teacher=args.shard_teacher,
         skip_teacher_check=args.skip_teacher_check,
         workers=args.num_workers,
         compile_model=args.compile,

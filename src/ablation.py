@@ -177,10 +177,7 @@ class GridRun:
             )
             if self.grid.shared.cached_teacher:
                 self._caches = capture_parts(
-                    self._ingredients.teacher,
-                    self._ingredients.parts,
-                    self.work / "teacher_cache",
-                    self.announce,
+                    self._ingredients, self.work / "teacher_cache", self.announce
                 )
         return self._ingredients
 
@@ -300,7 +297,6 @@ class GridRun:
         path = self._table_of(name)
         write_table(path, [(cell, found[cell.name].per_protein) for cell in cells], self.grid.split)
         by_name = {member.name: member for member in trainer.members}
-        teacher_fingerprint = model_fingerprint(self.ingredients.teacher)
         for cell in cells:
             settings = self.grid.settings(cell)
             model = by_name[cell.name].model
@@ -326,7 +322,7 @@ class GridRun:
                 },
                 "teacher": {
                     "name": settings.teacher_model,
-                    "fingerprint": teacher_fingerprint,
+                    "fingerprint": self.ingredients.teacher_fingerprint,
                 },
                 "data": {
                     "source": settings.data,

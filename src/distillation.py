@@ -47,6 +47,7 @@ from src.losses import (
 from src.models import accepts, final_hidden_states, has_dropout, model_inputs, output_head
 from src.safeguards import GuardedTrainer
 from src.settings import LOSS_IMPLEMENTATIONS, LossSettings
+from src.sharding import in_step
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -436,7 +437,8 @@ class DistillationTrainer(GuardedTrainer):
         tallies = [PartsTally() for _ in self.all_settings]
         rows = 0
         one = torch.ones((), device=self.args.device)
-        with torch.no_grad():
+        # Processes validate different numbers of batches, so that each protein counts once.
+        with torch.no_grad(), in_step(self.teacher_model, len(dataloader)):
             for batch in dataloader:
                 inputs = self._prepare_inputs(batch)
                 rows += len(inputs["input_ids"])

@@ -361,11 +361,16 @@ def set_dropout(model: nn.Module, probability: float) -> None:
         setattr(model.config, name, probability)
 
 
+def block_lists(model: PreTrainedModel) -> dict[str, nn.ModuleList]:
+    """Return a model's lists of blocks by their names in its base model."""
+    children = model.base_model.named_children()
+    return {name: module for name, module in children if isinstance(module, nn.ModuleList)}
+
+
 def keep_head_alone(model: PreTrainedModel) -> None:
     """Free a model's blocks where only its output head is still needed."""
-    for name, module in model.base_model.named_children():
-        if isinstance(module, nn.ModuleList):
-            setattr(model.base_model, name, nn.ModuleList())
+    for name in block_lists(model):
+        setattr(model.base_model, name, nn.ModuleList())
 
 
 def has_dropout(model: nn.Module) -> bool:

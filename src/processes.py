@@ -12,7 +12,7 @@ import atexit
 import os
 import time
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, ExitStack, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager, redirect_stderr
 from datetime import timedelta
 from typing import Any, TypeVar
 
@@ -64,16 +64,59 @@ def agreed(function: Callable[[], T]) -> T:
     Raises:
         SystemExit: in the others, where it raised in the first.
     """
+    return _told(0, function)
+
+
+def in_turn(function: Callable[[], T]) -> T:
+    """Call a function in one process after the other, and return in each what its own returned.
+
+    Raises:
+        SystemExit: in the others, where it raised in one.
+    """
+    results: list[T] = []
+    for turn in range(count()):
+        _told(turn, lambda: results.append(function()))
+    return results[0]
+
+
+def largest(number: int) -> int:
+    """Return the largest of the numbers that the processes give."""
+    if count() == 1:
+        return number
+    from torch import distributed
+
+    numbers: list[Any] = [None] * count()
+    distributed.all_gather_object(numbers, number, group=_group)
+    return max(numbers)
+
+
+def alike(function: Callable[[], T]) -> T:
+    """Call a function in all processes that does the same in each, and let the first alone speak.
+
+    Raises:
+        SystemExit: in the others, where it raised what is the user's to mend.
+    """
+    if is_first():
+        return function()
+    with open(os.devnull, "w", encoding="utf-8") as nowhere, redirect_stderr(nowhere):
+        try:
+            return function()
+        except ValueError:
+            raise SystemExit(USER_ERROR) from None
+
+
+def _told(turn: int, function: Callable[[], T]) -> T:
+    """Call a function in one process, and return in all what it returned there."""
     if count() == 1:
         return function()
     from torch import distributed
 
     answer: list[Any] = [None, None]
     try:
-        if is_first():
+        if rank() == turn:
             answer = ["done", function()]
     finally:
-        distributed.broadcast_object_list(answer, src=0, group=_group)
+        distributed.broadcast_object_list(answer, src=turn, group=_group)
     if answer[0] != "done":
         raise SystemExit(USER_ERROR)
     return answer[1]

@@ -338,6 +338,8 @@ class GuardedTrainer(AtomicCheckpointTrainer):
         student.zero_grad()
         student.train()
         teacher = getattr(self, "teacher_model", None)
+        first = None
+        # To the last batch in any case: a teacher spread over processes has to be run by all alike.
         for number, batch in enumerate(record.batches):
             where = f" of batch {number}" if len(record.batches) > 1 else ""
             with watched(teacher, "teacher") as seen, watched(student, "student", seen):
@@ -347,11 +349,11 @@ class GuardedTrainer(AtomicCheckpointTrainer):
                     loss: Any = self.compute_loss(student, inputs, num_items_in_batch=record.count)
                 if not seen and not loss.isfinite():
                     seen.append("the loss")
-                if not seen:
+                if not seen and first is None:
                     loss.backward()
-                if seen:
-                    return seen[0] + where
-        return None
+                if seen and first is None:
+                    first = seen[0] + where
+        return first
 
     def number_micro_batch(self, step: int, number: int) -> None:
         """Note which batch of which step is done next: for a loss that depends on it."""

@@ -37,6 +37,7 @@ from src.files import (
 from src.fused import teacher_statistics
 from src.models import final_hidden_states, model_fingerprint, output_head
 from src.runs import locked
+from src.sharding import in_step
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -250,10 +251,12 @@ def capture(
                 f"{size(free)} are free: choose another --teacher_cache or fewer proteins"
             )
         own = [number for number in missing if number % processes.count() == processes.rank()]
-        for number in progress(own, len(own), "capturing the teacher", "shards"):
-            first, last = ranges[number]
-            hidden, figures = _capture_range(teacher, proteins, lengths, first, last, batch_tokens)
-            kept[number] = _write_shard(folder, number, first, lengths[first:last], hidden, figures)
+        batches = sum(len(_batches(lengths[slice(*ranges[n])], batch_tokens)) for n in own)
+        with in_step(teacher, batches):
+            for number in progress(own, len(own), "capturing the teacher", "shards"):
+                first, last = ranges[number]
+                found = _capture_range(teacher, proteins, lengths, first, last, batch_tokens)
+                kept[number] = _write_shard(folder, number, first, lengths[first:last], *found)
         if not processes.is_first():
             processes.wait_until((folder / "manifest.json").exists)
             return TeacherCache(folder, teacher_print, data_print)
@@ -288,6 +291,19 @@ def _shard_record(folder: Path, number: int) -> dict[str, Any] | None:
     return record if whole else None
 
 
+def _batches(lengths: np.ndarray, batch_tokens: int) -> list[np.ndarray]:
+    """Return the rows of each batch: by rising length, as many as the padded tokens allow."""
+    order = np.argsort(lengths, kind="stable")
+    batches, start = [], 0
+    while start < len(order):
+        stop = start + 1
+        while stop < len(order) and (stop - start + 1) * lengths[order[stop]] <= batch_tokens:
+            stop += 1
+        batches.append(order[start:stop])
+        start = stop
+    return batches
+
+
 @torch.no_grad()
 def _capture_range(
     teacher: PreTrainedModel,
@@ -303,15 +319,7 @@ def _capture_range(
     hidden = torch.empty(int(offsets[-1]), weight.shape[1], dtype=weight.dtype)
     figures = torch.empty(int(offsets[-1]), len(STATISTICS))
     collate = PaddingCollator(0)
-    order = np.argsort(lengths[first:last], kind="stable")
-    start = 0
-    while start < len(order):
-        stop = start + 1
-        while (
-            stop < len(order) and (stop - start + 1) * lengths[first + order[stop]] <= batch_tokens
-        ):
-            stop += 1
-        rows = order[start:stop]
+    for rows in _batches(lengths[first:last], batch_tokens):
         batch = collate([{"input_ids": proteins[int(first + row)]} for row in rows])
         batch = {name: value.to(weight.device) for name, value in batch.items()}
         mask = batch["attention_mask"]
@@ -322,7 +330,6 @@ def _capture_range(
             where = slice(int(offsets[row]), int(offsets[row + 1]))
             hidden[where] = states[place, : lengths[first + row]].to(hidden.dtype).cpu()
             figures[where] = each[place, : lengths[first + row]].float().cpu()
-        start = stop
     return hidden, figures
 
 

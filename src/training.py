@@ -56,6 +56,7 @@ from src.runs import (
     write_run,
 )
 from src.settings import TrainSettings, as_recorded, derived_steps
+from src.sharding import mesh_of_all, shard
 from src.sizing import total_steps
 from src.sources import has_split
 from src.teacher_cache import CachedCollator, TeacherCache, capture
@@ -119,6 +120,7 @@ class Ingredients:
     """What students of one teacher share: itself, the proteins, and where they are trained."""
 
     teacher: PreTrainedModel
+    teacher_fingerprint: str
     tokenizer: Any
     parts: dict[str, TokenisedProteins]
     device: torch.device
@@ -126,10 +128,42 @@ class Ingredients:
     max_length: int
 
 
+def load_teacher(
+    name: str, precision: str, device: torch.device, sharded: bool = False
+) -> tuple[PreTrainedModel, str]:
+    """Load a teacher in a run's precision; return it with its fingerprint.
+
+    One that is to be sharded is loaded by one process after the other, in the machine's memory, so
+    that this holds it whole once at a time and a device never.
+    """
+    dtype = weights_dtype(precision)
+    if not sharded:
+        teacher = load_causal_lm(name, dtype, device)
+        return teacher, model_fingerprint(teacher)
+    mesh = mesh_of_all(device)
+
+    def load() -> tuple[PreTrainedModel, str]:
+        whole = load_causal_lm(name, dtype)
+        fingerprint = model_fingerprint(whole)
+        shard(whole, mesh, device)
+        return whole, fingerprint
+
+    return processes.in_turn(load)
+
+
 def load_teacher_and_parts(
-    settings: TrainSettings, device_name: str = "auto", cache_dir: str | None = None
+    settings: TrainSettings,
+    device_name: str = "auto",
+    cache_dir: str | None = None,
+    shard_teacher: bool = False,
 ) -> Ingredients:
     """Load the teacher in the run's precision, and tokenise the proteins.
+
+    Args:
+        settings: of the run.
+        device_name: ``auto``, ``cpu`` or ``cuda``.
+        cache_dir: where tokenised proteins are kept.
+        shard_teacher: spread the teacher over the processes (:mod:`src.sharding`).
 
     Raises:
         ValueError: anything that the user can mend.
@@ -137,10 +171,10 @@ def load_teacher_and_parts(
     device = choose_device(device_name)
     precision = choose_precision(settings.precision, device)
     tokenizer = load_tokenizer(settings.teacher_model)
-    teacher = load_causal_lm(settings.teacher_model, weights_dtype(precision), device)
+    teacher, fingerprint = load_teacher(settings.teacher_model, precision, device, shard_teacher)
     max_length = min(settings.max_length, max_positions(teacher.config))
     parts = load_parts(settings, tokenizer, max_length, cache_dir)
-    return Ingredients(teacher, tokenizer, parts, device, precision, max_length)
+    return Ingredients(teacher, fingerprint, tokenizer, parts, device, precision, max_length)
 
 
 def training_rows(settings: TrainSettings, train: TokenisedProteins, max_length: int) -> int:
@@ -256,21 +290,15 @@ def remove_default_output(trainer: Trainer) -> None:
 
 
 def capture_parts(
-    teacher: PreTrainedModel,
-    parts: dict[str, TokenisedProteins],
-    directory: str | Path,
-    announce: Callable[[str], None] = say,
-    fingerprint: str | None = None,
+    found: Ingredients, directory: str | Path, announce: Callable[[str], None] = say
 ) -> dict[str, TeacherCache]:
-    """Return the teacher's cache for each part, captured where it is not there yet.
-
-    ``fingerprint`` is the teacher's where it is known; a large teacher is hashed once, not for each
-    part.
-    """
-    fingerprint = fingerprint or model_fingerprint(teacher)
+    """Return the teacher's cache for each part, captured where it is not there yet."""
+    fingerprint = found.teacher_fingerprint
     return {
-        name: capture(teacher, proteins, directory, announce=announce, fingerprint=fingerprint)
-        for name, proteins in parts.items()
+        name: capture(
+            found.teacher, proteins, directory, announce=announce, fingerprint=fingerprint
+        )
+        for name, proteins in found.parts.items()
     }
 
 
@@ -284,6 +312,7 @@ def train(
     device_name: str = "auto",
     cache_dir: str | None = None,
     teacher_cache: str | Path | None = None,
+    shard_teacher: bool = False,
     skip_teacher_check: bool = False,
     workers: int = 0,
     compile_model: bool = False,
@@ -299,6 +328,7 @@ def train(
         device_name: ``auto``, ``cpu`` or ``cuda``.
         cache_dir: where tokenised proteins are kept.
         teacher_cache: where the teacher's hidden states are kept, with ``cached_teacher``.
+        shard_teacher: spread the teacher over the processes, where one device cannot hold it.
         skip_teacher_check: do not measure the teacher on natural and shuffled proteins first.
         workers: processes that prepare batches.
         compile_model: run the student through ``torch.compile``.
@@ -320,10 +350,12 @@ def train(
     if standing == "finished":
         announce(f"{output_dir} holds this run, finished: nothing to do")
         return read_run(output_dir)
+    if shard_teacher and settings.loss.alpha == 1:
+        raise ValueError("--shard_teacher: with --alpha 1 no teacher is run")
     processes.agreed(lambda: open_tracker(report_to, output_dir))
     together = begun_on(output_dir) if standing == "resume" else processes.count()
     accumulation = processes.agreed(lambda: batches_of_each(settings, together))
-    found = load_teacher_and_parts(settings, device_name, cache_dir)
+    found = load_teacher_and_parts(settings, device_name, cache_dir, shard_teacher)
     device, precision, max_length = found.device, found.precision, found.max_length
     teacher, tokenizer, parts = found.teacher, found.tokenizer, found.parts
     student = initial_student(settings, teacher.config)
@@ -347,16 +379,16 @@ def train(
     )
     checks = None
     if not skip_teacher_check:
-        checks = processes.agreed(
+        checking = processes.alike if shard_teacher else processes.agreed
+        checks = checking(
             lambda: check_teacher(teacher, tokenizer, parts["validation"], parts["train"])
         )
         announce(checks["summary"])
-    teacher_fingerprint = model_fingerprint(teacher)
     caches = None
     if settings.cached_teacher:
         if teacher_cache is None:
             raise ValueError("this run reads a teacher cache: pass --teacher_cache DIR")
-        caches = capture_parts(teacher, parts, teacher_cache, announce, teacher_fingerprint)
+        caches = capture_parts(found, teacher_cache, announce)
         keep_head_alone(teacher)
 
     with processes.first_holds(lambda: locked(output_dir)):
@@ -375,7 +407,7 @@ def train(
             "teacher": {
                 "name": settings.teacher_model,
                 "parameters": teacher_parameters,
-                "fingerprint": teacher_fingerprint,
+                "fingerprint": found.teacher_fingerprint,
                 "checks": checks,
             },
             "student": {"parameters": parameters, "initial_fingerprint": initial},

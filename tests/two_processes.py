@@ -37,6 +37,11 @@ def tiny_lm(n_layer: int = 2, n_embd: int = 16, seed: int = 0, **config):
     return GPT2LMHeadModel(GPT2Config(n_positions=256, **shape, **settings)).double().eval()
 
 
+def tell(line: str) -> None:
+    """Print a line in one piece: ranks share the pipe."""
+    os.write(sys.stdout.fileno(), f"{line}\n".encode())
+
+
 class At(TrainerCallback):
     """Does something in one rank when a step begins, counted from 1."""
 
@@ -107,10 +112,10 @@ def script(folder, processes, name, typed, point=None):
     raise SystemExit(importlib.import_module(f"scripts.{name}").main(parts))
 
 
-def capture_shards(folder, processes):
+def capture_shards(folder, processes, sharded=False):
     """Capture a teacher's hidden states in many shards; the ranks tell how many each ran."""
     from src import processes as p
-    from src import teacher_cache
+    from src import sharding, teacher_cache
 
     tokens: Any = Tokens(40)
     tokens.fingerprint = "tokens"
@@ -124,8 +129,62 @@ def capture_shards(folder, processes):
 
     teacher_cache._capture_range = counted
     teacher = tiny_lm(seed=2).float()
-    teacher_cache.capture(teacher, tokens, folder, shard_bytes=2000, fingerprint="t" * 16)
-    print(f"rank {p.rank()}: {len(captured)} shards", flush=True)
+    if sharded:
+        device = torch.device("cpu")
+        sharding.shard(teacher, sharding.mesh_of_all(device), device)
+    options = {"shard_bytes": 2000, "batch_tokens": 40, "fingerprint": "t" * 16}
+    teacher_cache.capture(teacher, tokens, folder, **options)
+    tell(f"rank {p.rank()}: {len(captured)} shards")
+
+
+def run_sharded(folder, processes):
+    """Compare a sharded teacher with the same one whole: hidden states, bytes held, prints."""
+    from src import processes as p
+    from src import sharding
+    from src.models import count_parameters, final_hidden_states
+
+    p.join("cpu")
+    device = torch.device("cpu")
+    whole, teacher = (tiny_lm(n_layer=6, seed=3) for _ in range(2))
+    sharding.shard(teacher, sharding.mesh_of_all(device), device)
+    assert sharding.is_sharded(teacher)
+    assert not sharding.is_sharded(whole)
+    assert count_parameters(teacher) == count_parameters(whole)
+    every = sharding.held_bytes(whole)
+    blocks = sharding.held_bytes(whole.transformer.h)
+    generator = torch.Generator().manual_seed(p.rank())  # each its own proteins, of its own lengths
+    for padding in ("left", "right", "left"):
+        ids = torch.randint(0, 64, (3, 5 + p.rank()), generator=generator)
+        mask = torch.ones_like(ids)
+        mask[0, :2] = 0
+        mask = mask if padding == "left" else mask.flip(-1)
+        with torch.no_grad():
+            both = [final_hidden_states(model, ids, mask) for model in (whole, teacher)]
+        assert torch.equal(*both)
+        assert sharding.held_bytes(teacher) <= every - 0.49 * blocks
+    tell(f"rank {p.rank()}: alike")
+
+
+def train_to_nan_sharded(folder, processes):
+    """Spoil the first of a step's two batches in one process: the other runs both anew."""
+    from src import sharding
+
+    trainer = trainer_of(folder, 1)
+    device = torch.device("cpu")
+    sharding.shard(trainer.teacher_model, sharding.mesh_of_all(device), device)
+    spoiled = []
+
+    def spoil(module, inputs, output):
+        ids = inputs[0]
+        step = trainer.state.global_step if trainer.model.training else None
+        if trainer.args.process_index == 1 and step == 3:
+            spoiled[:] = spoiled or [ids.clone()]
+            if torch.equal(ids, spoiled[0]):
+                return output * float("nan")
+        return None
+
+    trainer.model.transformer.wte.register_forward_hook(spoil)
+    resume(trainer)
 
 
 # (name of the directory, processes, function, options): a job is a list of them.
@@ -202,6 +261,15 @@ JOBS = {
         ("dropout, stopped", 2, train, {"dropout": 0.1}),
     ],
     "nan": [("nan", 2, train_to_nan, {})],
+    "sharded": [("sharded", 2, run_sharded, {})],
+    "sharded_shards": [("sharded-shards", 2, capture_shards, {"sharded": True})],
+    "sharded_nan": [("sharded-nan", 2, train_to_nan_sharded, {})],
+    "sharded_training": [
+        ("whole", 2, script, {"name": "train", "typed": TRAIN}),
+        ("sharded", 2, script, {"name": "train", "typed": TRAIN + "--shard_teacher"}),
+        ("cached", 2, script, {"name": "train", "typed": CACHED + " --shard_teacher"}),
+        ("alone", 1, script, {"name": "train", "typed": TRAIN + "--shard_teacher"}),
+    ],
 }
 
 
@@ -226,7 +294,7 @@ def run_ranks(folder: Path, processes: int, function, options) -> list[int]:
             function(folder, processes, **options)
             status = 0
         except NotFinite as error:
-            print(f"rank {rank}: {error}", flush=True)
+            tell(f"rank {rank}: {error}")
             status = USER_ERROR
         except SystemExit as stop:
             status = int(stop.code or 0)

@@ -1,0 +1,103 @@
+"""Spreads a frozen teacher's blocks over processes, for a teacher that no single device holds.
+
+The weights of each block are split evenly (fully sharded data parallel, Zhao et al. 2023,
+arXiv:2304.11277). Before a block runs they are gathered from all processes, after it they are
+dropped. So a process holds 1/N of the blocks and, in passing, one or two blocks whole; embeddings
+and output head stay whole, because the loss reads the head itself. Gathering copies: what the
+teacher computes is the same to the bit.
+
+Each gathering takes all processes, so all must run the teacher equally often. In training they do;
+where their shares differ, :func:`in_step` lets those with less to do run a single token.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import TYPE_CHECKING
+
+import torch
+from torch import nn
+
+from src import processes
+from src.models import block_lists, final_hidden_states, output_head
+
+if TYPE_CHECKING:
+    from torch.distributed.device_mesh import DeviceMesh
+    from transformers import PreTrainedModel
+
+
+def mesh_of_all(device: torch.device) -> DeviceMesh:
+    """Return the processes as a row of devices of one type. All must call it together.
+
+    Raises:
+        ValueError: there is but one process.
+    """
+    if processes.count() == 1:
+        raise ValueError(
+            "--shard_teacher spreads the teacher over several processes: start them with torchrun"
+        )
+    from torch.distributed.device_mesh import init_device_mesh
+
+    return init_device_mesh(device.type, (processes.count(),))
+
+
+def shard(teacher: PreTrainedModel, mesh: DeviceMesh, device: torch.device) -> None:
+    """Freeze a teacher, keep this process's share of its blocks, and move it to a device.
+
+    Blocks are moved one after the other, so the device never holds more than its share, one block
+    and what is not in blocks.
+
+    Raises:
+        ValueError: the model has no list of blocks.
+    """
+    from torch.distributed.fsdp import fully_shard
+
+    blocks = [block for each in block_lists(teacher).values() for block in each]
+    if not blocks:
+        raise ValueError(f"--shard_teacher: {type(teacher).__name__} has no list of blocks")
+    teacher.requires_grad_(False)
+    for block in blocks:
+        fully_shard(block, mesh=mesh, reshard_after_forward=True)
+    inside = {parameter for block in blocks for parameter in block.parameters()}
+    whole = {parameter for parameter in teacher.parameters() if parameter not in inside}
+    # The root lets a block be gathered while the one before it runs; it shards nothing itself.
+    fully_shard(teacher.base_model, mesh=mesh, reshard_after_forward=True, ignored_params=whole)
+    teacher.to(device)  # type: ignore[arg-type]
+
+
+def is_sharded(model: PreTrainedModel) -> bool:
+    """Return whether a model has blocks that are spread over processes."""
+    from torch.distributed.fsdp import FSDPModule
+
+    blocks = (block for each in block_lists(model).values() for block in each)
+    return any(isinstance(block, FSDPModule) for block in blocks)
+
+
+def held_bytes(model: nn.Module) -> int:
+    """Return the bytes of a model's parameters that this process holds between two runs."""
+    held = 0
+    for parameter in model.parameters():
+        own = getattr(parameter, "to_local", lambda p=parameter: p)()
+        held += own.numel() * own.element_size()
+    return held
+
+
+@contextmanager
+def in_step(teacher: PreTrainedModel | None, runs: int) -> Iterator[None]:
+    """Bring the runs of a sharded teacher, after the body, to those of the busiest process.
+
+    Args:
+        teacher: where it is not sharded, or None, nothing is done.
+        runs: how often the body runs it in this process.
+    """
+    if teacher is None or not is_sharded(teacher):
+        yield
+        return
+    missing = processes.largest(runs) - runs
+    yield
+    weight, _ = output_head(teacher)
+    token = torch.zeros(1, 1, dtype=torch.long, device=weight.device)
+    with torch.no_grad():
+        for _ in range(missing):
+            final_hidden_states(teacher, token)
