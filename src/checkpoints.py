@@ -20,6 +20,7 @@ import random
 import re
 import shutil
 from collections.abc import Callable, Mapping
+from itertools import count
 from pathlib import Path
 from typing import Any
 
@@ -37,6 +38,7 @@ from src.files import (
     is_plain_name,
     names_full_disk,
     read_json,
+    remove_folder,
     sha256_file,
     sync_folder,
     write_json,
@@ -48,6 +50,7 @@ STATE_FILE = "training_state.json"
 TRAINER_STATE_FILE = "trainer_state.json"
 PROCESS_FILE = "process-{}.safetensors"
 """What belongs to one process: its random states and its part of the log's open interval."""
+NEEDED_FILES = (OPTIMIZER_FILE, STATE_FILE, TRAINER_STATE_FILE, PROCESS_FILE.format(0))
 CHECKPOINT_NAME = re.compile(r"checkpoint-(\d+)")
 
 
@@ -66,8 +69,6 @@ def fault_of(folder: Path) -> str | None:
     """Return what is wrong with a checkpoint, or None where every file agrees with the manifest."""
     try:
         files = read_json(folder / MANIFEST)["files"]
-        if not files:
-            return f"{MANIFEST} names no file"
         for name, expected in files.items():
             if not is_plain_name(name):
                 return f"{MANIFEST} names {name!r:.40}, which is no file of the checkpoint"
@@ -78,6 +79,9 @@ def fault_of(folder: Path) -> str | None:
                 return f"{name} has {path.stat().st_size} bytes instead of {expected['bytes']}"
             if sha256_file(path) != expected["sha256"]:
                 return f"{name} was altered"
+        for name in NEEDED_FILES:
+            if name not in files:
+                return f"{MANIFEST} does not name {name}"
     except (ValueError, KeyError, TypeError, AttributeError, OSError):
         return f"{MANIFEST} is missing or broken"
     return None
@@ -99,6 +103,11 @@ def best_step_of(folder: Path) -> int | None:
         return read_json(folder / TRAINER_STATE_FILE).get("best_global_step")
     except (ValueError, AttributeError, OSError):
         return None
+
+
+def step_of(checkpoint: Path) -> int:
+    """Return the step in a checkpoint's name."""
+    return int(checkpoint.name.rpartition("-")[2])
 
 
 def newest_valid(run: Path, announce: Callable[[str], None] = say) -> Path | None:
@@ -192,6 +201,8 @@ class AtomicCheckpointTrainer(Trainer):
 
     _finished_checkpoint: str | None = None
     """The checkpoint resumed from, where no step is left to do."""
+    _known_whole: frozenset[str] | set[str] = frozenset()
+    """Names of checkpoints that were read back and found right when the last one was saved."""
     _owed: dict[str, bool] | None = None
     """What a checkpoint made in the middle of a validation still owes: ``evaluate``, ``save``."""
 
@@ -248,7 +259,7 @@ class AtomicCheckpointTrainer(Trainer):
             crash_point("checkpoint:after_rename")
             sync_folder(run)
             if outdated is not None and fault_of(final) is None:
-                shutil.rmtree(outdated)
+                remove_folder(outdated)
             self._prune(run, final)
             crash_point("checkpoint:after_pruning")
         self._wait_for_all()
@@ -273,15 +284,16 @@ class AtomicCheckpointTrainer(Trainer):
 
     def _way_out(self, run: Path) -> str:
         """Return what a person can do where the disk is full."""
-        good = next((path.name for path in checkpoints_of(run)), None)
-        kept = f"{good} is whole: " if good else ""
+        good = newest_valid(run, announce=lambda line: None)
+        kept = f"{good.name} is whole: " if good else ""
         return f"{kept}make space and go on with --resume"
 
     def _set_aside(self, final: Path) -> Path | None:
         """Move an older checkpoint of the same step away; return it if it is ours to remove."""
         if fault_of(final) is not None:
             # Found broken on resuming: kept, because a person may want to know why.
-            final.rename(final.with_name(f"{final.name}.broken-{os.getpid()}"))
+            names = (final.with_name(f"{final.name}.broken-{number}") for number in count(1))
+            final.rename(next(name for name in names if not name.exists()))
             return None
         return final.rename(final.with_name(f"{final.name}.outdated{UNFINISHED_SUFFIX}"))
 
@@ -293,16 +305,24 @@ class AtomicCheckpointTrainer(Trainer):
         limit = self.args.save_total_limit
         if not limit or fault_of(newest) is not None:
             return
-        checkpoints = checkpoints_of(run)
+        # Those of later steps were passed over as broken on resuming. They, and broken ones of
+        # earlier steps, stay for a person to look at, and in no whole one's place.
+        earlier = [path for path in checkpoints_of(run) if step_of(path) < step_of(newest)]
+        whole = [newest, *(path for path in earlier if self._is_whole(path))]
+        self._known_whole = {path.name for path in whole}
         best = set()
         if self.state.best_global_step is not None:
             # Of every checkpoint that a run may go on from, its best must be there at the end.
-            best = {f"checkpoint-{best_step_of(kept)}" for kept in checkpoints[:limit]}
-        for old in checkpoints[limit:]:
+            best = {f"checkpoint-{best_step_of(kept)}" for kept in whole[:limit]}
+        for old in whole[limit:]:
             if old.name in best:
                 continue
             # Renamed first: a checkpoint that is being removed must not look like a broken one.
-            shutil.rmtree(old.rename(old.with_name(f"{old.name}.old{UNFINISHED_SUFFIX}")))
+            remove_folder(old.rename(old.with_name(f"{old.name}.old{UNFINISHED_SUFFIX}")))
+
+    def _is_whole(self, checkpoint: Path) -> bool:
+        """Return whether a checkpoint is whole; one that was found so is not read again."""
+        return checkpoint.name in self._known_whole or fault_of(checkpoint) is None
 
     def _save_callback_states(self) -> None:
         """Bring the states of callbacks that have one up to date in the Trainer's state."""

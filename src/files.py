@@ -18,9 +18,9 @@ from typing import IO, Any
 from src.crash_points import crash_point
 
 UNFINISHED_SUFFIX = ".unfinished"
-"""Of the name of a directory that is not yet whole."""
+"""Of the name of a file or directory that is not yet whole."""
 UNFINISHED_NAME = re.compile(r"(checkpoint-\d+(\.\w+)?|model)" + re.escape(UNFINISHED_SUFFIX))
-TEMPORARY_NAME = re.compile(r"\..+\.[^.]{8}\.tmp")
+TEMPORARY_NAME = re.compile(r"\..+\.[a-z0-9_]{8}" + re.escape(UNFINISHED_SUFFIX))
 FULL = (errno.ENOSPC, errno.EDQUOT)
 MAX_JSON_BYTES = 1 << 25
 MAX_JSON_DEPTH = 100
@@ -40,7 +40,9 @@ def atomic_write(path: str | Path, mode: str = "w") -> Iterator[IO]:
     """
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    descriptor, name = tempfile.mkstemp(prefix=f".{path.name}.", suffix=".tmp", dir=path.parent)
+    descriptor, name = tempfile.mkstemp(
+        prefix=f".{path.name}.", suffix=UNFINISHED_SUFFIX, dir=path.parent
+    )
     try:
         encoding = None if "b" in mode else "utf-8"
         with os.fdopen(descriptor, mode, encoding=encoding) as handle:
@@ -71,8 +73,8 @@ def remove_unfinished(folder: Path) -> list[str]:
     removed = []
     for path in sorted(folder.iterdir()):
         if UNFINISHED_NAME.fullmatch(path.name) and path.is_dir():
-            shutil.rmtree(path)
-        elif is_temporary(path.name):
+            remove_folder(path)
+        elif is_temporary(path.name) and not path.is_dir():
             path.unlink(missing_ok=True)
         else:
             continue
@@ -80,12 +82,20 @@ def remove_unfinished(folder: Path) -> list[str]:
     return removed
 
 
+def remove_folder(path: Path) -> None:
+    """Remove a directory with all that is in it; of a link to one, the link alone."""
+    if path.is_symlink():
+        path.unlink()
+    else:
+        shutil.rmtree(path)
+
+
 def remove_temporaries_of(path: Path) -> None:
     """Remove what killed processes left of a file that they were writing atomically.
 
     For a file that no other process may be writing now.
     """
-    for left in path.parent.glob(f".{glob.escape(path.name)}.*.tmp"):
+    for left in path.parent.glob(f".{glob.escape(path.name)}.*{UNFINISHED_SUFFIX}"):
         if is_temporary(left.name):
             left.unlink(missing_ok=True)
 

@@ -36,8 +36,8 @@ from src import interruption
 from src.checkpoints import (
     AtomicCheckpointTrainer,
     as_json,
-    checkpoints_of,
     fault_of,
+    newest_valid,
     random_states,
     restore_random_states,
 )
@@ -202,7 +202,7 @@ class GuardedTrainer(AtomicCheckpointTrainer):
         if bad:
             raise NotFinite(
                 f"step {self.state.global_step}: {bad[0]} is {metrics[bad[0]]}; "
-                f"{self._last_good()}: lower --learning_rate, or look at the validation proteins"
+                f"{self._last_good()}: {self._other_numbers()}, or look at the validation proteins"
             )
         return metrics
 
@@ -303,8 +303,13 @@ class GuardedTrainer(AtomicCheckpointTrainer):
     # Evidence of a failure ------------------------------------------------------------------------
 
     def _last_good(self) -> str:
-        good = next((p for p in checkpoints_of(Path(str(self.args.output_dir)))), None)
+        good = newest_valid(Path(str(self.args.output_dir)), announce=lambda line: None)
         return f"{good.name} is kept" if good else "there is no checkpoint yet"
+
+    def _other_numbers(self) -> str:
+        """Return what a person can change: the run itself, gone on with, would fail again."""
+        lower = "train again in another --output_dir with a lower --learning_rate"
+        return lower if self.accelerator.mixed_precision == "no" else f"{lower} or --precision fp32"
 
     def _report_failure(self, record: StepRecord) -> None:
         """Save what the failed step began with, find the first bad tensor, and stop.
@@ -319,8 +324,8 @@ class GuardedTrainer(AtomicCheckpointTrainer):
         self._wait_for_all()
         raise NotFinite(
             f"step {record.step + 1}: {first or 'the loss or a gradient'} is not finite; batch, "
-            f"random states and weights are in {folder}; {self._last_good()}: lower "
-            "--learning_rate, or try --precision fp32"
+            f"random states and weights are in {folder}; {self._last_good()}: "
+            f"{self._other_numbers()}"
         )
 
     def first_bad_tensor(self, record: StepRecord) -> str | None:

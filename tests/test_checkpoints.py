@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import random
 import shutil
 import subprocess
@@ -15,6 +14,7 @@ from small_runs import assert_same_bits, make_trainer, resume
 from transformers import TrainerCallback
 
 from src.checkpoints import (
+    NEEDED_FILES,
     as_json,
     checkpoints_of,
     fault_of,
@@ -89,7 +89,8 @@ def test_a_damaged_checkpoint_is_passed_over_and_said_so(tmp_path, kind):
     for number in (10, 9, 100):
         folder = tmp_path / f"checkpoint-{number}"
         folder.mkdir()
-        (folder / "model.safetensors").write_bytes(bytes(range(200)))
+        for name in ("model.safetensors", *NEEDED_FILES):
+            (folder / name).write_bytes(bytes(range(200)))
         write_manifest(folder)
     (tmp_path / "checkpoint-200.unfinished").mkdir()
     damaged(tmp_path / "checkpoint-100", kind)
@@ -150,8 +151,64 @@ def test_a_checkpoint_of_a_step_can_be_made_again(tiny_lm, tmp_path):
     trainer._save_checkpoint(trainer.model, None)
     assert fault_of(final) is None
     # The whole one was replaced; the broken one is kept for a look.
+    (final / "config.json").write_text("{}")
+    trainer._save_checkpoint(trainer.model, None)
     kept = {path.name for path in tmp_path.glob("checkpoint*")}
-    assert kept == {"checkpoint-2", f"checkpoint-2.broken-{os.getpid()}"}
+    assert kept == {"checkpoint-2", "checkpoint-2.broken-1", "checkpoint-2.broken-2"}
+
+
+class Die(TrainerCallback):
+    """Ends the process, as it were, when a step is over."""
+
+    def __init__(self, step: int):
+        self.step = step
+
+    def on_step_end(self, args, state, control, **kwargs):
+        if state.global_step == self.step:
+            raise KeyboardInterrupt
+
+
+def killed(trainer, step: int):
+    """Train, or go on, to the end of a step."""
+    trainer.add_callback(Die(step))
+    with pytest.raises(KeyboardInterrupt):
+        resume(trainer)
+
+
+def names(checkpoints):
+    return [path.name for path in checkpoints]
+
+
+def test_a_checkpoint_is_kept_beside_broken_ones_of_any_step(tiny_lm, tmp_path):
+    make_trainer(tiny_lm, tmp_path, save_total_limit=2).train()
+    assert names(checkpoints_of(tmp_path)) == ["checkpoint-9", "checkpoint-8"]
+    for folder in checkpoints_of(tmp_path):
+        damaged(folder, "truncated")
+    killed(make_trainer(tiny_lm, tmp_path, save_total_limit=2), 3)
+    assert newest_valid(tmp_path, lambda line: None) == tmp_path / "checkpoint-2"
+    # A broken one of an earlier step does not push a whole one out either.
+    shutil.copytree(tmp_path / "checkpoint-2", tmp_path / "checkpoint-3")
+    damaged(tmp_path / "checkpoint-3", "altered")
+    killed(make_trainer(tiny_lm, tmp_path, save_total_limit=2), 5)
+    assert newest_valid(tmp_path, lambda line: None) == tmp_path / "checkpoint-4"
+    assert fault_of(tmp_path / "checkpoint-2") is None
+    resume(make_trainer(tiny_lm, tmp_path, save_total_limit=2))
+    whole = [path for path in checkpoints_of(tmp_path) if fault_of(path) is None]
+    assert names(whole) == ["checkpoint-9", "checkpoint-8"]
+    assert {"checkpoint-8.broken-1", "checkpoint-9.broken-1"} <= set(names(tmp_path.iterdir()))
+
+
+def test_of_a_link_to_a_checkpoint_the_link_alone_goes(tiny_lm, tmp_path):
+    run, disk = tmp_path / "run", tmp_path / "other disk"
+    killed(make_trainer(tiny_lm, run, save_total_limit=2), 3)
+    shutil.move(run / "checkpoint-2", disk)
+    (run / "checkpoint-2").symlink_to(disk)
+    resume(make_trainer(tiny_lm, run, save_total_limit=2))
+    assert names(checkpoints_of(run)) == ["checkpoint-9", "checkpoint-8"]
+    assert fault_of(disk) is None
+    (run / "model.unfinished").symlink_to(disk)
+    assert remove_unfinished(run) == ["model.unfinished"]
+    assert fault_of(disk) is None
 
 
 def test_a_full_disk_leaves_the_last_checkpoint_and_a_clear_line(tiny_lm, tmp_path, small_disk):
@@ -207,8 +264,15 @@ def test_a_model_is_written_file_by_file_when_whole(tiny_lm, tmp_path, small_dis
 
 def test_leftovers_of_a_killed_run_go_and_nothing_else(tmp_path):
     ours = ["checkpoint-3.unfinished", "checkpoint-2.old.unfinished", "model.unfinished"]
-    ours.append(".run.json.abcdefgh.tmp")
-    theirs = ["notes.unfinished", "results.tmp", ".hidden", "checkpoint-2.broken-17", "thesis.txt"]
+    ours.append(".run.json.abcdefgh.unfinished")
+    theirs = [
+        "notes.unfinished",
+        "results.tmp",
+        ".hidden",
+        "checkpoint-2.broken-17",
+        ".thesis.chapter1.tmp",
+        "thesis.txt",
+    ]
     for name in [*ours[:3], "thesis.unfinished"]:
         (tmp_path / name).mkdir()
     for name in [ours[3], *theirs]:
@@ -220,8 +284,9 @@ def test_leftovers_of_a_killed_run_go_and_nothing_else(tmp_path):
 
 
 def test_what_is_left_of_one_file_goes_and_nothing_else(tmp_path):
-    ours = [".a[1].json.abcdefgh.tmp", ".a[1].json.12345678.tmp"]
-    theirs = [".a1.json.abcdefgh.tmp", ".b.json.abcdefgh.tmp", "a[1].json", ".a[1].json.x.tmp"]
+    ours = [f".a[1].json.{letters}.unfinished" for letters in ("abcdefgh", "12345678")]
+    theirs = [f".{name}.json.abcdefgh.unfinished" for name in ("a1", "b")]
+    theirs += ["a[1].json", ".a[1].json.x.unfinished", ".a[1].json.abcdefgh.tmp"]
     for name in [*ours, *theirs]:
         (tmp_path / name).write_text("x")
     remove_temporaries_of(tmp_path / "a[1].json")

@@ -118,7 +118,9 @@ def test_other_settings_are_named_and_nothing_is_touched(tmp_path, resume):
     assert {path.name: path.read_bytes() for path in folder.iterdir()} == before
 
 
-@pytest.mark.parametrize("name", ["thesis.txt", ".git", "notes.tmp", ".x.tmp"])
+@pytest.mark.parametrize(
+    "name", ["thesis.txt", ".git", "notes.tmp", ".x.tmp", ".run.json.abcdefgh.tmp"]
+)
 def test_files_of_others_are_left_alone(tmp_path, name):
     (tmp_path / name).write_text("years of work")
     with pytest.raises(ValueError, match="no run of ours"):
@@ -129,7 +131,7 @@ def test_files_of_others_are_left_alone(tmp_path, name):
 def test_a_run_killed_before_its_first_record_can_begin_again(tmp_path):
     """Found by killing at ``write:run.json``: the half-written record looked like user data."""
     (tmp_path / ".lock").write_text("process 1 on here")
-    (tmp_path / ".run.json.abcdefgh.tmp").write_text("{")
+    (tmp_path / ".run.json.abcdefgh.unfinished").write_text("{")
     assert claim_folder(tmp_path, SETTINGS, resume=False) == "new"
 
 

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from src.checkpoints import MANIFEST, fault_of, newest_valid, write_manifest
+from src.checkpoints import MANIFEST, NEEDED_FILES, fault_of, newest_valid, write_manifest
 from src.models import load_causal_lm, load_tokenizer
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -169,7 +169,8 @@ def test_weights_that_are_missing_or_no_numbers_are_refused(model_folder, tiny_l
 def test_a_checkpoint_cannot_name_files_outside(tmp_path):
     for step in (1, 2):
         (tmp_path / f"checkpoint-{step}").mkdir()
-        (tmp_path / f"checkpoint-{step}" / "a.json").write_text("{}")
+        for name in ("a.json", *NEEDED_FILES):
+            (tmp_path / f"checkpoint-{step}" / name).write_text("{}")
         write_manifest(tmp_path / f"checkpoint-{step}")
     newest = tmp_path / "checkpoint-2"
     assert newest_valid(tmp_path, print) == newest
@@ -180,7 +181,7 @@ def test_a_checkpoint_cannot_name_files_outside(tmp_path):
         assert fault is not None
         assert fault.isprintable()
     (newest / MANIFEST).write_text('{"files": {}}')
-    assert fault_of(newest) == f"{MANIFEST} names no file"
+    assert fault_of(newest) == f"{MANIFEST} does not name {NEEDED_FILES[0]}"
     assert newest_valid(tmp_path, lambda line: None) == tmp_path / "checkpoint-1"
 
 
