@@ -42,7 +42,7 @@ from src.grids import RATES_FILE, Cell, Grid, settings_key
 from src.interruption import stops_on_signals
 from src.models import count_parameters, load_causal_lm, model_fingerprint, output_head
 from src.results import figure, read_results, write_results
-from src.runs import InUseError, locked, provenance
+from src.runs import InUseError, is_begun, locked, provenance
 from src.settings import as_recorded
 from src.sizing import total_steps
 from src.teacher_cache import TeacherCache
@@ -199,7 +199,7 @@ class GridRun:
         """Return the cells to train together: those of a group under way, else what is missing."""
         wanted = {cell.name: settings_key(self.grid.settings(cell)) for cell in cells}
         path = folder / GROUP_FILE
-        if path.exists():
+        if is_begun(folder, GROUP_FILE, "--work"):
             begun = read_json(path)["members"]
             by_name = {cell.name: cell for cell in cells}
             missing = {cell.name for cell in cells if not self.done(cell)}

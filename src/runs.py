@@ -32,8 +32,14 @@ NAMES = (
     ("settings", "data"),
 )
 """Where a record names a model or data: evaluation opens what stands there."""
+PATHS = ("teacher_model", "data", "init_from")
+"""Settings that may be paths: the same file however it is spelt, and wherever a run goes on."""
 LONGEST_NAME = 500
 PACKAGES = ("torch", "transformers", "tokenizers", "accelerate", "datasets", "numpy", "safetensors")
+
+
+HOLDER = re.compile(r"(process \d+ on .*)?")
+"""What a lock file says of the process that holds it, or held it last."""
 
 
 class InUseError(ValueError):
@@ -73,10 +79,14 @@ def locked(folder: Path, flag: str = "--output_dir") -> Iterator[None]:
 
     Raises:
         InUseError: another process holds it.
+        ValueError: what has the name of its lock file was not written by us.
     """
     folder.mkdir(parents=True, exist_ok=True)
     _leave_locks_to_parent()
-    with (folder / LOCK_FILE).open("a+") as handle:
+    path = folder / LOCK_FILE
+    if not _may_be_lock(path):
+        raise ValueError(f"{path} is no lock that we wrote: choose another {flag}")
+    with path.open("a+") as handle:
         try:
             fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError:
@@ -94,6 +104,16 @@ def locked(folder: Path, flag: str = "--output_dir") -> Iterator[None]:
             yield
         finally:
             _held.discard(handle)
+
+
+def _may_be_lock(path: Path) -> bool:
+    """Return whether a name is free for a lock, or stands for one of ours."""
+    if not os.path.lexists(path):
+        return True
+    if path.is_symlink() or not path.is_file():
+        return False
+    with path.open(encoding="utf-8", errors="replace") as handle:
+        return HOLDER.fullmatch(handle.read(1000)) is not None
 
 
 def read_run(folder: str | Path) -> dict[str, Any]:
@@ -139,6 +159,23 @@ def changed_settings(old: Mapping[str, Any], new: Mapping[str, Any], prefix: str
     return names
 
 
+def is_begun(folder: Path, marker: str, flag: str) -> bool:
+    """Return whether a directory holds work of ours, told by a file that is written first.
+
+    Without it the directory is absent, empty, or left by a process that was killed at its start.
+
+    Raises:
+        ValueError: it holds something else.
+    """
+    if (folder / marker).is_file():
+        return True
+    contents = [path.name for path in folder.iterdir()] if folder.exists() else []
+    lock = LOCK_FILE if _may_be_lock(folder / LOCK_FILE) else None
+    if all(name == lock or is_temporary(name) for name in contents):
+        return False
+    raise ValueError(f"{folder} holds files that no run of ours wrote: choose another {flag}")
+
+
 def claim_folder(
     folder: Path, settings: Mapping[str, Any], resume: bool, flag: str = "--output_dir"
 ) -> str:
@@ -157,14 +194,18 @@ def claim_folder(
     Raises:
         ValueError: something else is there, or the same run, unfinished, without ``--resume``.
     """
-    contents = [p.name for p in folder.iterdir()] if folder.exists() else []
-    if all(name == LOCK_FILE or is_temporary(name) for name in contents):
-        # Also what a run leaves that was killed before its first record was whole.
+    if not is_begun(folder, RUN_FILE, flag):
         return "new"
-    if not (folder / RUN_FILE).is_file():
-        raise ValueError(f"{folder} holds files that no run of ours wrote: choose another {flag}")
     record = read_run(folder)
-    changed = changed_settings(relative_paths(record["settings"]), relative_paths(settings))
+    before = relative_paths(record["settings"])
+    now = relative_paths(settings)
+    directory = record.get("directory")
+    began_in = os.path.join(folder, directory) if isinstance(directory, str) else os.curdir
+    for name in PATHS:
+        for recorded, base in ((before, began_in), (now, os.curdir)):
+            if isinstance(recorded.get(name), str):
+                recorded[name] = _place(recorded[name], base)
+    changed = changed_settings(before, now)
     if changed:
         names = printable(", ".join(changed[:20]))[:300]
         raise ValueError(
@@ -178,6 +219,12 @@ def claim_folder(
             f"or choose another {flag}"
         )
     return "resume"
+
+
+def _place(name: str, base: str) -> str:
+    """Return where a path leads from a directory; a name that leads nowhere, such as a hub id."""
+    path = os.path.realpath(os.path.join(base, os.path.expanduser(name)))
+    return path if os.path.exists(path) else name
 
 
 def provenance() -> dict[str, Any]:
@@ -256,8 +303,15 @@ def versions() -> dict[str, str]:
 
 
 def write_run(folder: Path, record: Mapping[str, Any]) -> None:
-    """Write a run's record atomically, its paths relative; of several processes the first does."""
+    """Write a run's record atomically, its paths relative; of several processes the first does.
+
+    ``directory`` says from where they are relative, seen from the run's own, where that names
+    nothing: ``..`` or ``../..``.
+    """
     if not processes.is_first():
         return
+    directory = os.path.relpath(os.path.realpath(os.curdir), os.path.realpath(folder))
+    if set(Path(directory).parts) <= {os.pardir}:
+        record = {"directory": directory, **record}
     with names_full_disk(folder, "make space and go on with --resume"):
         write_json(folder / RUN_FILE, relative_paths({"schema_version": SCHEMA_VERSION, **record}))

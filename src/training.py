@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import os
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -45,6 +46,7 @@ from src.models import (
     student_config,
 )
 from src.rehearsal import REHEARSED_FROM, Rehearsal, rehearse
+from src.results import figure
 from src.runs import (
     FINISHED,
     RUN_FILE,
@@ -196,6 +198,8 @@ def build_arguments(
 ) -> TrainingArguments:
     """Return the Trainer's arguments for our settings."""
     derived = derived_steps(settings, steps)
+    # A launcher's own choice, in the environment, would otherwise win over fp32.
+    os.environ["ACCELERATE_MIXED_PRECISION"] = "no" if precision == "fp32" else precision
     return TrainingArguments(
         output_dir=str(output_dir),
         per_device_train_batch_size=settings.batch_size,
@@ -348,8 +352,7 @@ def train(
         announce = unheard
     standing = processes.agreed(lambda: claim_folder(output_dir, wanted, resume))
     if standing == "finished":
-        announce(f"{output_dir} holds this run, finished: nothing to do")
-        return read_run(output_dir)
+        return processes.agreed(lambda: finished_run(output_dir, announce))
     if shard_teacher and settings.loss.alpha == 1:
         raise ValueError("--shard_teacher: with --alpha 1 no teacher is run")
     processes.agreed(lambda: open_tracker(report_to, output_dir))
@@ -393,6 +396,8 @@ def train(
 
     with processes.first_holds(lambda: locked(output_dir)):
         standing = processes.agreed(lambda: claim_folder(output_dir, wanted, resume))
+        if standing == "finished":  # by a process that held it while this one read its data
+            return processes.agreed(lambda: finished_run(output_dir, announce))
         if processes.is_first():
             remove_unfinished(output_dir)
         record: dict[str, Any] = {
@@ -420,7 +425,9 @@ def train(
             "steps": steps,
         }
         if standing == "resume":
-            record["resumed"] = [*read_run(output_dir).get("resumed", []), record["started"]]
+            before = read_run(output_dir)
+            processes.agreed(lambda: require_same_inputs(output_dir, before, record))
+            record["resumed"] = [*before.get("resumed", []), record["started"]]
         write_run(output_dir, record)
         arguments = build_arguments(
             replace(settings, gradient_accumulation_steps=accumulation),
@@ -476,6 +483,41 @@ def train(
     )
     announce(f"student written to {output_dir}")
     return record
+
+
+def finished_run(folder: Path, announce: Callable[[str], None]) -> dict[str, Any]:
+    """Return the record of a run that is done.
+
+    Raises:
+        ValueError: its model is gone.
+    """
+    if not any(folder.glob("*.safetensors")):
+        raise ValueError(
+            f"{folder} holds this run, finished, but its weights are gone: train again in another "
+            "--output_dir"
+        )
+    announce(f"{folder} holds this run, finished: nothing to do")
+    return read_run(folder)
+
+
+def require_same_inputs(folder: Path, before: Mapping[str, Any], now: Mapping[str, Any]) -> None:
+    """Check that an unfinished run goes on with the teacher and the proteins it was begun with.
+
+    In another precision a teacher has other weights; then the proteins alone are compared.
+
+    Raises:
+        ValueError: they are not the same.
+    """
+    compared = {"training proteins": "data.train", "validation proteins": "data.validation"}
+    if figure(before, "precision") == now["precision"]:
+        compared["teacher's weights"] = "teacher"
+    for what, place in compared.items():
+        old, new = (figure(record, f"{place}.fingerprint") for record in (before, now))
+        if old is not None and old != new:
+            raise ValueError(
+                f"{folder} was begun with other {what} (SHA-256 {str(old)[:12]}, now {new[:12]}): "
+                "bring those back to go on, or choose another --output_dir"
+            )
 
 
 def dry_rehearsal(settings: TrainSettings, found: Ingredients) -> Rehearsal:

@@ -235,6 +235,16 @@ def test_a_group_under_way_elsewhere_is_left_alone(grid, world, tmp_path):
         pass
 
 
+def test_files_of_others_in_the_way_of_a_group_are_left_alone(grid, world, tmp_path):
+    one = replace(grid, sizes={"s": grid.sizes["s"]}, seeds=(1,))
+    thesis = tmp_path / "work" / "s-seed1" / "checkpoint-1" / "thesis.txt"
+    thesis.parent.mkdir(parents=True)
+    thesis.write_text("years of work")
+    with pytest.raises(ValueError, match="no run of ours wrote: choose another --work"):
+        job(one, tmp_path, world).run()
+    assert thesis.read_text() == "years of work"
+
+
 def test_learning_rates_are_chosen_on_validation(finished, grid, world, tmp_path):
     chosen = tuned_rates(finished / "results", grid)
     for size, arms in chosen["rates"].items():

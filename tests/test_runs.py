@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from src.runs import claim_folder, locked, write_run
+from src.runs import claim_folder, locked, read_run, write_run
 
 ROOT = Path(__file__).resolve().parents[1]
 HOLD = (
@@ -87,6 +87,27 @@ def test_a_lock_is_free_after_use(tmp_path):
             pass
 
 
+@pytest.mark.parametrize("kind", ["notes", "link", "pipe", "folder"])
+def test_a_file_of_others_that_is_named_like_a_lock_is_left_alone(tmp_path, kind):
+    run, lock, notes = tmp_path / "run", tmp_path / "run" / ".lock", tmp_path / "notes.txt"
+    run.mkdir()
+    notes.write_text("years of work")
+    if kind == "notes":
+        lock.write_text("years of work")
+    elif kind == "link":
+        lock.symlink_to(notes)
+    elif kind == "pipe":
+        os.mkfifo(lock)
+    else:
+        lock.mkdir()
+    with pytest.raises(ValueError, match="no lock that we wrote"):
+        locked(run).__enter__()
+    with pytest.raises(ValueError, match="no run of ours wrote"):
+        claim_folder(run, SETTINGS, resume=False)
+    assert notes.read_text() == "years of work"
+    assert kind != "notes" or lock.read_text() == "years of work"
+
+
 SETTINGS = {"seed": 1, "student": {"n_layer": 2}}
 
 
@@ -116,6 +137,34 @@ def test_other_settings_are_named_and_nothing_is_touched(tmp_path, resume):
     with pytest.raises(ValueError, match=r"other settings \(student.n_layer\).*--output_dir"):
         claim_folder(folder, {"seed": 1, "student": {"n_layer": 3}}, resume)
     assert {path.name: path.read_bytes() for path in folder.iterdir()} == before
+
+
+def test_a_path_is_the_same_however_it_is_spelt_and_wherever_a_run_goes_on(tmp_path, monkeypatch):
+    project, elsewhere = tmp_path / "project", tmp_path / "elsewhere"
+    for folder in (project / "models", project / "data", elsewhere / "data"):
+        folder.mkdir(parents=True)
+    monkeypatch.chdir(project)
+    run = run_of(project / "models" / "run", settings={"data": "data", "seed": 1})
+    for spelling in ("data", "./data/", "models/../data", str(project / "data")):
+        assert claim_folder(run, {"data": spelling, "seed": 1}, resume=True) == "resume"
+    for other in ("models", "hub/data", str(elsewhere / "data")):
+        with pytest.raises(ValueError, match=r"other settings \(data\)"):
+            claim_folder(run, {"data": other, "seed": 1}, resume=True)
+    monkeypatch.chdir(elsewhere)
+    for spelling in (str(project / "data"), "../project/data"):
+        assert claim_folder(run, {"data": spelling, "seed": 1}, resume=True) == "resume"
+    with pytest.raises(ValueError, match=r"other settings \(data\)"):
+        claim_folder(run, {"data": "data", "seed": 1}, resume=True)
+
+
+def test_a_record_names_no_directory_that_is_not_above_the_run(tmp_path, monkeypatch):
+    for name, place in (("run", ".."), ("deep/run", "../..")):
+        monkeypatch.chdir(tmp_path)
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        assert read_run(run_of(tmp_path / name))["directory"] == place
+    (tmp_path / "home").mkdir()
+    monkeypatch.chdir(tmp_path / "home")
+    assert "directory" not in read_run(run_of(tmp_path / "outside"))
 
 
 @pytest.mark.parametrize(

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import gzip
 import json
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -131,6 +133,7 @@ def test_no_flag_is_forgotten_here():
     beside |= {
         "--init_from",
         "--cache_dir",
+        "--shard_teacher",
         "--skip_teacher_check",
         "--dry_run",
         "--compile",
@@ -234,22 +237,28 @@ def test_foreign_files_are_left_alone(tmp_path, small_teacher_dir, proteins_dir,
     assert [p.name for p in (tmp_path / "run").iterdir()] == ["thesis.txt"]
 
 
-def test_a_killed_run_goes_on_to_the_same_weights(
-    finished, tmp_path, small_teacher_dir, proteins_dir, capsys, monkeypatch
-):
+def interrupt_at_fifth_step(monkeypatch) -> None:
     from src.distillation import DistillationTrainer
-    from src.files import sha256_file
 
-    def stop_at_fifth(self, *arguments, **options):
+    original = DistillationTrainer.training_step
+
+    def stop(self, *arguments, **options):
         if self.state.global_step == 5:
             raise KeyboardInterrupt
         return original(self, *arguments, **options)
 
-    original = DistillationTrainer.training_step
-    monkeypatch.setattr(DistillationTrainer, "training_step", stop_at_fifth)
+    monkeypatch.setattr(DistillationTrainer, "training_step", stop)
+
+
+def test_a_killed_run_goes_on_to_the_same_weights(
+    finished, tmp_path, small_teacher_dir, proteins_dir, capsys, monkeypatch
+):
+    from src.files import sha256_file
+
     cut = tmp_path / "run"
-    assert tiny_run(small_teacher_dir, proteins_dir, cut, finished / "cache") == 130
-    monkeypatch.setattr(DistillationTrainer, "training_step", original)
+    with monkeypatch.context() as patched:
+        interrupt_at_fifth_step(patched)
+        assert tiny_run(small_teacher_dir, proteins_dir, cut, finished / "cache") == 130
     assert tiny_run(small_teacher_dir, proteins_dir, cut, finished / "cache") == 2
     assert "--resume" in capsys.readouterr().err
     assert tiny_run(small_teacher_dir, proteins_dir, cut, finished / "cache", "--resume") == 0
@@ -257,6 +266,78 @@ def test_a_killed_run_goes_on_to_the_same_weights(
     assert sha256_file(cut / "model.safetensors") == sha256_file(
         finished / "run" / "model.safetensors"
     )
+
+
+@pytest.mark.parametrize("changed", ["teacher's weights", "training proteins"])
+def test_a_run_does_not_go_on_with_another_teacher_or_other_proteins(
+    changed, tmp_path, small_teacher_dir, proteins_dir, capsys, monkeypatch
+):
+    from safetensors.torch import load_file, save_file
+
+    teacher, data, run = (tmp_path / name for name in ("teacher", "proteins.fasta", "run"))
+    shutil.copytree(small_teacher_dir, teacher)
+    entries = gzip.decompress((proteins_dir / "test.fasta.gz").read_bytes()).split(b">")[1:101]
+    data.write_bytes(b"".join(b">" + entry for entry in entries))
+    where = [teacher, data, run, tmp_path / "cache", "--train_size_prop", "1.0"]
+    where += ["--skip_teacher_check"]
+    with monkeypatch.context() as patched:
+        interrupt_at_fifth_step(patched)
+        assert tiny_run(*where) == 130
+    before = (run / "run.json").read_bytes()
+    if changed == "teacher's weights":
+        weights = load_file(teacher / "model.safetensors")
+        scaled = {name: tensor * 1.01 for name, tensor in weights.items()}
+        save_file(scaled, teacher / "model.safetensors", {"format": "pt"})
+    else:
+        data.write_bytes(b"".join(b">" + entry for entry in entries[10:]))
+    assert tiny_run(*where, "--resume") == 2
+    assert f"was begun with other {changed}" in capsys.readouterr().err
+    assert (run / "run.json").read_bytes() == before
+
+
+def test_a_run_that_another_process_finished_meanwhile_is_not_begun_anew(
+    finished, tmp_path, small_teacher_dir, proteins_dir, capsys, monkeypatch
+):
+    from src import training
+
+    run = tmp_path / "run"
+    where = (small_teacher_dir, proteins_dir, run, finished / "cache")
+    with monkeypatch.context() as patched:
+        interrupt_at_fifth_step(patched)
+        assert tiny_run(*where) == 130
+    load = training.load_teacher_and_parts
+
+    def load_slowly(*arguments):
+        shutil.rmtree(run)
+        shutil.copytree(finished / "run", run)  # as the other process left it
+        return load(*arguments)
+
+    monkeypatch.setattr(training, "load_teacher_and_parts", load_slowly)
+    before = {p.name: p.read_bytes() for p in (finished / "run").iterdir() if p.is_file()}
+    assert tiny_run(*where, "--resume") == 0
+    assert "finished: nothing to do" in capsys.readouterr().out
+    after = {p.name: p.read_bytes() for p in run.iterdir() if p.is_file()}
+    assert {**after, ".lock": b""} == {**before, ".lock": b""}
+
+
+def test_a_launchers_precision_does_not_win_over_the_runs(
+    finished, tmp_path, small_teacher_dir, proteins_dir, monkeypatch
+):
+    monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "bf16")
+    run = tmp_path / "run"
+    assert tiny_run(small_teacher_dir, proteins_dir, run, finished / "cache") == 0
+    weights = [(folder / "model.safetensors").read_bytes() for folder in (run, finished / "run")]
+    assert weights[0] == weights[1]
+
+
+def test_a_finished_run_without_its_weights_is_named(
+    finished, tmp_path, small_teacher_dir, proteins_dir, capsys
+):
+    shutil.copytree(finished / "run", tmp_path / "run")
+    (tmp_path / "run" / "model.safetensors").unlink()
+    where = (small_teacher_dir, proteins_dir, tmp_path / "run", finished / "cache")
+    assert tiny_run(*where) == 2
+    assert "its weights are gone" in capsys.readouterr().err
 
 
 def test_dry_run_trains_nothing(tmp_path, small_teacher_dir, proteins_dir, capsys):
