@@ -161,8 +161,11 @@ def check_outputs(*paths: str | Path | None, overwrite: bool) -> None:
         folder = next(parent for parent in path.absolute().parents if parent.exists())
         if not folder.is_dir():
             raise ValueError(f"{path} cannot be written: {folder} is a file, not a directory")
-        if not os.access(folder, os.W_OK | os.X_OK):
-            raise ValueError(f"{path} cannot be written: no permission to write in {folder}")
+        try:
+            with tempfile.TemporaryFile(dir=folder):
+                pass
+        except OSError as error:
+            raise ValueError(f"{path} cannot be written in {folder}: {error.strerror}") from None
         if path.resolve() in taken:
             raise ValueError(f"{path} is named for two outputs: give each a file of its own")
         taken.add(path.resolve())

@@ -31,7 +31,7 @@ from src.devices import (
 from src.distillation import DistillationTrainer
 from src.early_stopping import EarlyStopping, outcome, outcome_line, validation_standing
 from src.evaluation import check_teacher
-from src.files import remove_unfinished
+from src.files import check_outputs, remove_unfinished
 from src.initialisation import subclone
 from src.interruption import stops_on_signals
 from src.models import (
@@ -353,6 +353,7 @@ def train(
     standing = processes.agreed(lambda: claim_folder(output_dir, wanted, resume))
     if standing == "finished":
         return processes.agreed(lambda: finished_run(output_dir, announce))
+    processes.agreed(lambda: check_outputs(output_dir / RUN_FILE, overwrite=True))
     if shard_teacher and settings.loss.alpha == 1:
         raise ValueError("--shard_teacher: with --alpha 1 no teacher is run")
     processes.agreed(lambda: open_tracker(report_to, output_dir))
