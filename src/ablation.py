@@ -183,6 +183,13 @@ class GridRun:
 
     def _run_group(self, name: str, cells: Sequence[Cell]) -> None:
         folder = self.work / name
+        for cell in filter(self.done, self.cells):
+            made = read_results(self.file_of(cell))
+            fingerprints = {
+                "teacher": figure(made, "run.teacher.fingerprint"),
+                "data": figure(made, "run.data.train"),
+            }
+            self._require_inputs(fingerprints, self.file_of(cell), "--results")
         members = self._members(folder, cells)
         missing = [cell for cell in members if not self.done(cell)]
         self.announce(f"{name}: {len(members)} students, {len(missing)} cells to finish")
@@ -200,15 +207,36 @@ class GridRun:
         wanted = {cell.name: settings_key(self.grid.settings(cell)) for cell in cells}
         path = folder / GROUP_FILE
         if is_begun(folder, GROUP_FILE, "--work"):
-            begun = read_json(path)["members"]
+            group = read_json(path)
+            self._require_inputs(group.get("inputs", {}), path, "--work")
+            begun = group["members"]
             by_name = {cell.name: cell for cell in cells}
             missing = {cell.name for cell in cells if not self.done(cell)}
             if begun.items() <= wanted.items() and missing <= set(begun):
                 return [by_name[name] for name in begun]
             raise ValueError(f"{folder} holds another group: choose another --work")
         members = [cell for cell in cells if not self.done(cell)]
-        write_json(path, {"members": {cell.name: wanted[cell.name] for cell in members}})
+        group = {"members": {cell.name: wanted[cell.name] for cell in members}}
+        write_json(path, {**group, "inputs": self._inputs()})
         return members
+
+    def _inputs(self) -> dict[str, str]:
+        """Return the fingerprints of what all cells share."""
+        found = self.ingredients
+        return {"teacher": found.teacher_fingerprint, "data": found.parts["train"].fingerprint}
+
+    def _require_inputs(self, before: Mapping[str, Any], path: Path, flag: str) -> None:
+        """Check that a file of this grid was made with the teacher and proteins of now.
+
+        Raises:
+            ValueError: it was made with others.
+        """
+        changed = [name for name, now in self._inputs().items() if before.get(name, now) != now]
+        if changed:
+            raise ValueError(
+                f"{path} was made with another {' and other '.join(changed)}: bring those back to "
+                f"go on, or choose another {flag}"
+            )
 
     def _trainer(self, folder: Path, cells: Sequence[Cell]) -> CohortTrainer:
         found, shared = self.ingredients, self.grid.shared

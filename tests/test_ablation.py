@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gzip
 import json
+import shutil
 import subprocess
 import sys
 from dataclasses import replace
@@ -233,6 +234,27 @@ def test_a_group_under_way_elsewhere_is_left_alone(grid, world, tmp_path):
         holder.communicate("")
     with locked(tmp_path / "work" / "s-seed1"):
         pass
+
+
+@pytest.mark.parametrize("place", ["work", "results"])
+def test_a_grid_does_not_go_on_with_other_proteins(grid, world, finished, tmp_path, place):
+    """Neither a group under way nor finished cells are mixed with those of other inputs."""
+    one = replace(grid, sizes={"s": grid.sizes["s"]}, seeds=(1,))
+    first, second, *_ = one.cells()
+    if place == "work":
+        shutil.copytree(finished / "work" / "s-seed1", tmp_path / "work" / "s-seed1")
+        path, key = tmp_path / "work" / "s-seed1" / "group.json", ("inputs", "data")
+    else:
+        shutil.copytree(finished / "results", tmp_path / "results")
+        (tmp_path / "results" / one.file_of(second)).unlink()
+        path, key = tmp_path / "results" / one.file_of(first), ("run", "data", "train")
+    record = inner = json.loads(path.read_text())
+    for name in key[:-1]:
+        inner = inner[name]
+    inner[key[-1]] = "other"
+    path.write_text(json.dumps(record))
+    with pytest.raises(ValueError, match=f"was made with another data: .*another --{place}"):
+        job(one, tmp_path, world).run()
 
 
 def test_files_of_others_in_the_way_of_a_group_are_left_alone(grid, world, tmp_path):
