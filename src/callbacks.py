@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import sys
 import time
 from pathlib import Path
@@ -11,9 +12,15 @@ from typing import Any
 from transformers import TrainerCallback
 
 from src.cli import duration, say
-from src.files import atomic_write
+from src.files import MAX_JSON_BYTES, MAX_JSON_DEPTH, atomic_write, is_nested_beyond
+from src.results import is_number
 
 METRICS_FILE = "metrics.jsonl"
+LOSSES = ("loss", "hard_loss", "soft_loss")
+DRAWN = (*LOSSES, *(f"eval_{name}" for name in LOSSES), "tokens_per_second")
+"""Figures of a record that are shown of a run that is over."""
+LARGEST = 1e100
+"""Of a figure: axes of larger ones overflow."""
 
 
 class MetricsFile(TrainerCallback):
@@ -44,20 +51,64 @@ def _line(record: dict[str, Any]) -> str:
     return json.dumps({"step": record["step"], **record}) + "\n"
 
 
-def _whole(line: str) -> bool:
-    """Return whether a line is a record; a killed run may leave half of one."""
+def read_json_lines(path: str | Path, max_bytes: int = MAX_JSON_BYTES) -> list[dict[str, Any]]:
+    """Read a file of JSON objects, one a line, leaving out a half-written last line.
+
+    Args:
+        path: the file.
+        max_bytes: the largest file that is read.
+
+    Raises:
+        ValueError: it is no file or too large, or a line before the last is no object.
+    """
+    if not Path(path).is_file():
+        raise ValueError(f"{path}: is no file")  # a pipe or a device may have no end
+    with open(path, "rb") as handle:
+        raw = handle.read(max_bytes + 1)
+    if len(raw) > max_bytes:
+        raise ValueError(f"{path}: over {max_bytes:,} bytes: is this the right file?")
+    records, lines = [], raw.splitlines()
+    for number, line in enumerate(lines, start=1):
+        record = _object(line)
+        if record is not None:
+            records.append(record)
+        elif number < len(lines):
+            raise ValueError(f"{path}: line {number}: not a JSON object: move the file away")
+    return records
+
+
+def _object(line: bytes) -> dict[str, Any] | None:
+    """Return what a line holds; None where that is no object, as a killed run may leave."""
     try:
-        return isinstance(json.loads(line), dict)
-    except ValueError:
-        return False
+        value = json.loads(line.decode("utf-8"))
+    except (ValueError, RecursionError):
+        return None
+    return (
+        value if isinstance(value, dict) and not is_nested_beyond(value, MAX_JSON_DEPTH) else None
+    )
 
 
 def read_metrics(folder: str | Path) -> list[dict[str, Any]]:
-    """Read a run's records, oldest first, leaving out a half-written last line."""
+    """Read a run's records, oldest first, leaving out a half-written last line.
+
+    Raises:
+        ValueError: as in :func:`read_json_lines`, or a figure that is drawn is wrong.
+    """
     path = Path(folder) / METRICS_FILE
     if not path.exists():
         return []
-    return [json.loads(line) for line in path.read_text().splitlines() if _whole(line)]
+    records = read_json_lines(path)
+    for number, record in enumerate(records, start=1):
+        for name in ("step", *DRAWN):
+            value = record.get(name)
+            # A loss may be no finite number: where a run diverged, that is what it logged.
+            missing = value is None and name != "step"
+            if not missing and not (is_number(value) and not LARGEST < abs(value) < math.inf):
+                raise ValueError(
+                    f"{path}: line {number}: {name} is no number to draw ({value!r:.40}): move "
+                    "the file away"
+                )
+    return records
 
 
 class ConsoleProgress(TrainerCallback):

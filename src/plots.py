@@ -134,7 +134,8 @@ def learning_curves(
         whole = max((r["step"] for r in records), default=0)
         for prefix in ("", "eval_"):
             points = [(r["step"], r[prefix + quantity]) for r in records if prefix + quantity in r]
-            points = [(s, v) for s, v in points if v is not None and np.isfinite(v)]
+            points = [(float(s), float(v)) for s, v in points if v is not None]
+            points = [(s, v) for s, v in points if np.isfinite(v)]
             if not points:
                 continue
             steps, values = zip(*points, strict=True)
@@ -245,7 +246,8 @@ def _reliability(
             )
     axes.set_xlim(0, 1)
     axes.set_ylim(0, 1)
-    axes.set_title(f"{name}: ECE {record['ece']:.3f}")
+    error = record.get("ece")
+    axes.set_title(name if error is None else f"{name}: ECE {error:.3f}")
     axes.legend(loc="upper left", fontsize=8)
 
 

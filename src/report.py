@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+import math
 import re
 from collections.abc import Callable, Mapping, Sequence
 from itertools import islice
@@ -16,9 +18,12 @@ from src.cli import duration, size
 from src.early_stopping import outcome_line
 from src.proteins import lines_of
 from src.results import (
+    FLOORS,
     MODELS,
+    SAMPLING,
     TABLE,
     cautions,
+    check_figures,
     figure,
     generation_rows,
     read_results,
@@ -38,6 +43,32 @@ DIVERGENCES = (
     ("same first choice", "top1_agreement"),
     ("kept of the teacher's advantage over unigram", "kept_advantage"),
 )
+
+MADE_BY = {"command": "texts", "git.commit": "text", "versions": "object"}
+"""Kinds of what a record says of its making, as in ``src.results``; more is shown as it is."""
+TRAINED = {
+    "name": "text",
+    "train_seconds": "at least 0",
+    "peak_memory_bytes": "at least 0",
+    "steps": "at least 0",
+    **{f"{model}.parameters": "above 0" for model in MODELS},
+    **{f"settings.student.{name}": "above 0" for name in ("n_layer", "n_head", "n_embd")},
+    **{f"settings.loss.{name}": "number" for name in ("temperature", "alpha")},
+    "settings.learning_rate": "number",
+    "settings.lr_schedule": "text",
+    "settings.batch_size": "above 0",
+    "settings.gradient_accumulation_steps": "above 0",
+    "settings.batching": "text",
+    **{
+        f"data.{part}.{count}": "at least 0"
+        for part in ("train", "validation")
+        for count in ("proteins", "residues")
+    },
+    **{f"early_stopping.{step}": "at least 0" for step in ("best_step", "last_step")},
+    "early_stopping.reason": "text",
+    **MADE_BY,
+}
+"""Kinds of what is shown of a run. May be missing or null."""
 
 
 class Cell(NamedTuple):
@@ -75,6 +106,8 @@ def build_report(
         raise ValueError("nothing to report on: pass --run, --results or both")
     run = _run(run_dir) if run_dir else {}
     results = read_results(results_path) if results_path else {}
+    if results_path:
+        check_figures(results["run"], MADE_BY, f"{results_path}: run")
     _check_same_model(run, results, run_dir, results_path)
     records = read_metrics(run_dir) if run_dir else []
     sets, rows = generation_rows(results)
@@ -102,6 +135,13 @@ def build_report(
         "provenance": _provenance(run, results),
         "measured": bool(results),
     }
+    page = _template().render(content)
+    # JSON may hold halves of characters, which no file can.
+    return page.encode("utf-8", "replace").decode("utf-8")
+
+
+@functools.cache
+def _template() -> Any:
     from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
     environment = Environment(
@@ -111,7 +151,7 @@ def build_report(
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    return environment.get_template("report.html.jinja").render(content)
+    return environment.get_template("report.html.jinja")
 
 
 def _run(folder: Path) -> dict[str, Any]:
@@ -119,7 +159,9 @@ def _run(folder: Path) -> dict[str, Any]:
         raise ValueError(f"--run {folder}: there is no such directory")
     if not (folder / RUN_FILE).is_file():
         raise ValueError(f"--run {folder}: no run of ours ({RUN_FILE} is missing)")
-    return read_run(folder)
+    run = read_run(folder)
+    check_figures(run, TRAINED, folder / RUN_FILE)
+    return run
 
 
 def _check_same_model(
@@ -148,16 +190,13 @@ def command_line(words: Sequence[str]) -> str:
 
 def _summary(run: Mapping[str, Any], results: Mapping[str, Any]) -> str:
     """Return one or two sentences on what this model is."""
-    shape = figure(run, "settings.student")
+    shape = [figure(run, f"settings.student.{name}") for name in ("n_layer", "n_head", "n_embd")]
     parameters = figure(run, "student.parameters") or results.get("student_parameters")
     theirs = figure(run, "teacher.parameters") or results.get("teacher_parameters")
     teacher = short_name(figure(run, "teacher.name") or figure(results, "run.teacher.name"))
     what = "A protein language model"
-    if shape:
-        what = (
-            f"A GPT-2 of {shape['n_layer']} blocks, {shape['n_head']} heads and width "
-            f"{shape['n_embd']}"
-        )
+    if None not in shape:
+        what = f"A GPT-2 of {shape[0]} blocks, {shape[1]} heads and width {shape[2]}"
     sentence = f"{what}, {parameters:,} parameters" if parameters else what
     begun = short_name(figure(run, "settings.init_from"))
     if figure(run, "settings.loss.alpha") == 1:
@@ -166,12 +205,11 @@ def _summary(run: Mapping[str, Any], results: Mapping[str, Any]) -> str:
         sentence += f", distilled from {teacher}"
         if parameters and theirs:
             sentence += f" ({theirs:,} parameters, {theirs / parameters:.1f} times as many)"
-    train = figure(run, "data.train") or {}
-    if train:
-        sentence += (
-            f" on {train['proteins']:,} proteins of {short_name(run['data']['source'])} "
-            f"({train['residues']:,} residues)"
-        )
+    proteins, residues = (figure(run, f"data.train.{n}") for n in ("proteins", "residues"))
+    if proteins:
+        source = short_name(figure(run, "data.source"))
+        sentence += f" on {proteins:,} proteins" + (f" of {source}" if source else "")
+        sentence += f" ({residues:,} residues)" if residues else ""
     return sentence + "."
 
 
@@ -262,38 +300,50 @@ def _training(run: Mapping[str, Any]) -> list[tuple[str, str]]:
     rows.append(("begun from", short_name(settings.get("init_from"))))
     rows.append(("data", short_name(figure(run, "data.source") or settings.get("data"))))
     for part in ("train", "validation"):
-        counts = figure(run, f"data.{part}")
-        if counts:
-            text = f"{counts['proteins']:,} proteins, {counts['residues']:,} residues"
-            rows.append(("training" if part == "train" else part, text))
+        counts = _counts(run, f"data.{part}", {"proteins": "proteins", "residues": "residues"})
+        rows.append(("training" if part == "train" else part, ", ".join(counts)))
     if loss:
         enhancements = [
-            f"{name} ({loss[kind]})"
+            f"{name} ({loss[kind]})" if loss.get(kind) else name
             for flag, name, kind in (
                 ("use_uncertainty_weighting", "uncertainty weighting", "weighting"),
                 ("use_calibration_smoothing", "calibration smoothing", "smoothing"),
             )
             if loss.get(flag)
         ]
-        if loss["alpha"] == 1:
+        if loss.get("alpha") == 1:
             rows.append(("loss", "cross-entropy with the proteins (α = 1)"))
         else:
-            what = f"T = {loss['temperature']:g}, α = {loss['alpha']:g}, {loss['divergence']}"
-            rows += [("loss", what), ("enhancements", ", ".join(enhancements) or "none")]
+            named = (("T", loss.get("temperature")), ("α", loss.get("alpha")))
+            what = [f"{name} = {value:g}" for name, value in named if value is not None]
+            rows.append(("loss", _joined(*what, loss.get("divergence"))))
+            rows.append(("enhancements", ", ".join(enhancements) or "none"))
     if settings.get("learning_rate"):
-        rate = f"{settings['learning_rate']:g}, {settings.get('lr_schedule', '')}"
-        rows.append(("learning rate", rate.rstrip(", ")))
+        rate = f"{settings['learning_rate']:g}"
+        rows.append(("learning rate", _joined(rate, settings.get("lr_schedule"))))
     if run.get("steps"):
-        batch = settings.get("batch_size", 1) * settings.get("gradient_accumulation_steps", 1)
-        rows.append(
-            ("steps", f"{run['steps']:,} of {batch:,} rows, {settings.get('batching', '')}")
-        )
-    if run.get("early_stopping"):
-        rows.append(("early stopping", outcome_line(run["early_stopping"])))
+        batch = settings.get("batch_size") or 1
+        batch *= settings.get("gradient_accumulation_steps") or 1
+        made = f"{run['steps']:,} of {batch:,} rows"
+        rows.append(("steps", _joined(made, settings.get("batching"))))
+    stopped = run.get("early_stopping") or {}
+    if None not in map(stopped.get, ("best_step", "last_step", "reason")):
+        rows.append(("early stopping", outcome_line(stopped)))
     rows.append(("longest input", f"{run.get('max_length')} tokens"))
     rows.append(("precision", str(run.get("precision"))))
     rows.append(("seed", str(settings.get("seed"))))
     return [(label, text) for label, text in rows if text not in ("", "None", "None tokens")]
+
+
+def _joined(*parts: Any) -> str:
+    """Return what is there of some parts, in a row."""
+    return ", ".join(str(part) for part in parts if part)
+
+
+def _counts(record: Mapping[str, Any], place: str, units: Mapping[str, str]) -> list[str]:
+    """Return the counts that stand at a place of a record, each with its unit."""
+    counts = ((figure(record, f"{place}.{name}"), unit) for name, unit in units.items())
+    return [f"{count:,} {unit}" for count, unit in counts if count is not None]
 
 
 def _curves(records: Sequence[Mapping[str, Any]]) -> list[Drawing]:
@@ -304,8 +354,9 @@ def _curves(records: Sequence[Mapping[str, Any]]) -> list[Drawing]:
     )  # fmt: skip
     found = []
     for key, label, caption in wanted:
-        # Without a soft loss (α = 1) its records are zeros.
-        if any(record.get(key) or record.get(f"eval_{key}") for record in records):
+        # Without a soft loss (α = 1) its records are zeros; where a run diverged, not finite.
+        values = [record.get(name) or 0 for record in records for name in (key, f"eval_{key}")]
+        if any(value and math.isfinite(value) for value in values):
 
             def draw(key: str = key, label: str = label) -> Figure:
                 return plots.learning_curves({"student": records}, key, label)
@@ -330,22 +381,22 @@ def _metric_rows(results: Mapping[str, Any]) -> list[tuple[str, list[Cell]]]:
 
 
 def _floors(results: Mapping[str, Any]) -> list[tuple[str, str]]:
-    names = ("uniform", "unigram", "bigram", "trigram")
-    values = [(n, figure(results, f"floors.{n}.perplexity_per_residue")) for n in names]
+    values = [(n, figure(results, f"floors.{n}.perplexity_per_residue")) for n in FLOORS]
     return [(name, f"{value:.2f}") for name, value in values if value is not None]
 
 
 def _evaluated(results: Mapping[str, Any]) -> str:
     """Return what was measured on, in a sentence."""
-    data = results.get("data") or {}
-    if not data.get("proteins"):
+    if not figure(results, "data.proteins"):
         return ""
     source = short_name(figure(results, "run.data.source"))
     split = figure(results, "run.data.split")
     where = f" of {source}" + (f" ({split})" if split else "") if source else ""
+    proteins = {"proteins": f"held-out proteins{where}", "clusters": "clusters"}
+    others = {"residues": "residues", "tokens": "predicted tokens"}
+    counts = " in ".join(_counts(results, "data", proteins))
     return (
-        f"{data['proteins']:,} held-out proteins{where} in {data['clusters']:,} clusters, "
-        f"{data['residues']:,} residues, {data['tokens']:,} predicted tokens. Intervals: 95 %, "
+        f"{_joined(counts, *_counts(results, 'data', others))}. Intervals: 95 %, "
         "from a bootstrap over clusters of related proteins."
     )
 
@@ -382,14 +433,19 @@ def _sampling(results: Mapping[str, Any]) -> str:
     sampling = figure(results, "generation.student.sampling")
     if not sampling:
         return ""
+    shown = [
+        f"{name.replace('_', ' ')} {sampling[name]:g}"
+        for name in SAMPLING
+        if sampling.get(name) is not None
+    ]
+    seed = sampling.get("seed")
+    text = f"Sampled with {_joined(*shown, None if seed is None else f'seed {seed}')}"
     counts = figure(results, "generation.student.counts") or {}
-    begun = counts.get("attempts")
-    return (
-        f"Sampled with top k {sampling['top_k']}, top p {sampling['top_p']:g}, temperature "
-        f"{sampling['temperature']:g}, repetition penalty {sampling['repetition_penalty']:g}, seed "
-        f"{sampling['seed']}"
-        + (f"; the student began {begun:,} and ended {counts.get('kept', 0):,}." if begun else ".")
-    )
+    if counts.get("attempts"):
+        text += f"; the student began {counts['attempts']:,}"
+        if counts.get("kept") is not None:
+            text += f" and ended {counts['kept']:,}"
+    return f"{text}."
 
 
 def _examples(results: Mapping[str, Any], fasta: Path | None) -> list[tuple[str, list[str]]]:

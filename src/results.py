@@ -45,6 +45,8 @@ OPTIONAL: dict[str, str] = {
     "teacher_perplexity_per_residue": "above 0",
     "student_bits_per_residue": "at least 0",
     "teacher_bits_per_residue": "at least 0",
+    "student_nats_per_residue": "at least 0",
+    "teacher_nats_per_residue": "at least 0",
     "kl_per_residue": "at least 0",
     "reverse_kl_divergence": "at least 0",
     "reverse_kl_per_residue": "at least 0",
@@ -72,11 +74,13 @@ OPTIONAL: dict[str, str] = {
 NESTED: dict[str, str] = {
     "threshold.perplexity_ratio_below": "above 0",
     **{f"{m}_ece.{key}": "number" for m in MODELS for key in ("ece_debiased", "smooth_ece")},
+    **{f"{m}_ece.reliability": "reliability" for m in MODELS},
     **{f"floors.{name}.perplexity_per_residue": "above 0" for name in FLOORS},
-    "data.proteins": "at least 0",
-    "data.clusters": "at least 0",
+    **{f"floors.{name}.nats_per_residue": "at least 0" for name in FLOORS},
+    **{f"floors.{name}.{m}_gain": "number" for name in FLOORS for m in MODELS},
+    **{f"data.{count}": "at least 0" for count in ("proteins", "clusters", "residues", "tokens")},
 }
-"""Figures inside the objects above that the table for a person shows. May be missing or null."""
+"""What tables, figures and reports show of the objects above. May be missing or null."""
 
 
 def write_results(path: str | Path, results: Mapping[str, Any], overwrite: bool = False) -> None:
@@ -121,9 +125,9 @@ def _from_unversioned(results: dict[str, Any]) -> dict[str, Any]:
     """Fill in what files without ``schema_version`` did not have; a bare ECE becomes an object."""
     results = {**dict.fromkeys(REQUIRED), **results, "schema_version": 1}
     for key in ("student_ece", "teacher_ece"):
-        if _is_number(results[key]):
+        if is_number(results[key]):
             results[key] = {"ece": results[key]}
-    if _is_number(results["kl_from_natural"]):
+    if is_number(results["kl_from_natural"]):
         results["kl_from_natural"] = {"student": results["kl_from_natural"], "teacher": None}
     elif results["kl_from_natural"] is None:
         results["kl_from_natural"] = {
@@ -150,31 +154,62 @@ def validate(results: Mapping[str, Any], path: str | Path = "results") -> None:
     for key in REQUIRED:
         if key not in results:
             raise ValueError(f"{path}: {key} is missing")
-    for key, kind in {**REQUIRED, **OPTIONAL}.items():
-        value = results.get(key)
-        if value is None and key not in ("intervals", "run"):
-            continue
-        problem = _problem(value, kind)
-        if problem:
-            raise ValueError(f"{path}: {key} {problem}")
-    for key, kind in NESTED.items():
-        value = figure(results, key)
-        problem = None if value is None else _problem(value, kind)
-        if problem:
-            raise ValueError(f"{path}: {key} {problem}")
-    bad = _unusable(results)
+    for key in ("intervals", "run"):
+        if results[key] is None:
+            raise ValueError(f"{path}: {key} must be an object, got None")
+    check_figures(results, {**REQUIRED, **OPTIONAL, **NESTED, **GENERATION}, path)
+
+
+def check_figures(
+    record: Any, kinds: Mapping[str, str], path: str | Path, *, needed: bool = False
+) -> None:
+    """Check what a JSON object holds under dotted names, and that all of it can be shown.
+
+    Args:
+        record: as read; objects on the way to a name are checked, too.
+        kinds: kind of the value by its name, as in :data:`REQUIRED`.
+        path: what the message begins with.
+        needed: whether every value must be there; else it may be missing or null.
+
+    Raises:
+        ValueError: one line that names the key and what is wrong with it.
+    """
+    if not isinstance(record, Mapping):
+        raise ValueError(f"{path}: must be an object, got {record!r:.40}")
+    for name, kind in kinds.items():
+        fault = _fault(record, name, kind, needed)
+        if fault:
+            raise ValueError(f"{path}: {fault}")
+    bad = _unusable(record)
     if bad:
         raise ValueError(f"{path}: {printable(bad)}")
 
 
-def _is_number(value: Any) -> bool:
+def _fault(record: Mapping[str, Any], name: str, kind: str, needed: bool) -> str | None:
+    """Return what is wrong with the value under a dotted name, or None."""
+    parts = name.split(".")
+    value: Any = record
+    for depth, part in enumerate(parts):
+        if not isinstance(value, Mapping):
+            return f"{'.'.join(parts[:depth])} must be an object, got {value!r:.40}"
+        if part not in value:
+            return f"{'.'.join(parts[: depth + 1])} is missing" if needed else None
+        value = value[part]
+        if value is None and not needed:
+            return None
+    problem = _problem(value, kind)
+    return f"{name} {problem}" if problem else None
+
+
+def is_number(value: Any) -> bool:
+    """Return whether a value of JSON is a number; true and false are none."""
     return isinstance(value, int | float) and not isinstance(value, bool)
 
 
 def _problem(value: Any, kind: str) -> str | None:
     """Return what is wrong with a value of some kind, or None."""
     if kind in ("number", "above 0", "at least 0", "share"):
-        if not _is_number(value):
+        if not is_number(value):
             return f"must be a number, got {value!r:.40}"
         if (
             (kind == "above 0" and not value > 0)
@@ -184,14 +219,26 @@ def _problem(value: Any, kind: str) -> str | None:
             wanted = {"share": "in [0, 1]"}.get(kind, kind)
             return f"must be {wanted}, got {value!r:.40}"
         return None
+    if kind == "text":
+        return None if isinstance(value, str) else f"must be text, got {value!r:.40}"
+    if kind in ("texts", "numbers"):
+        is_one = is_number if kind == "numbers" else lambda each: isinstance(each, str)
+        right = isinstance(value, list) and all(map(is_one, value))
+        return None if right else f"must be a list of {kind}, got {value!r:.40}"
     if not isinstance(value, dict):
         return f"must be an object, got {value!r:.40}"
-    if kind == "calibration":
+    if kind == "shares":
+        for name, share in value.items():
+            if _problem(share, "share"):
+                return f"has a {printable(name)[:40]} that {_problem(share, 'share')}"
+    elif kind == "reliability":
+        return _problem_of_curve(value)
+    elif kind == "calibration":
         if value.get("ece") is not None and _problem(value["ece"], "share"):
             return f"has an ece that {_problem(value['ece'], 'share')}"
     elif kind == "pair":
         for name in MODELS:
-            if value.get(name) is not None and not _is_number(value[name]):
+            if value.get(name) is not None and not is_number(value[name]):
                 return f"has a {name} that is no number: {value[name]!r:.40}"
     elif kind == "intervals":
         for name, interval in value.items():
@@ -200,10 +247,31 @@ def _problem(value: Any, kind: str) -> str | None:
             if not (
                 isinstance(interval, list | tuple)
                 and len(interval) == 2
-                and all(map(_is_number, interval))
+                and all(map(is_number, interval))
                 and not interval[0] > interval[1]
             ):
                 return f"must hold [low, high], but {printable(name)[:40]} is {interval!r:.40}"
+    return None
+
+
+def _problem_of_curve(curve: Mapping[str, Any]) -> str | None:
+    """Return what keeps a reliability curve from being drawn, or None."""
+    count = curve.get("count")
+    if not isinstance(count, list) or not count or any(_problem(n, "at least 0") for n in count):
+        return f"has a count that is no list of numbers of tokens: {count!r:.40}"
+    for name, length in (
+        ("edges", len(count) + 1),
+        ("confidence", len(count)),
+        ("accuracy", len(count)),
+    ):
+        values = curve.get(name)
+        if not isinstance(values, list) or len(values) != length:
+            return f"has {name} that are no list of {length} numbers: {values!r:.40}"
+        for index, value in enumerate(values):
+            # Without tokens a bin has no mean.
+            empty = name != "edges" and value is None and not count[index]
+            if not empty and _problem(value, "share"):
+                return f"has {name} of which one {_problem(value, 'share')}"
     return None
 
 
@@ -289,7 +357,21 @@ GENERATION_TABLE = (
     ("proteins per second", "sequences_per_second"),
 )
 """Label and figure of each set of generated proteins (``src.sequence_quality``)."""
+SAMPLING = ("top_k", "top_p", "temperature", "repetition_penalty")
+"""Settings of sampling that are shown."""
 GENERATION_SETS = ("student", "teacher", "natural", "shuffled")
+
+GENERATION: dict[str, str] = {
+    **{f"generation.{s}": "object" for s in GENERATION_SETS},
+    **{f"generation.{s}.sequences": "at least 0" for s in GENERATION_SETS},
+    **{f"generation.{s}.intervals": "intervals" for s in GENERATION_SETS},
+    **{f"generation.{s}.{name}": "number" for s in GENERATION_SETS for _, name in GENERATION_TABLE},
+    **{f"generation.{s}.composition": "shares" for s in (*GENERATION_SETS, "reference")},
+    **{f"generation.student.sampling.{name}": "number" for name in SAMPLING},
+    **{f"generation.student.counts.{name}": "at least 0" for name in ("attempts", "kept")},
+    "generation.student.examples": "texts",
+}
+"""What is shown of generated proteins, as in ``NESTED``."""
 
 
 def generation_rows(results: Mapping[str, Any]) -> tuple[list[str], list[list[str]]]:
@@ -335,7 +417,8 @@ def print_table(results: Mapping[str, Any]) -> None:
         table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
         table.add_column("generated, and controls")
         for name in sets:
-            table.add_column(f"{name} ({results['generation'][name]['sequences']:,})")
+            count = figure(results, f"generation.{name}.sequences")
+            table.add_column(name if count is None else f"{name} ({count:,})")
         for row in rows:
             table.add_row(*row)
         wide = Console(width=40 + 26 * len(sets), highlight=False)

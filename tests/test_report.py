@@ -5,13 +5,19 @@ from __future__ import annotations
 import copy
 import importlib.util
 import json
+import os
+import random
 import re
 from html.parser import HTMLParser
 from pathlib import Path
 
 import pytest
 
+from src import report
+from src.callbacks import read_metrics
 from src.report import build_report, command_line, short_name
+from src.results import REQUIRED
+from tests.finished_run import finished  # noqa: F401 - a fixture
 from tests.test_plots import calibration
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -230,6 +236,154 @@ def test_the_script_writes_and_does_not_overwrite(folders, monkeypatch, capsys):
     assert script().main(arguments) == 2
     assert "--overwrite" in capsys.readouterr().err
     assert script().main([*arguments, "--overwrite"]) == 0
+
+
+WRONG = (None, "x", [], {}, -1, 10**30)
+"""Beside being missing, what a value of a broken record may be."""
+
+
+def places(value, where=()):
+    """Yield the way to everything that stands in a record; of a list to its first entry."""
+    if where:
+        yield where
+    entries = value.items() if isinstance(value, dict) else enumerate(value[:1])
+    for key, each in entries:
+        if isinstance(each, dict | list):
+            yield from places(each, (*where, key))
+        else:
+            yield (*where, key)
+
+
+def spoiled(record, where, wrong):
+    """Return a copy of a record with one value wrong, or missing where ``wrong`` is ..."""
+    copied = copy.deepcopy(record)
+    place = copied
+    for key in where[:-1]:
+        place = place[key]
+    if wrong is ...:
+        del place[where[-1]]
+    else:
+        place[where[-1]] = wrong
+    return copied
+
+
+def check_spoiled(record, path, of_each, *arguments):
+    """Spoil every place of a record in some ways: a page comes of it, or a line with its file."""
+    rng = random.Random(0)
+    messages = []
+    for where in places(record):
+        for wrong in rng.sample((..., *WRONG), of_each):
+            path.write_text(json.dumps(spoiled(record, where, wrong)))
+            try:
+                assert build_report(*arguments).startswith("<!doctype html>"), (where, wrong)
+            except ValueError as error:
+                messages.append(str(error))
+    assert messages
+    assert all(m.startswith((str(path), "--run", "--results")) for m in messages), messages
+    assert all(m.isprintable() for m in messages)
+
+
+def measured() -> dict:
+    """Return committed results with everything that a page shows, examples and reliability too."""
+    return json.loads((ROOT / "results" / "generation" / "baseline.json").read_text())
+
+
+@pytest.fixture
+def undrawn(monkeypatch):
+    """Leave out what takes most of the time."""
+    monkeypatch.setattr(report, "_drawing", lambda draw, name, text: report.Drawing("", text))
+
+
+@pytest.mark.parametrize("of_each", [2, pytest.param(7, marks=pytest.mark.slow)])
+def test_a_run_with_anything_wrong_is_shown_or_refused(finished, tmp_path, undrawn, of_each):  # noqa: F811
+    record = json.loads((finished / "student" / "run.json").read_text())
+    stopped = {"best_step": 1, "best_eval_loss": 1.0, "last_step": 2, "reason": "no improvement"}
+    record |= {"early_stopping": stopped}
+    check_spoiled(record, tmp_path / "run.json", of_each, tmp_path)
+
+
+@pytest.mark.parametrize("of_each", [1, pytest.param(7, marks=pytest.mark.slow)])
+def test_results_with_anything_wrong_are_shown_or_refused(tmp_path, undrawn, of_each):
+    path = tmp_path / "results.json"
+    check_spoiled(measured(), path, of_each, None, path)
+
+
+def test_what_is_drawn_with_anything_wrong_is_drawn_or_refused(tmp_path, monkeypatch):
+    """Figures are made, but not written as SVG."""
+    monkeypatch.setattr("src.plots.inline_svg", lambda figure, name, text: "<svg></svg>")
+    path = tmp_path / "results.json"
+    sets = {name: {"composition": {"A": 0.5}} for name in ("student", "reference")}
+    drawn = {"student_ece": calibration([500, 200]), "teacher_ece": None, "generation": sets}
+    required = {key: RESULTS[key] for key in REQUIRED}
+    check_spoiled({"schema_version": 1, **required, **drawn}, path, 3, None, path)
+
+
+@pytest.mark.parametrize(
+    ("change", "key"),
+    [
+        ({"data": {"validation": "x"}}, "data.validation must be an object"),
+        ({"peak_memory_bytes": "x"}, "peak_memory_bytes must be a number"),
+        ({"command": "x"}, "command must be a list of texts"),
+        ({"teacher": {"parameters": -1}}, "teacher.parameters must be above 0"),
+        ({"settings": {"loss": {"alpha": []}}}, "settings.loss.alpha must be a number"),
+        ({"train_seconds": float("inf")}, "train_seconds is not a finite number"),
+    ],
+)
+def test_what_is_wrong_in_a_run_is_named(folders, capsys, change, key):
+    path = folders / "run" / "run.json"
+    path.write_text(json.dumps(RUN | change))
+    assert script().main(["--run", str(folders / "run"), "-o", str(folders / "r.html")]) == 2
+    assert f"{path}: {key}" in capsys.readouterr().err
+
+
+def test_the_first_results_files_need_not_count_everything(folders):
+    old = {"perplexity_ratio": 18.95, "data": {"proteins": 12}}
+    (folders / "old.json").write_text(json.dumps(old))
+    assert "12 held-out proteins. Intervals" in Page(build_report(None, folders / "old.json")).text
+
+
+@pytest.mark.parametrize(
+    ("lines", "message"),
+    [
+        ('{"step": 1, "hard_loss": "x"}', "line 1: hard_loss is no number"),
+        ('{"hard_loss": 1.0}', "line 1: step is no number"),
+        ('{"step": 1, "eval_hard_loss": 1e200}', "line 1: eval_hard_loss is no number"),
+        ("[" * 100_000 + '\n{"step": 1}', "line 1: not a JSON object"),
+        ('\udcff\n{"step": 1}', "line 1: not a JSON object"),
+    ],
+)
+def test_broken_metrics_are_refused_with_their_file(folders, lines, message):
+    path = folders / "run" / "metrics.jsonl"
+    path.write_bytes(lines.encode("utf-8", "surrogateescape"))
+    with pytest.raises(ValueError, match=message) as caught:
+        build_report(folders / "run")
+    assert str(caught.value).startswith(str(path))
+
+
+def test_metrics_without_end_are_refused(folders, monkeypatch):
+    path = folders / "run" / "metrics.jsonl"
+    path.unlink()
+    os.mkfifo(path)
+    with pytest.raises(ValueError, match="metrics.jsonl: is no file"):
+        read_metrics(folders / "run")
+    path.unlink()
+    path.symlink_to("/dev/zero")
+    with pytest.raises(ValueError, match="metrics.jsonl: is no file"):
+        read_metrics(folders / "run")
+    path.unlink()
+    with path.open("wb") as handle:
+        handle.truncate(1 << 40)  # sparse: it takes no room
+    with pytest.raises(ValueError, match="is this the right file"):
+        read_metrics(folders / "run")
+
+
+def test_a_killed_runs_last_line_is_left_out_and_a_diverged_run_is_shown(folders):
+    path = folders / "run" / "metrics.jsonl"
+    for half in (b'{"step": 2, "hard_l', b"[" * 100_000, b"\xff"):
+        path.write_bytes(b'{"step": 1, "hard_loss": 2.0}\n' + half)
+        assert read_metrics(folders / "run") == [{"step": 1, "hard_loss": 2.0}]
+    path.write_text('{"step": 1, "hard_loss": NaN, "soft_loss": Infinity}\n')
+    assert "Learning curves" not in Page(build_report(folders / "run")).text
 
 
 def test_names_lose_the_directories_of_this_machine():
