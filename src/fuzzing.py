@@ -443,6 +443,7 @@ def read_source(folder: Path, files: Files, name: str, tokenizer: Any) -> None:
 
 def read_results_file(folder: Path, files: Files) -> None:
     """Read a results file and show it, as every script does that compares some."""
+    from src.report import build_report
     from src.results import TABLE, read_results, summary_lines, with_interval
 
     results = read_results(folder / "r.json")
@@ -452,20 +453,29 @@ def read_results_file(folder: Path, files: Files) -> None:
             if key:
                 with_interval(results, key)
     json.dumps(results, allow_nan=False)
+    build_report(None, folder / "r.json").encode("utf-8")
 
 
-RUN_SETTINGS = {"data": "a", "teacher_model": "t", "student": {"n_layer": 2}}
+RUN_SETTINGS = {
+    "data": "a",
+    "teacher_model": "t",
+    "student": {"n_layer": 2, "n_head": 2, "n_embd": 8},
+    "loss": {"alpha": 0.5, "temperature": 2.0, "divergence": "forward_kl"},
+    "learning_rate": 0.001,
+}
 
 
 def read_run_record(folder: Path, files: Files) -> None:
-    """Read a run's record as training and evaluation do."""
+    """Read a run's record as training, evaluation and the report do."""
     from src.evaluation import named_data, named_teacher, run_of
+    from src.report import build_report
     from src.runs import claim_folder
 
     record = run_of(folder)
     for name in (named_teacher(record), named_data(record)):
         if name is not None:
             Path(name).is_dir()
+    build_report(folder).encode("utf-8")
     claim_folder(folder, RUN_SETTINGS, resume=True)
 
 
@@ -590,7 +600,12 @@ def build_formats(folder: Path) -> dict[str, Format]:
     from safetensors.torch import save_file
     from transformers import GPT2Config, GPT2LMHeadModel
 
-    from src import checkpoints, evaluation, splits  # noqa: F401 - imported once, before forks
+    from src import (  # noqa: F401 - imported once, before forks
+        checkpoints,
+        evaluation,
+        report,
+        splits,
+    )
     from src.data import encode, tokenise
     from src.pretraining import train_tokenizer
     from src.results import REQUIRED, write_results
@@ -630,21 +645,42 @@ def build_formats(folder: Path) -> dict[str, Format]:
         "teacher_ece": {"ece": 0.1},
         "kl_from_natural": {"student": 0.1, "teacher": 0.2},
         "intervals": {"perplexity_ratio": [0.9, 1.1], "student_ece.ece": [0.0, 0.2]},
-        "run": {"seed": 0},
+        "run": {"seed": 0, "command": ["evaluate.py"], "student": {"name": "s"}},
         "student_parameters": 10,
         "teacher_parameters": 40,
         "share_of_teacher": 0.25,
         "kept_advantage": 0.5,
         "threshold": {"perplexity_ratio_below": 2.0, "passed": True},
-        "floors": {"unigram": {"perplexity_per_residue": 18.0}},
-        "data": {"proteins": 6, "clusters": 5},
+        "floors": {"unigram": {"perplexity_per_residue": 18.0, "student_gain": -0.1}},
+        "data": {"proteins": 6, "clusters": 5, "residues": 300, "tokens": 100},
+        # Without what is drawn: figures take longer than all the rest.
+        "generation": {
+            "student": {
+                "sequences": 6,
+                "valid_share": 0.5,
+                "intervals": {"valid_share": [0.25, 0.75]},
+                "sampling": {"top_k": 950, "top_p": 1.0, "temperature": 1.0, "seed": 0},
+                "counts": {"attempts": 7, "kept": 6},
+                "examples": proteins[:2],
+            }
+        },
     }
     write_results(folder / "results" / "r.json", results)
     run = folder / "run"
     run.mkdir()
-    write_run(
-        run, {"name": "n", "status": "running", "settings": RUN_SETTINGS, "teacher": {"name": "t"}}
-    )
+    about = {
+        "name": "n",
+        "status": "running",
+        "settings": RUN_SETTINGS,
+        "command": ["train.py"],
+        "teacher": {"name": "t", "parameters": 40},
+        "student": {"parameters": 10},
+        "data": {"train": {"proteins": 6, "residues": 300}},
+        "train_seconds": 1.0,
+        "peak_memory_bytes": 1000,
+        "steps": 2,
+    }
+    write_run(run, about)
 
     tokenizer.save_pretrained(folder / "tokenizer")
     torch.manual_seed(0)

@@ -12,7 +12,7 @@ import math
 import sys
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeGuard
 
 from src.cli import printable
 from src.files import MAX_JSON_DEPTH, check_outputs, is_nested_beyond, read_json, write_json
@@ -201,7 +201,7 @@ def _fault(record: Mapping[str, Any], name: str, kind: str, needed: bool) -> str
     return f"{name} {problem}" if problem else None
 
 
-def is_number(value: Any) -> bool:
+def is_number(value: Any) -> TypeGuard[int | float]:
     """Return whether a value of JSON is a number; true and false are none."""
     return isinstance(value, int | float) and not isinstance(value, bool)
 
