@@ -38,7 +38,7 @@ from src.files import (
     remove_unfinished,
     write_json,
 )
-from src.grids import RATES_FILE, Cell, Grid, settings_key
+from src.grids import Cell, Grid, read_rates, settings_key
 from src.interruption import stops_on_signals
 from src.models import count_parameters, load_causal_lm, model_fingerprint, output_head
 from src.results import figure, read_results, write_results
@@ -76,7 +76,7 @@ class GridRun:
         announce: called with each line for a person.
 
     Raises:
-        ValueError: learning rates are to be read and were not written yet.
+        ValueError: learning rates are to be read and were not written yet, or are none.
     """
 
     def __init__(
@@ -92,7 +92,7 @@ class GridRun:
         self.grid = grid
         self.results, self.work = results, work
         self.device, self.cache_dir, self.announce = device, cache_dir, announce
-        tuned = read_json(results / RATES_FILE)["rates"] if grid.tuned else None
+        tuned = read_rates(results)["rates"] if grid.tuned else None
         self.cells = self.grid.cells(tuned)
         self._ingredients: Ingredients | None = None
         self._caches: dict[str, TeacherCache] = {}

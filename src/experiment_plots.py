@@ -35,13 +35,20 @@ def effects_figure(
         U, C, B and I of the claim. Small points are single seeds.
 
     Raises:
-        ValueError: there is nothing to draw.
+        ValueError: there is nothing to draw, or the sizes were not analysed alike.
     """
     if not sizes:
         raise ValueError("no analysis to draw")
     first = next(iter(sizes.values()))
     arms = [arm for arm in first["arms"] if arm != reference]
     designs = "published" in first["designs"]
+    for title, record in sizes.items():
+        compared = record["against"].get(reference, {})
+        if not set(arms) <= set(compared) or ("published" in record["designs"]) != designs:
+            raise ValueError(
+                f"the analysis of {title} lacks arms or designs of others, or the comparison with "
+                f"{reference}: run scripts/analyse_ablation.py for all, --against {reference}"
+            )
     heights = [len(arms) + 1, 5.5] if designs else [len(arms) + 1]
     figure = Figure(
         figsize=(2.2 + 2.7 * len(sizes), 0.24 * sum(heights) + 1.4), layout="constrained"

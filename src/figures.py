@@ -12,11 +12,11 @@ from typing import Any
 
 import numpy as np
 
-from src import experiment_plots, plots
+from src import experiment_plots, plots, synergy
 from src.cli import say
-from src.files import read_json, replace_section, write_text
-from src.grids import RATES_FILE
-from src.results import figure, read_results
+from src.files import replace_section, write_text
+from src.grids import read_rates
+from src.results import MODELS, check_figures, figure, read_results
 from src.synergy import EXPLANATIONS, MARGIN, shown
 from src.tables import latex_lines, markdown_lines
 
@@ -33,6 +33,21 @@ SWEEPS = ("temperature", "alpha", "smoothing")
 SECTION = "experiment tables"
 """Of docs/RESULTS.md: what stands between its marks is generated."""
 
+CELL = {
+    **{f"settings.{name}": "text" for name in ("arm", "size")},
+    **{f"settings.{name}": "number" for name in ("seed", "learning_rate", "train.max_steps")},
+    "training.curve": "objects",
+    "share_of_teacher": "above 0",
+    "teacher_nats_per_residue": "number",
+    "student_nats_per_residue": "number",
+    "kl_per_residue": "number",
+    "floors.unigram.nats_per_residue": "number",
+    **{f"{m}_ece.{k}": t for m in MODELS for k, t in (("ece", "share"), ("reliability", "object"))},
+}
+"""What the figures and tables need of a cell beside what all results files have."""
+POINT = {"step": "number", "eval_hard_loss": "number", "grad_norm": "number"}
+"""What they take of a point of a learning curve; all but the step may be missing."""
+
 Cells = list[dict[str, Any]]
 Table = tuple[list[str], list[list[str]]]
 
@@ -46,12 +61,20 @@ def read_cells(folder: Path, grid: str) -> Cells:
 
     Raises:
         Missing: there are none.
+        ValueError: one lacks what every cell has.
     """
     found = []
+    way_out = "move it away and run scripts/ablation.py again"
     for path in sorted(folder.glob("*-seed*-lr*.json")):
         results = read_results(path)
-        if figure(results, "settings.grid") == grid:
-            found.append(results)
+        if figure(results, "settings.grid") != grid:
+            continue
+        check_figures(results, CELL, path, needed=True, way_out=way_out)
+        for number, point in enumerate(results["training"]["curve"]):
+            where = f"{path}: training.curve[{number}]"
+            check_figures(point, {"step": "number"}, where, needed=True, way_out=way_out)
+            check_figures(point, POINT, where, way_out=way_out)
+        found.append(results)
     if not found:
         raise Missing(f"{folder}: no cells of {grid}: python scripts/ablation.py --grid {grid}")
     return found
@@ -62,13 +85,14 @@ def read_analysis(folder: Path, grid: str) -> dict[str, Any]:
 
     Raises:
         Missing: it was not analysed yet.
+        ValueError: what is there is no analysis.
     """
     path = folder / "analysis.json"
     if not path.exists():
         raise Missing(
             f"{path}: python scripts/analyse_ablation.py --results {folder} --grid {grid}"
         )
-    return read_json(path)["sizes"]
+    return synergy.read_analysis(path)
 
 
 def _strata(results: Path) -> dict[str, tuple[Path, str]]:
@@ -115,7 +139,7 @@ def scaling(results: Path) -> Any:
             series[f"{arm}, {stratum}"] = [
                 (shares[size], found["estimate"], *found["interval"])
                 for size, record in analysis.items()
-                if (found := record["arms"].get(arm))
+                if size in shares and (found := record["arms"].get(arm))
             ]
     return experiment_plots.scaling_figure(series, lines)
 
@@ -130,7 +154,13 @@ def curves(results: Path) -> Any:
                 continue
             curve = [r for r in results_of["training"]["curve"] if "eval_hard_loss" in r]
             panel = panels.setdefault(_title(about["size"], stratum), {})
-            steps, values = panel.setdefault(about["arm"], ([r["step"] for r in curve], []))
+            here = [r["step"] for r in curve]
+            steps, values = panel.setdefault(about["arm"], (here, []))
+            if here != steps:
+                raise ValueError(
+                    f"{folder}: {about['arm']} at {about['size']}: seed {about['seed']} was "
+                    "validated at other steps than the seed before: run its cells again"
+                )
             values.append([r["eval_hard_loss"] for r in curve])
     ordered = {
         title: {arm: arms[arm] for arm in FOUR if arm in arms} for title, arms in panels.items()
@@ -157,9 +187,9 @@ def composition(results: Path) -> Any:
 
 def calibration(results: Path) -> Any:
     """Figure 5: reliability of the teacher and the four arms at the larger size."""
-    folder, grid = _strata(results)["cut"]
+    folder, grid = STRATA["cut"]
     models: dict[str, list[dict[str, Any]]] = {"teacher": [], **{arm: [] for arm in FOUR}}
-    for found in read_cells(folder, grid):
+    for found in read_cells(results / folder, grid):
         about = found["settings"]
         if about["size"] != "s27" or about["arm"] not in FOUR:
             continue
@@ -278,11 +308,11 @@ def generation_tables(results: Path) -> Iterator[tuple[str, Table]]:
     """Generated proteins of students and teacher beside natural and shuffled ones."""
     rows: dict[str, list[str]] = {}
     for path in sorted((results / GENERATION).glob("*.json")):
-        found = read_results(path)["generation"]
+        found = read_results(path)
         for name, key in ((path.stem, "student"), *((k, k) for k in CONTROLS)):
-            if name in rows or key not in found:
+            if name in rows or not figure(found, f"generation.{key}"):
                 continue
-            values = [figure(found[key], column) for _, column, _ in GENERATED]
+            values = [figure(found, f"generation.{key}.{column}") for _, column, _ in GENERATED]
             rows[name] = [
                 "---" if value is None else format(value, shape)
                 for value, (_, _, shape) in zip(values, GENERATED, strict=True)
@@ -303,7 +333,7 @@ def sweep_tables(results: Path) -> Iterator[tuple[str, Table]]:
         by_arm: dict[str, Cells] = {}
         for cell in read_cells(folder, grid):
             by_arm.setdefault(cell["settings"]["arm"], []).append(cell)
-        best = read_json(folder / RATES_FILE)["best_arm"]
+        best = read_rates(folder)["best_arm"]
         for arm, cells in sorted(by_arm.items(), key=lambda item: _value_of(item[0])):
             row = [f"{arm} (best)" if arm in best.values() else arm]
             for name in ("student_nats_per_residue", "kl_per_residue", "student_ece.ece"):

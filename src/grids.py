@@ -10,8 +10,11 @@ import hashlib
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
+from pathlib import Path
 from typing import Any
 
+from src.files import read_json
+from src.results import check_figures
 from src.settings import (
     BUNDLED_DATA,
     BUNDLED_TEACHER,
@@ -181,6 +184,22 @@ class Grid:
     def file_of(self, cell: Cell) -> str:
         """Return the name of a cell's results file."""
         return self.cell_files.get(cell.arm, cell.name) + ".json"
+
+
+def read_rates(folder: Path) -> dict[str, Any]:
+    """Read what a tuning grid or a sweep chose: ``rates`` by size and arm, ``best_arm`` by size.
+
+    Raises:
+        ValueError: it is not there, or not what was written.
+    """
+    path = folder / RATES_FILE
+    record = read_json(path)
+    way_out = "choose again (scripts/ablation.py --grid NAME --choose)"
+    kinds = {"rates": "object", "best_arm": "names"}
+    check_figures(record, kinds, path, needed=True, way_out=way_out)
+    sizes = dict.fromkeys(record["rates"], "rates")
+    check_figures(record["rates"], sizes, f"{path}: rates", needed=True, way_out=way_out)
+    return record
 
 
 def settings_key(settings: TrainSettings) -> str:

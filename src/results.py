@@ -161,7 +161,12 @@ def validate(results: Mapping[str, Any], path: str | Path = "results") -> None:
 
 
 def check_figures(
-    record: Any, kinds: Mapping[str, str], path: str | Path, *, needed: bool = False
+    record: Any,
+    kinds: Mapping[str, str],
+    path: str | Path,
+    *,
+    needed: bool = False,
+    way_out: str = "",
 ) -> None:
     """Check what a JSON object holds under dotted names, and that all of it can be shown.
 
@@ -170,19 +175,19 @@ def check_figures(
         kinds: kind of the value by its name, as in :data:`REQUIRED`.
         path: what the message begins with.
         needed: whether every value must be there; else it may be missing or null.
+        way_out: what the user can do, at the end of the message.
 
     Raises:
         ValueError: one line that names the key and what is wrong with it.
     """
     if not isinstance(record, Mapping):
-        raise ValueError(f"{path}: must be an object, got {record!r:.40}")
-    for name, kind in kinds.items():
-        fault = _fault(record, name, kind, needed)
-        if fault:
-            raise ValueError(f"{path}: {fault}")
-    bad = _unusable(record)
-    if bad:
-        raise ValueError(f"{path}: {printable(bad)}")
+        faults = iter([f"must be an object, got {record!r:.40}"])
+    else:
+        found = (_fault(record, name, kind, needed) for name, kind in kinds.items())
+        faults = (fault for fault in (*found, _unusable(record)) if fault)
+    fault = next(faults, None)
+    if fault:
+        raise ValueError(printable(f"{path}: {fault}{way_out and ': '}{way_out}"))
 
 
 def _fault(record: Mapping[str, Any], name: str, kind: str, needed: bool) -> str | None:
@@ -206,6 +211,20 @@ def is_number(value: Any) -> TypeGuard[int | float]:
     return isinstance(value, int | float) and not isinstance(value, bool)
 
 
+def _is_interval(value: Any) -> bool:
+    return (
+        isinstance(value, list | tuple)
+        and len(value) == 2
+        and all(map(is_number, value))
+        and not value[0] > value[1]
+    )
+
+
+LISTS = {"texts": "text", "numbers": "number", "objects": "object"}
+NAMED = {"shares": "share", "rates": "above 0", "names": "text"}
+"""Kinds of lists, and of objects with keys of any name, by the kind of what they hold."""
+
+
 def _problem(value: Any, kind: str) -> str | None:
     """Return what is wrong with a value of some kind, or None."""
     if kind in ("number", "above 0", "at least 0", "share"):
@@ -221,16 +240,17 @@ def _problem(value: Any, kind: str) -> str | None:
         return None
     if kind == "text":
         return None if isinstance(value, str) else f"must be text, got {value!r:.40}"
-    if kind in ("texts", "numbers"):
-        is_one = is_number if kind == "numbers" else lambda each: isinstance(each, str)
-        right = isinstance(value, list) and all(map(is_one, value))
+    if kind in LISTS:
+        right = isinstance(value, list) and not any(_problem(each, LISTS[kind]) for each in value)
         return None if right else f"must be a list of {kind}, got {value!r:.40}"
+    if kind == "interval":
+        return None if _is_interval(value) else f"must be [low, high], got {value!r:.40}"
     if not isinstance(value, dict):
         return f"must be an object, got {value!r:.40}"
-    if kind == "shares":
-        for name, share in value.items():
-            if _problem(share, "share"):
-                return f"has a {printable(name)[:40]} that {_problem(share, 'share')}"
+    if kind in NAMED:
+        for name, each in value.items():
+            if _problem(each, NAMED[kind]):
+                return f"has a {printable(name)[:40]} that {_problem(each, NAMED[kind])}"
     elif kind == "reliability":
         return _problem_of_curve(value)
     elif kind == "calibration":
@@ -244,12 +264,7 @@ def _problem(value: Any, kind: str) -> str | None:
         for name, interval in value.items():
             if interval is None:
                 continue
-            if not (
-                isinstance(interval, list | tuple)
-                and len(interval) == 2
-                and all(map(is_number, interval))
-                and not interval[0] > interval[1]
-            ):
+            if not _is_interval(interval):
                 return f"must hold [low, high], but {printable(name)[:40]} is {interval!r:.40}"
     return None
 
@@ -362,6 +377,8 @@ SAMPLING = ("top_k", "top_p", "temperature", "repetition_penalty")
 GENERATION_SETS = ("student", "teacher", "natural", "shuffled")
 
 GENERATION: dict[str, str] = {
+    **{f"generation.{s}.distinct_4mers": "number" for s in GENERATION_SETS},
+    **{f"generation.{s}.novelty.share_over_30": "number" for s in GENERATION_SETS},
     **{f"generation.{s}": "object" for s in GENERATION_SETS},
     **{f"generation.{s}.sequences": "at least 0" for s in GENERATION_SETS},
     **{f"generation.{s}.intervals": "intervals" for s in GENERATION_SETS},

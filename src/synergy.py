@@ -7,14 +7,16 @@ random effects (``src.statistics.two_way_interval``), paired between arms.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from src.files import read_json
 from src.grids import ARMS, RECIPES
+from src.results import check_figures
 from src.statistics import Estimate, contrast, equivalence, holm, seeds_for_half_width
 from src.tables import markdown_lines
 
@@ -82,17 +84,21 @@ def read_runs(folder: str | Path, grid: str, split: str = "test") -> dict[str, R
         For each size the runs of the seeds that all of its arms have.
 
     Raises:
-        ValueError: no tables, an arm with several learning rates, or proteins that differ.
+        ValueError: no tables or none with rows of the split, a table that is broken or empty, an
+            arm with several learning rates, or proteins that differ.
     """
-    import pyarrow.parquet as pq
-
     paths = sorted(Path(folder).glob(f"per_protein-{grid}-*.parquet"))
     if not paths:
         raise ValueError(f"{folder}: no per_protein-{grid}-*.parquet: run the grid first")
     cells: dict[str, dict[tuple[str, int], dict[str, np.ndarray]]] = {}
     rates: dict[tuple[str, str], set[float]] = {}
     for path in paths:
-        frame = pq.read_table(path).to_pandas()
+        try:
+            frame = _read_table(path)
+        except ValueError as error:
+            raise ValueError(
+                f"{path}: {error}: move it away and run scripts/ablation.py --grid {grid} again"
+            ) from None
         frame = frame[frame["split"] == split]
         for (size, arm, seed), rows in frame.groupby(["size", "arm", "seed"], sort=False):
             rates.setdefault((size, arm), set()).update(rows["learning_rate"].unique())
@@ -103,7 +109,34 @@ def read_runs(folder: str | Path, grid: str, split: str = "test") -> dict[str, R
                 name: rows[name].to_numpy()
                 for name in ("protein", "cluster", "residues", "nll_student", "kl")
             }
+    if not cells:
+        raise ValueError(f"{folder}: no table of {grid} holds {split} proteins: pass --split")
     return {size: _runs(size, found) for size, found in cells.items()}
+
+
+def _read_table(path: Path) -> Any:
+    """Return a table of single proteins; a ``ValueError`` says what is wrong without the name."""
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    texts, numbers = ("arm", "size", "split", "protein", "cluster"), ("nll_student", "kl")
+    schema = pa.schema(
+        [(name, pa.string()) for name in texts]
+        + [(name, pa.int64()) for name in ("seed", "residues")]
+        + [(name, pa.float64()) for name in ("learning_rate", *numbers)]
+    )
+    try:
+        table = pq.read_table(path).select(schema.names).cast(schema)
+    except (pa.ArrowException, KeyError, OSError):
+        raise ValueError("broken, or not a table of single proteins") from None
+    if not len(table):
+        raise ValueError("holds no proteins")
+    if any(column.null_count for column in table.columns):
+        raise ValueError("a value is missing")
+    frame = table.to_pandas()
+    if not np.isfinite(frame[list(numbers)]).all(axis=None) or (frame["residues"] < 1).any():
+        raise ValueError("a figure is not finite, or a protein has no residues")
+    return frame
 
 
 def _runs(size: str, cells: Mapping[tuple[str, int], Mapping[str, np.ndarray]]) -> Runs:
@@ -286,6 +319,63 @@ def _described(estimate: Estimate) -> dict[str, Any]:
         "interval": [estimate.low, estimate.high],
         "standard_error": estimate.standard_error,
     }
+
+
+ESTIMATE = {"estimate": "number", "interval": "interval"}
+DIFFERENCE = {f"{of}.{name}": kind for of in ("nats", "kl") for name, kind in ESTIMATE.items()}
+SIZE = {
+    "seeds": "numbers",
+    **dict.fromkeys(("arms", "designs", "explanations", "against"), "object"),
+}
+DESIGN = {"arms": "texts", "contrasts": "object", "parts": "names", "verdict": "text"}
+
+
+def read_analysis(path: Path) -> dict[str, Any]:
+    """Read the records of all sizes that scripts/analyse_ablation.py wrote.
+
+    Raises:
+        ValueError: the file is broken, or not such an analysis.
+    """
+    way_out = "run scripts/analyse_ablation.py again"
+
+    def check(record: Any, kinds: Mapping[str, str], where: str = "") -> None:
+        begin = f"{path}: {where}" if where else path
+        check_figures(record, kinds, begin, needed=True, way_out=way_out)
+
+    def check_names(names: Iterable[str], expected: Iterable[str], where: str) -> None:
+        if set(names) != set(expected):
+            wanted = ", ".join(sorted(expected))
+            raise ValueError(f"{path}: {where} must hold {wanted:.200}: {way_out}")
+
+    record = read_json(path)
+    check(record, {"sizes": "object"})
+    for size, found in record["sizes"].items():
+        where = f"sizes.{size}"
+        check(found, SIZE, where)
+        for arm, entry in found["arms"].items():
+            check(entry, {**ESTIMATE, "by_seed": "numbers"}, f"{where}.arms.{arm}")
+            if len(entry["by_seed"]) != len(found["seeds"]):
+                raise ValueError(f"{path}: {where}.arms.{arm} is not of all seeds: {way_out}")
+        for name, design in found["designs"].items():
+            at = f"{where}.designs.{name}"
+            check(design, DESIGN, at)
+            if tuple(design["arms"]) != DESIGNS.get(name):
+                raise ValueError(f"{path}: {at}.arms are not those of a design: {way_out}")
+            check_names(set(design["arms"]) & set(found["arms"]), design["arms"], f"{where}.arms")
+            for part in ("contrasts", "parts"):
+                check_names(design[part], EXPECTED_SIGN, f"{at}.{part}")
+            for key, entry in design["contrasts"].items():
+                check(entry, ESTIMATE, f"{at}.contrasts.{key}")
+        for name, entry in found["explanations"].items():
+            check_names({name} & set(EXPLANATIONS), {name}, f"{where}.explanations")
+            check(entry, {**ESTIMATE, "p_holm": "number"}, f"{where}.explanations.{name}")
+        for reference, arms in found["against"].items():
+            at = f"{where}.against.{reference}"
+            check(arms, {}, at)
+            check_names({reference, *arms}, found["arms"], at)
+            for arm, entry in arms.items():
+                check(entry, {**DIFFERENCE, "p_holm": "number"}, f"{at}.{arm}")
+    return record["sizes"]
 
 
 def analysis_lines(analysis: Mapping[str, Any]) -> list[str]:

@@ -404,3 +404,27 @@ def test_the_script(grid, world, tmp_path, capsys):
     assert script.main([*arguments, "--status"]) == 0
     assert "2 of 2 cells done" in capsys.readouterr().out
     assert read_json(tmp_path / "work" / "s27-seed42" / "group.json")["members"]
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ({}, "rates is missing"),
+        ([1], "must be an object"),
+        ({"rates": {"s27": "x"}, "best_arm": {}}, "rates: s27 must be an object"),
+        ({"rates": {"s27": {"both": -1}}, "best_arm": {}}, "rates: s27 has a both that must be"),
+        ({"rates": {"s27": {"both": 1e400}}, "best_arm": {}}, "not a finite number"),
+        ({"rates": {}, "best_arm": {"s27": 3}}, "best_arm has a s27 that must be text"),
+    ],
+)
+def test_learning_rates_that_are_none_are_refused_with_their_file(
+    tmp_path, capsys, content, message
+):
+    path = tmp_path / RATES_FILE
+    path.write_text(json.dumps(content))
+    arguments = ["--grid", "synergy", "--results", str(tmp_path), "--work", str(tmp_path / "work")]
+    assert script.main([*arguments, "--status"]) == 2
+    error = capsys.readouterr().err
+    assert f"{path}: {message}" in error or message == "not a finite number" in error
+    assert "choose again (scripts/ablation.py --grid NAME --choose)" in error
+    assert error.count("\n") == 1

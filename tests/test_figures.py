@@ -15,6 +15,7 @@ from scripts import figures as script
 from src import figures
 from src.grids import GRIDS
 from src.settings import OF_TEACHER, RECIPES, LossSettings
+from tests.spoiling import refusals
 
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "results"
@@ -114,3 +115,57 @@ def test_what_is_recommended_is_what_the_search_found():
     flags = dict(RECIPES["recommended"])
     assert flags.pop("init_from") == OF_TEACHER
     assert replace(LossSettings(), **flags) == GRIDS["recipe"].arms[best]
+
+
+def analysed(folder: Path) -> tuple[Path, dict]:
+    """Return where an analysis stands below a folder, and a committed one of a single size."""
+    path = folder / "synergy" / "analysis.json"
+    path.parent.mkdir()
+    record = json.loads((RESULTS / "synergy" / "analysis.json").read_text())
+    return path, {"sizes": {"s27": record["sizes"]["s27"]}}
+
+
+def test_an_analysis_with_anything_wrong_is_shown_or_refused(tmp_path):
+    path, record = analysed(tmp_path)
+    messages = refusals(record, path, lambda: list(figures.contrast_tables(tmp_path)), 2)
+    assert all(m.startswith(f"{path}: ") and m.endswith("again") for m in messages), messages
+    assert len(messages) > 100
+    messages = refusals(record, path, lambda: figures.effects(tmp_path), 1, share=0.05)
+    assert all(m.startswith(f"{path}: ") for m in messages), messages
+
+
+@pytest.mark.parametrize("content", [{}, [], {"sizes": {"s27": {}}}, {"sizes": {"s27": 3}}])
+def test_what_is_no_analysis_is_refused_with_its_file(tmp_path, capsys, content):
+    path, _ = analysed(tmp_path)
+    path.write_text(json.dumps(content))
+    assert script.main(["--results", str(tmp_path), "--output", str(tmp_path / "figures")]) == 2
+    error = capsys.readouterr().err
+    assert f"{path}: " in error
+    assert "run scripts/analyse_ablation.py again" in error
+    assert error.count("\n") == 1
+
+
+def test_sizes_that_were_not_analysed_alike_are_refused(tmp_path):
+    path, record = analysed(tmp_path)
+    other = json.loads(json.dumps(record["sizes"]["s27"]))
+    del other["arms"]["hard_only"], other["against"]["baseline"]["hard_only"]
+    path.write_text(json.dumps({"sizes": {**record["sizes"], "s11": other}}))
+    with pytest.raises(ValueError, match="11 %, cut lacks arms"):
+        figures.effects(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"training": {}}, "training.curve is missing"),
+        ({"training": {"curve": [{"step": "x"}]}}, r"training.curve\[0\]: step must be a number"),
+        ({"student_ece": {"ece": 0.1}}, "student_ece.reliability is missing"),
+        ({"share_of_teacher": None}, "share_of_teacher must be a number"),
+    ],
+)
+def test_a_cell_that_lacks_what_is_drawn_is_refused_with_its_file(tmp_path, change, message):
+    name = "baseline-s27-seed1-lr0.004.json"
+    cell = json.loads((RESULTS / "synergy" / name).read_text())
+    (tmp_path / name).write_text(json.dumps(cell | change))
+    with pytest.raises(ValueError, match=f"{name}: {message}.*run scripts/ablation.py again"):
+        figures.read_cells(tmp_path, "synergy")

@@ -174,3 +174,37 @@ def test_the_script_writes_what_it_prints(tmp_path, capsys):
     assert len(written["s27"]["explanations"]) == len(EXPLANATIONS)
     assert (tmp_path / "analysis.md").read_text().strip() in out
     assert script.main(["--results", str(tmp_path / "none")]) == 2
+
+
+@pytest.mark.parametrize(
+    ("spoil", "message"),
+    [
+        (lambda table: table.drop_columns(["split"]), "broken, or not a table"),
+        (lambda table: table.slice(0, 0), "holds no proteins"),
+        (lambda table: table.set_column(11, "kl", pa.array(["x"] * len(table))), "broken, or not"),
+        (lambda table: table.set_column(11, "kl", pa.nulls(len(table))), "a value is missing"),
+        (lambda table: table.set_column(11, "kl", pa.array([np.nan] * len(table))), "not finite"),
+        (lambda table: table.set_column(7, "residues", pa.array([0] * len(table))), "no residues"),
+    ],
+)
+def test_a_table_that_is_none_is_refused_with_its_file(tmp_path, capsys, spoil, message):
+    write_experiment(tmp_path, CLAIM)
+    path = tmp_path / "per_protein-synergy-s-seed3.parquet"
+    pq.write_table(spoil(pq.read_table(path)), path)
+    assert script.main(["--results", str(tmp_path)]) == 2
+    error = capsys.readouterr().err
+    assert f"{path}: " in error
+    assert message in error
+    assert "run scripts/ablation.py --grid synergy again" in error
+    assert error.count("\n") == 1
+    assert not (tmp_path / "analysis.json").exists()
+
+
+def test_a_truncated_table_and_another_split_are_told(tmp_path):
+    write_experiment(tmp_path, CLAIM)
+    with pytest.raises(ValueError, match="no table of synergy holds validation proteins"):
+        read_runs(tmp_path, "synergy", "validation")
+    path = tmp_path / "per_protein-synergy-s-seed3.parquet"
+    path.write_bytes(path.read_bytes()[:-100])
+    with pytest.raises(ValueError, match="seed3.parquet: broken, or not a table .*again"):
+        read_runs(tmp_path, "synergy")
