@@ -33,6 +33,7 @@ from typing import Any
 import numpy as np
 
 from src.files import read_json, write_json
+from src.results import check_figures
 
 MEGABYTE = 1e6
 WARM_UP = 1 / 3
@@ -244,16 +245,40 @@ class Recorder:
         return record
 
 
+GROWTH = {
+    **{name: "at least 0" for name in ("warm_up_cycles", "bound")},
+    **{name: "number" for name in ("intercept", "per_cycle", "growth")},
+    "growth_interval": "interval",
+}
+"""Kinds of what is drawn of a quantity's growth, as in ``src.results``."""
+
+
 def draw(record: Path) -> None:
-    """Draw the figure of a record from the samples beside it, where it states a growth."""
+    """Draw the figure of a record from the samples beside it, where it states a growth.
+
+    Raises:
+        ValueError: the record or its samples are missing, broken or not those of a soak.
+    """
+    from src.callbacks import read_json_lines
     from src.plots import holdings_over_time, save_figure
 
+    way_out = "name the record of a soak"
     found = read_json(record)
+    kinds = {"quantities": "object", "cycles": "at least 0"}
+    check_figures(found, kinds, record, needed=True, way_out=way_out)
     growths = found["quantities"]
     if growths:
-        lines = record.with_suffix(".jsonl").read_text(encoding="utf-8").splitlines()
+        kinds = {f"{name}.{key}": kind for name in QUANTITIES for key, kind in GROWTH.items()}
+        check_figures(growths, kinds, f"{record}: quantities", needed=True, way_out=way_out)
+        path = record.with_suffix(".jsonl")
         # A soak that was killed took samples after it wrote its record.
-        samples = [json.loads(line) for line in lines[: found["cycles"]]]
+        samples = read_json_lines(path)[: int(found["cycles"])]
+        warm_up = max(growths[name]["warm_up_cycles"] for name in QUANTITIES)
+        if not warm_up < len(samples) == found["cycles"]:
+            raise ValueError(f"{path}: its lines are not the cycles of {record}: {way_out}")
+        for number, sample in enumerate(samples, start=1):
+            kinds = dict.fromkeys(("cycle", "seconds", *QUANTITIES), "at least 0")
+            check_figures(sample, kinds, f"{path}: line {number}", needed=True, way_out=way_out)
         labels = {name: (q.label, q.unit) for name, q in QUANTITIES.items()}
         save_figure(holdings_over_time(samples, growths, labels), record.with_suffix(".png"))
 

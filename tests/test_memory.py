@@ -10,6 +10,7 @@ import pytest
 from src.memory import Cell, comparison_line, planned, table
 from src.settings import TrainSettings
 from src.sizing import PROTGPT2, gpt2_parameters
+from tests.spoiling import refusals
 from tools import memory_table
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -65,10 +66,31 @@ def test_user_errors_are_one_line(tmp_path, capsys):
     output = tmp_path / "memory.json"
     assert memory_table.main(["--update", "--output", str(output)]) == 2
     assert "nothing was measured yet" in capsys.readouterr().err
-    about = {"tokens": 256, "device": "cpu", "precision": "fp32"}
-    output.write_text(json.dumps({**RECORD, **about}))
+    output.write_text(json.dumps({**measured(), "tokens": 256}))
     assert memory_table.main(["--output", str(output)]) == 2
-    assert "choose another --output" in capsys.readouterr().err
+    assert "holds other measurements: choose another --output" in capsys.readouterr().err
+
+
+def measured() -> dict:
+    return json.loads((ROOT / "results" / "memory_cpu.json").read_text())
+
+
+def test_what_is_no_record_is_refused_with_its_file(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(memory_table, "DOCUMENT", tmp_path / "doc.md")
+    (tmp_path / "doc.md").write_text("<!-- memory -->\n<!-- /memory -->\n")
+    output = tmp_path / "memory.json"
+    typed = ["--update", "--output", str(output)]
+    for content in ("{}", "[]", '{"cells": [3]}', '{"cells": [{}]}'):
+        output.write_text(content)
+        assert memory_table.main(typed) == 2
+        error = capsys.readouterr().err
+        assert f"{output}: " in error
+        assert "choose another --output" in error
+        assert error.count("\n") == 1
+    args = memory_table.build_parser().parse_args(typed)
+    messages = refusals(measured(), output, lambda: memory_table.run(args), 4)
+    assert messages
+    assert all(message.startswith(f"{output}: ") for message in messages)
 
 
 @pytest.mark.slow

@@ -20,6 +20,8 @@ import pytest
 from src import soaking
 from src.models import load_causal_lm, load_tokenizer
 from src.settings import BUNDLED_TEACHER
+from tests.spoiling import refusals
+from tools import soak as tool
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -240,3 +242,35 @@ def test_a_short_soak_ends_alike_in_every_turn(tmp_path):
     again = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
     assert again.returncode == 2
     assert "--overwrite" in again.stderr
+
+
+def test_what_is_no_record_of_a_soak_is_not_drawn(tmp_path, capsys):
+    path, samples = tmp_path / "soak.json", tmp_path / "soak.jsonl"
+    for content in ("{}", "[]", '{"quantities": {"memory": 3}, "cycles": 5}'):
+        path.write_text(content)
+        assert tool.main(["--draw", "--record", str(path)]) == 2
+        error = capsys.readouterr().err
+        assert f"{path}: " in error
+        assert "name the record of a soak" in error
+        assert error.count("\n") == 1
+    for name in (path.name, samples.name):
+        (tmp_path / name).write_bytes((ROOT / "results" / "reliability" / name).read_bytes())
+    soaking.draw(path)
+    record = json.loads(path.read_text())
+    messages = refusals(record, path, lambda: soaking.draw(path), 1, share=0.1)
+    assert messages
+    assert all(str(path.with_suffix("")) in message for message in messages)
+    path.write_text(json.dumps(record))
+    lines = samples.read_text().splitlines(keepends=True)
+    for wrong, message in (
+        (lines[:20], "not the cycles"),
+        (['{"cycle": 0}\n', *lines[1:]], "line 1: seconds is missing"),
+        (["x\n", *lines[1:]], "line 1: not a JSON object"),
+    ):
+        samples.write_text("".join(wrong))
+        with pytest.raises(ValueError, match=f"soak.jsonl: .*{message}"):
+            soaking.draw(path)
+    samples.unlink()
+    os.mkfifo(samples)
+    with pytest.raises(ValueError, match="soak.jsonl: is no file"):
+        soaking.draw(path)

@@ -30,6 +30,13 @@ from src.settings import PRECISIONS, PRESETS
 
 DOCUMENT = ROOT / "docs" / "TROUBLESHOOTING.md"
 SCHEMA_VERSION = 1
+ABOUT = {"tokens": "above 0", "device": "text", "precision": "text"}
+CELL = {
+    **{name: "text" for name in ("preset", "teacher")},
+    **{name: "above 0" for name in ("batch_size", "tokens", "peak_bytes", "planned_bytes")},
+    "base_bytes": "at least 0",
+}
+"""Kinds of a record's figures and of each cell's, as in ``src.results``."""
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -77,13 +84,13 @@ def run(args: argparse.Namespace) -> dict:
     """Measure what is missing and write the record, or write the table. Returns the record."""
     if args.child:
         return child(args)
-    from src.files import read_json, replace_section, write_json
+    from src.files import replace_section, write_json
     from src.memory import Cell, comparison_line, planned, table
     from src.runs import provenance
 
     record: dict[str, Any] = {"cells": []}
     if args.output.exists():
-        record = read_json(args.output)
+        record = read_record(args.output)
     if args.update:
         if not record["cells"]:
             raise ValueError(f"{args.output}: nothing was measured yet")
@@ -105,6 +112,23 @@ def run(args: argparse.Namespace) -> dict:
                 record |= {"schema_version": SCHEMA_VERSION, **about, **provenance()}
                 write_json(args.output, record)
                 say(f"{preset}, {batch_size} rows, {teacher}: {size(found['peak_bytes'])}")
+    return record
+
+
+def read_record(path: Path) -> dict[str, Any]:
+    """Read what was measured before. Raises ``ValueError`` where it is no record of this tool."""
+    from src.files import read_json
+    from src.results import check_figures
+
+    record, way_out = read_json(path), "choose another --output"
+    check_figures(record, {"cells": "objects"}, path, needed=True, way_out=way_out)
+    kinds = ABOUT if record["cells"] else {}
+    check_figures(record, kinds, path, needed=True, way_out=way_out)
+    for number, cell in enumerate(record["cells"]):
+        where = f"{path}: cells[{number}]"
+        check_figures(cell, CELL, where, needed=True, way_out=way_out)
+        if cell["peak_bytes"] <= cell["base_bytes"]:
+            raise ValueError(f"{where}: peak_bytes must be above base_bytes: {way_out}")
     return record
 
 
