@@ -444,8 +444,8 @@ def _incomparable(candidate: Entry, reference: Entry) -> str | None:
         ("on different proteins", ("data.fingerprint", "run.data.fingerprint")),
     ):
         for name in names:
-            prints = {figure(entry.results or {}, name) for entry in (candidate, reference)}
-            if len(prints) == 2 and None not in prints:
+            ours, theirs = (figure(e.results or {}, name) for e in (candidate, reference))
+            if ours != theirs and None not in (ours, theirs):
                 return f"they were measured {what}: evaluate both alike"
     return None
 

@@ -26,10 +26,16 @@ from typing import Any
 
 import numpy as np
 
+from src.results import is_number
+
 GRADIENT_BYTES = 4
 FIGURES_BYTES = 12
 """Of the teacher cache, for each token: three float32 figures beside the hidden states."""
 DRAWS = 20_000
+SMALLEST, LARGEST = 1e-30, 1e30
+"""Of a figure that is given: beyond every device, and products of some stay within floats."""
+MOST_DEVICES = 100_000
+"""Of a cluster: drawing the slowest of more takes minutes."""
 
 
 @dataclass(frozen=True)
@@ -90,11 +96,13 @@ class Measurements:
                 if not isinstance(value, bool):
                     raise ValueError(f"shared_storage must be true or false, got {value!r:.40}")
                 continue
-            number = isinstance(value, int | float) and not isinstance(value, bool)
-            real = float(value) if number else math.nan  # type: ignore[arg-type]
+            real = value if is_number(value) else math.nan
             least_zero = field.name in ("overlap", "step_spread", "restart_minutes")
-            if not (0 < real < math.inf or (least_zero and real == 0)):
-                raise ValueError(f"{field.name} must be a number above 0, got {value!r:.40}")
+            if not (SMALLEST <= real <= LARGEST or (least_zero and real == 0)):
+                raise ValueError(
+                    f"{field.name} must be a number above 0, from {SMALLEST:g} to {LARGEST:g}, "
+                    f"got {value!r:.40}"
+                )
         if self.overlap > 1:
             raise ValueError(f"overlap must be in [0, 1], got {self.overlap}")
 
@@ -143,8 +151,10 @@ class Job:
     def __post_init__(self) -> None:
         """Check the sizes. Raises ``ValueError``."""
         for name, value in asdict(self).items():
-            if not 0 < value < math.inf:
-                raise ValueError(f"--{name} must be above 0, got {value}")
+            if not 0 < value <= LARGEST:
+                raise ValueError(
+                    f"--{name} must be above 0 and at most {LARGEST:g}, got {value!r:.40}"
+                )
 
     @property
     def tokens(self) -> float:
@@ -237,6 +247,8 @@ def estimate(m: Measurements, job: Job, nodes: int, devices_per_node: int) -> Es
     if nodes < 1 or devices_per_node < 1:
         raise ValueError(f"nodes and devices must be at least 1, got {nodes} x {devices_per_node}")
     devices = nodes * devices_per_node
+    if devices > MOST_DEVICES:
+        raise ValueError(f"--clusters: at most {MOST_DEVICES:,} devices, got {devices!r:.40}")
     kept = failure_factor(m, devices)
     if kept == 0:
         raise ValueError(f"{devices} devices fail more often than they can be restarted")

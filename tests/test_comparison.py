@@ -241,6 +241,7 @@ def test_the_margin_is_the_users():
     [
         ({"run": {"teacher": {"fingerprint": "u" * 64}}}, "different teachers"),
         ({"data": {"fingerprint": "e" * 64}}, "different proteins"),
+        ({"data": {"fingerprint": [1]}}, "different proteins"),
     ],
 )
 def test_what_was_not_measured_alike_is_not_judged(more, reason):

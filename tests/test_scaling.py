@@ -15,6 +15,8 @@ from scripts import simulate_scaling as script
 from src.cli import size
 from src.scaling import (
     EXAMPLE,
+    LARGEST,
+    SMALLEST,
     STUDENTS,
     Job,
     Measurements,
@@ -174,6 +176,9 @@ def test_operations_of_the_published_shapes():
         ({"cached_step_tokens_per_s": "fast"}, "must be a number"),
         ({"cached_step_tokens_per_s": float("nan")}, "must be a number"),
         ({"teacher_width": True}, "must be a number"),
+        ({"cached_step_tokens_per_s": 1e-308}, "cached_step_tokens_per_s must be .* from 1e-30"),
+        ({"teacher_width": 1e308}, "teacher_width must be .* to 1e.30"),
+        ({"teacher_width": 10**400}, "teacher_width must be"),
         ({"overlap": 2}, "overlap must be in"),
         ({"source": "guessed"}, "source must be measured or bound"),
         ({"shared_storage": "no"}, "true or false"),
@@ -184,6 +189,18 @@ def test_wrong_figures_are_refused_with_their_file(change, message):
     with pytest.raises(ValueError, match=message) as caught:
         Measurements.from_json({**EXAMPLE, **change}, "my.json")
     assert "my.json" in str(caught.value)
+
+
+@pytest.mark.parametrize("ends", [(SMALLEST, LARGEST), (LARGEST, SMALLEST)])
+def test_the_ends_of_what_is_taken_can_be_estimated(ends):
+    """Every figure as small or as large as it may be, in turns."""
+    numbers = [key for key, value in EXAMPLE.items() if isinstance(value, int | float)]
+    numbers = [key for key in numbers if key not in ("shared_storage", "overlap")]
+    figures = {key: ends[index % 2] for index, key in enumerate(numbers)}
+    m = Measurements.from_json({**EXAMPLE, **figures})
+    job = Job(int(LARGEST), LARGEST, LARGEST, int(LARGEST))
+    assert table(m, job, [(1, 1), (2, 2)])
+    assert remarks(m, job, str)
 
 
 def test_missing_figures_are_named():
@@ -226,6 +243,9 @@ def test_the_script(tmp_path, capsys):
         ([], "--measurements"),
         (["--measurements", "missing.json"], "missing.json"),
         (["--bounds", "--update", "missing.md"], "missing.md"),
+        (["--bounds", "--proteins", f"1{'0' * 400}"], "--proteins must be above 0 and at most"),
+        (["--bounds", "--epochs", "1e300"], "--epochs must be above 0 and at most 1e+30"),
+        (["--bounds", "--clusters", "1x1000000000"], "--clusters: at most 100,000 devices"),
     ],
 )
 def test_user_errors_are_one_line(typed, message, capsys):
