@@ -119,3 +119,19 @@ def test_kills_and_stops_leave_no_trace(tmp_path):
     assert [(s["kills"], s["stops"], s["differing_bytes"]) for s in sessions] == [(10, 3, 0)] * 2
     assert {"commit", "dirty"} <= sessions[0]["git"].keys()
     assert sum(sessions[0]["places"].values()) == 13
+
+
+@pytest.mark.parametrize("content", ["{}", "[]", '{"sessions": 3}', '{"sessions": [3]}', "x"])
+def test_what_is_no_record_is_refused_before_the_first_kill(tmp_path, monkeypatch, capsys, content):
+    def session(*arguments):
+        raise AssertionError("a run was killed")
+
+    monkeypatch.setattr(crash_testing, "session", session)
+    path = tmp_path / "record.json"
+    path.write_text(content)
+    assert tool.main(["--record", str(path), "--work_dir", str(tmp_path)]) == 2
+    error = capsys.readouterr().err
+    assert f"{path}: " in error
+    assert error.count("\n") == 1
+    assert path.read_text() == content
+    assert list(tmp_path.iterdir()) == [path]

@@ -33,8 +33,10 @@ from src.cli import HelpFormatter, natural, positive_int, run_script, say
 def run(args: argparse.Namespace) -> dict[str, Any]:
     """Kill, resume, compare, and record. Exits with 1 where anything differs."""
     from src.crash_testing import Failed, session
-    from src.files import read_json, write_json
+    from src.files import check_outputs, write_json
 
+    check_outputs(args.record, overwrite=True)
+    read_sessions(args.record)
     work = Path(tempfile.mkdtemp(prefix="crash-test-", dir=args.work_dir))
     try:
         record = session(work, args.kills, args.stops, args.seed, args.only, args.jobs)
@@ -51,12 +53,26 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
     for place, number in record["places"].items():
         say(f"  {number:6,}  {place}")
     if args.record:
-        earlier = read_json(args.record)["sessions"] if args.record.exists() else []
-        write_json(args.record, {"schema_version": 1, "sessions": [*earlier, record]})
+        # Read again: another session may have ended while this one ran.
+        sessions = [*read_sessions(args.record), record]
+        write_json(args.record, {"schema_version": 1, "sessions": sessions})
     say(f"kills {record['kills']}, differing bytes {record['differing_bytes']}")
     if record["differing_bytes"]:
         raise SystemExit(1)
     return record
+
+
+def read_sessions(path: Path | None) -> list[dict[str, Any]]:
+    """Return the sessions of a record. Raises ``ValueError`` where a file is there and is none."""
+    from src.files import read_json
+    from src.results import check_figures
+
+    if path is None or not path.exists():
+        return []
+    record = read_json(path)
+    way_out = "choose another --record"
+    check_figures(record, {"sessions": "objects"}, path, needed=True, way_out=way_out)
+    return record["sessions"]
 
 
 def build_parser() -> argparse.ArgumentParser:
