@@ -12,7 +12,7 @@ from typing import Any
 from transformers import TrainerCallback
 
 from src.cli import duration, say
-from src.files import MAX_JSON_BYTES, MAX_JSON_DEPTH, atomic_write, is_nested_beyond
+from src.files import atomic_write, read_json_lines
 from src.results import is_number
 
 METRICS_FILE = "metrics.jsonl"
@@ -51,48 +51,11 @@ def _line(record: dict[str, Any]) -> str:
     return json.dumps({"step": record["step"], **record}) + "\n"
 
 
-def read_json_lines(path: str | Path, max_bytes: int = MAX_JSON_BYTES) -> list[dict[str, Any]]:
-    """Read a file of JSON objects, one a line, leaving out a half-written last line.
-
-    Args:
-        path: the file.
-        max_bytes: the largest file that is read.
-
-    Raises:
-        ValueError: it is no file or too large, or a line before the last is no object.
-    """
-    if not Path(path).is_file():
-        raise ValueError(f"{path}: is no file")  # a pipe or a device may have no end
-    with open(path, "rb") as handle:
-        raw = handle.read(max_bytes + 1)
-    if len(raw) > max_bytes:
-        raise ValueError(f"{path}: over {max_bytes:,} bytes: is this the right file?")
-    records, lines = [], raw.splitlines()
-    for number, line in enumerate(lines, start=1):
-        record = _object(line)
-        if record is not None:
-            records.append(record)
-        elif number < len(lines):
-            raise ValueError(f"{path}: line {number}: not a JSON object: move the file away")
-    return records
-
-
-def _object(line: bytes) -> dict[str, Any] | None:
-    """Return what a line holds; None where that is no object, as a killed run may leave."""
-    try:
-        value = json.loads(line.decode("utf-8"))
-    except (ValueError, RecursionError):
-        return None
-    return (
-        value if isinstance(value, dict) and not is_nested_beyond(value, MAX_JSON_DEPTH) else None
-    )
-
-
 def read_metrics(folder: str | Path) -> list[dict[str, Any]]:
     """Read a run's records, oldest first, leaving out a half-written last line.
 
     Raises:
-        ValueError: as in :func:`read_json_lines`, or a figure that is drawn is wrong.
+        ValueError: as in :func:`src.files.read_json_lines`, or a figure that is drawn is wrong.
     """
     path = Path(folder) / METRICS_FILE
     if not path.exists():

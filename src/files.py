@@ -189,19 +189,10 @@ def read_json(path: str | Path, max_bytes: int = MAX_JSON_BYTES) -> Any:
     Raises:
         ValueError: names the file, and the line where it is broken.
     """
-    if Path(path).exists() and not Path(path).is_file():
-        raise ValueError(f"{path}: is no file")  # a pipe or a device may have no end
     try:
-        with open(path, "rb") as handle:
-            raw = handle.read(max_bytes + 1)
-        if len(raw) > max_bytes:
-            raise ValueError(f"over {max_bytes:,} bytes: is this the right file?")
-        text = raw.decode("utf-8")
+        text = _read_bounded(path, max_bytes).decode("utf-8")
     except (OSError, ValueError) as error:
-        reason = error.strerror if isinstance(error, OSError) else str(error)
-        if isinstance(error, UnicodeDecodeError):
-            reason = "not UTF-8 text"
-        raise ValueError(f"{path}: cannot be read ({reason})") from None
+        raise ValueError(f"{path}: cannot be read ({_reason(error)})") from None
     try:
         value = json.loads(text, object_pairs_hook=_object)
     except json.JSONDecodeError as error:
@@ -213,6 +204,49 @@ def read_json(path: str | Path, max_bytes: int = MAX_JSON_BYTES) -> Any:
     if is_nested_beyond(value, MAX_JSON_DEPTH):
         raise ValueError(f"{path}: is nested more than {MAX_JSON_DEPTH} deep: no file of ours is")
     return value
+
+
+def read_json_lines(path: str | Path, max_bytes: int = MAX_JSON_BYTES) -> list[dict[str, Any]]:
+    """Read a file of JSON objects, one a line, leaving out a half-written last line.
+
+    Args:
+        path: the file.
+        max_bytes: the largest file that is read.
+
+    Raises:
+        ValueError: it cannot be read or is too large, or a line before the last is no object.
+    """
+    try:
+        raw = _read_bounded(path, max_bytes)
+    except (OSError, ValueError) as error:
+        raise ValueError(f"{path}: cannot be read ({_reason(error)})") from None
+    records, lines = [], raw.splitlines()
+    for number, line in enumerate(lines, start=1):
+        try:
+            value = json.loads(line.decode("utf-8"))
+        except (ValueError, RecursionError):
+            value = None
+        if isinstance(value, dict) and not is_nested_beyond(value, MAX_JSON_DEPTH):
+            records.append(value)
+        elif number < len(lines):
+            raise ValueError(f"{path}: line {number}: not a JSON object: move the file away")
+    return records
+
+
+def _read_bounded(path: str | Path, max_bytes: int) -> bytes:
+    if Path(path).exists() and not Path(path).is_file():
+        raise ValueError("is no file")  # a pipe or a device may have no end
+    with open(path, "rb") as handle:
+        raw = handle.read(max_bytes + 1)
+    if len(raw) > max_bytes:
+        raise ValueError(f"over {max_bytes:,} bytes: is this the right file?")
+    return raw
+
+
+def _reason(error: OSError | ValueError) -> str:
+    if isinstance(error, UnicodeDecodeError):
+        return "not UTF-8 text"
+    return error.strerror or str(error) if isinstance(error, OSError) else str(error)
 
 
 def is_nested_beyond(value: Any, depth: int) -> bool:

@@ -714,7 +714,8 @@ def build_formats(folder: Path) -> dict[str, Format]:
     for step in (4, 8):
         checkpoint = folder / "checkpoints" / f"checkpoint-{step}"
         checkpoint.mkdir(parents=True)
-        for name in ("model.safetensors", checkpoints.OPTIMIZER_FILE):
+        tensors = ("model.safetensors", checkpoints.OPTIMIZER_FILE)
+        for name in (*tensors, checkpoints.PROCESS_FILE.format(0)):
             save_file({"a": torch.arange(9.0) + step}, checkpoint / name)
         for name in (checkpoints.STATE_FILE, checkpoints.TRAINER_STATE_FILE):
             (checkpoint / name).write_text(json.dumps({"global_step": step}))

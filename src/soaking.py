@@ -32,7 +32,7 @@ from typing import Any
 
 import numpy as np
 
-from src.files import read_json, write_json
+from src.files import read_json, read_json_lines, write_json
 from src.results import check_figures
 
 MEGABYTE = 1e6
@@ -259,7 +259,6 @@ def draw(record: Path) -> None:
     Raises:
         ValueError: the record or its samples are missing, broken or not those of a soak.
     """
-    from src.callbacks import read_json_lines
     from src.plots import holdings_over_time, save_figure
 
     way_out = "name the record of a soak"

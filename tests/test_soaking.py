@@ -272,5 +272,5 @@ def test_what_is_no_record_of_a_soak_is_not_drawn(tmp_path, capsys):
             soaking.draw(path)
     samples.unlink()
     os.mkfifo(samples)
-    with pytest.raises(ValueError, match="soak.jsonl: is no file"):
+    with pytest.raises(ValueError, match=r"soak.jsonl: cannot be read \(is no file"):
         soaking.draw(path)
