@@ -63,7 +63,8 @@ def run(args: argparse.Namespace) -> dict:
 
     from src import scaling
     from src.files import check_outputs, read_json, replace_section, write_json
-    from src.runs import provenance, relative_paths
+    from src.privacy import publishable
+    from src.runs import provenance
 
     if args.example:
         say(json.dumps(scaling.EXAMPLE, indent=2))
@@ -87,7 +88,7 @@ def run(args: argparse.Namespace) -> dict:
         replace_section(args.update, SECTION, text)
     result = {"schema_version": 1, "job": asdict(job), "devices": record}
     if args.output:
-        made_by = {**provenance(), "measurements": relative_paths(list(args.measurements))}
+        made_by = {**provenance(), "measurements": publishable(list(args.measurements))}
         write_json(args.output, {**result, "run": made_by})
     return result
 

@@ -2,7 +2,8 @@
 
 Secrets are recognised in two ways: by their form (tokens of the usual services, private keys), and
 by their value, where an environment variable whose name says so, or the hub's saved token, holds
-it. A finding names file, line and kind, and never shows the secret.
+it. A finding names file, line and kind, and never shows the secret. :func:`publishable` is the one
+rule for what may be published of a text.
 """
 
 from __future__ import annotations
@@ -10,8 +11,8 @@ from __future__ import annotations
 import json
 import os
 import re
-from collections.abc import Iterable, Mapping
-from pathlib import Path, PurePosixPath
+from collections.abc import Callable, Iterable, Mapping
+from pathlib import Path, PurePath, PurePosixPath
 from typing import Any
 
 from src.proteins import STANDARD_RESIDUES
@@ -19,6 +20,7 @@ from src.proteins import STANDARD_RESIDUES
 SHORTEST_SECRET = 8
 """Values of variables shorter than this occur in any text by chance."""
 HIDDEN_PATH = "(private path)"
+HIDDEN_SECRET = "(secret)"
 SECRET_NAME = re.compile(
     r"(?:^|_)(?:\w*TOKEN|\w*SECRET|\w*PASSWORD|PASSWD|PASSPHRASE|PASS|PAT|CREDENTIALS?|"
     r"\w*APIKEY|(?:API|ACCESS|SECRET|PRIVATE|AUTH|ACCOUNT|SIGNING|ENCRYPTION)_KEY)(?:_|$)",
@@ -49,8 +51,9 @@ _FORMS = (
 SECRET_FORMS = tuple((kind, re.compile(form)) for kind, form in _FORMS)
 
 # Where a path may begin: at the start of the text, after white space, or after a character that
-# sets words apart; not after a letter or a colon, so that a/b, 3/4 and https://x/y are none.
-_START = r"(?:file://)?(?:~[\w.-]*/|\.\./|/(?=[^\s/])|[A-Za-z]:[\\/]|\\\\)"
+# sets words apart; not after a letter or a colon, so that a/b, 3/4 and https://x/y are none. A path
+# that begins in a directory here and leaves it again (a/../../b) begins with ``a/../``.
+_START = r"(?:file://)?(?:~[\w.-]*/|(?:[\w.-]+/)*\.\./|/(?=[^\s/])|[A-Za-z]:[\\/]|\\\\)"
 _WHOLE = re.compile(rf"(--?[\w-]+=)?({_START}.*)", re.DOTALL)
 _INSIDE = re.compile(
     # Between quotes or brackets a path may hold blanks; in running text it ends at one.
@@ -84,6 +87,11 @@ def known_secrets(environment: Mapping[str, str] | None = None) -> dict[str, str
     return found
 
 
+def _written(secret: str) -> set[str]:
+    """Return how a secret stands in a text: as it is, or as in JSON."""
+    return {secret, json.dumps(secret)[1:-1]}
+
+
 def _exists(text: str) -> bool:
     try:
         return os.path.isabs(text) and os.path.exists(text)
@@ -103,13 +111,56 @@ def find_secrets(name: str, text: str, known: Mapping[str, str]) -> list[str]:
     for kind, form in SECRET_FORMS:
         found += [(match.start(), kind) for match in form.finditer(text)]
     for value, kind in known.items():
-        # In JSON a quote or a backslash of the value is escaped.
-        for written in {value, json.dumps(value)[1:-1]}:
+        for written in _written(value):
             start = text.find(written)
             if start >= 0:
                 found.append((start, kind))
     lines = {(text.count("\n", 0, start) + 1, kind) for start, kind in found}
     return [f"{name}, line {line}: {kind}" for line, kind in sorted(lines)]
+
+
+def without_secrets(value: Any, known: Mapping[str, str]) -> Any:
+    """Return a JSON value in which ``(secret)`` stands for every secret.
+
+    Args:
+        value: anything that JSON holds; keys of objects are treated like values.
+        known: from :func:`known_secrets`. Of one that has several lines each is a secret, because
+            output is seen line by line.
+    """
+    hidden = {form for secret in known for form in _written(secret)}
+    hidden |= {line for secret in known for line in secret.splitlines()}
+    # The longest first: one secret may be a part of another.
+    ordered = sorted((h for h in hidden if len(h) >= SHORTEST_SECRET), key=len, reverse=True)
+
+    def clean(text: str) -> str:
+        for secret in ordered:
+            text = text.replace(secret, HIDDEN_SECRET)
+        for _, form in SECRET_FORMS:
+            text = form.sub(HIDDEN_SECRET, text)
+        return text
+
+    return _with_texts(value, clean)
+
+
+def publishable(value: Any) -> Any:
+    """Return what may be published of a JSON value, by people who share this machine with others.
+
+    Secrets are masked. A path in the working directory becomes relative to it; of one outside of it
+    the last name is left, if it can be nobody's own. Such a path cannot be opened again: for
+    records that are read back there is :func:`src.runs.relative_paths`.
+    """
+    return without_private_paths(without_secrets(value, known_secrets()), [Path.cwd()])
+
+
+def _with_texts(value: Any, change: Callable[[str], str]) -> Any:
+    """Return a JSON value with each of its texts changed, keys of objects among them."""
+    if isinstance(value, Mapping):
+        return {_with_texts(k, change): _with_texts(each, change) for k, each in value.items()}
+    if isinstance(value, list | tuple):
+        return [_with_texts(each, change) for each in value]
+    if isinstance(value, PurePath):
+        value = str(value)
+    return change(value) if isinstance(value, str) else value
 
 
 def without_private_paths(value: Any, roots: Iterable[str | Path]) -> Any:
@@ -126,20 +177,14 @@ def without_private_paths(value: Any, roots: Iterable[str | Path]) -> Any:
     """
     tops = sorted({os.path.abspath(root) for root in roots}, key=len, reverse=True)
 
-    def clean(item: Any) -> Any:
-        if isinstance(item, str):
-            # What begins as a path is one to its end, because a directory's name may hold blanks.
-            whole = _WHOLE.fullmatch(item)
-            if whole:
-                return (whole[1] or "") + _shortened(whole[2], tops)
-            return _INSIDE.sub(lambda match: _shortened(match.group(), tops), item)
-        if isinstance(item, Mapping):
-            return {clean(key): clean(each) for key, each in item.items()}
-        if isinstance(item, list | tuple):
-            return [clean(each) for each in item]
-        return item
+    def clean(text: str) -> str:
+        # What begins as a path is one to its end, because a directory's name may hold blanks.
+        whole = _WHOLE.fullmatch(text)
+        if whole:
+            return (whole[1] or "") + _shortened(whole[2], tops)
+        return _INSIDE.sub(lambda match: _shortened(match.group(), tops), text)
 
-    return clean(value)
+    return _with_texts(value, clean)
 
 
 def _shortened(path: str, tops: Iterable[str]) -> str:
@@ -147,6 +192,10 @@ def _shortened(path: str, tops: Iterable[str]) -> str:
     path = path.removeprefix("file://").replace("\\", "/")
     if path.startswith("~"):
         path = os.path.expanduser(path)
+    elif not path.startswith("/"):
+        path = os.path.normpath(path)
+        if not path.startswith("..") and ":" not in path[:3]:
+            return path  # it did not leave
     if path.startswith("/"):
         normal = os.path.normpath(path)
         for top in tops:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import functools
 import math
-import re
 from collections.abc import Callable, Mapping, Sequence
 from itertools import islice
 from pathlib import Path
@@ -16,6 +15,7 @@ from src import plots
 from src.callbacks import read_metrics
 from src.cli import duration, size
 from src.early_stopping import outcome_line
+from src.privacy import publishable
 from src.proteins import lines_of
 from src.results import (
     FLOORS,
@@ -33,7 +33,6 @@ from src.runs import FINISHED, RUN_FILE, read_run
 
 TEMPLATES = Path(__file__).parent / "templates"
 EXAMPLES = 3
-ABSOLUTE = re.compile(r"^(/|~|[A-Za-z]:[\\/])")
 
 DIVERGENCES = (
     ("KL(teacher‖student), nats per token", "kl_divergence"),
@@ -178,14 +177,12 @@ def _check_same_model(
 
 def short_name(name: Any) -> str:
     """Return a model's or data set's name for a reader elsewhere: no directory of this machine."""
-    text = str(name or "")
-    return Path(text).name if ABSOLUTE.match(text) else text
+    return publishable(str(name or ""))
 
 
 def command_line(words: Sequence[str]) -> str:
-    """Return a command as it was typed, absolute paths by their last part alone."""
-    shown = [f"…/{Path(w).name}" if ABSOLUTE.match(w) else w for w in words]
-    return " ".join(f"'{w}'" if " " in w else w for w in shown)
+    """Return a command as it was typed, but for what may not be published of it."""
+    return " ".join(f"'{w}'" if " " in w else w for w in publishable(words))
 
 
 def _summary(run: Mapping[str, Any], results: Mapping[str, Any]) -> str:

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any, TypeGuard
 
 from src.cli import printable
 from src.files import MAX_JSON_DEPTH, check_outputs, is_nested_beyond, read_json, write_json
-from src.runs import relative_paths
+from src.privacy import publishable
 
 if TYPE_CHECKING:
     from src.statistics import Estimate
@@ -86,8 +86,8 @@ NESTED: dict[str, str] = {
 def write_results(path: str | Path, results: Mapping[str, Any], overwrite: bool = False) -> None:
     """Check a results file and write it atomically, with the current ``schema_version``.
 
-    Paths under ``run`` become relative: results are published, and whose home they come from is
-    nobody's business.
+    What made them (``run``, ``settings``) is cleaned: results are published, and whose home they
+    come from is nobody's business.
 
     Raises:
         ValueError: a key is missing or wrong, or the file is there and ``overwrite`` is not set.
@@ -95,7 +95,8 @@ def write_results(path: str | Path, results: Mapping[str, Any], overwrite: bool 
     check_outputs(path, overwrite=overwrite)
     results = {"schema_version": SCHEMA_VERSION, **results}
     validate(results, path)
-    write_json(path, {**results, "run": relative_paths(results["run"])})
+    made_by = {name: publishable(results[name]) for name in ("run", "settings") if name in results}
+    write_json(path, {**results, **made_by})
 
 
 def read_results(path: str | Path) -> dict[str, Any]:

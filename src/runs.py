@@ -19,6 +19,7 @@ from typing import IO, Any
 from src import processes
 from src.cli import printable
 from src.files import is_temporary, names_full_disk, read_json, write_json
+from src.privacy import publishable
 
 RUN_FILE = "run.json"
 LOCK_FILE = ".lock"
@@ -228,9 +229,9 @@ def _place(name: str, base: str) -> str:
 
 
 def provenance() -> dict[str, Any]:
-    """Return what made a result: command, commit, versions and machine."""
+    """Return what made a result, without secrets and private paths: command, commit, versions."""
     return {
-        "command": [Path(sys.argv[0]).name, *relative_paths(sys.argv[1:])],
+        "command": [Path(sys.argv[0]).name, *publishable(sys.argv[1:])],
         "git": git_state(),
         "versions": versions(),
         "platform": {
@@ -243,7 +244,10 @@ def provenance() -> dict[str, Any]:
 
 
 def relative_paths(value: Any) -> Any:
-    """Return a value for a record that may be published: its absolute paths made relative.
+    """Return a value for a record of this machine that is read back: its absolute paths relative.
+
+    They still lead to what they name, through directories of others where it stands outside: what
+    is published goes through :func:`src.privacy.publishable`.
 
     Args:
         value: text, or lists and objects of it. ``--flag=/path`` counts as a path, too.

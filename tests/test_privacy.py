@@ -8,7 +8,14 @@ import string
 
 import pytest
 
-from src.privacy import HIDDEN_PATH, find_secrets, known_secrets, without_private_paths
+from src.privacy import (
+    HIDDEN_PATH,
+    find_secrets,
+    known_secrets,
+    publishable,
+    without_private_paths,
+    without_secrets,
+)
 
 LETTERS = string.ascii_letters + string.digits
 
@@ -49,6 +56,31 @@ def test_other_forms_of_the_same_services():
         "-----BEGIN " + "PGP PRIVATE KEY BLOCK-----",
     ):
         assert len(find_secrets("x", text, {})) == 1, text
+
+
+@pytest.mark.parametrize("kind", SECRETS)
+def test_every_form_is_masked_in_place(kind):
+    text = f"curl {SECRETS[kind]} here"
+    assert find_secrets("x", without_secrets(text, {}), {}) == []
+    assert without_secrets(text, {}).startswith("curl ")
+    assert "(secret)" in without_secrets(text, {})
+
+
+def test_values_are_masked_line_by_line_and_the_longest_first():
+    known = {"first-line-of-it\nsecond-line-of-it": "", "canary-1": "", "canary-1-and-more": ""}
+    record = {"a": ["x canary-1-and-more y"], "canary-1": 'z "second-line-of-it"'}
+    assert without_secrets(record, known) == {"a": ["x (secret) y"], "(secret)": 'z "(secret)"'}
+
+
+def test_what_is_publishable_names_neither_secrets_nor_others(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("SOME_TOKEN", "canary/of/the/token")
+    typed = [f"--data={tmp_path}/data/x", "--cache_dir", "/tmp/x/alice/home/cache", "-k"]
+    typed += ["canary/of/the/token", "../../alice/v2/run", "nferruz/ProtGPT2", tmp_path / "y"]
+    assert publishable([*typed, 3, None]) == [
+        "--data=data/x", "--cache_dir", "cache", "-k", "(secret)", "run", "nferruz/ProtGPT2", "y",
+        3, None,
+    ]  # fmt: skip
 
 
 def test_commits_hashes_proteins_and_addresses_are_no_secrets():
@@ -135,6 +167,8 @@ ROOT = "/home/alice/protein-lm-distill"
         ("--data=/home/alice smith/proteins.fasta", "--data=proteins.fasta"),
         (f"--data={ROOT}/data/proteins", "--data=data/proteins"),
         ("../../alice/proteins.fasta", "proteins.fasta"),
+        ("data/../../alice/sets/proteins.fasta", "proteins.fasta"),
+        ("--data=data/../../alice/sets/v2", "--data=v2"),
         ("file:///home/alice/sets/proteins.fasta", "proteins.fasta"),
         (r"C:\Users\alice\sets\proteins.fasta", "proteins.fasta"),
         (r"C:\Users\alice", HIDDEN_PATH),

@@ -146,7 +146,7 @@ def test_the_page_tells_everything_and_asks_for_nothing(folders):
         "The student predicts proteins no better than the frequencies of residues alone.",
         "The code of training differed from the commit",
         "abc123 and changes",
-        "train.py --data …/proteins --n_layer 2",
+        "train.py --data proteins --n_layer 2",
         "5 tokens/s",
         "<b>bold</b>",
         "seed 0",
@@ -357,7 +357,11 @@ def test_names_lose_the_directories_of_this_machine():
     assert short_name("/home/me/models/x") == "x"
     assert short_name("nferruz/ProtGPT2") == "nferruz/ProtGPT2"
     assert short_name(None) == ""
-    assert command_line(["a.py", "--x", "/tmp/y", "two words"]) == "a.py --x …/y 'two words'"
+    assert short_name("../../x/alice/home/models/v2") == "v2"
+    assert command_line(["a.py", "--x", "/tmp/y/z", "two words"]) == "a.py --x z 'two words'"
+    token = "hf" + "_" + "a1" * 17
+    typed = ["a.py", "--cache_dir=/home/alice/c/d", "../../../home/alice/data/p", f"--k={token}"]
+    assert command_line(typed) == "a.py --cache_dir=d p --k=(secret)"
 
 
 def script():

@@ -50,6 +50,19 @@ def test_what_is_written_is_read_back(tmp_path):
     assert [p.name for p in path.parent.iterdir()] == ["results.json"]
 
 
+def test_directories_of_others_are_left_out_of_what_made_it(tmp_path):
+    path = tmp_path / "results.json"
+    where = "/tmp/x/alice/home/cache"
+    made = {
+        "run": {"arguments": {"cache_dir": where}, "command": [f"--cache_dir={where}"]},
+        "settings": {"key": "0" * 64, "train": {"data": "/home/alice/sets/p.fasta"}},
+    }
+    write_results(path, good() | made)
+    found = read_results(path)
+    assert found["run"] == {"arguments": {"cache_dir": "cache"}, "command": ["--cache_dir=cache"]}
+    assert found["settings"] == {"key": "0" * 64, "train": {"data": "p.fasta"}}
+
+
 def test_the_keys_that_the_commands_read_are_where_they_look(tmp_path):
     write_results(tmp_path / "r.json", good())
     data = json.loads((tmp_path / "r.json").read_text())
