@@ -142,16 +142,16 @@ def build_plan(args: argparse.Namespace) -> Any:
 
 def run(args: argparse.Namespace) -> dict:
     """Run the stages. Returns nothing of interest; a failure leaves with its exit status."""
+    from src import pipeline as p
+
     plan = build_plan(args)
     if args.dry_run:
         for number, stage in enumerate(plan.stages, start=1):
             say(f"[{number}/{len(plan.stages)}] {stage.title}: {stage.standing()}")
-            say(f"    {shlex.join(stage.command)}")
+            say(f"    {shlex.join(p.shown_command(stage.command))}")
         return {}
-    from src.pipeline import Runner
-
     folder = args.log_dir or Path("logs") / f"pipeline-{plan.name}"
-    status = Runner(plan, folder).run(args.on_success, args.on_exit)
+    status = p.Runner(plan, folder).run(args.on_success, args.on_exit)
     if status:
         raise SystemExit(status)
     return {}

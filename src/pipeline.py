@@ -25,8 +25,9 @@ from typing import Any
 from src import comparison
 from src.cli import duration
 from src.files import read_json, write_json, write_text
+from src.privacy import known_secrets, publishable, without_secrets
 from src.results import figure, read_results, with_interval
-from src.runs import FINISHED, claim_folder, locked, provenance, read_run
+from src.runs import FINISHED, claim_folder, locked, provenance, read_run, relative_paths
 from src.settings import (
     PRESETS,
     PUBLISHED_STUDENTS,
@@ -112,6 +113,11 @@ class Plan:
 def script_command(script: str, arguments: Sequence[str]) -> tuple[str, ...]:
     """Return the command of one of our scripts under this interpreter."""
     return (sys.executable, str(ROOT / "scripts" / script), *arguments)
+
+
+def shown_command(command: Sequence[str]) -> list[str]:
+    """Return a command as a log may hold it: secrets masked, paths relative."""
+    return relative_paths(without_secrets(command, known_secrets()))
 
 
 def train_stage(
@@ -216,10 +222,12 @@ def _other_evaluation(
     published = str(student) in PUBLISHED_STUDENTS.values()
     ignored = BESIDE_THE_POINT if published else (*BESIDE_THE_POINT, "student_model")
     recorded = figure(results, "run.arguments") or {}
+    # As the file holds them; one written by an older version was not cleaned as much.
+    wanted, found = publishable(expected), publishable(recorded)
     changed = [
         name
-        for name, value in expected.items()
-        if name not in ignored and name in recorded and recorded[name] != value
+        for name, value in wanted.items()
+        if name not in ignored and name in found and found[name] != value
     ]
     if not recorded or changed:
         return f"is of another evaluation ({', '.join(changed) or 'of an older version'})"
@@ -438,15 +446,25 @@ def conclude_sweep(parameter: str, outputs: Mapping[str, Path], summary: Path) -
 
 
 class Tee:
-    """Writes to the log and to the terminal; neither a closed terminal nor a full disk stops it."""
+    """Writes to the log and to the terminal; neither a closed terminal nor a full disk stops it.
+
+    Secrets are masked in whatever passes.
+    """
 
     def __init__(self, path: Path) -> None:
         path.parent.mkdir(parents=True, exist_ok=True)
         self.log = path.open("ab", buffering=0)
         self.terminal = True
+        self.known = known_secrets()
+
+    def masked(self, piece: bytes) -> bytes:
+        """Return bytes without secrets; those that are no text stay as they are."""
+        text = without_secrets(piece.decode(errors="surrogateescape"), self.known)
+        return text.encode(errors="surrogateescape")
 
     def write(self, piece: bytes) -> None:
-        """Write bytes to both."""
+        """Write bytes to both; a line that may hold a secret is given whole."""
+        piece = self.masked(piece)
         with contextlib.suppress(OSError):
             self.log.write(piece)
         if not self.terminal:
@@ -604,10 +622,11 @@ class Runner:
             self._write_state()
             return 0
         command = [*stage.command, *(["--overwrite"] if standing == REPLACE else [])]
+        shown = shown_command(command)
         self.tee.say()
         self.tee.say(f"== {label}: started {_clock()}")
-        self.tee.say(f"   {shlex.join(command)}")
-        record.update(status="running", command=command, started=_clock(), ended=None, pid=None)
+        self.tee.say(f"   {shlex.join(shown)}")
+        record.update(status="running", command=shown, started=_clock(), ended=None, pid=None)
         record["starts"] += 1
         self._write_state()
         began = time.monotonic()
@@ -655,7 +674,7 @@ class Runner:
         self._write_state()
         self._write_status("running")
         tail: deque[str] = deque(maxlen=TAIL_LINES)
-        unfinished = b""
+        unfinished = waiting = b""
         assert process.stdout is not None
         source = process.stdout.fileno()
         while True:
@@ -664,19 +683,28 @@ class Runner:
                 piece = os.read(source, 1 << 16)
                 if not piece:
                     break
-                self.tee.write(piece)
                 *whole, unfinished = (unfinished + piece).split(b"\n")
-                tail.extend(_printable(line) for line in whole if line.strip())
+                tail.extend(self._last_words(line) for line in whole if line.strip())
+                # What has no end yet waits for it: a secret may be cut in two there.
+                waiting += piece
+                end = max(waiting.rfind(b"\n"), waiting.rfind(b"\r")) + 1
+                self.tee.write(waiting[:end])
+                waiting = waiting[end:]
             elif process.poll() is not None:
                 break  # a process that it left behind holds the pipe open
         status = process.wait()
         self.interruption.process = None
         signal_group(process.pid, signal.SIGKILL)
         process.stdout.close()
+        self.tee.write(waiting)
         if unfinished.strip():
-            tail.append(_printable(unfinished))
+            tail.append(self._last_words(unfinished))
             self.tee.say()
         return (status if status >= 0 else 128 - status), list(tail)
+
+    def _last_words(self, line: bytes) -> str:
+        """Return the last state of a line of a terminal, masked and then shortened."""
+        return self.tee.masked(line).decode(errors="replace").rstrip().rpartition("\r")[2][:300]
 
     def _command(self, flag: str, command: str, outcome: str) -> int:
         """Run what the user wants done at the end; return its status."""
@@ -714,7 +742,7 @@ class Runner:
             self.state = state
 
     def _write_state(self) -> None:
-        write_json(self.folder / STATE_FILE, self.state)
+        write_json(self.folder / STATE_FILE, without_secrets(self.state, self.tee.known))
 
     def _wait_for_orphan(self) -> None:
         """Wait until a stage that a killed start left behind has ended."""
@@ -735,7 +763,8 @@ class Runner:
                 time.sleep(0.5)
 
     def _write_status(self, outcome: str) -> None:
-        write_text(self._status_path, "\n".join(self.status_lines(outcome)) + "\n")
+        text = "\n".join(self.status_lines(outcome)) + "\n"
+        write_text(self._status_path, without_secrets(text, self.tee.known))
 
     def status_lines(self, outcome: str) -> list[str]:
         """Return what happened, for a glance: the outcome, a line a stage, and what to do next."""
@@ -798,11 +827,6 @@ def figures_line(path: Path) -> str:
         if figure(results, name) is not None
     ]
     return ", ".join([*parts, f"threshold {comparison.threshold_cell(results)}"])
-
-
-def _printable(line: bytes) -> str:
-    """Return the last state of a line of a terminal, shortened."""
-    return line.decode(errors="replace").rstrip().rpartition("\r")[2][:300]
 
 
 def _clock() -> str:

@@ -167,6 +167,32 @@ def test_commands_at_the_end(tmp_path, code, outcome, success_runs):
     assert f"\n{outcome.upper()}: pipeline" in (tmp_path / "log" / "pipeline.log").read_text()
 
 
+def test_secrets_are_masked_wherever_the_pipeline_writes(tmp_path, capsys, monkeypatch):
+    token, value = "hf" + "_" + "b2" * 17, "canary-of-the-environment"
+    monkeypatch.setenv("SOME_TOKEN", value)
+    # Cut in two, as a pipe may deliver it.
+    code = (
+        f"import sys, time\nprint({value[:9]!r}, end='', flush=True)\ntime.sleep(0.3)\n"
+        f"print({value[9:]!r})\nsys.exit({value!r})"
+    )
+    curl = f"echo {token} {value}; exit 4"
+    assert run(tmp_path, fake_stage(tmp_path, "a", code), on_exit=curl) == 4
+    shown = capsys.readouterr().out
+    texts = [path.read_text() for path in (tmp_path / "log").iterdir()]
+    assert not any(each in text for each in (token, value) for text in [shown, *texts])
+    assert "== --on_exit: echo (secret) (secret); exit 4" in shown
+    assert "--on_exit echo (secret) (secret); exit 4: exit status 4" in status_of(tmp_path)
+
+
+def test_the_state_names_python_and_scripts_by_relative_paths(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    command = (f"{tmp_path}/.venv/bin/python", f"{tmp_path}/scripts/train.py", "--data=d")
+    assert p.shown_command(command) == [".venv/bin/python", "scripts/train.py", "--data=d"]
+    assert run(tmp_path, fake_stage(tmp_path, "a")) == 0
+    state = json.loads((tmp_path / "log" / "pipeline.json").read_text())
+    assert not os.path.isabs(state["stages"]["a"]["command"][0])
+
+
 def test_a_failing_command_is_told(tmp_path):
     assert run(tmp_path, fake_stage(tmp_path, "a"), on_success="echo oh; exit 5") == 5
     assert "--on_success echo oh; exit 5: exit status 5" in status_of(tmp_path)
@@ -356,6 +382,17 @@ def test_a_results_file_is_known_by_arguments_and_weights(evaluated):
     shutil.rmtree(model)
     with pytest.raises(ValueError, match="its model .* is not"):
         p.results_standing(output, arguments, model)
+
+
+def test_results_are_known_though_their_paths_were_shortened(evaluated):
+    model, output, arguments = evaluated
+    asked = {**arguments, "data": "/mnt/x/alice/home/proteins", "teacher_model": "~/models/big"}
+    made = {"arguments": asked, "student": {"fingerprint": "w"}}
+    write_results(output, results(run=made), overwrite=True)
+    assert "alice" not in output.read_text()
+    assert p.results_standing(output, asked, model) == "finished"
+    with pytest.raises(ValueError, match=r"another evaluation \(data\)"):
+        p.results_standing(output, {**asked, "data": "/mnt/x/alice/home/others"}, model)
 
 
 def test_an_evaluation_by_hand_counts(evaluated):
