@@ -1,11 +1,12 @@
 """What a tracker is told of a run beside the Trainer's metrics: settings, curves and the outcome.
 
 The Trainer's own callbacks for W&B and TensorBoard log the metrics. The packages are imported where
-a run uses them.
+a run uses them. W&B is told nothing that names this machine, its user or its directories.
 """
 
 from __future__ import annotations
 
+import copy
 import importlib.util
 import io
 import os
@@ -14,16 +15,28 @@ from pathlib import Path
 from typing import Any
 
 from transformers import Trainer, TrainerCallback
-from transformers.integrations.integration_utils import TensorBoardCallback
+from transformers.integrations.integration_utils import TensorBoardCallback, WandbCallback
 
 from src.callbacks import read_metrics
 from src.cli import one_line
-from src.runs import relative_paths
+from src.privacy import publishable
 
 WANDB_PROJECT = "PROTGPT2_DISTILLATION"
 TENSORBOARD_FOLDER = "tensorboard"
 DESCRIBED = ("settings", "teacher", "student", "compression", "data", "steps", "versions", "git")
 """Parts of a run's record that are known at its beginning and are its configuration."""
+# Of itself W&B would keep host, user, program, interpreter, command, packages, repository and
+# whatever is printed. An empty name stops it from asking the system for one.
+WANDB_LEAVES_OUT = {
+    "host": "",
+    "username": "",
+    "console": "off",
+    "save_code": False,
+    "disable_code": True,
+    "disable_git": True,
+    "x_disable_meta": True,
+    "x_save_requirements": False,
+}
 OUTCOME = ("train_seconds", "peak_memory_bytes", "compression", "early_stopping", "final")
 """Parts that are its outcome."""
 
@@ -40,7 +53,7 @@ def flat(record: Mapping[str, Any], names: tuple[str, ...]) -> dict[str, Any]:
             found[prefix] = value
 
     for name in names:
-        add(name, relative_paths(record.get(name)))
+        add(name, publishable(record.get(name)))
     return found
 
 
@@ -66,11 +79,24 @@ def open_tracker(tracker: str, folder: Path) -> None:
     # Read by the Trainer's callback too.
     project = os.environ.setdefault("WANDB_PROJECT", WANDB_PROJECT)
     try:
-        wandb.init(project=project, name=folder.name)
+        settings = wandb.Settings(**WANDB_LEAVES_OUT)
+        wandb.init(project=project, name=folder.name, settings=settings)
     except wandb.Error as error:
         raise ValueError(
             f"--report_to wandb: {one_line(error)} WANDB_MODE=offline keeps the run on this machine"
         ) from error
+
+
+class Wandb(WandbCallback):
+    """The Trainer's callback for W&B, but telling no directory of this machine."""
+
+    def setup(self, args: Any, state: Any, model: Any, **kwargs: Any) -> None:
+        """Tell the Trainer's arguments and the student's configuration, cleaned."""
+        known = publishable({**model.config.to_dict(), **args.to_dict()})
+        told = copy.copy(args)
+        # Written over the configuration, which is told first and holds paths of its own.
+        told.to_dict = lambda: known
+        super().setup(told, state, model, **kwargs)
 
 
 class Tracking(TrainerCallback):
@@ -87,7 +113,10 @@ class Tracking(TrainerCallback):
 
     def watch(self, trainer: Trainer) -> None:
         """Follow a trainer that reports to this tracker."""
-        for callback in trainer.callback_handler.callbacks:
+        callbacks = trainer.callback_handler.callbacks
+        for place, callback in enumerate(callbacks):
+            if type(callback) is WandbCallback:
+                callbacks[place] = Wandb()
             if isinstance(callback, TensorBoardCallback):
                 # One directory however often the run is resumed, so that its curves are whole.
                 callback.logging_dir = str(self.folder / TENSORBOARD_FOLDER)

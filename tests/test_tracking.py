@@ -102,9 +102,11 @@ def wandb_records(path: Path) -> list:
 
 @pytest.mark.slow
 def test_an_offline_wandb_run_has_the_whole_run(
-    tmp_path, small_teacher_dir, proteins_dir, monkeypatch
+    tmp_path, small_teacher_dir, proteins_dir, monkeypatch, request
 ):
-    pytest.importorskip("wandb")
+    wandb = pytest.importorskip("wandb")
+    request.addfinalizer(wandb.teardown)
+    wandb.teardown()
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("WANDB_MODE", "offline")
     for name in [name for name in os.environ if name.startswith("WANDB_") and name != "WANDB_MODE"]:
@@ -116,9 +118,14 @@ def test_an_offline_wandb_run_has_the_whole_run(
     records = wandb_records(path)
     about = next(r.run for r in records if r.HasField("run"))
     assert about.display_name == "named-run"
+    assert about.host == ""
     assert about.project == "PROTGPT2_DISTILLATION"
-    keys = {u.key or "/".join(u.nested_key) for r in records for u in r.config.update}
+    told = {u.key or "/".join(u.nested_key): u for r in records for u in r.config.update}
+    keys = set(told)
     assert {"settings/loss/temperature", "teacher/fingerprint", "data/train/proteins"} <= keys
+    # The Trainer's arguments and the student's configuration are told as well.
+    assert {"per_device_train_batch_size", "n_embd", "model/num_parameters"} <= keys
+    assert told["output_dir"].value_json == '"named-run"'
     logged = {
         item.key or "/".join(item.nested_key)
         for r in records
