@@ -3,7 +3,8 @@
 
 scripts/train.py does the same by itself when given --teacher_cache; here it is done ahead. Data,
 share, length and precision must be those of the trainings that are to read the cache. A capture
-that was stopped goes on at the shard it was writing.
+that was stopped goes on at the shard it was writing; of a cache that is there all files are
+checked, and broken ones captured again.
 
 Example:
   python scripts/cache_teacher.py --teacher_model data/small_teacher --data data/proteins \
@@ -47,7 +48,7 @@ def build_parser() -> argparse.ArgumentParser:
 
 
 def run(args: argparse.Namespace) -> dict:
-    """Capture what is missing. Returns the directory of each part's cache."""
+    """Capture what is missing or broken. Returns the directory of each part's cache."""
     names = set(vars(DEFAULTS)) & set(vars(args))
     settings = s.TrainSettings(**{name: getattr(args, name) for name in names})
 
@@ -59,7 +60,7 @@ def run(args: argparse.Namespace) -> dict:
     processes.join(args.device)
     tell = say if processes.is_first() else unheard
     found = load_teacher_and_parts(settings, args.device, args.cache_dir, args.shard_teacher)
-    caches = capture_parts(found, args.teacher_cache, tell)
+    caches = capture_parts(found, args.teacher_cache, tell, thorough=True)
     for name, cache in caches.items():
         tell(f"{name}: {len(found.parts[name]):,} proteins in {cache.folder}")
     return {name: str(cache.folder) for name, cache in caches.items()}

@@ -45,6 +45,7 @@ from src.results import figure, read_results, write_results
 from src.runs import InUseError, is_begun, locked, provenance
 from src.settings import as_recorded
 from src.sizing import total_steps
+from src.sources import has_split
 from src.teacher_cache import TeacherCache
 from src.training import (
     Ingredients,
@@ -149,10 +150,15 @@ class GridRun:
 
         A group that another process is running is left to it. SIGTERM and SIGINT leave a checkpoint
         of the group under way.
+
+        Raises:
+            ValueError: the data lacks the part that the cells are measured on.
         """
         quiet_libraries()
         for line in self.status_lines():
             self.announce(line)
+        if not all(self.done(cell) for cell in self.cells):
+            self._require_parts()
         for name, cells in self.groups():
             if all(self.done(cell) for cell in cells):
                 continue
@@ -168,6 +174,16 @@ class GridRun:
             self.announce(self.status_lines()[0])
         return {"cells": len(self.cells), "done": sum(self.done(cell) for cell in self.cells)}
 
+    def _require_parts(self) -> None:
+        """Stop before the first training where there is nothing to measure its students on."""
+        source, split = self.grid.shared.data, self.grid.split
+        # A hub data set is asked for its parts when they are read: here there may be no network.
+        if Path(source).exists() and not has_split(source, split):
+            raise ValueError(
+                f"--data {source} has no {split} part, which the grid {self.grid.name} is measured "
+                "on: divide it with scripts/split_data.py"
+            )
+
     @property
     def ingredients(self) -> Ingredients:
         """Teacher, tokenizer and proteins."""
@@ -177,7 +193,7 @@ class GridRun:
             )
             if self.grid.shared.cached_teacher:
                 self._caches = capture_parts(
-                    self._ingredients, self.work / "teacher_cache", self.announce
+                    self._ingredients, self.work / "teacher_cache", self.announce, flag="--work"
                 )
         return self._ingredients
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import os
+import re
 import sys
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -16,6 +17,9 @@ HUGE_PAGES = "THP_MEM_ALLOC_ENABLE"
 """PyTorch reads this at its first large allocation. Weights, moments and logits of some hundred MB
 are walked through once a step: in pages of 2 MB instead of 4 kB a step of three students on a CPU
 took a fifth less time. A value that the user has set stands."""
+WORKERS_ERROR = re.compile(r"Caught \w+ in DataLoader worker process \d+\.\n")
+"""How PyTorch begins the message of an error that a data worker met: a traceback, and at its end
+the error itself."""
 QUIET_SECONDS = 30.0
 """Seconds between two progress lines where no terminal shows a bar."""
 
@@ -94,7 +98,10 @@ def one_line(error: BaseException) -> str:
     if isinstance(error, OSError) and error.strerror:
         name = f"{error.filename}: " if error.filename else ""
         return printable(f"{name}{error.strerror}")
-    return printable(" ".join(str(error).split())) or type(error).__name__
+    text = str(error)
+    if WORKERS_ERROR.match(text):
+        text = text.rstrip().rpartition("\n")[2].partition(": ")[2]
+    return printable(" ".join(text.split())) or type(error).__name__
 
 
 def printable(text: str) -> str:

@@ -29,6 +29,7 @@ from src.cli import one_line, progress, say, size
 from src.files import (
     atomic_write,
     is_plain_name,
+    names_full_disk,
     read_json,
     remove_unfinished,
     sha256_file,
@@ -50,6 +51,9 @@ MAX_MANIFEST_BYTES = 1 << 30
 """A manifest has some 13 bytes a protein."""
 DISK_RESERVE = 1 << 30
 """Bytes that a capture leaves free on the disk."""
+
+
+WAY_OUT = "scripts/cache_teacher.py captures again what is broken"
 
 
 def cache_key(teacher: str, data: str, dtype: str) -> str:
@@ -75,11 +79,16 @@ def shard_ranges(lengths: np.ndarray, token_bytes: int, shard_bytes: int) -> lis
     return ranges
 
 
+class BrokenCacheError(ValueError):
+    """A cache's own files are missing, cut short or altered: :func:`capture` makes them anew."""
+
+
 class TeacherCache:
     """A teacher's hidden states for every token of a set of proteins, read from disk.
 
     Files are mapped into memory when first used, each after its hash was compared with the
-    manifest's. A copy in another process maps the same files.
+    manifest's. A copy in another process maps the same files. What is broken :func:`capture` makes
+    anew.
 
     Args:
         folder: the cache's directory.
@@ -88,14 +97,17 @@ class TeacherCache:
         verify: compare hashes; without it only sizes are.
 
     Raises:
-        ValueError: there is no finished cache, it is broken, or it is another teacher's or of
-            other proteins.
+        ValueError: it is another teacher's or of other proteins.
+        BrokenCacheError: there is no finished cache, or it is broken.
     """
 
     def __init__(self, folder: str | Path, teacher: str, data: str, verify: bool = True) -> None:
         self.folder = Path(folder)
         self.verify = verify
-        manifest = read_json(self.folder / "manifest.json", MAX_MANIFEST_BYTES)
+        try:
+            manifest = read_json(self.folder / "manifest.json", MAX_MANIFEST_BYTES)
+        except ValueError as error:
+            raise BrokenCacheError(f"{error}; {WAY_OUT}") from None
         try:
             self._check(manifest, teacher, data)
             self.width = manifest["width"]
@@ -105,7 +117,9 @@ class TeacherCache:
         except (KeyError, TypeError, AttributeError) as error:
             problem = one_line(error)[:100]
         if problem:
-            raise ValueError(f"{self.folder}: the cache's manifest is broken ({problem})")
+            raise BrokenCacheError(
+                f"{self.folder}: the cache's manifest is broken ({problem}); {WAY_OUT}"
+            )
         self.starts = np.array([shard["first"] for shard in self.shards])
         self.proteins = self.shards[-1]["first"] + len(self.shards[-1]["lengths"])
         self._maps: dict[int, tuple[np.ndarray, np.ndarray, np.ndarray]] = {}
@@ -113,7 +127,7 @@ class TeacherCache:
             for name, expected in shard["files"].items():
                 path = self.folder / name
                 if not path.is_file() or path.stat().st_size != expected["bytes"]:
-                    raise ValueError(f"{path}: missing or cut short; capture the cache again")
+                    raise BrokenCacheError(f"{path}: missing or cut short; {WAY_OUT}")
 
     def _check(self, manifest: Mapping[str, Any], teacher: str, data: str) -> None:
         for key, expected, what in (
@@ -130,9 +144,9 @@ class TeacherCache:
     def __getitem__(self, index: int) -> tuple[Tensor, Tensor]:
         """Return a protein's hidden states ``(T, E)`` and figures ``(T, 3)`` float32."""
         if not 0 <= index < self.proteins:
-            raise ValueError(
+            raise BrokenCacheError(
                 f"{self.folder}: protein {index} is not among the {self.proteins} of the cache; "
-                "capture it again"
+                + WAY_OUT
             )
         number = int(np.searchsorted(self.starts, index, side="right")) - 1
         hidden, figures, offsets = self._mapped(number)
@@ -150,7 +164,7 @@ class TeacherCache:
             if self.verify:
                 for name, expected in shard["files"].items():
                     if sha256_file(self.folder / name) != expected["sha256"]:
-                        raise ValueError(f"{self.folder / name}: altered; capture the cache again")
+                        raise BrokenCacheError(f"{self.folder / name}: altered; {WAY_OUT}")
             kind = np.dtype("<u2") if self.dtype == torch.bfloat16 else numpy_dtype(self.dtype)
             self._maps[number] = (
                 np.memmap(hidden_file, kind, "r").reshape(-1, self.width),
@@ -202,10 +216,13 @@ def capture(
     shard_bytes: int = SHARD_BYTES,
     announce: Callable[[str], None] = say,
     fingerprint: str | None = None,
+    thorough: bool = False,
+    flag: str = "--teacher_cache",
 ) -> TeacherCache:
     """Run the teacher over all proteins once and keep its hidden states, or find them kept.
 
-    Of several processes each runs every so-many-th shard; the first makes the cache of them.
+    What is broken of a cache that is there is captured again, the rest kept. Of several processes
+    each runs every so-many-th shard; the first makes the cache of them.
 
     Args:
         teacher: in eval mode, on the device and in the dtype it is to be run in.
@@ -215,29 +232,61 @@ def capture(
         shard_bytes: about the size of a shard.
         announce: called with each line for a person.
         fingerprint: the teacher's, where it is known already: hashing a large one takes seconds.
+        thorough: find what is broken by the hashes of all files, not by their sizes alone.
+        flag: with which the user chooses another directory, for messages.
 
     Returns:
         The cache, opened.
 
     Raises:
-        ValueError: the disk is too small, another process is capturing, or what is there is broken.
+        ValueError: the disk is too small, another process is capturing, or what is there is another
+            teacher's or of other proteins.
     """
     weight, _ = output_head(teacher)
     dtype = next(name for name, kind in DTYPES.items() if kind == weight.dtype)
     teacher_print, data_print = fingerprint or model_fingerprint(teacher), proteins.fingerprint
     folder = Path(directory) / cache_key(teacher_print, data_print, dtype)
-    if processes.agreed((folder / "manifest.json").exists):
-        announce(f"teacher cache found in {folder}")
-        return TeacherCache(folder, teacher_print, data_print)
+    manifest = folder / "manifest.json"
     lengths = np.asarray(proteins.lengths)
+
+    def is_whole() -> bool:
+        try:
+            cache = TeacherCache(folder, teacher_print, data_print)
+        except BrokenCacheError:
+            return False
+        if cache.proteins != len(lengths):
+            return False
+        return not thorough or all(_is_unaltered(folder, shard) for shard in cache.shards)
+
+    broken = False
+    if processes.agreed(manifest.exists):
+        if processes.agreed(is_whole):
+            announce(f"teacher cache found in {folder}")
+            return TeacherCache(folder, teacher_print, data_print)
+        broken = True
     width = weight.shape[1]
     token_bytes = needed_bytes(1, width, weight.dtype)
     ranges = shard_ranges(lengths, token_bytes, shard_bytes)
-    with processes.first_holds(lambda: locked(folder)):
-        if processes.is_first():
-            remove_unfinished(folder)
-        processes.agreed(lambda: None)
-        kept = [_shard_record(folder, number) for number in range(len(ranges))]
+
+    def record_of(number: int, thorough: bool = False) -> dict[str, Any] | None:
+        first, last = ranges[number]
+        return _shard_record(folder, number, first, lengths[first:last].tolist(), thorough)
+
+    def kept_before() -> list[dict[str, Any] | None]:
+        remove_unfinished(folder)
+        records = [record_of(number, broken) for number in range(len(ranges))]
+        if broken:
+            lost = [number for number, record in enumerate(records) if record is None]
+            # No process may take what is to be replaced for what replaces it.
+            for name in ("manifest.json", *map(_record_name, lost)):
+                (folder / name).unlink(missing_ok=True)
+            what = f"shards {', '.join(map(str, lost))} are" if lost else "its manifest is"
+            announce(f"teacher cache in {folder} is broken: {what} made again")
+        return records
+
+    way_out = f"make space and give the same command again, or choose another {flag}"
+    with names_full_disk(folder, way_out), processes.first_holds(lambda: locked(folder, flag)):
+        kept = processes.agreed(kept_before)
         missing = [number for number, record in enumerate(kept) if record is None]
         need = sum(int(lengths[slice(*ranges[number])].sum()) for number in missing) * token_bytes
         free = shutil.disk_usage(folder).free
@@ -248,7 +297,7 @@ def capture(
         if need + DISK_RESERVE > free:
             raise ValueError(
                 f"{folder}: the teacher cache needs {size(need + DISK_RESERVE)} with the reserve, "
-                f"{size(free)} are free: choose another --teacher_cache or fewer proteins"
+                f"{size(free)} are free: choose another {flag} or fewer proteins"
             )
         own = [number for number in missing if number % processes.count() == processes.rank()]
         batches = sum(len(_batches(lengths[slice(*ranges[n])], batch_tokens)) for n in own)
@@ -258,13 +307,13 @@ def capture(
                 found = _capture_range(teacher, proteins, lengths, first, last, batch_tokens)
                 kept[number] = _write_shard(folder, number, first, lengths[first:last], *found)
         if not processes.is_first():
-            processes.wait_until((folder / "manifest.json").exists)
+            processes.wait_until(manifest.exists)
             return TeacherCache(folder, teacher_print, data_print)
         for number in missing:
-            processes.wait_until(lambda number=number: _shard_record(folder, number) is not None)
-            kept[number] = _shard_record(folder, number)
+            processes.wait_until(lambda number=number: record_of(number) is not None)
+            kept[number] = record_of(number)
         write_json(
-            folder / "manifest.json",
+            manifest,
             {
                 "format": FORMAT,
                 "teacher": teacher_print,
@@ -278,13 +327,31 @@ def capture(
     return TeacherCache(folder, teacher_print, data_print, verify=False)
 
 
-def _shard_record(folder: Path, number: int) -> dict[str, Any] | None:
-    """Return the record of a shard that was captured whole before, or None."""
+def _record_name(number: int) -> str:
+    return f"shard-{number:05d}.json"
+
+
+def _is_unaltered(folder: Path, shard: Mapping[str, Any]) -> bool:
+    """Return whether a shard's files have the hashes of its record."""
+    return all(
+        sha256_file(folder / name) == expected["sha256"]
+        for name, expected in shard["files"].items()
+    )
+
+
+def _shard_record(
+    folder: Path, number: int, first: int, lengths: list[int], thorough: bool
+) -> dict[str, Any] | None:
+    """Return the record of a shard of these proteins that was captured whole before, or None."""
     try:
-        record = read_json(folder / f"shard-{number:05d}.json")
-        whole = all(
-            (folder / name).stat().st_size == expected["bytes"]
-            for name, expected in record["files"].items()
+        record = read_json(folder / _record_name(number))
+        whole = (
+            (record["first"], record["lengths"]) == (first, lengths)
+            and all(
+                (folder / name).stat().st_size == expected["bytes"]
+                for name, expected in record["files"].items()
+            )
+            and (not thorough or _is_unaltered(folder, record))
         )
     except (ValueError, OSError, KeyError, TypeError, AttributeError):
         return None
@@ -350,7 +417,7 @@ def _write_shard(
             handle.write(raw.data)
         files[name] = {"bytes": raw.nbytes, "sha256": hashlib.sha256(raw.data).hexdigest()}
     record = {"first": first, "lengths": lengths.tolist(), "files": files}
-    write_json(folder / f"shard-{number:05d}.json", record)
+    write_json(folder / _record_name(number), record)
     return record
 
 

@@ -31,7 +31,7 @@ from src.devices import (
 from src.distillation import DistillationTrainer
 from src.early_stopping import EarlyStopping, outcome, outcome_line, validation_standing
 from src.evaluation import check_teacher
-from src.files import check_outputs, remove_unfinished
+from src.files import check_outputs, names_full_disk, remove_unfinished
 from src.initialisation import subclone
 from src.interruption import stops_on_signals
 from src.models import (
@@ -294,13 +294,24 @@ def remove_default_output(trainer: Trainer) -> None:
 
 
 def capture_parts(
-    found: Ingredients, directory: str | Path, announce: Callable[[str], None] = say
+    found: Ingredients,
+    directory: str | Path,
+    announce: Callable[[str], None] = say,
+    **options: Any,
 ) -> dict[str, TeacherCache]:
-    """Return the teacher's cache for each part, captured where it is not there yet."""
+    """Return the teacher's cache for each part, captured where it is not there yet.
+
+    Options are those of :func:`src.teacher_cache.capture`.
+    """
     fingerprint = found.teacher_fingerprint
     return {
         name: capture(
-            found.teacher, proteins, directory, announce=announce, fingerprint=fingerprint
+            found.teacher,
+            proteins,
+            directory,
+            announce=announce,
+            fingerprint=fingerprint,
+            **options,
         )
         for name, proteins in found.parts.items()
     }
@@ -395,7 +406,10 @@ def train(
         caches = capture_parts(found, teacher_cache, announce)
         keep_head_alone(teacher)
 
-    with processes.first_holds(lambda: locked(output_dir)):
+    with (
+        names_full_disk(output_dir, "make space and give the same command with --resume"),
+        processes.first_holds(lambda: locked(output_dir)),
+    ):
         standing = processes.agreed(lambda: claim_folder(output_dir, wanted, resume))
         if standing == "finished":  # by a process that held it while this one read its data
             return processes.agreed(lambda: finished_run(output_dir, announce))

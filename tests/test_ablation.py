@@ -96,6 +96,17 @@ def finished(grid, world, tmp_path_factory):
     return folder
 
 
+def test_data_without_the_measured_part_is_refused_before_any_training(
+    grid, world, tmp_path, monkeypatch
+):
+    one_file = tmp_path / "x.fasta"
+    one_file.write_text("".join(f">a{i}\n{p}\n" for i, p in enumerate(make_proteins(20))))
+    whole = job(replace(grid, shared=replace(grid.shared, data=str(one_file))), tmp_path, world)
+    monkeypatch.setattr(whole, "_run_group", lambda *_: pytest.fail("a group was begun"))
+    with pytest.raises(ValueError, match=r"x\.fasta has no \w+ part.*scripts/split_data\.py"):
+        whole.run()
+
+
 def test_every_cell_is_written_and_says_what_it_is(finished, grid):
     files = sorted((finished / "results").glob("*.json"))
     assert len(files) == 24

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import pickle
 import shutil
@@ -13,9 +14,11 @@ import torch
 
 from src import teacher_cache as tc
 from src.batching import PackedDataset, PackingCollator, PaddingCollator, ProteinDataset
+from src.cli import one_line
 from src.distillation import DistillationTrainer
 from src.losses import entropy
 from src.models import final_hidden_states, keep_head_alone, model_fingerprint
+from src.runs import locked
 from src.teacher_cache import CachedCollator, TeacherCache, capture
 from tests.test_distillation import BOTH, Tokens, arguments
 
@@ -153,7 +156,9 @@ def test_damage_is_noticed(teacher, tmp_path):
     raw[5] ^= 1
     path.write_bytes(raw)
     opened = TeacherCache(altered, *prints)
-    with pytest.raises(ValueError, match=r"hidden-00001.bin: altered; capture the cache again"):
+    with pytest.raises(
+        ValueError, match=r"hidden-00001.bin: altered; scripts/cache_teacher.py captures"
+    ):
         [opened[index] for index in range(len(Proteins()))]
     path.write_bytes(raw[:-1])
     with pytest.raises(ValueError, match="cut short"):
@@ -165,6 +170,80 @@ def test_damage_is_noticed(teacher, tmp_path):
         TeacherCache(cache.folder, "0" * 64, prints[1])
     with pytest.raises(ValueError, match="of other proteins"):
         TeacherCache(cache.folder, prints[0], "0" * 64)
+
+
+def spoil(path) -> None:
+    raw = bytearray(path.read_bytes())
+    raw[5] ^= 1
+    path.write_bytes(raw)
+
+
+def test_capturing_again_mends_what_is_broken_and_only_that(teacher, tmp_path, monkeypatch):
+    folder = captured(teacher, tmp_path, shard_bytes=2000).folder
+    before = {path.name: path.read_bytes() for path in folder.glob("*.*")}
+    (folder / "notes.txt").write_text("of somebody else")
+    real, calls, lines = tc._write_shard, [], []
+    monkeypatch.setattr(tc, "_write_shard", lambda *a: calls.append(a[1]) or real(*a))
+
+    def again(**options) -> None:
+        calls.clear(), lines.clear()
+        again = capture(
+            teacher, Proteins(), tmp_path, shard_bytes=2000, announce=lines.append, **options
+        )
+        [again[index] for index in range(len(Proteins()))]
+        assert {name: (folder / name).read_bytes() for name in before} == before
+        assert (folder / "notes.txt").read_text() == "of somebody else"
+
+    again(thorough=True)
+    assert calls == []
+    assert lines == [f"teacher cache found in {folder}"]
+    spoil(folder / "hidden-00001.bin")
+    again(thorough=True)
+    assert calls == [1]
+    assert lines[0] == f"teacher cache in {folder} is broken: shards 1 are made again"
+    # A length is seen without reading the files.
+    (folder / "figures-00002.bin").write_bytes(b"")
+    again()
+    assert calls == [2]
+    (folder / "hidden-00000.bin").unlink()
+    spoil(folder / "hidden-00002.bin")
+    again()
+    assert calls == [0, 2]
+    (folder / "manifest.json").write_text("{")
+    again()
+    assert calls == []
+    assert "its manifest is made again" in lines[0]
+
+
+def test_a_cache_in_use_names_its_own_flag(teacher, tmp_path):
+    folder = captured(teacher, tmp_path).folder
+    (folder / "manifest.json").unlink()
+    with locked(folder), pytest.raises(ValueError, match="choose another --teacher_cache"):
+        captured(teacher, tmp_path)
+    with locked(folder), pytest.raises(ValueError, match="choose another --work"):
+        captured(teacher, tmp_path, flag="--work")
+
+
+def test_a_full_disk_is_named_with_a_way_out(teacher, tmp_path, monkeypatch):
+    def full(*_):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(tc, "_write_shard", full)
+    with pytest.raises(ValueError, match=r"-float32: no space left .* another --teacher_cache"):
+        captured(teacher, tmp_path)
+
+
+def test_a_workers_error_is_told_in_its_own_words(teacher, tmp_path):
+    cache = captured(teacher, tmp_path, shard_bytes=2000)
+    spoil(cache.folder / "hidden-00000.bin")
+    opened = TeacherCache(cache.folder, model_fingerprint(teacher), Proteins.fingerprint)
+    loader = torch.utils.data.DataLoader(
+        ProteinDataset(Proteins(), cache=opened), num_workers=1, collate_fn=list
+    )
+    with pytest.raises(ValueError, match="altered") as caught:
+        list(loader)
+    said = one_line(caught.value)
+    assert said == f"{cache.folder / 'hidden-00000.bin'}: altered; {tc.WAY_OUT}"
 
 
 def test_another_teacher_gets_a_cache_of_its_own(teacher, tiny_lm, tmp_path):
