@@ -16,7 +16,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from src.cli import HelpFormatter, natural, positive_float, positive_int, run_script, say, share
-from src.files import check_outputs
+from src.files import check_outputs, names_full_disk
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -98,7 +98,8 @@ def run(args: argparse.Namespace) -> dict:
     names = {"model": Path(args.model).name or args.model}
     if args.scorer:
         names["scorer"] = Path(args.scorer).name or args.scorer
-    write_fasta(args.output, g.fasta_records(found, args.seed, names))
+    with names_full_disk(args.output, "make space, or name another --output"):
+        write_fasta(args.output, g.fasta_records(found, args.seed, names))
     say(f"written: {args.output}")
     return result.counts
 

@@ -31,7 +31,7 @@ from typing import Any
 import numpy as np
 
 from src.cli import one_line, progress, say
-from src.files import read_json, sha256_file, sync_folder, write_json
+from src.files import names_full_disk, read_json, sha256_file, sync_folder, write_json
 from src.proteins import layout
 from src.sources import (
     CUT_IN_SOURCE,
@@ -559,7 +559,8 @@ def tokenise(
     with contextlib.suppress(ValueError):
         return open_store(folder)
     root.mkdir(parents=True, exist_ok=True)
-    with _only_builder(folder, tell) as alone:
+    way_out = "make space, or choose another --cache_dir"
+    with names_full_disk(root, way_out), _only_builder(folder, tell) as alone:
         if folder.exists():
             try:
                 return open_store(folder)  # another process has built it meanwhile

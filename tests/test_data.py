@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import errno
 import gzip
 import io
 import itertools
@@ -569,6 +570,19 @@ def test_a_damaged_store_is_built_anew(tmp_path, tiny_tokenizer, capsys, damage)
     assert "damaged" in capsys.readouterr().out
     assert again.fingerprint == store.fingerprint
     assert [again.sequence(i) for i in range(2)] == [A, B]
+
+
+def test_a_full_disk_is_named_with_a_way_out(
+    tmp_path, random_proteins, tiny_tokenizer, monkeypatch
+):
+    def full(*_):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    source = write(tmp_path / "a.fasta", fasta(random_proteins(3)))
+    monkeypatch.setattr("src.data._build", full)
+    with pytest.raises(ValueError, match=r"cache: no space left on the disk.*--cache_dir"):
+        tokenise(source, None, tiny_tokenizer, 64, cache_dir=tmp_path / "cache")
+    assert [p.name for p in (tmp_path / "cache").iterdir() if p.is_dir()] == []
 
 
 def test_nothing_is_left_behind_by_a_broken_source(tmp_path, tiny_tokenizer):

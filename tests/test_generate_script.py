@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 
 import pytest
@@ -50,6 +51,16 @@ def test_a_run(folder, capsys):
         assert "scorer" not in fields
     assert run(folder, *options, "--batch_size", 2, name="again.fasta") == 0
     assert (folder / "again.fasta").read_text() == (folder / "new.fasta").read_text()
+
+
+def test_a_full_disk_is_named_with_a_way_out(folder, capsys, monkeypatch):
+    def full(*_):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr("src.fasta.write_fasta", full)
+    assert run(folder, "--num_sequences", 1) == 2
+    said = capsys.readouterr().err
+    assert f"{folder / 'new.fasta'}: no space left on the disk; make space, or name" in said
 
 
 def test_ranking_by_another_model(folder, tiny_lm, tiny_tokenizer):

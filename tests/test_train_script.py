@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import gzip
 import json
 import shutil
@@ -227,6 +228,18 @@ def test_another_run_may_not_take_its_place(finished, small_teacher_dir, protein
     )
     assert status == 2
     assert "other settings (seed)" in capsys.readouterr().err
+
+
+def test_a_disk_that_is_full_at_the_start_is_named(
+    tmp_path, small_teacher_dir, proteins_dir, capsys, monkeypatch
+):
+    def full(*_):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr("src.training.locked", full)
+    run = tmp_path / "run"
+    assert tiny_run(small_teacher_dir, proteins_dir, run, tmp_path / "cache") == 2
+    assert f"{run}: no space left on the disk; make space" in capsys.readouterr().err
 
 
 def test_foreign_files_are_left_alone(tmp_path, small_teacher_dir, proteins_dir, capsys):
