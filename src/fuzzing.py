@@ -880,7 +880,8 @@ def outcome(form: Format, files: Files, folder: Path) -> tuple[str, str]:
 def refusal(error: ValueError | OSError, folder: Path) -> tuple[str, str]:
     """Return ``refused`` where an error's message will do for a person, else what is wrong."""
     raw = one_line(error) if isinstance(error, OSError) else str(error)
-    if isinstance(error, ValueError) and type(error) is not ValueError:
+    ours = type(error) is ValueError or type(error).__module__.startswith("src.")
+    if isinstance(error, ValueError) and not ours:
         return f"bare {type(error).__name__}", raw[:300]
     if not raw.strip() or "\n" in raw or len(raw) > MESSAGE_LENGTH:
         return "message is not one line", raw[:300]

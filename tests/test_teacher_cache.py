@@ -186,7 +186,8 @@ def test_capturing_again_mends_what_is_broken_and_only_that(teacher, tmp_path, m
     monkeypatch.setattr(tc, "_write_shard", lambda *a: calls.append(a[1]) or real(*a))
 
     def again(**options) -> None:
-        calls.clear(), lines.clear()
+        calls.clear()
+        lines.clear()
         again = capture(
             teacher, Proteins(), tmp_path, shard_bytes=2000, announce=lines.append, **options
         )
