@@ -1,8 +1,9 @@
 """Loads teachers and tokenizers, builds students, and opens a model at its output head.
 
 There is one way to load a model: safetensors, no remote code, a clear line when it cannot be had.
-A file from elsewhere may be hostile: nothing in it is run as code, and a configuration is compared
-with its weights before anything of the size it asks for is built.
+A file from elsewhere may be hostile: nothing in it is run as code, what transformers would read
+without bounds is looked at first, and a configuration is compared with its weights before anything
+of the size it asks for is built.
 """
 
 from __future__ import annotations
@@ -18,12 +19,20 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from src.cli import one_line
+from src.cli import one_line, printable
+from src.data import token_letters
 from src.files import read_json
-from src.proteins import STANDARD_RESIDUES, layout
+from src.proteins import STANDARD_RESIDUES, layout, residues_of
 from src.settings import BUNDLED_TEACHER, StudentSettings
 
-MAX_TOKENIZER_BYTES = 1 << 28
+MAX_CONFIG_BYTES = 1 << 20
+MAX_CONFIG_NUMBER = 1 << 20
+"""transformers makes lists and names of as many as a configuration says. The largest vocabularies
+have some 260,000 tokens, and the longest inputs of protein models are far below."""
+MAX_RULES = 8
+"""Of a tokenizer's normalizer, or another of its parts: those of published models have one to four.
+It bounds what rules can do together that each lengthen a text a little, such as Unicode's."""
+RULE_LISTS = ("normalizers", "pretokenizers", "processors", "decoders")
 
 if TYPE_CHECKING:
     from transformers import GPT2Config, GPT2LMHeadModel, PreTrainedModel
@@ -46,17 +55,16 @@ def load_tokenizer(name: str | Path, revision: str | None = None) -> PreTrainedT
     from transformers import AutoTokenizer
 
     if require_model_directory(name):
-        path = Path(name) / "tokenizer_config.json"
-        _refuse_code(read_json(path) if path.is_file() else {}, path)
-        require_bounded(Path(name) / "tokenizer.json", MAX_TOKENIZER_BYTES)
+        _check_tokenizer_files(Path(name))
     with explain_loading("tokenizer", name):
         tokenizer = AutoTokenizer.from_pretrained(
             str(name), revision=revision or "main", trust_remote_code=False
         )
         _keep_no_words(tokenizer)
-        _try_out(tokenizer)
     if tokenizer.eos_token is None:
         raise ValueError(f"{name}: its tokenizer has no end-of-text token")
+    with explain_loading("tokenizer", name):
+        _try_out(tokenizer)
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token
     return tokenizer
@@ -74,14 +82,84 @@ def _keep_no_words(tokenizer: PreTrainedTokenizerBase) -> None:
         resize(0)
 
 
+def _check_tokenizer_files(folder: Path) -> None:
+    """Look at what transformers would make a tokenizer of, whatever it holds.
+
+    Raises:
+        ValueError: there is no vocabulary, a file is broken or brings code, or the rules of one may
+            lengthen a text without bounds.
+    """
+    path = folder / "tokenizer_config.json"
+    _refuse_code(read_json(path) if path.is_file() else {}, path)
+    for name in ("special_tokens_map.json", "added_tokens.json", "vocab.json"):
+        if (folder / name).is_file():
+            read_json(folder / name)
+    # tokenizer_config.json may name a tokenizer.VERSION.json to be read instead.
+    for path in sorted(folder.glob("tokenizer*.json")):
+        if path.name != "tokenizer_config.json":
+            _refuse_growing(read_json(path), path)
+    # Of nothing transformers makes an empty GPT-2 tokenizer.
+    vocabularies = ("tokenizer.*json", "vocab.*", "*.model")
+    if not any(path.is_file() for pattern in vocabularies for path in folder.glob(pattern)):
+        raise ValueError(
+            f"no tokenizer in {folder}: copy tokenizer.json and tokenizer_config.json there from "
+            "the model that it was made from"
+        )
+
+
+def _refuse_growing(tokenizer: Any, path: Path) -> None:
+    """Refuse rules that can make a short text very long, which no memory might hold."""
+    if not isinstance(tokenizer, dict):
+        raise ValueError(f"{path}: expected an object at the top")
+    for part in ("normalizer", "pre_tokenizer", "post_processor", "decoder"):
+        rules = list(_rules(tokenizer.get(part)))
+        if len(rules) > MAX_RULES:
+            raise ValueError(f"{path}: its {part} has over {MAX_RULES} rules: no model needs them")
+        if any(map(_lengthens, rules)):
+            raise ValueError(f"{path}: its {part} lengthens texts: no model of proteins needs that")
+
+
+def _rules(part: Any) -> Iterator[dict[str, Any]]:
+    """Yield the rules of a part of a tokenizer, those inside sequences of rules too."""
+    if isinstance(part, dict):
+        yield part
+        for key in RULE_LISTS:
+            if isinstance(inner := part.get(key), list):
+                yield from (rule for each in inner for rule in _rules(each))
+
+
+def _lengthens(rule: dict[str, Any]) -> bool:
+    """Return whether a rule puts a longer text in place of another, or a text several times."""
+    if isinstance(content := rule.get("content"), str):
+        pattern = rule.get("pattern")
+        # What an expression matches may be as short as one character.
+        replaced = pattern.get("String") if isinstance(pattern, dict) else None
+        return len(content) > (len(replaced) if isinstance(replaced, str) else 1)
+    template = rule.get("single")
+    if not isinstance(template, list):
+        return False
+    return sum("Sequence" in piece for piece in template if isinstance(piece, dict)) > 1
+
+
 def _try_out(tokenizer: PreTrainedTokenizerBase) -> None:
-    """Encode and decode a protein, so that a broken tokenizer raises here and not in mid-run."""
+    """Encode and decode a protein, so that a broken tokenizer raises here and not in mid-run.
+
+    Raises:
+        ValueError: its token ids are out of range, or residues do not come back. Other errors are
+            the tokenizer's own.
+    """
     ids = tokenizer(layout(STANDARD_RESIDUES), add_special_tokens=False)["input_ids"]
-    tokenizer.decode(ids)
+    text = tokenizer.decode(ids, skip_special_tokens=False, clean_up_tokenization_spaces=False)
     known = [*tokenizer.all_special_ids, *ids]
     if not all(isinstance(i, int) and 0 <= i < len(tokenizer) for i in known):
         raise ValueError("its token ids do not run from 0 to the size of its vocabulary")
-    tokenizer.convert_ids_to_tokens(list(range(len(tokenizer))))
+    letters = token_letters(tokenizer)
+    for found in ("".join(letters[i] for i in ids), residues_of(text)):
+        if found != STANDARD_RESIDUES:
+            raise ValueError(
+                f"of the residues {STANDARD_RESIDUES} it gives back {found or 'none'}: it is not a "
+                "tokenizer of proteins"
+            )
 
 
 def load_causal_lm(
@@ -158,14 +236,15 @@ def require_fitting_weights(folder: Path) -> None:
     """Compare a directory's configuration with its weights, without building or reading either.
 
     Raises:
-        ValueError: there are no safetensors, the configuration brings code, or it asks for more
+        ValueError: there are no safetensors, a file is broken, or the configuration asks for more
             blocks or parameters than the weights hold.
     """
     from safetensors import safe_open
     from transformers import AutoConfig, AutoModelForCausalLM
 
-    config_file = folder / "config.json"
-    _refuse_code(read_json(config_file), config_file)
+    for name in ("generation_config.json", "model.safetensors.index.json"):
+        if (folder / name).is_file():
+            read_json(folder / name)
     tensors, numbers = 0, 0
     with explain_loading("model", folder):
         files = sorted(folder.glob("model*.safetensors"))
@@ -190,12 +269,6 @@ def require_fitting_weights(folder: Path) -> None:
             )
 
 
-def require_bounded(path: Path, limit: int) -> None:
-    """Raise ``ValueError`` where a file is larger than it has reason to be."""
-    if path.is_file() and path.stat().st_size > limit:
-        raise ValueError(f"{path}: is larger than {limit:,} bytes: is this the right file?")
-
-
 def _refuse_code(config: Any, path: Path) -> None:
     """Refuse a configuration that names code to be run: ``auto_map``, or a kernel from the hub."""
     if not isinstance(config, dict):
@@ -210,16 +283,40 @@ def _refuse_code(config: Any, path: Path) -> None:
             raise ValueError(f"{path}: names code from elsewhere ({key}), which is never run")
 
 
+def _refuse_absurd(value: Any, path: Path, name: str = "") -> None:
+    """Refuse a whole number in a configuration that is larger than any model's."""
+    if isinstance(value, dict):
+        for key, inner in value.items():
+            _refuse_absurd(inner, path, key)
+    elif isinstance(value, list):
+        for inner in value:
+            _refuse_absurd(inner, path, name)
+    elif isinstance(value, int) and abs(value) > MAX_CONFIG_NUMBER:
+        raise ValueError(
+            f"{path}: {printable(name)[:40]} is {str(value)[:20]}: no model has over "
+            f"{MAX_CONFIG_NUMBER:,} of anything"
+        )
+
+
 def require_model_directory(name: str | Path) -> bool:
-    """Return whether ``name`` is a local directory.
+    """Return whether ``name`` is a local directory, whose configuration may be loaded.
 
     Raises:
-        ValueError: ``name`` looks like a path but is no directory with a ``config.json``.
+        ValueError: ``name`` looks like a path but is no directory with a ``config.json``, that file
+            is broken, brings code or asks for absurd numbers, or there is a pipe or a device among
+            the files, which may have no end.
     """
     path = Path(name)
     if path.is_dir():
-        if not (path / "config.json").is_file():
+        for entry in sorted(path.iterdir()):
+            if entry.exists() and not (entry.is_file() or entry.is_dir()):
+                raise ValueError(f"{entry}: is no file: take it out of the model's directory")
+        config = path / "config.json"
+        if not config.is_file():
             raise ValueError(f"{name}: no finished model (config.json is missing)")
+        settings = read_json(config, MAX_CONFIG_BYTES)
+        _refuse_code(settings, config)
+        _refuse_absurd(settings, config)
         return True
     text = str(name)
     if path.exists():
