@@ -20,6 +20,7 @@ from typing import Any
 
 import numpy as np
 
+from src.cli import printable
 from src.files import write_text
 from src.sources import (
     CSV,
@@ -30,7 +31,10 @@ from src.sources import (
     clean,
     guarded_lines,
     kind_of,
+    other_divider,
     read_proteins,
+    require_cells,
+    require_once,
 )
 from src.statistics import Estimate, cluster_codes
 
@@ -110,16 +114,17 @@ def _read_table(
                 continue
             if not columns:
                 columns = [name.strip() for name in row]
+                way_out = other_divider(columns, delimiter)
                 data = _column(
-                    path, columns, sequence_column, SEQUENCE_COLUMNS, "--sequence_column"
+                    path, columns, sequence_column, SEQUENCE_COLUMNS, "--sequence_column", way_out
                 )
                 if score_column or SCORE_COLUMN in columns:
                     score = _column(path, columns, score_column, (SCORE_COLUMN,), "--score_column")
-                mutant = columns.index(MUTANT_COLUMN) if MUTANT_COLUMN in columns else None
+                if MUTANT_COLUMN in columns:
+                    mutant = _column(path, columns, MUTANT_COLUMN, (), "")
                 continue
             place = f"{path}:{reader.line_num}"
-            if len(row) != len(columns):
-                raise ValueError(f"{place}: {len(row)} cells for {len(columns)} columns")
+            require_cells(row, columns, place, delimiter)
             report = ReadReport()
             cleaned = clean(row[data], report, place, keep_ambiguous=True)
             if cleaned is None:
@@ -141,15 +146,23 @@ def _read_table(
 
 
 def _column(
-    path: Path, columns: Sequence[str], wanted: str | None, usual: Sequence[str], flag: str
+    path: Path,
+    columns: Sequence[str],
+    wanted: str | None,
+    usual: Sequence[str],
+    flag: str,
+    way_out: str = "",
 ) -> int:
-    """Return the place of a column. Raises ``ValueError`` where there is none."""
+    """Return the place of a column. Raises ``ValueError`` where there is none, or more than one."""
     for name in (wanted,) if wanted else usual:
         if name in columns:
+            require_once(columns, name, path)
             return columns.index(name)
-    shown = ", ".join(columns[:8])
+    shown = printable(", ".join(name[:30] for name in columns[:8]))
     missing = repr(wanted) if wanted else " or ".join(map(repr, usual))
-    raise ValueError(f"{path}: no column {missing} among its columns ({shown}): pass {flag}")
+    raise ValueError(
+        f"{path}: no column {missing} among its columns ({shown}){way_out or f': pass {flag}'}"
+    )
 
 
 def _number(cell: str, place: str) -> float:

@@ -32,7 +32,8 @@ refused, with file and line                         empty file; nothing usable; 
                                                     100,000 characters; broken or truncated gzip; a
                                                     gzip that unpacks to over 200 times its size,
                                                     and parquet likewise; broken CSV or parquet;
-                                                    missing columns
+                                                    a row with more or fewer cells than the header;
+                                                    columns that are missing or there twice
 ==================================================  ==============================================
 
 Memory is bounded by the longest line or the rows read together, never by the size of a file.
@@ -81,6 +82,7 @@ SUFFIXES = {
     ".parquet": PARQUET,
     ".pq": PARQUET,
 }
+DIVIDERS = {",": "comma", "\t": "tab", ";": "semicolon"}
 PACKED_BY = {b"PK\x03\x04": "zip", b"BZh": "bzip2", b"\xfd7zXZ": "xz", b"\x28\xb5\x2f\xfd": "zstd"}
 HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 NAME_COLUMNS = ("name", "id", "accession", "entry", "protein", "header")
@@ -218,6 +220,13 @@ def part_files(folder: Path, split: str) -> list[Path]:
     return found or pieces
 
 
+def _path(source: str | Path) -> Path:
+    """Return a source as a path. Raises ``ValueError`` for an empty name, a path's ``.``."""
+    if not str(source).strip():
+        raise ValueError("--data is an empty name: pass a file, a directory or a hub data set")
+    return Path(source)
+
+
 def local_files(source: str | Path, split: str | None) -> list[Path] | None:
     """Return the files to read, or None where the source is a data set on the hub.
 
@@ -228,7 +237,7 @@ def local_files(source: str | Path, split: str | None) -> list[Path] | None:
     Raises:
         ValueError: there is no such file, directory or part.
     """
-    path = Path(source)
+    path = _path(source)
     if path.is_dir():
         if split is None:
             raise ValueError(f"{path}: is a directory of parts: give one file of it")
@@ -260,7 +269,7 @@ def has_split(source: str | Path, split: str) -> bool:
     Raises:
         ValueError: the source is not there, or the hub cannot be reached.
     """
-    path = Path(source)
+    path = _path(source)
     if path.is_dir():
         return bool(part_files(path, split))
     if local_files(source, None) is not None:
@@ -464,6 +473,7 @@ def csv_records(path: Path, delimiter: str) -> Iterator[Record]:
             yield f"{line}\n"
 
     reader = csv.reader(lines(), delimiter=delimiter, strict=True)
+    header: list[str] = []
     columns: _Columns | None = None
     try:
         for row in reader:
@@ -471,17 +481,44 @@ def csv_records(path: Path, delimiter: str) -> Iterator[Record]:
             if not row:
                 continue
             if columns is None:
-                columns = _Columns.of(row, str(path))
+                header = row
+                columns = _Columns.of(header, str(path), other_divider(header, delimiter))
                 if columns.kind == "input_ids":
                     raise ValueError(f"{path}:1: tokens in CSV are not read: use parquet")
                 continue
+            require_cells(row, header, f"{path}:{reader.line_num}", delimiter)
             place = f"{path.name}:{reader.line_num}"
-            text = row[columns.data] if columns.data < len(row) else ""
-            named = columns.name is not None and columns.name < len(row)
-            name = row[columns.name] if named else f"row_{reader.line_num}"  # type: ignore[index]
-            yield from _text_cell(text, name, place, columns.kind, str(path))
+            name = f"row_{reader.line_num}" if columns.name is None else row[columns.name]
+            yield from _text_cell(row[columns.data], name, place, columns.kind, str(path))
     except csv.Error as error:
         raise ValueError(f"{path}:{reader.line_num}: broken CSV ({_reason(error)})") from None
+
+
+def require_cells(row: Sequence[str], header: Sequence[str], place: str, delimiter: str) -> None:
+    """Raise ``ValueError`` where a row has more or fewer cells than the header: which is which?"""
+    if len(row) != len(header):
+        raise ValueError(
+            f"{place}: {len(row)} cells for {len(header)} columns: a cell with a "
+            f"{DIVIDERS[delimiter]} in it stands in double quotes"
+        )
+
+
+def require_once(header: Sequence[str], column: str, place: Path | str) -> None:
+    """Raise ``ValueError`` where a column that is read is there more than once."""
+    if header.count(column) > 1:
+        raise ValueError(
+            f"{place}: {header.count(column)} columns are named {printable(column)!r}: rename or "
+            "drop all but one"
+        )
+
+
+def other_divider(header: Sequence[str], delimiter: str) -> str:
+    """Return what to do where a header line is divided by something else, or an empty text."""
+    for divider, name in DIVIDERS.items():
+        if divider != delimiter and len(header) == 1 and divider in header[0]:
+            way_out = {",": "name it .csv", "\t": "name it .tsv"}.get(divider, "put commas there")
+            return f": its cells are divided by a {name}, not a {DIVIDERS[delimiter]}: {way_out}"
+    return ""
 
 
 def parquet_records(path: Path) -> Iterator[Record]:
@@ -640,15 +677,18 @@ class _Columns(NamedTuple):
     name: int | None
 
     @classmethod
-    def of(cls, names: Sequence[str], place: str) -> _Columns:
+    def of(cls, names: Sequence[str], place: str, way_out: str = "") -> _Columns:
         lower = [name.strip().lower() for name in names]
         kind = next((k for k in ("sequence", "text", "input_ids") if k in lower), None)
         if kind is None:
             shown = printable(", ".join(str(name)[:30] for name in names[:8]))
             raise ValueError(
                 f"{place}: no column 'sequence', 'text' or 'input_ids' among its columns ({shown})"
+                f"{way_out or ': rename the one with the residues'}"
             )
         title = next((k for k in NAME_COLUMNS if k in lower), None)
+        for column in filter(None, (kind, title)):
+            require_once(lower, column, place)
         return cls(kind, lower.index(kind), None if title is None else lower.index(title))
 
 

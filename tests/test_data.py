@@ -252,6 +252,18 @@ REFUSED = {
     "long text": ("a.txt", b"MK\n" + b"A" * 100_001, r"a\.txt:2: the protein is longer"),
     "unknown": ("a.xyz", b"MKV\n", "not clear"),
     "CSV without a column": ("a.csv", b"name,length\na,3\n", "no column 'sequence'.*name, length"),
+    "CSV with a comma in a name": ("a.csv", b"name,sequence\nKinase 0, alpha,MKT\n",
+                                   r"a\.csv:2: 3 cells for 2 columns: .* comma in it .* quotes"),
+    "CSV with a cell too few": ("a.csv", b"id,sequence,family\n1,MK,C\nMKT,KINASE\n",
+                                r"a\.csv:3: 2 cells for 3 columns"),
+    "TSV with a tab in a name": ("a.tsv", b"name\tsequence\na\tb\tMKT\n", "a tab in it"),
+    "CSV with a column twice": ("a.csv", b"Sequence,sequence\nMKT,AAA\n",
+                                "2 columns are named 'sequence': rename or drop"),
+    "CSV with two names": ("a.csv", b"id,id,sequence\na,b,MKT\n", "2 columns are named 'id'"),
+    "CSV with semicolons": ("a.csv", b"name;sequence\na;MKT\n",
+                            "divided by a semicolon, not a comma: put commas there"),
+    "CSV with tabs": ("a.csv", b"name\tsequence\na\tMKT\n", "divided by a tab.*: name it .tsv"),
+    "TSV with commas": ("a.tsv", b"name,sequence\na,MKT\n", "by a comma.*: name it .csv"),
     "CSV with an open quote": ("a.csv", b'sequence\n"MKV\nMK\n', r"a\.csv:3: broken CSV"),
     "CSV of tokens": ("a.csv", b"input_ids\n1\n", "use parquet"),
     "parquet of nothing": ("a.parquet", b"PAR1rubbishPAR1", "broken parquet"),
@@ -277,7 +289,8 @@ def test_refused_with_file_and_line(tmp_path, case):
         ({"input_ids": [1, 2]}, "holds int64, not lists"),
         ({"input_ids": [[1.5]]}, "not lists of whole numbers"),
         ({"input_ids": [[1, None]]}, "a token is null"),
-        ({"other": ["MK"]}, "no column"),
+        ({"other": ["MK"]}, "no column .*: rename the one with the residues"),
+        ({"sequence": ["MK"], "Sequence": ["MV"]}, "2 columns are named 'sequence'"),
         ({"sequence": pa.array([], pa.string())}, "no protein"),
     ],
 )
@@ -287,12 +300,12 @@ def test_parquet_of_the_wrong_kind(tmp_path, tiny_tokenizer, table, message):
         read(tmp_path / "a.parquet", tokenizer=tiny_tokenizer)
 
 
-def test_nulls_and_short_rows_are_dropped(tmp_path):
+def test_nulls_and_empty_cells_are_dropped(tmp_path):
     pq.write_table(pa.table({"sequence": [A, None, B]}), tmp_path / "a.parquet")
     found, report = read(tmp_path / "a.parquet")
     assert found == [A, B]
     assert report.dropped[sources.NO_RESIDUES] == {"count": 1, "first": "a.parquet row 2"}
-    found, report = read(write(tmp_path / "a.csv", f"id,sequence\n1,{A}\n2\n\n3,{B}\n"))
+    found, report = read(write(tmp_path / "a.csv", f"id,sequence\n1,{A}\n2,\n\n3,{B}\n"))
     assert (found, report.dropped_count) == ([A, B], 1)
 
 
@@ -303,6 +316,15 @@ def test_decompression_bomb(tmp_path, monkeypatch):
     path.write_bytes(bomb)
     with pytest.raises(ValueError, match="decompression bomb"):
         read(path)
+
+
+def test_an_empty_name_is_not_the_working_directory(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    write(tmp_path / "train.txt", A)
+    with pytest.raises(ValueError, match="--data is an empty name"):
+        list(sources.read_proteins("", split="train"))
+    with pytest.raises(ValueError, match="--data is an empty name"):
+        sources.has_split("", "train")
 
 
 def test_a_row_of_csv_is_bounded(tmp_path, monkeypatch):
