@@ -20,7 +20,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from src import settings as s
-from src.cli import HelpFormatter, natural, positive_int, run_script, say, share
+from src.cli import HelpFormatter, folder, natural, positive_int, run_script, say, share
 
 DEFAULTS = s.TrainSettings()
 
@@ -43,7 +43,7 @@ def build_parser() -> argparse.ArgumentParser:
         action="store_true",
         help="spread a teacher that no device holds over the processes of torchrun",
     )
-    add("--cache_dir", help="where tokenised proteins are kept")
+    add("--cache_dir", type=folder, help="where tokenised proteins are kept")
     return parser
 
 

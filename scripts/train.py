@@ -20,7 +20,17 @@ from typing import Any
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from src import settings as s
-from src.cli import HelpFormatter, natural, positive_float, positive_int, run_script, say, share
+from src.cli import (
+    HelpFormatter,
+    folder,
+    natural,
+    positive_float,
+    positive_int,
+    run_script,
+    say,
+    share,
+    workers,
+)
 
 DEFAULTS = s.TrainSettings()
 LOSS = s.LossSettings()
@@ -90,7 +100,7 @@ def build_parser() -> argparse.ArgumentParser:
     add("--batch_size", type=positive_int, default=DEFAULTS.batch_size, help="rows on a device")
     add("--gradient_accumulation_steps", type=positive_int, default=1, help="batches a step")
     add("--num_train_epochs", type=positive_float, default=3.0, help="passes over the data")
-    add("--max_steps", type=int, default=-1, help="stop there, whatever the epochs")
+    add("--max_steps", type=int, default=-1, help="stop there, whatever the epochs; -1: not")
     add(
         "--early_stopping",
         nargs="?",
@@ -112,8 +122,14 @@ def build_parser() -> argparse.ArgumentParser:
     add("--validation_proteins", type=positive_int, default=500, help="watched while training")
     add("--report_to", choices=("none", "wandb", "tensorboard"), default="none", help="tracker")
     add("--device", default="auto", help="auto, cpu or cuda")
-    add("--num_workers", type=natural, default=0, help="processes that prepare batches")
-    add("--cache_dir", help="where tokenised proteins are kept")
+    add(
+        "--num_workers",
+        type=workers,
+        metavar="N",
+        default=0,
+        help="processes that prepare batches, at most 4 for each CPU",
+    )
+    add("--cache_dir", type=folder, help="where tokenised proteins are kept")
     add("--teacher_cache", type=Path, help="keep the teacher's hidden states there, run it once")
     add(
         "--shard_teacher",

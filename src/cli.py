@@ -22,6 +22,13 @@ WORKERS_ERROR = re.compile(r"Caught \w+ in DataLoader worker process \d+\.\n")
 the error itself."""
 QUIET_SECONDS = 30.0
 """Seconds between two progress lines where no terminal shows a bar."""
+LARGEST_COUNT = (1 << 32) - 1
+"""Of a flag's whole numbers: the largest seed that NumPy takes, and more than anybody counts."""
+LARGEST = 1e12
+"""Of a flag's other numbers: its square is still far from where float32 ends, at 3e38."""
+WORKERS_A_CPU = 4
+SHOWN = 40
+"""Characters of a mistyped value that a message repeats."""
 
 
 class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
@@ -113,9 +120,9 @@ def printable(text: str) -> str:
 
 def positive_int(text: str) -> int:
     """Argparse type: a whole number of at least 1."""
-    value = _number(text, int, "a whole number")
+    value = natural(text)
     if value < 1:
-        raise argparse.ArgumentTypeError(f"must be at least 1, got {text}")
+        raise argparse.ArgumentTypeError(f"must be at least 1, got {text[:SHOWN]}")
     return value
 
 
@@ -123,15 +130,36 @@ def natural(text: str) -> int:
     """Argparse type: a whole number of at least 0."""
     value = _number(text, int, "a whole number")
     if value < 0:
-        raise argparse.ArgumentTypeError(f"must not be negative, got {text}")
+        raise argparse.ArgumentTypeError(f"must not be negative, got {text[:SHOWN]}")
+    if value > LARGEST_COUNT:
+        raise argparse.ArgumentTypeError(f"must be at most {LARGEST_COUNT}, got {text[:SHOWN]}")
     return value
 
 
+def workers(text: str) -> int:
+    """Argparse type: a number of processes that this machine can feed."""
+    value, most = natural(text), WORKERS_A_CPU * (os.cpu_count() or 1)
+    if value > most:
+        raise argparse.ArgumentTypeError(
+            f"must be at most {most}, {WORKERS_A_CPU} for each CPU of this machine, got {value}"
+        )
+    return value
+
+
+def folder(text: str) -> str:
+    """Argparse type: a directory, which need not be there yet."""
+    if os.path.lexists(text) and not os.path.isdir(text):
+        raise argparse.ArgumentTypeError(f"must be a directory, and {text} is none")
+    return text
+
+
 def positive_float(text: str) -> float:
-    """Argparse type: a finite number above 0."""
+    """Argparse type: a number above 0, and not beyond all measure."""
     value = _number(text, float, "a number")
-    if not 0 < value < float("inf"):
-        raise argparse.ArgumentTypeError(f"must be above 0, got {text}")
+    if not 0 < value <= LARGEST:
+        raise argparse.ArgumentTypeError(
+            f"must be above 0 and at most {LARGEST:g}, got {text[:SHOWN]}"
+        )
     return value
 
 
@@ -139,7 +167,7 @@ def share(text: str) -> float:
     """Argparse type: a share in (0, 1]."""
     value = _number(text, float, "a number")
     if not 0 < value <= 1:
-        raise argparse.ArgumentTypeError(f"must be above 0 and at most 1, got {text}")
+        raise argparse.ArgumentTypeError(f"must be above 0 and at most 1, got {text[:SHOWN]}")
     return value
 
 
@@ -147,7 +175,7 @@ def _number(text: str, kind: type, description: str) -> Any:
     try:
         return kind(text)
     except ValueError:
-        raise argparse.ArgumentTypeError(f"must be {description}, got {text!r}") from None
+        raise argparse.ArgumentTypeError(f"must be {description}, got {text[:SHOWN]!r}") from None
 
 
 def progress(

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import re
 import resource
 import sys
 from typing import Any
@@ -12,20 +14,29 @@ DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 def choose_device(name: str) -> torch.device:
-    """Return the device of that name; ``auto`` is CUDA where there is one.
+    """Return the device of that name: ``auto``, which is CUDA where there is one, or as below.
 
     Raises:
-        ValueError: no such device.
+        ValueError: it is neither ``cpu`` nor ``cuda`` or ``cuda:N``, or not on this machine.
     """
+    count = torch.cuda.device_count() if torch.cuda.is_available() else 0
     if name == "auto":
-        name = "cuda" if torch.cuda.is_available() else "cpu"
-    try:
-        device = torch.device(name)
-    except RuntimeError:
-        raise ValueError(f"--device must be auto, cpu or cuda, got {name!r}") from None
-    if device.type == "cuda" and not torch.cuda.is_available():
-        raise ValueError("--device cuda: PyTorch sees no CUDA device; pass --device cpu or auto")
-    return device
+        name = "cuda" if count else "cpu"
+    if name == "cpu":
+        return torch.device(name)
+    found = re.fullmatch(r"cuda(?::(0|[1-9][0-9]{0,3}))?", name)
+    if found is None:
+        raise ValueError(f"--device must be auto, cpu, cuda or cuda:N, got {name[:40]!r}")
+    if not count:
+        raise ValueError(f"--device {name}: PyTorch sees no CUDA device; pass --device cpu or auto")
+    if int(found[1] or 0) >= count:
+        raise ValueError(f"--device {name}: there are cpu and cuda:0 to cuda:{count - 1}")
+    return torch.device(name)
+
+
+def machine_memory() -> int:
+    """Return the memory of this machine, in bytes."""
+    return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
 
 
 def choose_precision(name: str, device: torch.device) -> str:

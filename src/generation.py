@@ -37,6 +37,7 @@ from src.data import token_letters
 from src.fasta import FastaRecord
 from src.models import accepts, max_positions
 from src.proteins import END_OF_TEXT, PROTEIN_LETTERS, layout, prompt_layout, residues_of
+from src.settings import require_moderate
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -124,8 +125,7 @@ class GenerationSettings:
         if not 0 < self.top_p <= 1:
             raise ValueError(f"--top_p must be in (0, 1], got {self.top_p}")
         for name in ("repetition_penalty", "temperature"):
-            if not 0 < getattr(self, name) < math.inf:
-                raise ValueError(f"--{name} must be above 0, got {getattr(self, name)}")
+            require_moderate(name, getattr(self, name))
         if not 0 <= self.seed < 1 << 64:
             raise ValueError(f"--seed must be in [0, 2^64), got {self.seed}")
 

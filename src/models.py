@@ -19,11 +19,13 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from src.cli import one_line, printable
+from src.cli import one_line, printable, size
 from src.data import token_letters
+from src.devices import machine_memory
 from src.files import read_json
 from src.proteins import STANDARD_RESIDUES, layout, residues_of
 from src.settings import BUNDLED_TEACHER, StudentSettings
+from src.sizing import gpt2_parameters
 
 MAX_CONFIG_BYTES = 1 << 20
 MAX_CONFIG_NUMBER = 1 << 20
@@ -400,9 +402,20 @@ def build_student(config: GPT2Config, seed: int) -> GPT2LMHeadModel:
 
     Returns:
         The student, in float32 and train mode.
+
+    Raises:
+        ValueError: this machine has not the memory to hold its weights.
     """
     from transformers import GPT2LMHeadModel
 
+    parameters = gpt2_parameters(
+        config.n_layer, config.n_embd, config.vocab_size, config.n_positions
+    )
+    if 4 * parameters > (memory := machine_memory()):
+        raise ValueError(
+            f"a student of {parameters:,} parameters takes {size(4 * parameters)}, and this "
+            f"machine has {size(memory)}: lower --n_layer or --n_embd"
+        )
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         return GPT2LMHeadModel(config).train()

@@ -9,7 +9,13 @@ from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
 
 from src.cli import quiet_libraries, size
-from src.settings import DEFAULT_TEACHER, PRESETS, TrainSettings
+from src.settings import (
+    DEFAULT_TEACHER,
+    LARGEST_FACTOR,
+    LARGEST_GPT2,
+    PRESETS,
+    TrainSettings,
+)
 from src.sizing import PROTGPT2, estimate, gpt2_parameters
 
 if TYPE_CHECKING:
@@ -84,7 +90,11 @@ def plan(
 
 
 def teacher_shape(name: str) -> tuple[Any, int]:
-    """Return a teacher's configuration and number of parameters, without loading its weights."""
+    """Return a teacher's configuration and number of parameters, without loading its weights.
+
+    Raises:
+        ValueError: it is not there, broken, or deeper than any teacher.
+    """
     if name == DEFAULT_TEACHER:
         shape = SimpleNamespace(**PROTGPT2)
         return shape, gpt2_parameters(
@@ -98,11 +108,13 @@ def teacher_shape(name: str) -> tuple[Any, int]:
     require_model_directory(name)
     with explain_loading("model", name):
         config = AutoConfig.from_pretrained(name, trust_remote_code=False)
-    with torch.device("meta"):
-        parameters = count_parameters(AutoModelForCausalLM.from_config(config))
-    return SimpleNamespace(
-        vocab_size=config.vocab_size, n_positions=max_positions(config)
-    ), parameters
+        blocks, most = config.num_hidden_layers, LARGEST_FACTOR * LARGEST_GPT2["n_layer"]
+        if blocks > most:
+            raise ValueError(f"config.json has {blocks:,} blocks, over {most:,}")
+        with torch.device("meta"):
+            parameters = count_parameters(AutoModelForCausalLM.from_config(config))
+        shape = SimpleNamespace(vocab_size=config.vocab_size, n_positions=max_positions(config))
+    return shape, parameters
 
 
 def local_ingredients(

@@ -9,6 +9,8 @@ import math
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
+from src.cli import LARGEST, LARGEST_COUNT
+
 DEFAULT_TEACHER = "nferruz/ProtGPT2"
 DEFAULT_DATA = "nferruz/UR50_2021_04"
 BUNDLED_TEACHER = "data/small_teacher"
@@ -17,6 +19,21 @@ WEIGHTINGS = ("published", "mean_one", "inverse", "permuted", "matched")
 SMOOTHINGS = ("published", "confident", "constant", "matched")
 DIVERGENCES = ("forward_kl", "reverse_kl", "jsd", "skew_kl")
 LOSS_IMPLEMENTATIONS = ("fused", "reference")
+SMALLEST = 1e-12
+"""Of a temperature, rate or penalty: logits divided by it are still finite in float32."""
+TEMPERATURES = (1e-4, 1e4)
+"""The soft loss is scaled by T²: beyond, it is float32's rounding errors."""
+LARGEST_GPT2 = {"n_layer": 48, "n_head": 25, "n_embd": 1600}
+"""The largest published GPT-2, of 1.6 billion parameters (Radford et al. 2019, table 2)."""
+LARGEST_FACTOR = 100
+"""A student that is so many times deeper or wider is a slip of the finger; building it would never
+end. One that is merely too large for a machine is refused when it is to be built there."""
+
+
+def require_moderate(name: str, value: float, low: float = SMALLEST, high: float = LARGEST) -> None:
+    """Raise ``ValueError`` where a setting above 0 is beyond all measure."""
+    if not low <= value <= high:
+        raise ValueError(f"--{name} must be above 0, from {low:g} to {high:g}, got {value}")
 
 
 @dataclass(frozen=True)
@@ -24,7 +41,7 @@ class LossSettings:
     """Everything that decides the loss. The two ``use_`` flags turn the enhancements on.
 
     Attributes:
-        temperature: T > 0 of both softmaxes in the soft loss.
+        temperature: T of both softmaxes in the soft loss, within ``TEMPERATURES``.
         alpha: share of the hard loss, in [0, 1].
         use_uncertainty_weighting: weight positions by the teacher's entropy.
         use_calibration_smoothing: mix the teacher's distribution with the uniform one.
@@ -47,8 +64,7 @@ class LossSettings:
 
     def __post_init__(self) -> None:
         """Check every setting. Raises ``ValueError``."""
-        if not (math.isfinite(self.temperature) and self.temperature > 0):
-            raise ValueError(f"--temperature must be above 0, got {self.temperature}")
+        require_moderate("temperature", self.temperature, *TEMPERATURES)
         if not 0 <= self.alpha <= 1:
             raise ValueError(f"--alpha must be in [0, 1], got {self.alpha}")
         if not 0 <= self.smoothing_factor < 1:
@@ -84,9 +100,14 @@ class StudentSettings:
 
     def __post_init__(self) -> None:
         """Check the shape. Raises ``ValueError``."""
-        for name in ("n_layer", "n_head", "n_embd"):
+        for name, known in LARGEST_GPT2.items():
             if getattr(self, name) < 1:
                 raise ValueError(f"--{name} must be at least 1, got {getattr(self, name)}")
+            if getattr(self, name) > LARGEST_FACTOR * known:
+                raise ValueError(
+                    f"--{name} must be at most {LARGEST_FACTOR * known:,}, {LARGEST_FACTOR} times "
+                    f"that of the largest GPT-2, got {getattr(self, name):,}"
+                )
         if self.n_embd % self.n_head:
             low, high = self.n_embd // self.n_head * self.n_head, self.n_head
             nearest = f"{low} or {low + high}" if low else f"{high}"
@@ -179,16 +200,26 @@ class TrainSettings:
         """Check every setting. Raises ``ValueError``."""
         if not 0 < self.train_size_prop <= 1:
             raise ValueError(f"--train_size_prop must be in (0, 1], got {self.train_size_prop}")
-        if not 0 < self.learning_rate < math.inf:
-            raise ValueError(f"--learning_rate must be above 0, got {self.learning_rate}")
-        if not 0 <= self.weight_decay < math.inf:
-            raise ValueError(f"--weight_decay must not be negative, got {self.weight_decay}")
-        if not 0 < self.num_train_epochs < math.inf:
-            raise ValueError(f"--num_train_epochs must be above 0, got {self.num_train_epochs}")
+        for name in ("learning_rate", "num_train_epochs", "max_grad_norm"):
+            require_moderate(name, getattr(self, name))
+        if not 0 <= self.weight_decay <= LARGEST:
+            raise ValueError(
+                f"--weight_decay must be from 0 to {LARGEST:g}, got {self.weight_decay}"
+            )
+        for name in ("seed", "data_seed"):
+            if not 0 <= getattr(self, name) <= LARGEST_COUNT:
+                raise ValueError(
+                    f"--{name} must be from 0 to {LARGEST_COUNT}, got {getattr(self, name)}"
+                )
+        if self.max_steps != -1 and not 1 <= self.max_steps <= LARGEST_COUNT:
+            raise ValueError(
+                f"--max_steps must be from 1 to {LARGEST_COUNT}, or -1 for what the epochs make, "
+                f"got {self.max_steps}"
+            )
         for name in ("batch_size", "gradient_accumulation_steps", "validation_proteins"):
             if getattr(self, name) < 1:
                 raise ValueError(f"--{name} must be at least 1, got {getattr(self, name)}")
-        if self.skip_loss_spikes is not None and not 1 < self.skip_loss_spikes < math.inf:
+        if self.skip_loss_spikes is not None and not 1 < self.skip_loss_spikes <= LARGEST:
             raise ValueError(f"--skip_loss_spikes must be above 1, got {self.skip_loss_spikes}")
         if self.early_stopping is not None and self.early_stopping < 1:
             raise ValueError(f"--early_stopping must be at least 1, got {self.early_stopping}")

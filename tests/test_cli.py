@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import os
 import subprocess
 import sys
@@ -106,3 +107,35 @@ def test_without_the_packages_one_line_says_so(typed):
     assert done.stderr.count("\n") == 1
     assert "is not installed for" in done.stderr
     assert "source .venv/bin/activate" in done.stderr
+
+
+@pytest.mark.parametrize(
+    ("kind", "text", "message"),
+    [
+        (cli.natural, "-1", "must not be negative, got -1"),
+        (cli.natural, "4294967296", "must be at most 4294967295, got 4294967296"),
+        (cli.positive_int, "0", "must be at least 1, got 0"),
+        (cli.positive_int, "9" * 4000, f"must be at most 4294967295, got {'9' * 40}"),
+        (cli.positive_int, "x" * 5000, f"must be a whole number, got '{'x' * 40}'"),
+        (cli.positive_float, "0", "must be above 0 and at most 1e+12, got 0"),
+        (cli.positive_float, "1e300", "must be above 0 and at most 1e+12, got 1e300"),
+        (cli.positive_float, "nan", "must be above 0 and at most 1e+12, got nan"),
+        (cli.workers, "13", "must be at most 12, 4 for each CPU of this machine, got 13"),
+        (cli.workers, "1" + "0" * 30, "must be at most 4294967295"),
+        (cli.folder, "/dev/null", "must be a directory, and /dev/null is none"),
+    ],
+)
+def test_a_value_beyond_measure_is_refused_by_its_type(kind, text, message, monkeypatch):
+    monkeypatch.setattr(cli.os, "cpu_count", lambda: 3)
+    with pytest.raises(argparse.ArgumentTypeError) as caught:
+        kind(text)
+    assert str(caught.value).startswith(message)
+
+
+def test_the_largest_values_of_each_type(tmp_path, monkeypatch):
+    monkeypatch.setattr(cli.os, "cpu_count", lambda: 3)
+    assert cli.natural("4294967295") == cli.positive_int("4294967295") == 2**32 - 1
+    assert cli.workers("12") == 12
+    assert cli.positive_float("1e12") == 1e12
+    assert cli.folder(str(tmp_path)) == str(tmp_path)
+    assert cli.folder(str(tmp_path / "new")) == str(tmp_path / "new")

@@ -128,16 +128,40 @@ def test_too_few_are_told_and_none_is_an_error(folder, capsys):
         (("--min_length", 9, "--max_length", 5), "--max_length 5 is below --min_length 9"),
         (("--scorer", "./nowhere"), "there is no such directory"),
         (("--device", "cuda"), "no CUDA device"),
+        (("--device", "xpu"), "--device must be auto, cpu, cuda or cuda:N, got 'xpu'"),
+        (("--device", "cpu:1"), "--device must be auto, cpu, cuda or cuda:N, got 'cpu:1'"),
+        (("--temperature", "1e-320"), "--temperature must be above 0, from 1e-12"),
+        (("--temperature", "1e308"), "--temperature: must be above 0 and at most 1e+12"),
+        (("--repetition_penalty", "1e308"), "--repetition_penalty: must be above 0 and at most"),
+        (("--repetition_penalty", "1e-308"), "--repetition_penalty must be above 0, from"),
+        (("--batch_size", "9" * 30), "--batch_size: must be at most"),
     ],
 )
 def test_errors_are_one_line(folder, capsys, options, message):
     if "cuda" in options and torch.cuda.is_available():
         pytest.skip("there is a CUDA device")
-    parsed = run(folder, *options)
+    try:
+        parsed = run(folder, *options)
+    except SystemExit as stop:  # argparse's own way
+        parsed = stop.code
     error = capsys.readouterr().err
     assert parsed == 2
     assert message in error
     assert error.count("\n") == 1
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        ("--temperature", "1e-12", "--repetition_penalty", "1e12"),
+        ("--temperature", "1e-12", "--repetition_penalty", "1e-12"),
+        ("--temperature", "1e12", "--repetition_penalty", "1e12"),
+    ],
+)
+def test_the_limits_of_sampling_are_numbers_to_the_model(folder, capsys, options):
+    """What is sampled there is of no use: it need only not look like a fault of the model."""
+    run(folder, *options, "--num_sequences", 1, "--max_attempts", 2)
+    assert " attempts: " in capsys.readouterr().out
 
 
 def test_a_tokenizer_without_an_end(folder, capsys):

@@ -158,11 +158,33 @@ def test_no_flag_is_forgotten_here():
         (["--teacher_model", "data/small_teacher", "--data", "missing.fasta"], "missing.fasta"),
         (["--device", "cuda", "--teacher_model", "data/small_teacher"], "--device"),
         (["--data", "data/proteins"], "data/small_teacher"),
+        (["--data", "", "--teacher_model", "data/small_teacher"], "--data is an empty name"),
+        (["--num_workers", "1" + "0" * 30], "argument --num_workers: must be at most"),
+        (["--n_layer", "1000000000"], "--n_layer must be at most 4,800, 100 times that of"),
+        (["--n_embd", "1000000000", "--n_head", "1"], "--n_embd must be at most 160,000"),
+        (["--n_head", "1000000000", "--n_embd", "1"], "--n_head must be at most 2,500"),
+        (["--num_train_epochs", "1e308"], "--num_train_epochs: must be above 0 and at most 1e+12"),
+        (["--temperature", "1e308"], "--temperature: must be above 0 and at most 1e+12"),
+        (["--temperature", "1e-320"], "--temperature must be above 0, from 0.0001 to 10000"),
+        (["--temperature", "1e6"], "--temperature must be above 0, from 0.0001 to 10000"),
+        (["--learning_rate", "1e39"], "--learning_rate: must be above 0 and at most 1e+12"),
+        (["--learning_rate", "1e-300"], "--learning_rate must be above 0, from 1e-12"),
+        (["--max_grad_norm", "1e39"], "--max_grad_norm"),
+        (["--weight_decay", "1e39"], "--weight_decay must be from 0 to 1e+12"),
+        (["--weight_decay", "nan"], "--weight_decay must be from 0 to 1e+12"),
+        (["--skip_loss_spikes", "1e39"], "--skip_loss_spikes"),
+        (["--seed", "4294967296"], "--seed: must be at most 4294967295"),
+        (["--batch_size", "9" * 30], "--batch_size: must be at most 4294967295"),
+        (["--max_steps", "0"], "--max_steps must be from 1 to 4294967295, or -1 for what the"),
+        (["--max_steps", "-5"], "--max_steps must be from 1"),
+        (["--max_steps", "9" * 30], "--max_steps must be from 1"),
+        (["--cache_dir", "/dev/null"], "--cache_dir: must be a directory, and /dev/null is none"),
+        (["--device", "meta", "--teacher_model", "data/small_teacher"], "cpu, cuda or cuda:N"),
     ],
 )
 def test_user_errors_are_one_line(arguments, message, capsys, monkeypatch, tmp_path):
     monkeypatch.chdir(ROOT)
-    if "--device" in arguments:
+    if "cuda" in arguments:
         import torch
 
         if torch.cuda.is_available():
@@ -368,6 +390,34 @@ def test_planning_knows_the_default_teacher(capsys):
     shown = capsys.readouterr().out
     assert "774,030,080" in shown
     assert "38,866,432" in shown
+
+
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [("seed", 1 << 32), ("data_seed", -1), ("max_steps", 0), ("num_train_epochs", 1e300)],
+)
+def test_settings_from_elsewhere_are_bounded_as_flags_are(field, value):
+    with pytest.raises(ValueError, match=f"--{field} must be"):
+        TrainSettings(**{field: value})
+
+
+def test_a_student_beyond_the_machines_memory_is_not_built(monkeypatch):
+    from types import SimpleNamespace
+
+    from src import models
+
+    teacher = SimpleNamespace(vocab_size=512, n_positions=512, bos_token_id=0, eos_token_id=0)
+    config = models.student_config(StudentSettings(1, 2, 16), teacher)
+    needed = 4 * models.gpt2_parameters(1, 16, 512, 512)
+    monkeypatch.setattr(models, "machine_memory", lambda: needed)
+    models.build_student(config, 0)
+    monkeypatch.setattr(models, "machine_memory", lambda: needed - 1)
+    with pytest.raises(ValueError, match=r"takes 78.8 kB, .* lower --n_layer or --n_embd"):
+        models.build_student(config, 0)
+    wide = models.student_config(StudentSettings(4800, 1, 160_000), teacher)
+    monkeypatch.undo()
+    with pytest.raises(ValueError, match=r"parameters takes [\d.]+ TB"):
+        models.build_student(wide, 0)
 
 
 def test_parameter_formula_equals_the_models():
