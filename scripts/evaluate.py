@@ -69,7 +69,12 @@ def run(args: argparse.Namespace) -> dict:
     """
     if not processes.is_first():
         return {}
-    check_outputs(args.output, args.per_protein, overwrite=args.overwrite)
+    check_outputs(
+        args.output,
+        args.per_protein,
+        overwrite=args.overwrite,
+        inputs=(args.data, args.profiles),
+    )
     from src import evaluation as e
     from src import sequence_quality as q
     from src.cli import quiet_libraries

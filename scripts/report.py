@@ -33,7 +33,7 @@ def build_parser() -> argparse.ArgumentParser:
 
 def run(args: argparse.Namespace) -> dict:
     """Write the page. Returns its size in bytes."""
-    check_outputs(args.output, overwrite=args.overwrite)
+    check_outputs(args.output, overwrite=args.overwrite, inputs=(args.results, args.fasta))
     from src.report import build_report
 
     write_text(args.output, build_report(args.run, args.results, args.fasta))

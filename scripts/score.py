@@ -46,12 +46,13 @@ def build_parser() -> argparse.ArgumentParser:
 
 def run(args: argparse.Namespace) -> dict:
     """Score, compare, write. Returns what was found."""
-    check_outputs(args.output, args.correlations, overwrite=args.overwrite)
+    outputs = (args.output, args.correlations)
+    check_outputs(*outputs, overwrite=args.overwrite, inputs=[args.input])
     from src import fitness as f
 
     variants = f.read_variants(args.input, args.sequence_column, args.score_column)
-    if args.correlations and variants.measured is None:
-        raise ValueError(f"--correlations: {args.input} has no measured fitness: --score_column?")
+    if args.correlations:
+        f.require_comparable(variants)
     names = {"": args.model} | ({"teacher_": args.teacher_model} if args.teacher_model else {})
     kinds = ("log_likelihood", "log_likelihood_per_residue")
     f.check_columns(variants, [prefix + kind for prefix in names for kind in kinds])
@@ -69,17 +70,25 @@ def run(args: argparse.Namespace) -> dict:
     }
     say(f"{args.input}: {len(variants.rows):,} proteins")
     scores = f.score_columns(models, variants.residues, args.batch_size)
-    f.write_scores(args.output, variants, scores)
-    lost = int(sum(scores["log_likelihood"] != scores["log_likelihood"]))
-    if lost:
-        say(f"{lost:,} proteins are longer than the model takes: their scores are empty")
-    say(f"written: {args.output}")
-    found: dict[str, Any] = {"proteins": len(variants.rows), "too_long": lost}
-    if variants.measured is None:
-        return found
     columns = {"student": scores[kinds[1]]}
     if args.teacher_model:
         columns["teacher"] = scores[f"teacher_{kinds[1]}"]
+    if args.correlations:  # before anything is written
+        f.require_comparable(variants, *columns.values())
+    f.write_scores(args.output, variants, scores)
+    lost = int(sum(~f.comparable(*columns.values())))
+    if lost:
+        say(
+            f"{lost:,} proteins are longer than a model takes, or have residues that its tokenizer "
+            "does not know: their scores are empty"
+        )
+    say(f"written: {args.output}")
+    found: dict[str, Any] = {"proteins": len(variants.rows), "not_scored": lost}
+    if variants.measured is None:
+        return found
+    if sum(f.comparable(variants.measured, *columns.values())) < f.LEAST_COMPARED:
+        say(f"no correlation: fewer than {f.LEAST_COMPARED} variants have measurement and score")
+        return found
     estimates, count = f.spearman(
         columns, variants.measured, variants.clusters, args.bootstrap, args.seed
     )

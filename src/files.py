@@ -11,7 +11,7 @@ import os
 import re
 import shutil
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import IO, Any
 
@@ -141,21 +141,27 @@ def write_text(path: str | Path, text: str) -> None:
         handle.write(text)
 
 
-def check_outputs(*paths: str | Path | None, overwrite: bool) -> None:
+def check_outputs(
+    *paths: str | Path | None, overwrite: bool, inputs: Iterable[str | Path | None] = ()
+) -> None:
     """Check, before the work whose outcome they hold, that files can be written.
 
     Args:
         paths: the files; None where one is not asked for.
         overwrite: whether files that are there may be replaced.
+        inputs: files that the work reads, which are never replaced; None likewise.
 
     Raises:
-        ValueError: one is there and ``overwrite`` is not set, one cannot be written where it is, or
-            two are the same file.
+        ValueError: one is there and ``overwrite`` is not set, one cannot be written where it is,
+            two are the same file, or one is an input.
     """
     taken = set()
+    read = {Path(path).resolve() for path in inputs if path is not None}
     for path in (Path(path) for path in paths if path is not None):
         if path.is_dir():
             raise ValueError(f"{path} is a directory: name a file, for example {path / 'name'}")
+        if path.resolve() in read:
+            raise ValueError(f"{path} is an input: name another file for what is written")
         if path.exists() and not overwrite:
             raise ValueError(f"{path} exists: pass --overwrite to replace it, or name another file")
         folder = next(parent for parent in path.absolute().parents if parent.exists())

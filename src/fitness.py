@@ -41,6 +41,8 @@ from src.statistics import Estimate, cluster_codes
 SEQUENCE_COLUMNS = ("mutated_sequence", "sequence")
 SCORE_COLUMN = "DMS_score"
 MUTANT_COLUMN = "mutant"
+LEAST_COMPARED = 3
+"""Variants with both a measurement and a score: any two agree or disagree wholly."""
 CELLS = 2_000_000
 """Weights (replicates × variants) that the bootstrap holds at a time: 16 MB."""
 
@@ -233,6 +235,30 @@ def check_columns(variants: Variants, names: Sequence[str] | Mapping[str, Any]) 
             raise ValueError(f"--input has a column {name!r} already: rename or drop it first")
 
 
+def comparable(*columns: np.ndarray) -> np.ndarray:
+    """Return ``(P,)`` which variants have a number in every column ``(P,)``."""
+    return np.all([np.isfinite(column) for column in columns], axis=0)
+
+
+def require_comparable(variants: Variants, *scores: np.ndarray) -> None:
+    """Check that variants can be compared with measurements, as far as their scores are known.
+
+    Raises:
+        ValueError: there are no measurements, or fewer than three variants with all of these.
+    """
+    if variants.measured is None:
+        raise ValueError("--correlations: --input has no measured fitness: --score_column?")
+    _require_enough(int(comparable(variants.measured, *scores).sum()))
+
+
+def _require_enough(count: int) -> None:
+    if count < LEAST_COMPARED:
+        raise ValueError(
+            f"{count} variants have both a measurement and a score: {LEAST_COMPARED} are needed "
+            "for a correlation"
+        )
+
+
 def spearman(
     scores: Mapping[str, np.ndarray],
     measured: np.ndarray,
@@ -262,10 +288,9 @@ def spearman(
     """
     from scipy import stats
 
-    known = np.isfinite(measured) & np.all([np.isfinite(v) for v in scores.values()], axis=0)
+    known = comparable(measured, *scores.values())
     count = int(known.sum())
-    if count < 3:
-        raise ValueError(f"{count} variants have both a measurement and a score: 3 are needed")
+    _require_enough(count)
     y = measured[known]
     xs = {name: values[known] for name, values in scores.items()}
     codes, groups = cluster_codes([c for c, k in zip(clusters, known, strict=True) if k])

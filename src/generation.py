@@ -326,8 +326,7 @@ class _Sampler:
                 f"the tokenizer or the model does not know {END_OF_TEXT} as its end: this is no "
                 "model of proteins in ProtGPT2's layout"
             )
-        if int(self.prompt.max()) >= vocabulary:
-            raise ValueError("the tokenizer has more tokens than the model: is it another model's?")
+        require_known(self.prompt.tolist(), vocabulary)
         room = self.room - len(self.prompt)
         if room < 1:
             raise ValueError(
@@ -602,7 +601,7 @@ def pick(scores: Tensor, uniforms: Tensor) -> Tensor:
 class ProteinScores:
     """Likelihoods of P proteins: ``nll`` in nats, ``residues`` and predicted ``tokens``, ``(P,)``.
 
-    The NLL of a protein that does not fit the model is NaN.
+    The NLL of a protein that does not fit the model or its tokenizer is NaN.
     """
 
     nll: np.ndarray
@@ -614,6 +613,12 @@ class ProteinScores:
         """exp(NLL / residues) of each protein; None where it does not fit the model."""
         values = np.exp(self.nll / self.residues)
         return [float(value) if math.isfinite(value) else None for value in values]
+
+
+def require_known(ids: Sequence[int], vocabulary: int) -> None:
+    """Raise ``ValueError`` where a token has no place in a model's vocabulary."""
+    if max(ids) >= vocabulary:
+        raise ValueError("the tokenizer has more tokens than the model: is it another model's?")
 
 
 def score_proteins(
@@ -635,7 +640,11 @@ def score_proteins(
         batch_size: proteins scored at a time; they are grouped by length.
 
     Returns:
-        Their likelihoods.
+        Their likelihoods: NaN where a protein is longer than the model takes, or its tokens do not
+        spell it, which would be another protein's.
+
+    Raises:
+        ValueError: the model does not know a token.
     """
     from src.evaluation import EvaluationSettings, protein_nll
 
@@ -645,8 +654,12 @@ def score_proteins(
         np.asarray(tokenizer(t, add_special_tokens=False, verbose=False)["input_ids"])
         for t in texts
     ]
+    counts = np.array([len(letters) for letters in token_letters(tokenizer)])
+    spelt = np.array([counts[row].sum() for row in rows]) == [len(p) for p in proteins]
     lengths = np.array([len(row) for row in rows], dtype=np.int64)
-    fits = np.flatnonzero(lengths <= max_positions(model.config))
+    fits = np.flatnonzero(spelt & (lengths <= max_positions(model.config)))
+    for i in fits:
+        require_known(rows[i], int(model.config.vocab_size))
     nll = np.full(len(rows), np.nan)
     if len(fits):
         settings = EvaluationSettings(batch_size=batch_size)

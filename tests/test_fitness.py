@@ -207,8 +207,15 @@ def test_the_script_scores_both_models(folder, capsys):
 def test_user_errors_are_one_line(folder, capsys):
     (folder / "a.fasta").write_text(">a\nMKV\n")
     (folder / "scored.csv").write_text("sequence,log_likelihood\nMKV,1\n")
+    (folder / "two.csv").write_text("sequence,DMS_score\nMKV,1\nMKA,2\nMKL,\n")
+    (folder / "long.csv").write_text(
+        f"sequence,DMS_score\nMKV,1\nMKA,2\n{'A' * 1000},3\n{'V' * 1000},4\n"
+    )
+    correlations = ["--correlations", folder / "c.json"]
     for arguments, message in (
         (["--input", folder / "none.csv"], "no such file"),
+        (["--input", folder / "two.csv", *correlations], "2 variants have both"),
+        (["--input", folder / "long.csv", *correlations], "2 variants have both"),
         (["--input", folder / "a.fasta", "--correlations", folder / "c.json"], "--score_column"),
         (["--input", folder / "scored.csv"], "'log_likelihood' already"),
         (["--input", folder / "a.fasta", "--model", folder / "none"], "no such directory"),
@@ -219,6 +226,49 @@ def test_user_errors_are_one_line(folder, capsys):
         assert message in lines[-1]
         assert len(lines) == 1
         assert not (folder / "o.csv").exists()
+        assert not (folder / "c.json").exists()
+
+
+def test_too_few_for_a_correlation_that_nobody_asked_for(folder, capsys):
+    (folder / "two.csv").write_text("sequence,DMS_score\nMKV,1\nMKA,2\n")
+    given = ["--model", folder / "student", "--input", folder / "two.csv"]
+    assert call(*given, "--output", folder / "o.csv") == 0
+    assert "no correlation: fewer than 3 variants" in capsys.readouterr().out
+    assert (folder / "o.csv").read_text().count("\n") == 3
+
+
+@pytest.mark.parametrize("flag", ["--output", "--correlations"])
+def test_the_input_is_never_replaced(folder, capsys, flag):
+    before = (folder / "dms.csv").read_text()
+    outputs = {"--output": folder / "o.csv", flag: folder / "student" / ".." / "dms.csv"}
+    given = ["--model", folder / "student", "--input", folder / "dms.csv", "--overwrite"]
+    assert call(*given, *[word for pair in outputs.items() for word in pair]) == 2
+    assert "dms.csv is an input: name another file" in capsys.readouterr().err
+    assert (folder / "dms.csv").read_text() == before
+
+
+def test_a_protein_that_the_tokenizer_does_not_know_has_no_score(folder, capsys):
+    """As in training, where it is dropped: its tokens are those of another protein."""
+    path = folder / "student" / "tokenizer.json"
+    rules = json.loads(path.read_text())
+    rules["normalizer"] = {"type": "Replace", "pattern": {"String": "X"}, "content": ""}
+    path.write_text(json.dumps(rules))
+    (folder / "x.fasta").write_text(">a\nMKV\n>b\nMKXV\n")
+    given = ["--input", folder / "x.fasta", "--output", folder / "o.csv"]
+    assert call("--model", folder / "student", *given) == 0
+    assert "1 proteins are longer than a model takes, or have res" in capsys.readouterr().out
+    rows = list(csv.DictReader((folder / "o.csv").open()))
+    assert [bool(row["log_likelihood"]) for row in rows] == [True, False]
+    given[-1] = folder / "both.csv"
+    assert call("--model", folder / "teacher", "--teacher_model", folder / "student", *given) == 0
+    assert "1 proteins are longer" in capsys.readouterr().out
+
+
+def test_a_tokenizer_with_more_tokens_than_the_model(folder, tiny_lm, capsys):
+    tiny_lm(vocab_size=5).save_pretrained(folder / "student")
+    given = ["--input", folder / "dms.csv", "--output", folder / "o.csv"]
+    assert call("--model", folder / "student", *given) == 2
+    assert "more tokens than the model" in capsys.readouterr().err
 
 
 def call(*arguments):

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import importlib
 import json
 import random
 from pathlib import Path
@@ -92,6 +93,35 @@ def test_a_file_that_cannot_be_written_is_refused_before_the_work(tmp_path):
     if Path("/proc").is_dir():  # which takes no files, from root either
         with pytest.raises(ValueError, match="new/r.json cannot be written in /proc: "):
             check_outputs("/proc/new/r.json", overwrite=False)
+
+
+def test_an_input_is_never_replaced(tmp_path):
+    (tmp_path / "r.json").write_text("precious")
+    for path in (tmp_path / "r.json", tmp_path / "new" / ".." / "r.json"):
+        with pytest.raises(ValueError, match="r.json is an input: name another file"):
+            check_outputs(path, overwrite=True, inputs=[None, str(tmp_path / "r.json")])
+    check_outputs(tmp_path / "r.json", overwrite=True, inputs=[None, str(tmp_path)])
+
+
+@pytest.mark.parametrize(
+    ("script", "given"),
+    [
+        ("evaluate", "--student_model data/small_teacher --data {} --output {}"),
+        (
+            "evaluate",
+            "--student_model data/small_teacher --profiles {} --output r --per_protein {}",
+        ),
+        ("report", "--results {} --output {}"),
+        ("report", "--fasta {} --output {}"),
+    ],
+)
+def test_no_script_replaces_what_it_reads(script, given, tmp_path, capsys):
+    path = tmp_path / "precious.txt"
+    path.write_text("MKV\n")
+    main = importlib.import_module(f"scripts.{script}").main
+    assert main([*given.format(path, path).split(), "--overwrite"]) == 2
+    assert "precious.txt is an input" in capsys.readouterr().err
+    assert path.read_text() == "MKV\n"
 
 
 def test_two_outputs_of_one_name_are_refused(tmp_path):
