@@ -326,7 +326,7 @@ class _Sampler:
                 f"the tokenizer or the model does not know {END_OF_TEXT} as its end: this is no "
                 "model of proteins in ProtGPT2's layout"
             )
-        require_known(self.prompt.tolist(), vocabulary)
+        require_known(int(self.prompt.max()), vocabulary)
         room = self.room - len(self.prompt)
         if room < 1:
             raise ValueError(
@@ -615,9 +615,9 @@ class ProteinScores:
         return [float(value) if math.isfinite(value) else None for value in values]
 
 
-def require_known(ids: Sequence[int], vocabulary: int) -> None:
+def require_known(token: int, vocabulary: int) -> None:
     """Raise ``ValueError`` where a token has no place in a model's vocabulary."""
-    if max(ids) >= vocabulary:
+    if token >= vocabulary:
         raise ValueError("the tokenizer has more tokens than the model: is it another model's?")
 
 
@@ -658,8 +658,7 @@ def score_proteins(
     spelt = np.array([counts[row].sum() for row in rows]) == [len(p) for p in proteins]
     lengths = np.array([len(row) for row in rows], dtype=np.int64)
     fits = np.flatnonzero(spelt & (lengths <= max_positions(model.config)))
-    for i in fits:
-        require_known(rows[i], int(model.config.vocab_size))
+    require_known(max((int(rows[i].max()) for i in fits), default=0), int(model.config.vocab_size))
     nll = np.full(len(rows), np.nan)
     if len(fits):
         settings = EvaluationSettings(batch_size=batch_size)

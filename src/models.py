@@ -151,7 +151,7 @@ def _try_out(tokenizer: PreTrainedTokenizerBase) -> None:
             the tokenizer's own.
     """
     ids = tokenizer(layout(STANDARD_RESIDUES), add_special_tokens=False)["input_ids"]
-    text = tokenizer.decode(ids, skip_special_tokens=False, clean_up_tokenization_spaces=False)
+    text: Any = tokenizer.decode(ids, skip_special_tokens=False, clean_up_tokenization_spaces=False)
     known = [*tokenizer.all_special_ids, *ids]
     if not all(isinstance(i, int) and 0 <= i < len(tokenizer) for i in known):
         raise ValueError("its token ids do not run from 0 to the size of its vocabulary")
