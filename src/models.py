@@ -29,8 +29,10 @@ from src.sizing import gpt2_parameters
 
 MAX_CONFIG_BYTES = 1 << 20
 MAX_CONFIG_NUMBER = 1 << 20
-"""transformers makes lists and names of as many as a configuration says. The largest vocabularies
-have some 260,000 tokens, and the longest inputs of protein models are far below."""
+"""transformers makes lists of as many as a configuration says. The largest vocabularies have some
+260,000 tokens, and the longest inputs of protein models are far below."""
+MAX_LABELS = 10_000
+"""Of a classifier's; a language model has none. transformers makes two names for each."""
 MAX_RULES = 8
 """Of a tokenizer's normalizer, or another of its parts: those of published models have one to four.
 It bounds what rules can do together that each lengthen a text a little, such as Unicode's."""
@@ -293,11 +295,13 @@ def _refuse_absurd(value: Any, path: Path, name: str = "") -> None:
     elif isinstance(value, list):
         for inner in value:
             _refuse_absurd(inner, path, name)
-    elif isinstance(value, int) and abs(value) > MAX_CONFIG_NUMBER:
-        raise ValueError(
-            f"{path}: {printable(name)[:40]} is {str(value)[:20]}: no model has over "
-            f"{MAX_CONFIG_NUMBER:,} of anything"
-        )
+    elif isinstance(value, int):
+        most = MAX_LABELS if name == "num_labels" else MAX_CONFIG_NUMBER
+        if abs(value) > most:
+            raise ValueError(
+                f"{path}: {printable(name)[:40]} is {str(value)[:20]}: no protein language model "
+                f"has over {most:,} there"
+            )
 
 
 def require_model_directory(name: str | Path) -> bool:

@@ -158,6 +158,7 @@ def test_a_configuration_that_does_not_fit_the_weights(model_folder, change, mes
     ("change", "name"),
     [
         ({"num_labels": 300_000_000}, "num_labels"),
+        ({"num_labels": 10_001}, "num_labels"),
         ({"n_layer": 10**4000}, "n_layer"),
         ({"task": {"lengths": [1, -(1 << 40)]}}, "lengths"),
     ],
