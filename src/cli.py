@@ -63,23 +63,25 @@ def run_script(
         passes through. With ``DISTILL_TRACEBACK`` set in the environment, errors keep their
         traceback.
     """
-    parser = build_parser()
-    parser.error = lambda message: parser.exit(  # type: ignore[method-assign]
-        USER_ERROR, f"{parser.prog}: error: {message} (--help shows all flags)\n"
-    )
-    args = parser.parse_args(argv)
-    os.environ.setdefault(HUGE_PAGES, "1")
+    prog = os.path.basename(sys.argv[0])
     try:
+        parser = build_parser()
+        prog = parser.prog
+        parser.error = lambda message: parser.exit(  # type: ignore[method-assign]
+            USER_ERROR, f"{prog}: error: {message} (--help shows all flags)\n"
+        )
+        args = parser.parse_args(argv)
+        os.environ.setdefault(HUGE_PAGES, "1")
         run(args)
     except KeyboardInterrupt:
-        print(f"{parser.prog}: interrupted", file=sys.stderr)
+        print(f"{prog}: interrupted", file=sys.stderr)
         return INTERRUPTED
     except ModuleNotFoundError as error:
         package = (error.name or "").partition(".")[0]
         if os.environ.get("DISTILL_TRACEBACK") or package in ("", "src", "scripts", "tools"):
             raise
         print(
-            f"{parser.prog}: error: the package {package} is not installed for {sys.executable}: "
+            f"{prog}: error: the package {package} is not installed for {sys.executable}: "
             "source .venv/bin/activate, or pip install -r requirements.txt",
             file=sys.stderr,
         )
@@ -87,7 +89,7 @@ def run_script(
     except (ValueError, OSError) as error:
         if os.environ.get("DISTILL_TRACEBACK"):
             raise
-        print(f"{parser.prog}: error: {one_line(error)}", file=sys.stderr)
+        print(f"{prog}: error: {one_line(error)}", file=sys.stderr)
         return USER_ERROR
     return 0
 

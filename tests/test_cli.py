@@ -109,6 +109,15 @@ def test_without_the_packages_one_line_says_so(typed):
     assert "source .venv/bin/activate" in done.stderr
 
 
+def test_an_interrupt_while_the_flags_are_read_is_no_traceback(monkeypatch, capsys):
+    def interrupted():
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(sys, "argv", ["scripts/train.py"])
+    assert cli.run_script(lambda args: None, interrupted, []) == cli.INTERRUPTED
+    assert capsys.readouterr().err == "train.py: interrupted\n"
+
+
 @pytest.mark.parametrize(
     ("kind", "text", "message"),
     [
