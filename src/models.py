@@ -68,7 +68,12 @@ def load_tokenizer(name: str | Path, revision: str | None = None) -> PreTrainedT
     if tokenizer.eos_token is None:
         raise ValueError(f"{name}: its tokenizer has no end-of-text token")
     with explain_loading("tokenizer", name):
-        _try_out(tokenizer)
+        given_back = _try_out(tokenizer)
+    if given_back != STANDARD_RESIDUES:
+        raise ValueError(
+            f"{name}: of the residues {STANDARD_RESIDUES} its tokenizer gives back "
+            f"{printable(given_back)[:40] or 'none'}: it is not one of proteins"
+        )
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token
     return tokenizer
@@ -145,12 +150,16 @@ def _lengthens(rule: dict[str, Any]) -> bool:
     return sum("Sequence" in piece for piece in template if isinstance(piece, dict)) > 1
 
 
-def _try_out(tokenizer: PreTrainedTokenizerBase) -> None:
+def _try_out(tokenizer: PreTrainedTokenizerBase) -> str:
     """Encode and decode a protein, so that a broken tokenizer raises here and not in mid-run.
 
+    Returns:
+        The standard residues, or what its tokens, or the text that they are decoded to, make of
+        them.
+
     Raises:
-        ValueError: its token ids are out of range, or residues do not come back. Other errors are
-            the tokenizer's own.
+        ValueError: its token ids are out of range, or the text is no protein. Other errors are the
+            tokenizer's own.
     """
     ids = tokenizer(layout(STANDARD_RESIDUES), add_special_tokens=False)["input_ids"]
     text: Any = tokenizer.decode(ids, skip_special_tokens=False, clean_up_tokenization_spaces=False)
@@ -158,12 +167,8 @@ def _try_out(tokenizer: PreTrainedTokenizerBase) -> None:
     if not all(isinstance(i, int) and 0 <= i < len(tokenizer) for i in known):
         raise ValueError("its token ids do not run from 0 to the size of its vocabulary")
     letters = token_letters(tokenizer)
-    for found in ("".join(letters[i] for i in ids), residues_of(text)):
-        if found != STANDARD_RESIDUES:
-            raise ValueError(
-                f"of the residues {STANDARD_RESIDUES} it gives back {found or 'none'}: it is not a "
-                "tokenizer of proteins"
-            )
+    spelt = "".join(letters[i] for i in ids)
+    return spelt if spelt != STANDARD_RESIDUES else residues_of(text)
 
 
 def load_causal_lm(

@@ -16,6 +16,7 @@ from src import models
 from src.checkpoints import MANIFEST, NEEDED_FILES, fault_of, newest_valid, write_manifest
 from src.models import load_causal_lm, load_tokenizer, shape_of
 from src.planning import teacher_shape
+from src.proteins import END_OF_TEXT
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -257,6 +258,16 @@ def test_a_residue_as_the_end_is_refused(model_folder):
     path = model_folder / "tokenizer_config.json"
     path.write_text(json.dumps({**json.loads(path.read_text()), "eos_token": "A"}))
     assert "gives back CDEFGHIKLMNPQRSTVWY" in refused(load_tokenizer, model_folder)
+
+
+def test_a_tokenizer_from_the_hub_is_tried_out_too(monkeypatch, tiny_tokenizer):
+    """What is wrong with it is told, not that the hub cannot be reached."""
+    import transformers
+
+    copy = type(tiny_tokenizer)(vocab={END_OF_TEXT: 0}, merges=[], eos_token=END_OF_TEXT)
+    monkeypatch.setattr(transformers.AutoTokenizer, "from_pretrained", lambda *a, **more: copy)
+    with pytest.raises(ValueError, match="someone/model: of the residues .* gives back none"):
+        load_tokenizer("someone/model")
 
 
 @pytest.mark.parametrize("left", [[], ["tokenizer_config.json"]])
