@@ -25,7 +25,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from src.cli import HelpFormatter, positive_int, run_script, say, share
+from src.cli import HelpFormatter, folder, positive_int, run_script, say, share
 from src.grids import GRIDS, RATES_FILE
 from src.settings import PRESETS
 
@@ -51,7 +51,7 @@ def build_parser() -> argparse.ArgumentParser:
     add("--results", type=Path, help="directory of results (default: results/<grid>)")
     add("--work", type=Path, help="directory of checkpoints (default: models/<grid>)")
     add("--device", default="auto", help="auto, cpu or cuda")
-    add("--cache_dir", help="where tokenised proteins are kept")
+    add("--cache_dir", type=folder, help="where tokenised proteins are kept")
     add("--threads", type=positive_int, help="CPU threads (default: PyTorch's choice)")
     return parser
 

@@ -22,7 +22,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from src import settings as s
 from src.benchmark_report import SECTIONS, draw, fill_page
-from src.cli import HelpFormatter, positive_int, run_script, say
+from src.cli import HelpFormatter, folder, positive_int, run_script, say
 from src.files import check_outputs
 
 
@@ -46,7 +46,7 @@ def build_parser() -> argparse.ArgumentParser:
     add("--teacher_model", default=s.BUNDLED_TEACHER, help="small teacher: its tokenizer is used")
     add("--device", default="auto", help="auto, cpu or cuda")
     add("--threads", type=positive_int, help="threads of a CPU (default: PyTorch's choice)")
-    add("--cache_dir", help="where tokenised proteins are kept")
+    add("--cache_dir", type=folder, help="where tokenised proteins are kept")
 
     add = parser.add_argument_group("output").add_argument
     add("--output", type=Path, help="results, JSON (default: results/benchmark_<device>.json)")

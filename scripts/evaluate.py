@@ -20,7 +20,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from src import processes
 from src import settings as s
-from src.cli import HelpFormatter, natural, positive_int, run_script, say
+from src.cli import HelpFormatter, folder, natural, positive_int, run_script, say
 from src.files import check_outputs
 from src.results import print_table, write_results
 
@@ -42,7 +42,7 @@ def build_parser() -> argparse.ArgumentParser:
     add("--batch_size", type=positive_int, default=32, help="proteins of a batch, at most")
     add("--seed", type=natural, default=0, help="of samples, shuffles and bootstrap")
     add("--device", default="auto", help="auto, cpu or cuda")
-    add("--cache_dir", help="where tokenised proteins are kept")
+    add("--cache_dir", type=folder, help="where tokenised proteins are kept")
     add("--skip_teacher_check", action="store_true", help="measure even a nonsensical teacher")
 
     add = parser.add_argument_group("generated proteins").add_argument

@@ -29,7 +29,7 @@ from typing import Any
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from scripts import evaluate, train
-from src.cli import HelpFormatter, run_script, say
+from src.cli import HelpFormatter, folder, run_script, say
 
 HUB_PROTEINS = 5000
 """Proteins of a hub data set's held-out part that are evaluated: it may have millions."""
@@ -56,7 +56,7 @@ def build_parser() -> argparse.ArgumentParser:
     add("--teacher_model", help="directory or hub id of the teacher")
     add("--data", help="proteins")
     add("--device", help="auto, cpu or cuda")
-    add("--cache_dir", help="where tokenised proteins are kept")
+    add("--cache_dir", type=folder, help="where tokenised proteins are kept")
     add("--evaluate_args", default="", metavar="'...'", help="flags of scripts/evaluate.py")
     add("--models_dir", type=Path, default=Path("models"), help="where the students go")
     add("--results_dir", type=Path, default=Path("results"), help="where the results go")

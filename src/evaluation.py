@@ -29,6 +29,7 @@ from src.devices import peak_memory
 from src.files import atomic_write
 from src.losses import check_vocabularies
 from src.models import (
+    NoTokenizerError,
     count_parameters,
     final_hidden_states,
     load_tokenizer,
@@ -880,7 +881,7 @@ def shared_tokenizer(student: str, teacher: str) -> Any:
     tokenizer = load_tokenizer(teacher)
     try:
         own = load_tokenizer(student)
-    except ValueError:
+    except NoTokenizerError:
         return tokenizer  # weights alone: vocabularies are compared later
     if tokenizer_fingerprint(own) != tokenizer_fingerprint(tokenizer):
         raise ValueError(

@@ -43,6 +43,10 @@ if TYPE_CHECKING:
     from transformers.tokenization_utils_base import PreTrainedTokenizerBase
 
 
+class NoTokenizerError(ValueError):
+    """A model comes without a tokenizer: what is loaded in its place knows no protein."""
+
+
 def load_tokenizer(name: str | Path, revision: str | None = None) -> PreTrainedTokenizerBase:
     """Load a tokenizer from a directory or the hub.
 
@@ -54,6 +58,7 @@ def load_tokenizer(name: str | Path, revision: str | None = None) -> PreTrainedT
         The tokenizer, with the end-of-text marker to pad with where it names no padding token.
 
     Raises:
+        NoTokenizerError: the model comes without one.
         ValueError: it is not there, broken, or the hub cannot be reached.
     """
     from transformers import AutoTokenizer
@@ -70,7 +75,7 @@ def load_tokenizer(name: str | Path, revision: str | None = None) -> PreTrainedT
     with explain_loading("tokenizer", name):
         given_back = _try_out(tokenizer)
     if given_back != STANDARD_RESIDUES:
-        raise ValueError(
+        raise (ValueError if given_back else NoTokenizerError)(
             f"{name}: of the residues {STANDARD_RESIDUES} its tokenizer gives back "
             f"{printable(given_back)[:40] or 'none'}: it is not one of proteins"
         )
@@ -110,7 +115,7 @@ def _check_tokenizer_files(folder: Path) -> None:
     # Of nothing transformers makes an empty GPT-2 tokenizer.
     vocabularies = ("tokenizer.*json", "vocab.*", "*.model")
     if not any(path.is_file() for pattern in vocabularies for path in folder.glob(pattern)):
-        raise ValueError(
+        raise NoTokenizerError(
             f"no tokenizer in {folder}: copy tokenizer.json and tokenizer_config.json there from "
             "the model that it was made from"
         )
@@ -300,7 +305,7 @@ def _refuse_absurd(value: Any, path: Path, name: str = "") -> None:
     elif isinstance(value, list):
         for inner in value:
             _refuse_absurd(inner, path, name)
-    elif isinstance(value, int):
+    elif isinstance(value, int) and not name.endswith("theta"):  # of rotary positions: no count
         most = MAX_LABELS if name == "num_labels" else MAX_CONFIG_NUMBER
         if abs(value) > most:
             raise ValueError(

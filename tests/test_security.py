@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from src import models
+from src import evaluation, models
 from src.checkpoints import MANIFEST, NEEDED_FILES, fault_of, newest_valid, write_manifest
 from src.models import load_causal_lm, load_tokenizer, shape_of
 from src.planning import teacher_shape
@@ -277,6 +277,24 @@ def test_a_model_without_a_tokenizer_gets_no_other(model_folder, left):
         if path.name not in (*left, "config.json", "model.safetensors"):
             path.unlink()
     assert "no tokenizer in" in refused(load_tokenizer, model_folder)
+
+
+def test_a_broken_tokenizer_of_a_student_is_not_replaced_by_its_teachers(model_folder, tmp_path):
+    teacher = tmp_path / "teacher"
+    shutil.copytree(model_folder, teacher)
+    assert evaluation.shared_tokenizer(str(model_folder), str(teacher)).eos_token == END_OF_TEXT
+    with_rules(model_folder, {"normalizer": replacing("W", "")})
+    with pytest.raises(ValueError, match="gives back"):
+        evaluation.shared_tokenizer(str(model_folder), str(teacher))
+    for path in model_folder.glob("tokenizer*"):
+        path.unlink()
+    assert evaluation.shared_tokenizer(str(model_folder), str(teacher)).eos_token == END_OF_TEXT
+
+
+def test_a_large_base_of_rotary_positions_is_no_absurd_number(model_folder):
+    path = model_folder / "config.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), "rope_theta": 10_000_000}))
+    load_causal_lm(model_folder)
 
 
 def test_weights_that_are_missing_or_no_numbers_are_refused(model_folder, tiny_lm):

@@ -18,7 +18,7 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from src.cli import HelpFormatter, run_script, say
+from src.cli import HelpFormatter, folder, run_script, say
 
 PARTS = ("test", "test_in_family")
 
@@ -29,7 +29,7 @@ def build_parser() -> argparse.ArgumentParser:
     add = parser.add_argument
     add("--model", type=Path, required=True, help="directory of the teacher")
     add("--data", required=True, help="directory of parts: train, test and test_in_family")
-    add("--cache_dir", help="where tokenised proteins are kept")
+    add("--cache_dir", type=folder, help="where tokenised proteins are kept")
     return parser
 
 
