@@ -359,7 +359,7 @@ def test_an_arm_may_start_elsewhere_or_warm_up_longer(grid, world, tmp_path):
         arm: read_results(tmp_path / "results" / f"{arm}-s-seed1-lr0.01.json")
         for arm in changed.arms
     }
-    assert found["both"]["settings"]["train"]["init_from"] == str(world / "teacher")
+    assert found["both"]["settings"]["train"]["init_from"] == "teacher"  # without its directory
     assert found["hard_only"]["settings"]["train"]["warmup_steps"] == 4
     names = {path.name for path in (tmp_path / "results").glob("*.parquet")}
     assert "per_protein-small-s-seed1-warmup_steps4.parquet" in names

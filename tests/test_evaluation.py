@@ -444,7 +444,7 @@ def test_the_owners_command(run_folders, tmp_path, capsys):
     assert "kept of the teacher's advantage" in shown
     results = read_results(output)
     assert results["data"]["proteins"] == 30
-    assert Path(results["run"]["teacher"]["name"]).resolve() == run_folders / "teacher"
+    assert results["run"]["teacher"]["name"] == "teacher"  # it lies outside the working directory
     assert results["student_ece"]["ece"] is not None
     assert results["kl_from_natural"]["student"] is not None
     generated = results["generation"]["student"]
