@@ -12,9 +12,9 @@ where their shares differ, :func:`in_step` lets those with less to do run a sing
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TypeVar
 
 import torch
 from torch import nn
@@ -26,12 +26,25 @@ if TYPE_CHECKING:
     from torch.distributed.device_mesh import DeviceMesh
     from transformers import PreTrainedModel
 
+T = TypeVar("T")
 
-def mesh_of_all(device: torch.device) -> DeviceMesh:
-    """Return the processes as a row of devices of one type. All must call it together.
+
+def load_sharded(
+    load: Callable[[], tuple[PreTrainedModel, T]], device: torch.device
+) -> tuple[PreTrainedModel, T]:
+    """Load a teacher in one process after the other, and keep in each its share.
+
+    So the machine's memory holds it whole once at a time, and a device never.
+
+    Args:
+        load: returns the teacher, on the CPU, and what else is wanted of it while it is whole.
+        device: where the shares go.
+
+    Returns:
+        The teacher, and what else ``load`` returned.
 
     Raises:
-        ValueError: there is but one process.
+        ValueError: there is but one process, or the model has no list of blocks.
     """
     if processes.count() == 1:
         raise ValueError(
@@ -39,7 +52,18 @@ def mesh_of_all(device: torch.device) -> DeviceMesh:
         )
     from torch.distributed.device_mesh import init_device_mesh
 
-    return init_device_mesh(device.type, (processes.count(),))
+    mesh = init_device_mesh(device.type, (processes.count(),))
+
+    def load_share() -> tuple[PreTrainedModel, T]:
+        whole, more = load()
+        shard(whole, mesh, device)
+        return whole, more
+
+    teacher, more = processes.in_turn(load_share)
+    # The first run makes the tensors into which blocks are gathered ever after. Made by a run in
+    # inference mode, as evaluations are, they could not be used outside of it.
+    run_idle(teacher, 1)
+    return teacher, more
 
 
 def shard(teacher: PreTrainedModel, mesh: DeviceMesh, device: torch.device) -> None:
@@ -83,6 +107,15 @@ def held_bytes(model: nn.Module) -> int:
     return held
 
 
+@torch.no_grad()
+def run_idle(teacher: PreTrainedModel, times: int) -> None:
+    """Run a teacher on a single token, so that all processes gather its blocks."""
+    weight, _ = output_head(teacher)
+    token = torch.zeros(1, 1, dtype=torch.long, device=weight.device)
+    for _ in range(times):
+        final_hidden_states(teacher, token)
+
+
 @contextmanager
 def in_step(teacher: PreTrainedModel | None, runs: int) -> Iterator[None]:
     """Bring the runs of a sharded teacher, after the body, to those of the busiest process.
@@ -96,8 +129,4 @@ def in_step(teacher: PreTrainedModel | None, runs: int) -> Iterator[None]:
         return
     missing = processes.largest(runs) - runs
     yield
-    weight, _ = output_head(teacher)
-    token = torch.zeros(1, 1, dtype=torch.long, device=weight.device)
-    with torch.no_grad():
-        for _ in range(missing):
-            final_hidden_states(teacher, token)
+    run_idle(teacher, missing)

@@ -58,7 +58,7 @@ from src.runs import (
     write_run,
 )
 from src.settings import TrainSettings, as_recorded, derived_steps
-from src.sharding import mesh_of_all, shard
+from src.sharding import load_sharded
 from src.sizing import total_steps
 from src.sources import has_split
 from src.teacher_cache import CachedCollator, TeacherCache, capture
@@ -133,24 +133,13 @@ class Ingredients:
 def load_teacher(
     name: str, precision: str, device: torch.device, sharded: bool = False
 ) -> tuple[PreTrainedModel, str]:
-    """Load a teacher in a run's precision; return it with its fingerprint.
+    """Load a teacher in a run's precision; return it with its fingerprint."""
 
-    One that is to be sharded is loaded by one process after the other, in the machine's memory, so
-    that this holds it whole once at a time and a device never.
-    """
-    dtype = weights_dtype(precision)
-    if not sharded:
-        teacher = load_causal_lm(name, dtype, device)
+    def load(where: torch.device) -> tuple[PreTrainedModel, str]:
+        teacher = load_causal_lm(name, weights_dtype(precision), where)
         return teacher, model_fingerprint(teacher)
-    mesh = mesh_of_all(device)
 
-    def load() -> tuple[PreTrainedModel, str]:
-        whole = load_causal_lm(name, dtype)
-        fingerprint = model_fingerprint(whole)
-        shard(whole, mesh, device)
-        return whole, fingerprint
-
-    return processes.in_turn(load)
+    return load_sharded(lambda: load(torch.device("cpu")), device) if sharded else load(device)
 
 
 def load_teacher_and_parts(

@@ -58,7 +58,7 @@ def test_a_training_is_the_one_with_the_teacher_whole(tmp_path):
 
 def test_one_process_or_a_model_without_blocks_is_refused(tiny_lm):
     with pytest.raises(ValueError, match="start them with torchrun"):
-        sharding.mesh_of_all(torch.device("cpu"))
+        sharding.load_sharded(lambda: (tiny_lm(), None), torch.device("cpu"))
     model = tiny_lm()
     assert not sharding.is_sharded(model)
     with sharding.in_step(model, 3), sharding.in_step(None, 3):

@@ -112,10 +112,17 @@ def script(folder, processes, name, typed, point=None):
     raise SystemExit(importlib.import_module(f"scripts.{name}").main(parts))
 
 
+def shared_out(teacher):
+    """Return a teacher of which this process holds its share."""
+    from src.sharding import load_sharded
+
+    return load_sharded(lambda: (teacher, None), torch.device("cpu"))[0]
+
+
 def capture_shards(folder, processes, sharded=False):
     """Capture a teacher's hidden states in many shards; the ranks tell how many each ran."""
     from src import processes as p
-    from src import sharding, teacher_cache
+    from src import teacher_cache
 
     tokens: Any = Tokens(40)
     tokens.fingerprint = "tokens"
@@ -130,8 +137,7 @@ def capture_shards(folder, processes, sharded=False):
     teacher_cache._capture_range = counted
     teacher = tiny_lm(seed=2).float()
     if sharded:
-        device = torch.device("cpu")
-        sharding.shard(teacher, sharding.mesh_of_all(device), device)
+        teacher = shared_out(teacher)
     options = {"shard_bytes": 2000, "batch_tokens": 40, "fingerprint": "t" * 16}
     teacher_cache.capture(teacher, tokens, folder, **options)
     tell(f"rank {p.rank()}: {len(captured)} shards")
@@ -144,9 +150,8 @@ def run_sharded(folder, processes):
     from src.models import count_parameters, final_hidden_states
 
     p.join("cpu")
-    device = torch.device("cpu")
     whole, teacher = (tiny_lm(n_layer=6, seed=3) for _ in range(2))
-    sharding.shard(teacher, sharding.mesh_of_all(device), device)
+    teacher = shared_out(teacher)
     assert sharding.is_sharded(teacher)
     assert not sharding.is_sharded(whole)
     assert count_parameters(teacher) == count_parameters(whole)
@@ -158,7 +163,8 @@ def run_sharded(folder, processes):
         mask = torch.ones_like(ids)
         mask[0, :2] = 0
         mask = mask if padding == "left" else mask.flip(-1)
-        with torch.no_grad():
+        # As a check of the teacher and then a training run it.
+        with torch.inference_mode(padding == "left"), torch.no_grad():
             both = [final_hidden_states(model, ids, mask) for model in (whole, teacher)]
         assert torch.equal(*both)
         assert sharding.held_bytes(teacher) <= every - 0.49 * blocks
@@ -167,11 +173,8 @@ def run_sharded(folder, processes):
 
 def train_to_nan_sharded(folder, processes):
     """Spoil the first of a step's two batches in one process: the other runs both anew."""
-    from src import sharding
-
     trainer = trainer_of(folder, 1)
-    device = torch.device("cpu")
-    sharding.shard(trainer.teacher_model, sharding.mesh_of_all(device), device)
+    trainer.teacher_model = shared_out(trainer.teacher_model)
     spoiled = []
 
     def spoil(module, inputs, output):
