@@ -114,6 +114,7 @@ def test_an_offline_wandb_run_has_the_whole_run(
     run = tmp_path / "named-run"
     more = ["--report_to", "wandb"]
     assert tiny_run(small_teacher_dir, proteins_dir, run, tmp_path / "cache", *more) == 0
+    wandb.teardown()  # W&B's own process writes the file: to the end before it is read
     (path,) = tmp_path.glob("wandb/offline-run-*/*.wandb")
     records = wandb_records(path)
     about = next(r.run for r in records if r.HasField("run"))
