@@ -41,7 +41,7 @@ from src.files import (
 from src.grids import Cell, Grid, read_rates, settings_key
 from src.interruption import stops_on_signals
 from src.models import count_parameters, load_causal_lm, model_fingerprint, output_head
-from src.results import figure, read_results, write_results
+from src.results import check_figures, figure, read_results, write_results
 from src.runs import InUseError, is_begun, locked, provenance
 from src.settings import as_recorded
 from src.sizing import total_steps
@@ -224,8 +224,10 @@ class GridRun:
         path = folder / GROUP_FILE
         if is_begun(folder, GROUP_FILE, "--work"):
             group = read_json(path)
-            self._require_inputs(group.get("inputs", {}), path, "--work")
-            begun = group["members"]
+            kinds = {"members": "object", "inputs": "object"}
+            check_figures(group, kinds, path, way_out="choose another --work")
+            self._require_inputs(group.get("inputs") or {}, path, "--work")
+            begun = group.get("members") or {}
             by_name = {cell.name: cell for cell in cells}
             missing = {cell.name for cell in cells if not self.done(cell)}
             if begun.items() <= wanted.items() and missing <= set(begun):
@@ -341,6 +343,7 @@ class GridRun:
         path = self._table_of(name)
         write_table(path, [(cell, found[cell.name].per_protein) for cell in cells], self.grid.split)
         by_name = {member.name: member for member in trainer.members}
+        inputs = self._inputs()
         for cell in cells:
             settings = self.grid.settings(cell)
             model = by_name[cell.name].model
@@ -366,11 +369,11 @@ class GridRun:
                 },
                 "teacher": {
                     "name": settings.teacher_model,
-                    "fingerprint": self.ingredients.teacher_fingerprint,
+                    "fingerprint": inputs["teacher"],
                 },
                 "data": {
                     "source": settings.data,
-                    "train": self.ingredients.parts["train"].fingerprint,
+                    "train": inputs["data"],
                 },
             }
             write_results(self.file_of(cell), results)

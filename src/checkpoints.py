@@ -51,7 +51,7 @@ TRAINER_STATE_FILE = "trainer_state.json"
 PROCESS_FILE = "process-{}.safetensors"
 """What belongs to one process: its random states and its part of the log's open interval."""
 NEEDED_FILES = (OPTIMIZER_FILE, STATE_FILE, TRAINER_STATE_FILE, PROCESS_FILE.format(0))
-CHECKPOINT_NAME = re.compile(r"checkpoint-(\d+)")
+CHECKPOINT_NAME = re.compile(r"checkpoint-\d+")
 
 
 def write_manifest(folder: Path) -> None:
@@ -89,12 +89,14 @@ def fault_of(folder: Path) -> str | None:
 
 def checkpoints_of(run: Path) -> list[Path]:
     """Return a run's checkpoint directories, newest (highest step) first."""
-    found = []
-    for path in run.iterdir() if run.is_dir() else []:
-        match = CHECKPOINT_NAME.fullmatch(path.name)
-        if match and path.is_dir():
-            found.append((int(match[1]), path))
-    return [path for _, path in sorted(found, reverse=True)]
+    paths = run.iterdir() if run.is_dir() else []
+    found = [p for p in paths if CHECKPOINT_NAME.fullmatch(p.name) and p.is_dir()]
+    return sorted(found, key=step_of, reverse=True)
+
+
+def step_of(checkpoint: Path) -> int:
+    """Return the step in a checkpoint's name."""
+    return int(checkpoint.name.rpartition("-")[2])
 
 
 def best_step_of(folder: Path) -> int | None:
@@ -103,11 +105,6 @@ def best_step_of(folder: Path) -> int | None:
         return read_json(folder / TRAINER_STATE_FILE).get("best_global_step")
     except (ValueError, AttributeError, OSError):
         return None
-
-
-def step_of(checkpoint: Path) -> int:
-    """Return the step in a checkpoint's name."""
-    return int(checkpoint.name.rpartition("-")[2])
 
 
 def newest_valid(run: Path, announce: Callable[[str], None] = say) -> Path | None:
@@ -201,7 +198,7 @@ class AtomicCheckpointTrainer(Trainer):
 
     _finished_checkpoint: str | None = None
     """The checkpoint resumed from, where no step is left to do."""
-    _known_whole: frozenset[str] | set[str] = frozenset()
+    _known_whole: frozenset[str] = frozenset()
     """Names of checkpoints that were read back and found right when the last one was saved."""
     _owed: dict[str, bool] | None = None
     """What a checkpoint made in the middle of a validation still owes: ``evaluate``, ``save``."""
@@ -309,7 +306,7 @@ class AtomicCheckpointTrainer(Trainer):
         # earlier steps, stay for a person to look at, and in no whole one's place.
         earlier = [path for path in checkpoints_of(run) if step_of(path) < step_of(newest)]
         whole = [newest, *(path for path in earlier if self._is_whole(path))]
-        self._known_whole = {path.name for path in whole}
+        self._known_whole = frozenset(path.name for path in whole)
         best = set()
         if self.state.best_global_step is not None:
             # Of every checkpoint that a run may go on from, its best must be there at the end.

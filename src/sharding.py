@@ -17,7 +17,6 @@ from contextlib import contextmanager
 from typing import TYPE_CHECKING, TypeVar
 
 import torch
-from torch import nn
 
 from src import processes
 from src.models import block_lists, final_hidden_states, output_head
@@ -92,19 +91,12 @@ def shard(teacher: PreTrainedModel, mesh: DeviceMesh, device: torch.device) -> N
 
 def is_sharded(model: PreTrainedModel) -> bool:
     """Return whether a model has blocks that are spread over processes."""
+    if processes.count() == 1:
+        return False
     from torch.distributed.fsdp import FSDPModule
 
     blocks = (block for each in block_lists(model).values() for block in each)
     return any(isinstance(block, FSDPModule) for block in blocks)
-
-
-def held_bytes(model: nn.Module) -> int:
-    """Return the bytes of a model's parameters that this process holds between two runs."""
-    held = 0
-    for parameter in model.parameters():
-        own = getattr(parameter, "to_local", lambda p=parameter: p)()
-        held += own.numel() * own.element_size()
-    return held
 
 
 @torch.no_grad()

@@ -249,21 +249,21 @@ def capture(
     manifest = folder / "manifest.json"
     lengths = np.asarray(proteins.lengths)
 
-    def is_whole() -> bool:
+    def opened() -> TeacherCache | None:
         try:
             cache = TeacherCache(folder, teacher_print, data_print)
         except BrokenCacheError:
-            return False
-        if cache.proteins != len(lengths):
-            return False
-        return not thorough or all(_is_unaltered(folder, shard) for shard in cache.shards)
+            return None
+        whole = cache.proteins == len(lengths) and (
+            not thorough or all(_is_unaltered(folder, shard) for shard in cache.shards)
+        )
+        return cache if whole else None
 
-    broken = False
-    if processes.agreed(manifest.exists):
-        if processes.agreed(is_whole):
-            announce(f"teacher cache found in {folder}")
-            return TeacherCache(folder, teacher_print, data_print)
-        broken = True
+    broken = processes.agreed(manifest.exists)
+    found = processes.agreed(opened) if broken else None
+    if found is not None:
+        announce(f"teacher cache found in {folder}")
+        return found
     width = weight.shape[1]
     token_bytes = needed_bytes(1, width, weight.dtype)
     ranges = shard_ranges(lengths, token_bytes, shard_bytes)
@@ -304,8 +304,8 @@ def capture(
         with in_step(teacher, batches):
             for number in progress(own, len(own), "capturing the teacher", "shards"):
                 first, last = ranges[number]
-                found = _capture_range(teacher, proteins, lengths, first, last, batch_tokens)
-                kept[number] = _write_shard(folder, number, first, lengths[first:last], *found)
+                states = _capture_range(teacher, proteins, lengths, first, last, batch_tokens)
+                kept[number] = _write_shard(folder, number, first, lengths[first:last], *states)
         if not processes.is_first():
             processes.wait_until(manifest.exists)
             return TeacherCache(folder, teacher_print, data_print)

@@ -268,6 +268,16 @@ def test_a_grid_does_not_go_on_with_other_proteins(grid, world, finished, tmp_pa
         job(one, tmp_path, world).run()
 
 
+@pytest.mark.parametrize("content", ["[]", "{}", '{"members": 3}', '{"members": {}, "inputs": []}'])
+def test_a_groups_file_that_is_none_is_named(grid, world, tmp_path, content):
+    one = replace(grid, sizes={"s": grid.sizes["s"]}, seeds=(1,))
+    folder = tmp_path / "work" / "s-seed1"
+    folder.mkdir(parents=True)
+    (folder / "group.json").write_text(content)
+    with pytest.raises(ValueError, match=f"{folder}.*: choose another --work"):
+        job(one, tmp_path, world).run()
+
+
 def test_files_of_others_in_the_way_of_a_group_are_left_alone(grid, world, tmp_path):
     one = replace(grid, sizes={"s": grid.sizes["s"]}, seeds=(1,))
     thesis = tmp_path / "work" / "s-seed1" / "checkpoint-1" / "thesis.txt"

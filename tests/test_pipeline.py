@@ -384,15 +384,16 @@ def test_a_results_file_is_known_by_arguments_and_weights(evaluated):
         p.results_standing(output, arguments, model)
 
 
-def test_results_are_known_though_their_paths_were_shortened(evaluated):
+def test_results_are_known_though_their_paths_were_shortened(evaluated, tmp_path):
     model, output, arguments = evaluated
-    asked = {**arguments, "data": "/mnt/x/alice/home/proteins", "teacher_model": "~/models/big"}
+    theirs = tmp_path / "alice" / "home"
+    asked = {**arguments, "data": str(theirs / "proteins"), "teacher_model": "~/models/big"}
     made = {"arguments": asked, "student": {"fingerprint": "w"}}
     write_results(output, results(run=made), overwrite=True)
     assert "alice" not in output.read_text()
     assert p.results_standing(output, asked, model) == "finished"
     with pytest.raises(ValueError, match=r"another evaluation \(data\)"):
-        p.results_standing(output, {**asked, "data": "/mnt/x/alice/home/others"}, model)
+        p.results_standing(output, {**asked, "data": str(theirs / "others")}, model)
 
 
 def test_an_evaluation_by_hand_counts(evaluated):
