@@ -56,6 +56,10 @@ def build_parser() -> argparse.ArgumentParser:
         help="hub data set, or a local FASTA[.gz], text, CSV, parquet or directory of parts",
     )
     add("--train_size_prop", type=share, default=0.1, help="share of the training proteins")
+    add(
+        "--tokenizer",
+        help="train from random weights with this tokenizer and no teacher (with --alpha 1)",
+    )
     add("--data_seed", type=natural, default=0, help="chooses that share")
     add("--max_length", type=positive_int, default=512, help="tokens; longer proteins are cut")
 
@@ -91,6 +95,17 @@ def build_parser() -> argparse.ArgumentParser:
     add("--loss_impl", choices=s.LOSS_IMPLEMENTATIONS, default="fused", help="fused saves memory")
 
     add = parser.add_argument_group("training").add_argument
+    add(
+        "--optimizer",
+        choices=s.OPTIMIZERS,
+        default=DEFAULTS.optimizer,
+        help="muon: for the matrices inside the blocks, AdamW for the rest",
+    )
+    add(
+        "--other_learning_rate",
+        type=positive_float,
+        help="with muon, of AdamW (default: that of --learning_rate)",
+    )
     add("--learning_rate", type=positive_float, help="(default: 1e-3, or the preset's)")
     add("--lr_schedule", choices=s.SCHEDULES, default="linear", help="after warm-up")
     add("--warmup_steps", type=natural, help="(default: 5 %% of the steps, at most 500)")
@@ -170,7 +185,9 @@ def build_settings(args: argparse.Namespace) -> s.TrainSettings:
         student=student,
         loss=loss,
         learning_rate=rate,
-        teacher_model=args.teacher_model or untaught or s.DEFAULT_TEACHER,
+        teacher_model=None
+        if args.tokenizer
+        else args.teacher_model or untaught or s.DEFAULT_TEACHER,
         cached_teacher=args.teacher_cache is not None,
         **{k: getattr(args, k) for k in own},
     )

@@ -44,9 +44,10 @@ from src.losses import (
     smoothing_epsilon,
     valid_positions,
 )
+from src.optimizers import muon_with_adamw
 from src.models import accepts, final_hidden_states, has_dropout, model_inputs, output_head
 from src.safeguards import GuardedTrainer
-from src.settings import LOSS_IMPLEMENTATIONS, LossSettings
+from src.settings import LOSS_IMPLEMENTATIONS, OPTIMIZERS, LossSettings
 from src.sharding import in_step
 
 if TYPE_CHECKING:
@@ -95,6 +96,8 @@ class DistillationTrainer(GuardedTrainer):
         smoothing_factor: λ.
         weighting, smoothing, divergence, divergence_weight: see :class:`LossSettings`.
         loss_impl: ``fused`` never holds logits of a whole batch; ``reference`` is the plain form.
+        optimizer: ``adamw`` (the one of ``args``) or ``muon`` (:mod:`src.optimizers`).
+        other_learning_rate: with Muon, the rate of embeddings, norms and biases.
         **kwargs: everything that ``transformers.Trainer`` takes.
 
     Raises:
@@ -117,6 +120,8 @@ class DistillationTrainer(GuardedTrainer):
         divergence: str = "forward_kl",
         divergence_weight: float = 0.5,
         loss_impl: str = "fused",
+        optimizer: str = "adamw",
+        other_learning_rate: float | None = None,
         **kwargs: Any,
     ) -> None:
         self.loss_settings = LossSettings(
@@ -134,7 +139,11 @@ class DistillationTrainer(GuardedTrainer):
             raise ValueError(
                 f"loss_impl must be one of {', '.join(LOSS_IMPLEMENTATIONS)}, got {loss_impl!r}"
             )
+        if optimizer not in OPTIMIZERS:
+            raise ValueError(f"optimizer must be one of {', '.join(OPTIMIZERS)}, got {optimizer!r}")
         self.loss_impl = loss_impl
+        self._optimizer_name = optimizer
+        self._other_learning_rate = other_learning_rate
         super().__init__(model=model, **kwargs)
         if self.args.n_gpu > 1:
             raise ValueError(
@@ -266,6 +275,17 @@ class DistillationTrainer(GuardedTrainer):
             state = [self.args.seed, max(self._micro_batch[0], 0), self._micro_batch[1]]
             sequence = np.random.SeedSequence([*state, self.args.process_index])
             torch.manual_seed(int(sequence.generate_state(1, np.uint64)[0]))
+
+    def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
+        """Return the optimiser, made at the first call."""
+        if self.optimizer is None and self._optimizer_name == "muon":
+            self.optimizer = muon_with_adamw(
+                self.model,  # type: ignore[arg-type]
+                self.args.learning_rate,
+                self._other_learning_rate,
+                self.args.weight_decay,
+            )
+        return self.optimizer or super().create_optimizer(model)
 
     def _get_train_sampler(self, train_dataset: Any = None) -> Any:
         """Return an order that depends on seed and epoch alone for our datasets."""

@@ -63,7 +63,8 @@ def load_tokenizer(name: str | Path, revision: str | None = None) -> PreTrainedT
     """
     from transformers import AutoTokenizer
 
-    if require_model_directory(name):
+    alone = Path(name, "tokenizer.json").is_file() and not Path(name, "config.json").exists()
+    if alone or require_model_directory(name):
         _check_tokenizer_files(Path(name))
     with explain_loading("tokenizer", name):
         tokenizer = AutoTokenizer.from_pretrained(

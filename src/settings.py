@@ -154,7 +154,10 @@ RECIPES: dict[str, dict[str, Any]] = {
 
 PRECISIONS = ("auto", "fp32", "bf16", "fp16")
 BATCHINGS = ("bucketed", "packed", "padded")
-SCHEDULES = ("linear", "cosine", "constant_with_warmup")
+SCHEDULES = ("linear", "cosine", "constant_with_warmup", "warmup_stable_decay")
+OPTIMIZERS = ("adamw", "muon")
+DECAY_SHARE = 0.4
+"""Of a run's steps: the linear decay at the end of ``warmup_stable_decay``."""
 
 
 @dataclass(frozen=True)
@@ -171,10 +174,13 @@ class TrainSettings:
     student: StudentSettings = field(default_factory=StudentSettings)
     loss: LossSettings = field(default_factory=LossSettings)
     data: str = DEFAULT_DATA
-    teacher_model: str = DEFAULT_TEACHER
+    teacher_model: str | None = DEFAULT_TEACHER
+    tokenizer: str | None = None
     train_size_prop: float = 0.1
     data_seed: int = 0
+    optimizer: str = "adamw"
     learning_rate: float = 1e-3
+    other_learning_rate: float | None = None
     lr_schedule: str = "linear"
     warmup_steps: int | None = None
     weight_decay: float = 0.01
@@ -219,6 +225,15 @@ class TrainSettings:
         for name in ("batch_size", "gradient_accumulation_steps", "validation_proteins"):
             if getattr(self, name) < 1:
                 raise ValueError(f"--{name} must be at least 1, got {getattr(self, name)}")
+        if self.other_learning_rate is not None:
+            require_moderate("other_learning_rate", self.other_learning_rate)
+            if self.optimizer != "muon":
+                raise ValueError("--other_learning_rate: needs --optimizer muon")
+        if self.tokenizer is not None and (self.loss.alpha != 1 or self.init_from is not None):
+            raise ValueError(
+                "--tokenizer: is for training from random weights without a teacher: give "
+                "--alpha 1, and no --init_from"
+            )
         if self.skip_loss_spikes is not None and not 1 < self.skip_loss_spikes <= LARGEST:
             raise ValueError(f"--skip_loss_spikes must be above 1, got {self.skip_loss_spikes}")
         if self.early_stopping is not None and self.early_stopping < 1:
@@ -229,6 +244,7 @@ class TrainSettings:
             ("precision", PRECISIONS),
             ("batching", BATCHINGS),
             ("lr_schedule", SCHEDULES),
+            ("optimizer", OPTIMIZERS),
             ("loss_impl", LOSS_IMPLEMENTATIONS),
         ):
             if getattr(self, name) not in choices:
@@ -240,13 +256,18 @@ class TrainSettings:
 def as_recorded(settings: TrainSettings) -> dict[str, Any]:
     """Return settings as records hold them, which tell by comparison whether a run is the same one.
 
-    ``early_stopping`` is left out where it is off: records made before there was such a setting,
-    and hashes of them, stay those of the same run.
+    Settings of ``ADDED_LATER`` are left out at their defaults: records made before there was such a
+    setting, and hashes of them, stay those of the same run.
     """
     record = asdict(settings)
-    if settings.early_stopping is None:
-        del record["early_stopping"]
+    for name in ADDED_LATER:
+        if record[name] == getattr(DEFAULTS, name):
+            del record[name]
     return record
+
+
+DEFAULTS = TrainSettings()
+ADDED_LATER = ("early_stopping", "optimizer", "other_learning_rate", "tokenizer")
 
 
 def default_run_name(settings: TrainSettings) -> str:
@@ -277,13 +298,17 @@ def default_run_name(settings: TrainSettings) -> str:
         value = getattr(settings, field_name)
         if value != getattr(defaults, field_name):
             suffixes.append(f"{label}{value:g}")
+    if settings.optimizer != defaults.optimizer:
+        suffixes.append(settings.optimizer)
     if settings.early_stopping:
         suffixes.append(f"stop{settings.early_stopping}")
     if student.dropout:
         suffixes.append(f"drop{student.dropout}")
     if settings.init_from:
         suffixes.append(f"init-{settings.init_from.rstrip('/').split('/')[-1]}")
-    if settings.teacher_model != DEFAULT_TEACHER:
+    if settings.teacher_model is None:
+        suffixes.append("untaught")
+    elif settings.teacher_model != DEFAULT_TEACHER:
         suffixes.append(f"from-{settings.teacher_model.rstrip('/').split('/')[-1]}")
     return "-".join([name, *suffixes])
 

@@ -109,12 +109,16 @@ def write_plain_fasta(path: Path, proteins: Mapping[str, str], names: Sequence[s
             handle.write(f">{number}\n{proteins[name]}\n")
 
 
-def homology_clusters(proteins: Mapping[str, str], settings: SplitSettings) -> dict[str, str]:
+def homology_clusters(
+    proteins: Mapping[str, str], settings: SplitSettings, connected: bool = False
+) -> dict[str, str]:
     """Cluster proteins by sequence.
 
     Args:
         proteins: residues for each name.
         settings: identity, coverage and sensitivity.
+        connected: cluster by connected components, so that no two clusters hold similar proteins;
+            the default takes representatives and what is similar to them.
 
     Returns:
         The cluster (its representative's name) of each name.
@@ -131,6 +135,7 @@ def homology_clusters(proteins: Mapping[str, str], settings: SplitSettings) -> d
             + ["--min-seq-id", str(settings.cluster_identity)]
             + ["-c", str(settings.cluster_coverage), "--cov-mode", "0"]
             + ["-s", str(settings.cluster_sensitivity)]
+            + (["--cluster-mode", "1"] if connected else [])
         )
         numbered = read_clusters(work / "out_cluster.tsv")
     return {names[int(member)]: names[int(cluster)] for member, cluster in numbered.items()}
@@ -172,6 +177,16 @@ def relatives(
     targets: Sequence[str],
     settings: SplitSettings,
 ) -> list[tuple[str, str, float]]:
+    """Return query, target and identity of every hit of :func:`alignments`."""
+    return [hit[:3] for hit in alignments(proteins, queries, targets, settings)]
+
+
+def alignments(
+    proteins: Mapping[str, str],
+    queries: Sequence[str],
+    targets: Sequence[str],
+    settings: SplitSettings,
+) -> list[tuple[str, str, float, float]]:
     """Search queries among targets.
 
     An E-value grows with the targets searched: among fewer targets the same alignment may count
@@ -184,8 +199,9 @@ def relatives(
         settings: E-value and sensitivity of the search.
 
     Returns:
-        Query, target and identity of every local alignment with an E-value of at most
-        ``search_evalue``, whatever it covers: the strictest reading of "a relative".
+        Query, target, identity and the share of the query that is aligned, of every local
+        alignment with an E-value of at most ``search_evalue``, whatever it covers: the strictest
+        reading of "a relative".
 
     Raises:
         ValueError: MMseqs2 is missing or fails.
@@ -200,11 +216,31 @@ def relatives(
             ["easy-search", work / "queries.fasta", work / "targets.fasta"]
             + [work / "hits.tsv", work / "tmp", "-s", str(settings.search_sensitivity)]
             + ["-e", str(settings.search_evalue), "--max-seqs", "1000"]
-            + ["--alignment-mode", "3", "--format-output", "query,target,fident"]
+            + ["--alignment-mode", "3", "--format-output", "query,target,fident,qcov"]
         )
         with (work / "hits.tsv").open() as handle:
             rows = [line.rstrip("\n").split("\t") for line in handle]
-    return [(queries[int(q)], targets[int(t)], float(identity)) for q, t, identity in rows]
+    return [
+        (queries[int(query)], targets[int(target)], float(identity), float(coverage))
+        for query, target, identity, coverage in rows
+    ]
+
+
+def covering_identities(
+    proteins: Mapping[str, str],
+    queries: Sequence[str],
+    targets: Sequence[str],
+    settings: SplitSettings,
+) -> dict[str, float]:
+    """Return the highest identity of each query over at least ``cluster_coverage`` of its length.
+
+    Queries without such an alignment are left out.
+    """
+    best: dict[str, float] = {}
+    for query, _target, identity, coverage in alignments(proteins, queries, targets, settings):
+        if coverage >= settings.cluster_coverage:
+            best[query] = max(best.get(query, 0.0), identity)
+    return best
 
 
 def best_identities(

@@ -8,6 +8,7 @@ import time
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -57,7 +58,7 @@ from src.runs import (
     read_run,
     write_run,
 )
-from src.settings import TrainSettings, as_recorded, derived_steps
+from src.settings import DECAY_SHARE, TrainSettings, as_recorded, derived_steps
 from src.sharding import load_sharded
 from src.sizing import total_steps
 from src.sources import has_split
@@ -121,13 +122,25 @@ def load_parts(
 class Ingredients:
     """What students of one teacher share: itself, the proteins, and where they are trained."""
 
-    teacher: PreTrainedModel
-    teacher_fingerprint: str
+    teacher: PreTrainedModel | None
+    teacher_fingerprint: str | None
     tokenizer: Any
     parts: dict[str, TokenisedProteins]
     device: torch.device
     precision: str
     max_length: int
+
+    @property
+    def shape(self) -> Any:
+        """What a student shares with its teacher, or where there is none, with its tokenizer."""
+        if self.teacher is not None:
+            return self.teacher.config
+        return SimpleNamespace(
+            vocab_size=len(self.tokenizer),
+            n_positions=self.max_length,
+            bos_token_id=self.tokenizer.bos_token_id,
+            eos_token_id=self.tokenizer.eos_token_id,
+        )
 
 
 def load_teacher(
@@ -161,9 +174,17 @@ def load_teacher_and_parts(
     """
     device = choose_device(device_name)
     precision = choose_precision(settings.precision, device)
-    tokenizer = load_tokenizer(settings.teacher_model)
-    teacher, fingerprint = load_teacher(settings.teacher_model, precision, device, shard_teacher)
-    max_length = min(settings.max_length, max_positions(teacher.config))
+    teacher = fingerprint = None
+    max_length = settings.max_length
+    if settings.tokenizer is not None:
+        tokenizer = load_tokenizer(settings.tokenizer)
+    else:
+        assert settings.teacher_model is not None
+        tokenizer = load_tokenizer(settings.teacher_model)
+        teacher, fingerprint = load_teacher(
+            settings.teacher_model, precision, device, shard_teacher
+        )
+        max_length = min(max_length, max_positions(teacher.config))
     parts = load_parts(settings, tokenizer, max_length, cache_dir)
     return Ingredients(teacher, fingerprint, tokenizer, parts, device, precision, max_length)
 
@@ -199,6 +220,11 @@ def build_arguments(
         learning_rate=settings.learning_rate,
         lr_scheduler_type=settings.lr_schedule,
         warmup_steps=derived["warmup_steps"],
+        lr_scheduler_kwargs=(
+            {"num_decay_steps": int(DECAY_SHARE * steps), "decay_type": "linear"}
+            if settings.lr_schedule == "warmup_stable_decay"
+            else None
+        ),
         weight_decay=settings.weight_decay,
         max_grad_norm=settings.max_grad_norm,
         logging_steps=derived["logging_steps"],
@@ -226,7 +252,7 @@ def build_trainer(
     settings: TrainSettings,
     parts: dict[str, TokenisedProteins],
     student: PreTrainedModel,
-    teacher: PreTrainedModel,
+    teacher: PreTrainedModel | None,
     tokenizer: Any,
     arguments: TrainingArguments,
     max_length: int,
@@ -242,6 +268,8 @@ def build_trainer(
         **asdict(settings.loss),
         loss_impl=settings.loss_impl,
         skip_loss_spikes=settings.skip_loss_spikes,
+        optimizer=settings.optimizer,
+        other_learning_rate=settings.other_learning_rate,
         args=arguments,
         processing_class=tokenizer,
         callbacks=callbacks,
@@ -362,27 +390,31 @@ def train(
     found = load_teacher_and_parts(settings, device_name, cache_dir, shard_teacher)
     device, precision, max_length = found.device, found.precision, found.max_length
     teacher, tokenizer, parts = found.teacher, found.tokenizer, found.parts
-    student = initial_student(settings, teacher.config)
+    student = initial_student(settings, found.shape)
     initial = model_fingerprint(student)
-    teacher_parameters, parameters = count_parameters(teacher), count_parameters(student)
+    parameters = count_parameters(student)
+    teacher_parameters = count_parameters(teacher) if teacher is not None else None
     rows = training_rows(settings, parts["train"], max_length)
     steps = total_steps(settings, rows, together)
     assert steps is not None
     for line in data_summary(parts["train"], settings.batch_size, "training"):
         announce(line)
-    announce(
-        f"teacher {settings.teacher_model}: {teacher_parameters:,} parameters; student "
-        f"{settings.student.n_layer}L/{settings.student.n_head}H/{settings.student.n_embd}E: "
-        f"{parameters:,} ({parameters / teacher_parameters:.1%}, "
-        f"{teacher_parameters / parameters:.1f} times smaller)"
-    )
+    shape = f"{settings.student.n_layer}L/{settings.student.n_head}H/{settings.student.n_embd}E"
+    if teacher_parameters is None:
+        announce(f"no teacher; model {shape}: {parameters:,} parameters")
+    else:
+        announce(
+            f"teacher {settings.teacher_model}: {teacher_parameters:,} parameters; student "
+            f"{shape}: {parameters:,} ({parameters / teacher_parameters:.1%}, "
+            f"{teacher_parameters / parameters:.1f} times smaller)"
+        )
     announce(
         f"{steps:,} steps of {settings.batch_size * accumulation * processes.count()} rows "
         f"over {rows:,} rows, {precision} on {device.type}"
         + (f", {processes.count()} processes" if processes.count() > 1 else "")
     )
     checks = None
-    if not skip_teacher_check:
+    if not skip_teacher_check and teacher is not None:
         checking = processes.alike if shard_teacher else processes.agreed
         checks = checking(
             lambda: check_teacher(teacher, tokenizer, parts["validation"], parts["train"])
@@ -393,6 +425,7 @@ def train(
         if teacher_cache is None:
             raise ValueError("this run reads a teacher cache: pass --teacher_cache DIR")
         caches = capture_parts(found, teacher_cache, announce)
+        assert teacher is not None
         keep_head_alone(teacher)
 
     with (
@@ -413,14 +446,16 @@ def train(
             "processes": together,
             "precision": precision,
             "max_length": max_length,
-            "teacher": {
+            "teacher": None
+            if teacher_parameters is None
+            else {
                 "name": settings.teacher_model,
                 "parameters": teacher_parameters,
                 "fingerprint": found.teacher_fingerprint,
                 "checks": checks,
             },
             "student": {"parameters": parameters, "initial_fingerprint": initial},
-            "compression": teacher_parameters / parameters,
+            "compression": teacher_parameters and teacher_parameters / parameters,
             "data": {
                 "source": settings.data,
                 "train": describe_data(parts["train"]),
@@ -526,7 +561,7 @@ def require_same_inputs(folder: Path, before: Mapping[str, Any], now: Mapping[st
 
 def dry_rehearsal(settings: TrainSettings, found: Ingredients) -> Rehearsal:
     """Measure a few batches of a run that is only planned; nothing of it is kept."""
-    student = initial_student(settings, found.teacher.config)
+    student = initial_student(settings, found.shape)
     steps = total_steps(settings, training_rows(settings, found.parts["train"], found.max_length))
     assert steps is not None
     with tempfile.TemporaryDirectory() as folder:
