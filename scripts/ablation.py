@@ -25,9 +25,9 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from src.cli import HelpFormatter, folder, positive_int, run_script, say, share
-from src.grids import GRIDS, RATES_FILE
-from src.settings import PRESETS
+from src.common.cli import HelpFormatter, folder, positive_int, run_script, say, share
+from src.common.settings import PRESETS
+from src.experiments.grids import GRIDS, RATES_FILE
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -70,8 +70,8 @@ def run(args: argparse.Namespace) -> dict:
     results = args.results or Path("results") / grid.name
     work = args.work or Path("models") / grid.name
 
-    from src.ablation import GridRun, tuned_rates
-    from src.files import write_json
+    from src.common.files import write_json
+    from src.experiments.ablation import GridRun, tuned_rates
 
     if args.choose:
         record = tuned_rates(results, grid)

@@ -17,7 +17,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from src.cli import HelpFormatter, run_script, say
+from src.common.cli import HelpFormatter, run_script, say
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -33,9 +33,9 @@ def build_parser() -> argparse.ArgumentParser:
 
 def run(args: argparse.Namespace) -> dict:
     """Analyse, write and print. Returns the analysis."""
-    from src.files import write_json, write_text
-    from src.runs import provenance
-    from src.synergy import analyse, analysis_lines, read_runs
+    from src.common.files import write_json, write_text
+    from src.common.runs import provenance
+    from src.experiments.synergy import analyse, analysis_lines, read_runs
 
     analysis = analyse(read_runs(args.results, args.grid, args.split), args.against)
     lines = analysis_lines(analysis)

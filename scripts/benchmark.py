@@ -20,10 +20,10 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from src import settings as s
-from src.benchmark_report import SECTIONS, draw, fill_page
-from src.cli import HelpFormatter, folder, positive_int, run_script, say
-from src.files import check_outputs
+from src.common import settings as s
+from src.common.cli import HelpFormatter, folder, positive_int, run_script, say
+from src.common.files import check_outputs
+from tools.benchmark.report import SECTIONS, draw, fill_page
 
 
 def sections(text: str) -> list[str]:
@@ -64,7 +64,7 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
         return {}
     import torch
 
-    from src.devices import choose_device
+    from src.common.devices import choose_device
 
     device = choose_device(args.device)
     output = args.output or Path("results") / f"benchmark_{device.type}.json"
@@ -73,10 +73,10 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
     if args.threads:
         torch.set_num_threads(args.threads)
 
-    from src.benchmarking import open_workbench, run_benchmark
-    from src.cli import quiet_libraries
-    from src.files import write_json
-    from src.runs import provenance
+    from src.common.cli import quiet_libraries
+    from src.common.files import write_json
+    from src.common.runs import provenance
+    from tools.benchmark.sections import open_workbench, run_benchmark
 
     quiet_libraries()
     record = provenance()

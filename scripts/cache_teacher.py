@@ -19,8 +19,8 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from src import settings as s
-from src.cli import HelpFormatter, folder, natural, positive_int, run_script, say, share
+from src.common import settings as s
+from src.common.cli import HelpFormatter, folder, natural, positive_int, run_script, say, share
 
 DEFAULTS = s.TrainSettings()
 
@@ -52,9 +52,9 @@ def run(args: argparse.Namespace) -> dict:
     names = set(vars(DEFAULTS)) & set(vars(args))
     settings = s.TrainSettings(**{name: getattr(args, name) for name in names})
 
-    from src import processes
-    from src.cli import quiet_libraries
-    from src.training import capture_parts, load_teacher_and_parts, unheard
+    from src.common import processes
+    from src.common.cli import quiet_libraries
+    from src.training.stages import capture_parts, load_teacher_and_parts, unheard
 
     quiet_libraries()
     processes.join(args.device)

@@ -16,7 +16,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from src.cli import HelpFormatter, natural, positive_float, positive_int, run_script, say
+from src.common.cli import HelpFormatter, natural, positive_float, positive_int, run_script, say
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -49,8 +49,8 @@ def build_parser() -> argparse.ArgumentParser:
 
 def run(args: argparse.Namespace) -> dict:
     """Compare, print and write. Returns the entries and verdicts."""
-    from src import comparison as c
-    from src.files import check_outputs, write_text
+    from src.common.files import check_outputs, write_text
+    from src.publishing import comparison as c
 
     check_outputs(args.output, overwrite=args.overwrite)
     if args.output:

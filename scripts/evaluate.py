@@ -18,11 +18,11 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from src import processes
-from src import settings as s
-from src.cli import HelpFormatter, folder, natural, positive_int, run_script, say
-from src.files import check_outputs
-from src.results import print_table, write_results
+from src.common import processes
+from src.common import settings as s
+from src.common.cli import HelpFormatter, folder, natural, positive_int, run_script, say
+from src.common.files import check_outputs
+from src.evaluation.results import print_table, write_results
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -75,13 +75,13 @@ def run(args: argparse.Namespace) -> dict:
         overwrite=args.overwrite,
         inputs=(args.data, args.profiles),
     )
-    from src import evaluation as e
-    from src import sequence_quality as q
-    from src.cli import quiet_libraries
-    from src.data import read_proteins, tokenise
-    from src.devices import choose_device
-    from src.models import load_causal_lm, model_fingerprint, require_model_directory
-    from src.runs import provenance
+    from src.common.cli import quiet_libraries
+    from src.common.devices import choose_device
+    from src.common.runs import provenance
+    from src.evaluation.scoring import scoring as e
+    from src.evaluation.scoring import sequence_quality as q
+    from src.models.loading import load_causal_lm, model_fingerprint, require_model_directory
+    from src.proteins.tokens import read_proteins, tokenise
 
     quiet_libraries()
     described = q.DescriptionSettings(

@@ -18,7 +18,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from src.cli import HelpFormatter, run_script
+from src.common.cli import HelpFormatter, run_script
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -33,7 +33,7 @@ def build_parser() -> argparse.ArgumentParser:
 
 def run(args: argparse.Namespace) -> dict[str, Sequence[str]]:
     """Make everything that can be made. Returns what was written and what is missing."""
-    from src.figures import make_all
+    from src.experiments.figures import make_all
 
     if not args.results.is_dir():
         raise ValueError(f"--results {args.results}: is no directory")

@@ -15,8 +15,16 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from src.cli import HelpFormatter, natural, positive_float, positive_int, run_script, say, share
-from src.files import check_outputs, names_full_disk
+from src.common.cli import (
+    HelpFormatter,
+    natural,
+    positive_float,
+    positive_int,
+    run_script,
+    say,
+    share,
+)
+from src.common.files import check_outputs, names_full_disk
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -57,11 +65,11 @@ def run(args: argparse.Namespace) -> dict:
     check_outputs(args.output, overwrite=args.overwrite)
     if args.scorer and args.scorer == args.model:
         args.scorer = None
-    from src import generation as g
-    from src.cli import quiet_libraries
-    from src.devices import choose_device
-    from src.fasta import write_fasta
-    from src.models import load_causal_lm, load_tokenizer
+    from src.common.cli import quiet_libraries
+    from src.common.devices import choose_device
+    from src.evaluation.scoring import generation as g
+    from src.models.loading import load_causal_lm, load_tokenizer
+    from src.proteins.fasta import write_fasta
 
     quiet_libraries()
     settings = g.GenerationSettings(

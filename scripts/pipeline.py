@@ -29,7 +29,7 @@ from typing import Any
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from scripts import evaluate, train
-from src.cli import HelpFormatter, folder, run_script, say
+from src.common.cli import HelpFormatter, folder, run_script, say
 
 HUB_PROTEINS = 5000
 """Proteins of a hub data set's held-out part that are evaluated: it may have millions."""
@@ -106,7 +106,7 @@ def refuse_reserved(args: argparse.Namespace, evaluate_args: list[str]) -> None:
 
 def build_plan(args: argparse.Namespace) -> Any:
     """Return the stages that the arguments ask for. Raises ``ValueError``."""
-    from src import pipeline as p
+    from src.experiments import pipeline as p
 
     if args.sweep and (args.baselines or args.references):
         raise ValueError("--sweep: without --baselines and --references")
@@ -142,7 +142,7 @@ def build_plan(args: argparse.Namespace) -> Any:
 
 def run(args: argparse.Namespace) -> dict:
     """Run the stages. Returns nothing of interest; a failure leaves with its exit status."""
-    from src import pipeline as p
+    from src.experiments import pipeline as p
 
     plan = build_plan(args)
     if args.dry_run:

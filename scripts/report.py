@@ -15,8 +15,8 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from src.cli import HelpFormatter, run_script, say, size
-from src.files import check_outputs, write_text
+from src.common.cli import HelpFormatter, run_script, say, size
+from src.common.files import check_outputs, write_text
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -34,7 +34,7 @@ def build_parser() -> argparse.ArgumentParser:
 def run(args: argparse.Namespace) -> dict:
     """Write the page. Returns its size in bytes."""
     check_outputs(args.output, overwrite=args.overwrite, inputs=(args.results, args.fasta))
-    from src.report import build_report
+    from src.publishing.report import build_report
 
     write_text(args.output, build_report(args.run, args.results, args.fasta))
     written = args.output.stat().st_size

@@ -16,9 +16,9 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from src.cli import HelpFormatter, natural, positive_int, run_script, say
-from src.files import check_outputs
-from src.results import put_figure, with_interval
+from src.common.cli import HelpFormatter, natural, positive_int, run_script, say
+from src.common.files import check_outputs
+from src.evaluation.results import put_figure, with_interval
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -48,7 +48,7 @@ def run(args: argparse.Namespace) -> dict:
     """Score, compare, write. Returns what was found."""
     outputs = (args.output, args.correlations)
     check_outputs(*outputs, overwrite=args.overwrite, inputs=[args.input])
-    from src import fitness as f
+    from src.evaluation.scoring import fitness as f
 
     variants = f.read_variants(args.input, args.sequence_column, args.score_column)
     if args.correlations:
@@ -56,11 +56,11 @@ def run(args: argparse.Namespace) -> dict:
     names = {"": args.model} | ({"teacher_": args.teacher_model} if args.teacher_model else {})
     kinds = ("log_likelihood", "log_likelihood_per_residue")
     f.check_columns(variants, [prefix + kind for prefix in names for kind in kinds])
-    from src.cli import quiet_libraries
-    from src.devices import choose_device
-    from src.files import sha256_file, write_json
-    from src.models import load_causal_lm, load_tokenizer, model_fingerprint
-    from src.runs import provenance
+    from src.common.cli import quiet_libraries
+    from src.common.devices import choose_device
+    from src.common.files import sha256_file, write_json
+    from src.common.runs import provenance
+    from src.models.loading import load_causal_lm, load_tokenizer, model_fingerprint
 
     quiet_libraries()
     device = choose_device(args.device)

@@ -16,7 +16,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from src.cli import HelpFormatter, positive_float, positive_int, run_script, say, size
+from src.common.cli import HelpFormatter, positive_float, positive_int, run_script, say, size
 
 SECTION = "scaling tables"
 
@@ -61,10 +61,10 @@ def run(args: argparse.Namespace) -> dict:
     """Estimate, print tables and write what was asked for. Returns the estimates."""
     from dataclasses import asdict
 
-    from src import scaling
-    from src.files import check_outputs, read_json, replace_section, write_json
-    from src.privacy import publishable
-    from src.runs import provenance
+    from src.common.files import check_outputs, read_json, replace_section, write_json
+    from src.common.privacy import publishable
+    from src.common.runs import provenance
+    from src.experiments import scaling
 
     if args.example:
         say(json.dumps(scaling.EXAMPLE, indent=2))

@@ -18,7 +18,15 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from src.cli import HelpFormatter, natural, positive_float, positive_int, run_script, say, share
+from src.common.cli import (
+    HelpFormatter,
+    natural,
+    positive_float,
+    positive_int,
+    run_script,
+    say,
+    share,
+)
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -48,8 +56,8 @@ def build_parser() -> argparse.ArgumentParser:
 
 def run(args: argparse.Namespace) -> dict:
     """Split, write and report. Returns the record of the split."""
-    from src.files import sha256_file
-    from src.splits import (
+    from src.common.files import sha256_file
+    from src.proteins.splits import (
         SplitSettings,
         read_clusters,
         read_named,

@@ -19,8 +19,8 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from src import settings as s
-from src.cli import (
+from src.common import settings as s
+from src.common.cli import (
     HelpFormatter,
     folder,
     natural,
@@ -169,7 +169,7 @@ def build_settings(args: argparse.Namespace) -> s.TrainSettings:
     if args.init_from == s.OF_TEACHER:
         args.init_from = args.teacher_model or s.DEFAULT_TEACHER
     elif args.init_from and not shaped:
-        from src.models import shape_of
+        from src.models.loading import shape_of
 
         shape = shape_of(args.init_from)
     student = s.StudentSettings(
@@ -197,10 +197,10 @@ def run(args: argparse.Namespace) -> dict:
     """Train, or only plan. Returns the run's record, or the plan."""
     settings = build_settings(args)
     if args.dry_run:
-        from src.planning import plan
+        from src.training.planning import plan
 
         return plan(settings, args.preset, args.cache_dir, say, args.device)
-    from src.training import train
+    from src.training.stages import train
 
     return train(
         settings,

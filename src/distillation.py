@@ -1,4 +1,4 @@
-"""The Trainer that distils, and the loss it minimises (its pure functions live in ``src.losses``).
+"""The Trainer that distils, and the loss it minimises (its pure functions live in ``src.loss.reference``).
 
 In a notebook::
 
@@ -24,9 +24,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers.trainer_utils import EvalLoopOutput
 
-from src.batching import EpochSampler, PackedDataset, ProteinDataset
-from src.fused import Student, fused_distillation_losses, teacher_statistics
-from src.losses import (
+from src.common.settings import LOSS_IMPLEMENTATIONS, OPTIMIZERS, LossSettings
+from src.loss.fused import Student, fused_distillation_losses, teacher_statistics
+from src.loss.reference import (
     CONSTANT_ENTROPY,
     IGNORED_LABEL,
     LossParts,
@@ -44,11 +44,11 @@ from src.losses import (
     smoothing_epsilon,
     valid_positions,
 )
-from src.optimizers import muon_with_adamw
-from src.models import accepts, final_hidden_states, has_dropout, model_inputs, output_head
-from src.safeguards import GuardedTrainer
-from src.settings import LOSS_IMPLEMENTATIONS, OPTIMIZERS, LossSettings
-from src.sharding import in_step
+from src.models.loading import accepts, final_hidden_states, has_dropout, model_inputs, output_head
+from src.models.sharding import in_step
+from src.proteins.batching import EpochSampler, PackedDataset, ProteinDataset
+from src.trainer.optimizers import muon_with_adamw
+from src.trainer.safeguards import GuardedTrainer
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -96,7 +96,7 @@ class DistillationTrainer(GuardedTrainer):
         smoothing_factor: λ.
         weighting, smoothing, divergence, divergence_weight: see :class:`LossSettings`.
         loss_impl: ``fused`` never holds logits of a whole batch; ``reference`` is the plain form.
-        optimizer: ``adamw`` (the one of ``args``) or ``muon`` (:mod:`src.optimizers`).
+        optimizer: ``adamw`` (the one of ``args``) or ``muon`` (:mod:`src.trainer.optimizers`).
         other_learning_rate: with Muon, the rate of embeddings, norms and biases.
         **kwargs: everything that ``transformers.Trainer`` takes.
 

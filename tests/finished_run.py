@@ -31,8 +31,8 @@ def make_teacher(folder: Path, tokenizer) -> Path:
 @pytest.fixture(scope="session")
 def finished(tmp_path_factory, tiny_tokenizer) -> Path:
     """A folder with ``teacher``, ``proteins.fasta`` and the finished run ``student``."""
-    from src.settings import StudentSettings, TrainSettings
-    from src.training import train
+    from src.common.settings import StudentSettings, TrainSettings
+    from src.training.stages import train
 
     folder = tmp_path_factory.mktemp("finished")
     make_teacher(folder / "teacher", tiny_tokenizer)

@@ -9,12 +9,12 @@ from typing import Any
 import numpy as np
 from transformers import TrainingArguments
 
-from src.batching import PackedDataset, PackingCollator, PaddingCollator, ProteinDataset
-from src.callbacks import MetricsFile, read_metrics
-from src.checkpoints import newest_valid
+from src.common.files import sha256_file
 from src.distillation import DistillationTrainer
-from src.files import sha256_file
-from src.models import model_fingerprint
+from src.models.loading import model_fingerprint
+from src.proteins.batching import PackedDataset, PackingCollator, PaddingCollator, ProteinDataset
+from src.trainer.callbacks import MetricsFile, read_metrics
+from src.trainer.checkpoints import newest_valid
 
 
 class Tokens:

@@ -15,13 +15,13 @@ import pyarrow.parquet as pq
 import pytest
 
 from scripts import ablation as script
-from src import ablation
-from src.ablation import GridRun, tuned_rates
-from src.files import read_json, write_json
-from src.grids import ARMS, GRIDS, PUBLISHED, RATES_FILE, Cell, Grid, settings_key
-from src.models import load_causal_lm, model_fingerprint
-from src.results import read_results
-from src.settings import StudentSettings, TrainSettings
+from src.common.files import read_json, write_json
+from src.common.settings import StudentSettings, TrainSettings
+from src.evaluation.results import read_results
+from src.experiments import ablation
+from src.experiments.ablation import GridRun, tuned_rates
+from src.experiments.grids import ARMS, GRIDS, PUBLISHED, RATES_FILE, Cell, Grid, settings_key
+from src.models.loading import load_causal_lm, model_fingerprint
 from tests.conftest import make_proteins
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -135,7 +135,7 @@ def test_tables_of_single_proteins_hold_the_experiments_columns(finished):
 
 
 def test_a_cell_is_what_train_makes_of_its_settings(finished, grid, world, tmp_path):
-    from src.training import train
+    from src.training.stages import train
 
     cell = Cell("both", "m", 2, 1e-2)
     train(
@@ -228,11 +228,11 @@ def test_a_killed_group_goes_on_to_the_same_cells(finished, grid, world, tmp_pat
 
 
 def test_a_group_under_way_elsewhere_is_left_alone(grid, world, tmp_path):
-    from src.runs import locked
+    from src.common.runs import locked
 
     one = replace(grid, sizes={"s": grid.sizes["s"]}, seeds=(1,))
     code = f"import sys; sys.path.insert(0, {str(ROOT)!r})\n" + (
-        "from pathlib import Path\nfrom src.runs import locked\n"
+        "from pathlib import Path\nfrom src.common.runs import locked\n"
         f"with locked(Path({str(tmp_path / 'work' / 's-seed1')!r})):\n"
         "    print('held', flush=True); sys.stdin.read()"
     )

@@ -6,7 +6,8 @@ import numpy as np
 import pytest
 import torch
 
-from src.batching import (
+from src.loss.reference import segments_from_positions, valid_positions
+from src.proteins.batching import (
     EpochSampler,
     PackedDataset,
     PackingCollator,
@@ -16,7 +17,6 @@ from src.batching import (
     pack,
     padding_share,
 )
-from src.losses import segments_from_positions, valid_positions
 
 
 class Tokens:

@@ -14,10 +14,10 @@ import pytest
 import torch
 
 from scripts import benchmark as script
-from src import benchmark_report as report
-from src import benchmarking as b
-from src.benchmark_loss import LossBench, LossCase, loss_peak, relative_difference
-from src.settings import LossSettings, StudentSettings
+from src.common.settings import LossSettings, StudentSettings
+from tools.benchmark import report
+from tools.benchmark import sections as b
+from tools.benchmark.loss import LossBench, LossCase, loss_peak, relative_difference
 
 ROOT = Path(__file__).resolve().parents[1]
 TINY = b.Scale(

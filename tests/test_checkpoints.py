@@ -13,7 +13,8 @@ import torch
 from small_runs import assert_same_bits, make_trainer, resume
 from transformers import TrainerCallback
 
-from src.checkpoints import (
+from src.common.files import remove_temporaries_of, remove_unfinished
+from src.trainer.checkpoints import (
     NEEDED_FILES,
     as_json,
     checkpoints_of,
@@ -23,7 +24,6 @@ from src.checkpoints import (
     restore_random_states,
     write_manifest,
 )
-from src.files import remove_temporaries_of, remove_unfinished
 
 
 @pytest.mark.parametrize(

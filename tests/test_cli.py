@@ -1,4 +1,4 @@
-"""What every script gets from ``src.cli``, beyond its own tests."""
+"""What every script gets from ``src.common.cli``, beyond its own tests."""
 
 from __future__ import annotations
 
@@ -10,14 +10,14 @@ from pathlib import Path
 
 import pytest
 
-from src import cli
-from src.cli import HUGE_PAGES
+from src.common import cli
+from src.common.cli import HUGE_PAGES
 
 ROOT = Path(__file__).parents[1]
 SWITCH = Path("/sys/kernel/mm/transparent_hugepage/enabled")
 SCRIPT = """
 import argparse
-from src.cli import run_script
+from src.common.cli import run_script
 
 def run(args):
     import torch

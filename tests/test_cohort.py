@@ -11,12 +11,12 @@ import pytest
 import torch
 from transformers import TrainingArguments
 
-from src.batching import PackedDataset, PackingCollator, PaddingCollator, ProteinDataset
-from src.checkpoints import newest_valid
-from src.cohort import CohortTrainer, Member
+from src.common.settings import LossSettings, StudentSettings
 from src.distillation import DistillationTrainer
-from src.models import build_student, model_fingerprint, student_config
-from src.settings import LossSettings, StudentSettings
+from src.models.loading import build_student, model_fingerprint, student_config
+from src.proteins.batching import PackedDataset, PackingCollator, PaddingCollator, ProteinDataset
+from src.trainer.checkpoints import newest_valid
+from src.training.cohort import CohortTrainer, Member
 from tests.test_distillation import Tokens
 
 ARMS = {

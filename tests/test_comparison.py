@@ -15,9 +15,9 @@ import pyarrow.parquet as pq
 import pytest
 
 from scripts import compare as script
-from src import comparison as c
-from src.results import write_results
-from src.statistics import cluster_bootstrap
+from src.evaluation.results import write_results
+from src.evaluation.statistics import cluster_bootstrap
+from src.publishing import comparison as c
 
 ROOT = Path(__file__).resolve().parents[1]
 

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from src import crash_testing
+from tests.stress import crash_testing
 from tools import crash_test as tool
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -63,7 +63,7 @@ def test_times_may_differ_and_nothing_else(tmp_path):
 
 def test_points_end_the_process_and_cost_nothing_otherwise():
     code = (
-        "from src.crash_points import crash_point\n"
+        "from src.common.crash_points import crash_point\n"
         "for i in range(5):\n"
         "    crash_point('other'); crash_point('here'); print(i, flush=True)\n"
     )

@@ -20,8 +20,8 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from src import sources
-from src.data import (
+from src.proteins.layouts import END_OF_TEXT, layout, prompt_layout, residues_of, sources
+from src.proteins.tokens import (
     ReadReport,
     SeenHashes,
     TokenisedProteins,
@@ -35,7 +35,6 @@ from src.data import (
     tokenise,
     tokenizer_fingerprint,
 )
-from src.proteins import END_OF_TEXT, layout, prompt_layout, residues_of
 
 A, B, C = "MKVLAAGIT", "MSTNPKPQRKTKRNTNRRPQDVKFPGG", "MAAAK"
 
@@ -507,7 +506,7 @@ def test_store_equals_direct_tokenisation(tmp_path, random_proteins, tiny_tokeni
 def test_batches_do_not_show(tmp_path, random_proteins, tiny_tokenizer, monkeypatch):
     path = write(tmp_path / "a.txt", "\n".join(random_proteins(50, 1, 60, 6)))
     whole = tokenise(path, None, tiny_tokenizer, 64, tmp_path / "1", quiet=True)
-    monkeypatch.setattr("src.data.BATCH_PROTEINS", 3)
+    monkeypatch.setattr("src.proteins.tokens.BATCH_PROTEINS", 3)
     small = tokenise(path, None, tiny_tokenizer, 64, tmp_path / "2", quiet=True)
     assert whole.fingerprint == small.fingerprint
 
@@ -601,7 +600,7 @@ def test_a_full_disk_is_named_with_a_way_out(
         raise OSError(errno.ENOSPC, "No space left on device")
 
     source = write(tmp_path / "a.fasta", fasta(random_proteins(3)))
-    monkeypatch.setattr("src.data._build", full)
+    monkeypatch.setattr("src.proteins.tokens._build", full)
     with pytest.raises(ValueError, match=r"cache: no space left on the disk.*--cache_dir"):
         tokenise(source, None, tiny_tokenizer, 64, cache_dir=tmp_path / "cache")
     assert [p.name for p in (tmp_path / "cache").iterdir() if p.is_dir()] == []
@@ -615,7 +614,7 @@ def test_nothing_is_left_behind_by_a_broken_source(tmp_path, tiny_tokenizer):
 
 
 def _build_in_process(path: str, cache: str, queue) -> None:
-    from src.pretraining import train_tokenizer
+    from src.training.pretraining import train_tokenizer
     from tests.conftest import make_proteins
 
     tokenizer = train_tokenizer(make_proteins(50, seed=1), 64, n_positions=256)
@@ -717,7 +716,7 @@ def test_a_tokenizer_that_does_not_know_the_layout(tmp_path):
 
 
 def test_token_letters_and_fingerprint(tiny_tokenizer):
-    from src.pretraining import train_tokenizer
+    from src.training.pretraining import train_tokenizer
 
     letters = token_letters(tiny_tokenizer)
     assert letters[tiny_tokenizer.eos_token_id] == ""

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from src import devices
+from src.common import devices
 
 
 @pytest.mark.parametrize("count", [0, 2])

@@ -11,10 +11,10 @@ import torch
 from torch.utils.data import Dataset
 from transformers import TrainingArguments
 
-from src.batching import PackedDataset, PackingCollator, PaddingCollator, ProteinDataset
+from src.common.settings import LossSettings, StudentSettings
 from src.distillation import DistillationTrainer, distillation_loss
-from src.models import build_student, model_fingerprint, student_config
-from src.settings import LossSettings, StudentSettings
+from src.models.loading import build_student, model_fingerprint, student_config
+from src.proteins.batching import PackedDataset, PackingCollator, PaddingCollator, ProteinDataset
 
 BOTH: dict[str, Any] = {"use_uncertainty_weighting": True, "use_calibration_smoothing": True}
 

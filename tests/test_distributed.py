@@ -11,8 +11,8 @@ import pytest
 import torch
 from small_runs import history
 
-from src.checkpoints import checkpoints_of, read_tensors
-from src.files import sha256_file
+from src.common.files import sha256_file
+from src.trainer.checkpoints import checkpoints_of, read_tensors
 
 ROOT = Path(__file__).resolve().parents[1]
 

@@ -11,14 +11,14 @@ import pytest
 from small_runs import history, make_trainer, resume, timeless
 from transformers import TrainerCallback
 
-from src.callbacks import read_metrics
-from src.checkpoints import checkpoints_of
-from src.early_stopping import EarlyStopping, outcome, outcome_line, validation_standing
-from src.files import sha256_file
-from src.interruption import stops_on_signals
-from src.models import model_fingerprint
-from src.settings import TrainSettings, as_recorded, default_run_name
-from src.training import load_parts
+from src.common.files import sha256_file
+from src.common.settings import TrainSettings, as_recorded, default_run_name
+from src.models.loading import model_fingerprint
+from src.trainer.callbacks import read_metrics
+from src.trainer.checkpoints import checkpoints_of
+from src.trainer.early_stopping import EarlyStopping, outcome, outcome_line, validation_standing
+from src.trainer.interruption import stops_on_signals
+from src.training.stages import load_parts
 from tests.test_train_script import tiny_run
 
 LOSSES = {1: 5.0, 2: 4.0, 3: 3.0, 4: 3.5, 5: 3.0, 6: 3.7, 7: 1.0, 8: 1.0, 9: 1.0}

@@ -12,12 +12,12 @@ import numpy as np
 import pytest
 import torch
 
-from src import evaluation as e
-from src.data import encode
-from src.ngrams import fit_ngrams
-from src.proteins import STANDARD_RESIDUES, layout
-from src.results import read_results, validate
-from src.sizing import threshold_for
+from src.evaluation.results import read_results, validate
+from src.evaluation.scoring import scoring as e
+from src.models.sizes import threshold_for
+from src.proteins.layouts import STANDARD_RESIDUES, layout
+from src.proteins.ngrams import fit_ngrams
+from src.proteins.tokens import encode
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -51,7 +51,7 @@ def ordered_proteins(count, seed=0, low=20, high=70):
 
 @pytest.fixture(scope="module")
 def tokenizer():
-    from src.pretraining import train_tokenizer
+    from src.training.pretraining import train_tokenizer
 
     return train_tokenizer(ordered_proteins(200, seed=1), 64, n_positions=256)
 
@@ -59,7 +59,7 @@ def tokenizer():
 @pytest.fixture(scope="module")
 def teacher(tokenizer):
     """A small model that has learnt the ordered proteins: a few seconds of training."""
-    from src.batching import PaddingCollator
+    from src.proteins.batching import PaddingCollator
     from tests.conftest import TINY_VOCABULARY
 
     assert len(tokenizer) == TINY_VOCABULARY
@@ -95,7 +95,7 @@ def trained(tokenizer, collate, width, steps):
 
 @pytest.fixture(scope="module")
 def student(tokenizer):
-    from src.batching import PaddingCollator
+    from src.proteins.batching import PaddingCollator
 
     return trained(tokenizer, PaddingCollator(0), width=8, steps=50)
 

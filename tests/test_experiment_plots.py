@@ -5,8 +5,8 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from src import experiment_plots as plots
-from src import tables
+from src.common import tables
+from src.experiments import plots
 
 
 def entry(estimate: float, half: float = 0.01) -> dict:

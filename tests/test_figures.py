@@ -12,9 +12,9 @@ import pyarrow.parquet as pq
 import pytest
 
 from scripts import figures as script
-from src import figures
-from src.grids import GRIDS
-from src.settings import OF_TEACHER, RECIPES, LossSettings
+from src.common.settings import OF_TEACHER, RECIPES, LossSettings
+from src.experiments import figures
+from src.experiments.grids import GRIDS
 from tests.spoiling import refusals
 
 ROOT = Path(__file__).resolve().parents[1]

@@ -14,8 +14,8 @@ import pytest
 import torch
 from scipy import stats
 
-from src import fitness
-from src.data import encode
+from src.evaluation.scoring import fitness
+from src.proteins.tokens import encode
 
 ROOT = Path(__file__).resolve().parents[1]
 WILD = "MKTAYIAKQRQISFVKSHFSRQLEERLGLIEVQ"

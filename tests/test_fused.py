@@ -10,16 +10,16 @@ import torch
 import torch.nn.functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from src.fused import (
+from src.common.settings import DIVERGENCES, SMOOTHINGS, WEIGHTINGS, LossSettings
+from src.loss.fused import (
     Student,
     fused_distillation_loss,
     fused_distillation_losses,
     logits_chunks,
     teacher_statistics,
 )
-from src.losses import distillation_loss, entropy, valid_positions
-from src.models import final_hidden_states, output_head
-from src.settings import DIVERGENCES, SMOOTHINGS, WEIGHTINGS, LossSettings
+from src.loss.reference import distillation_loss, entropy, valid_positions
+from src.models.loading import final_hidden_states, output_head
 
 PARTS = ("loss", "hard", "soft", "mean_weight", "mean_epsilon", "teacher_entropy")
 

@@ -16,14 +16,14 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from src import fuzzing
-from src.cli import one_line, printable
-from src.files import is_plain_name, read_json
-from src.results import read_results, summary_lines, with_interval, write_results
-from src.runs import read_run
-from src.sources import ReadReport, read_entries
-from src.splits import read_clusters, read_split
-from src.teacher_cache import TeacherCache
+from src.common.cli import one_line, printable
+from src.common.files import is_plain_name, read_json
+from src.common.runs import read_run
+from src.evaluation.results import read_results, summary_lines, with_interval, write_results
+from src.models.teacher_cache import TeacherCache
+from src.proteins.sources import ReadReport, read_entries
+from src.proteins.splits import read_clusters, read_split
+from tests.stress import fuzzing
 from tests.test_results import good
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -178,8 +178,8 @@ def growth_of(code: str, limit_bytes: int) -> tuple[str, float]:
 LIMITED = """
 import resource
 import signal
-from src.sources import read_entries
-import src.results, src.splits, src.runs, pyarrow.parquet, pathlib, csv, gzip
+from src.proteins.sources import read_entries
+import src.evaluation.results, src.proteins.splits, src.common.runs, pyarrow.parquet, pathlib, csv, gzip
 pages = int(open("/proc/self/statm").read().split()[0])
 limit = pages * resource.getpagesize() + int(sys.argv[1])
 resource.setrlimit(resource.RLIMIT_AS, (limit, limit))
@@ -198,9 +198,9 @@ def test_a_line_of_a_gigabyte(tmp_path, name):
         handle.write(b">a\nMK\n" if name == "a.fasta" else b"")
         handle.truncate(1 << 30)  # a hole: zeros without a disk
     if name == "a.json":
-        code = f"told(src.results.read_results, {str(path)!r})"
+        code = f"told(src.evaluation.results.read_results, {str(path)!r})"
     elif name == "a.tsv.gz":
-        code = f"told(src.splits.read_clusters, pathlib.Path({str(path)!r}))"
+        code = f"told(src.proteins.splits.read_clusters, pathlib.Path({str(path)!r}))"
     else:
         code = f"told(lambda: len(list(read_entries({str(path)!r}))))"
     line, seconds = growth_of(code, 400 << 20)
@@ -466,7 +466,7 @@ def test_a_teacher_cache_without_its_last_proteins(cache):
     ],
 )
 def test_manifests_of_token_stores_signed_anew(formats, tmp_path, spoil, message):
-    from src.data import _manifest_check, open_store
+    from src.proteins.tokens import _manifest_check, open_store
 
     fuzzing.write_files(tmp_path, formats["token store"].files)
     assert len(open_store(tmp_path))
@@ -479,7 +479,7 @@ def test_manifests_of_token_stores_signed_anew(formats, tmp_path, spoil, message
 
 
 def test_a_tokenizer_that_fails_in_use_is_refused_when_loaded(formats, tmp_path):
-    from src.models import load_tokenizer
+    from src.models.loading import load_tokenizer
 
     fuzzing.write_files(tmp_path, formats["tokenizer"].files)
     load_tokenizer(tmp_path)

@@ -9,8 +9,8 @@ import pytest
 import torch
 
 from scripts.generate import main
-from src.fasta import parse_header
-from src.sources import read_proteins
+from src.proteins.fasta import parse_header
+from src.proteins.sources import read_proteins
 
 
 @pytest.fixture
@@ -57,7 +57,7 @@ def test_a_full_disk_is_named_with_a_way_out(folder, capsys, monkeypatch):
     def full(*_):
         raise OSError(errno.ENOSPC, "No space left on device")
 
-    monkeypatch.setattr("src.fasta.write_fasta", full)
+    monkeypatch.setattr("src.proteins.fasta.write_fasta", full)
     assert run(folder, "--num_sequences", 1) == 2
     said = capsys.readouterr().err
     assert f"{folder / 'new.fasta'}: no space left on the disk; make space, or name" in said

@@ -10,8 +10,7 @@ import pytest
 import torch
 from scipy.stats import chisquare
 
-from src.fasta import FastaRecord, fasta_text, format_header, parse_header, write_fasta
-from src.generation import (
+from src.evaluation.generation import (
     EMPTY,
     NO_PROTEIN,
     TOO_LONG,
@@ -27,8 +26,9 @@ from src.generation import (
     sample_proteins,
     score_proteins,
 )
-from src.proteins import layout, prompt_layout
-from src.sources import read_proteins
+from src.proteins.fasta import FastaRecord, fasta_text, format_header, parse_header, write_fasta
+from src.proteins.layouts import layout, prompt_layout
+from src.proteins.sources import read_proteins
 
 
 @pytest.fixture(scope="module")

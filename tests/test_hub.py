@@ -17,8 +17,8 @@ from pathlib import Path
 
 import pytest
 
-from src import hub
-from src.results import REQUIRED, write_results
+from src.evaluation.results import REQUIRED, write_results
+from src.publishing import hub
 from tests.fake_hub import READER, SIGNATURE, STRANGER, TOKEN, FakeHub, File
 from tests.finished_run import finished  # noqa: F401
 from tools import upload_to_hf as script

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from src.initialisation import low_rank, picked_layers, subclone
+from src.models.initialisation import low_rank, picked_layers, subclone
 
 
 def randomised(model):

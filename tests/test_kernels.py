@@ -13,10 +13,10 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from src import elementwise, fused
-from src.elementwise import Scratch
-from src.fused import fused_distillation_loss, teacher_statistics
-from src.settings import DIVERGENCES, SMOOTHINGS, WEIGHTINGS, LossSettings
+from src.common.settings import DIVERGENCES, SMOOTHINGS, WEIGHTINGS, LossSettings
+from src.loss import elementwise, fused
+from src.loss.elementwise import Scratch
+from src.loss.fused import fused_distillation_loss, teacher_statistics
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 triton = pytest.importorskip("triton")
@@ -27,7 +27,7 @@ ROOT = Path(__file__).resolve().parents[1]
 
 @pytest.fixture
 def kernels():
-    from src import kernels
+    from src.loss import kernels
 
     return kernels
 
@@ -224,8 +224,8 @@ def test_forcing_them_where_they_cannot_run_is_refused(forced, monkeypatch):
     monkeypatch.setattr(forced, "INTERPRETED", False)
     with pytest.raises(ValueError, match="needs a CUDA device"):
         fused.elementwise_for(logits)
-    monkeypatch.delitem(sys.modules, "src.kernels")
-    monkeypatch.delattr("src.kernels", raising=False)
+    monkeypatch.delitem(sys.modules, "src.loss.kernels")
+    monkeypatch.delattr("src.loss.kernels", raising=False)
     monkeypatch.setitem(sys.modules, "triton", None)
     with pytest.raises(ValueError, match="Triton cannot be imported"):
         fused.elementwise_for(logits)
@@ -247,7 +247,7 @@ import sys
 import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
-from src import kernels
+from src.loss import kernels
 
 KIND = int(sys.argv[1])
 LOSSES = {"KIND": KIND, "SMOOTH": True, "GRADIENT": True, "POWER": 2}

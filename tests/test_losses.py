@@ -11,7 +11,8 @@ import numpy as np
 import pytest
 import torch
 
-from src.losses import (
+from src.common.settings import DIVERGENCES, SMOOTHINGS, WEIGHTINGS, LossSettings
+from src.loss.reference import (
     distillation_loss,
     divergence,
     entropy,
@@ -22,7 +23,6 @@ from src.losses import (
     smoothing_epsilon,
     valid_positions,
 )
-from src.settings import DIVERGENCES, SMOOTHINGS, WEIGHTINGS, LossSettings
 
 
 def random_batch(seed: int, dtype=torch.float64, packed: bool = False):

@@ -7,11 +7,11 @@ from pathlib import Path
 
 import pytest
 
-from src.memory import Cell, comparison_line, planned, table
-from src.settings import TrainSettings
-from src.sizing import PROTGPT2, gpt2_parameters
+from src.common.settings import TrainSettings
+from src.models.sizes import PROTGPT2, gpt2_parameters
 from tests.spoiling import refusals
 from tools import memory_table
+from tools.benchmark.memory import Cell, comparison_line, planned, table
 
 ROOT = Path(__file__).resolve().parents[1]
 RECORD = {

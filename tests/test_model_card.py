@@ -10,15 +10,15 @@ from types import SimpleNamespace
 import pytest
 from huggingface_hub import ModelCard
 
-from src import model_card as m
-from src.results import REQUIRED
-from src.settings import LossSettings, StudentSettings, TrainSettings
+from src.common.settings import LossSettings, StudentSettings, TrainSettings
+from src.evaluation.results import REQUIRED
+from src.publishing import model_card as m
 
 CONFIG = SimpleNamespace(n_layer=4, n_head=4, n_embd=256, n_positions=512, eos_token_id=0)
 
 
 def make_record(settings: TrainSettings | None = None) -> dict:
-    """A run's record as ``src.training.train`` writes it."""
+    """A run's record as ``src.training.stages.train`` writes it."""
     settings = settings or TrainSettings()
     return {
         "name": "synergy-tiny",
@@ -194,7 +194,9 @@ def test_an_existing_directory_is_no_name_on_the_hub(tmp_path, monkeypatch):
     assert m.hub_id("owner/name") == "owner/name"
     monkeypatch.chdir(tmp_path)
     assert m.hub_id("owner/name") is None
-    assert m.hub_id("src/templates") is None  # of the project, wherever the command is given
+    assert (
+        m.hub_id("src/publishing/templates") is None
+    )  # of the project, wherever the command is given
 
 
 def test_licence_of_the_teacher_or_as_asked_or_refused(tmp_path):

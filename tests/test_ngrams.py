@@ -6,7 +6,7 @@ from collections import Counter
 import numpy as np
 import pytest
 
-from src.ngrams import EDGE, SYMBOLS, UNIFORM_NATS, fit_ngrams, trigram_counts
+from src.proteins.ngrams import EDGE, SYMBOLS, UNIFORM_NATS, fit_ngrams, trigram_counts
 
 
 def plain_nll(model, protein: str) -> float:
@@ -69,7 +69,7 @@ def test_longer_context_pays_where_there_is_structure_and_costs_little_where_the
 def test_chunks_do_not_matter(random_proteins, monkeypatch):
     proteins = random_proteins(50, seed=6)
     whole = fit_ngrams(proteins)["trigram"]
-    monkeypatch.setattr("src.ngrams.CHUNK_PROTEINS", 7)
+    monkeypatch.setattr("src.proteins.ngrams.CHUNK_PROTEINS", 7)
     pieces = fit_ngrams(proteins)["trigram"]
     np.testing.assert_array_equal(whole.log_probs, pieces.log_probs)
     np.testing.assert_array_equal(whole.nll(proteins), pieces.nll(proteins))

@@ -15,9 +15,9 @@ from typing import Any
 import pytest
 
 from scripts import pipeline as script
-from src import pipeline as p
-from src.results import write_results
-from src.runs import locked, write_run
+from src.common.runs import locked, write_run
+from src.evaluation.results import write_results
+from src.experiments import pipeline as p
 from tests.test_comparison import results
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -234,7 +234,7 @@ DRIVER = """
 import sys
 sys.path.insert(0, {root!r})
 from pathlib import Path
-from src import pipeline as p
+from src.experiments import pipeline as p
 {fake_stage}
 folder = Path({folder!r})
 slow = "import time\\n" + {body!r}
@@ -652,8 +652,8 @@ def workplace(tmp_path_factory):
     """A checkout as a user stands in it, with a trained teacher and divided proteins."""
     import gzip
 
-    from src.batching import PaddingCollator
-    from src.pretraining import train_tokenizer
+    from src.proteins.batching import PaddingCollator
+    from src.training.pretraining import train_tokenizer
     from tests.test_evaluation import ordered_proteins, trained
 
     root = tmp_path_factory.mktemp("workplace")
@@ -687,7 +687,7 @@ def stage_state(root: Path, title: str) -> dict:
 
 @pytest.mark.slow
 def test_end_to_end_with_kills_in_the_middle(workplace, start):
-    from src.files import sha256_file
+    from src.common.files import sha256_file
 
     command = pipeline(workplace, "--presets", "xs", "tiny", "--", *TINY.split())
     command += ["--max_steps", "60", "--save_steps", "10", "--eval_steps", "30", "--dropout", ".1"]

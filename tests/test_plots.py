@@ -9,8 +9,8 @@ import matplotlib
 import numpy as np
 import pytest
 
-from src import plots
-from src.proteins import STANDARD_RESIDUES
+from src.proteins.layouts import STANDARD_RESIDUES
+from src.publishing import plots
 
 
 def records(shift: float = 0.0) -> list[dict]:

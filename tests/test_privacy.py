@@ -8,7 +8,7 @@ import string
 
 import pytest
 
-from src.privacy import (
+from src.common.privacy import (
     HIDDEN_PATH,
     find_secrets,
     known_secrets,

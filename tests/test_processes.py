@@ -11,13 +11,13 @@ import torch
 from small_runs import timeless
 from test_distributed import run_jobs
 
-from src import processes
-from src.callbacks import read_metrics
-from src.checkpoints import read_tensors
-from src.runs import FINISHED, read_run
-from src.settings import TrainSettings
-from src.sizing import total_steps
-from src.training import batches_of_each
+from src.common import processes
+from src.common.runs import FINISHED, read_run
+from src.common.settings import TrainSettings
+from src.models.sizes import total_steps
+from src.trainer.callbacks import read_metrics
+from src.trainer.checkpoints import read_tensors
+from src.training.stages import batches_of_each
 
 
 def statuses(lines: list[str]) -> list[str]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from src.proteins import (
+from src.proteins.layouts import (
     AMBIGUOUS_RESIDUES,
     END_OF_TEXT,
     PROTEIN_LETTERS,

@@ -11,11 +11,11 @@ import pytest
 import torch
 from small_runs import Tokens, assert_same_bits, make_trainer, timeless
 
-from src import rehearsal
-from src.batching import PackedDataset, ProteinDataset
-from src.callbacks import read_metrics
-from src.files import sha256_file
-from src.rehearsal import Rehearsal, padded_tokens, rehearse, sampled_groups
+from src.common.files import sha256_file
+from src.proteins.batching import PackedDataset, ProteinDataset
+from src.trainer.callbacks import read_metrics
+from src.training.rehearsal import Rehearsal, padded_tokens, rehearse, sampled_groups
+from src.training.stages import rehearsal
 from tests.test_train_script import tiny_run
 
 
@@ -121,7 +121,7 @@ def test_a_run_tells_its_estimate_and_ends_as_without(
     """scripts/train.py: the same weights and the same log, dropout and all."""
     runs = []
     for least in (1, 1000):
-        monkeypatch.setattr("src.training.REHEARSED_FROM", least)
+        monkeypatch.setattr("src.training.stages.REHEARSED_FROM", least)
         runs.append(tmp_path / f"run{least}")
         assert tiny_run(small_teacher_dir, proteins_dir, runs[-1], tmp_path / "cache") == 0
     assert capsys.readouterr().out.count("estimated: ") == 1

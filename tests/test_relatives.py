@@ -8,9 +8,8 @@ import sys
 import numpy as np
 import pytest
 
-from src import relatives
-from src import sequence_quality as quality
-from src.proteins import shuffled
+from src.evaluation.scoring import sequence_quality as quality
+from src.proteins.layouts import relatives, shuffled
 
 
 def mutated(residues: str, share: float, seed: int = 0) -> str:

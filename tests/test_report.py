@@ -12,10 +12,10 @@ from pathlib import Path
 
 import pytest
 
-from src import report
-from src.callbacks import read_metrics
-from src.report import build_report, command_line, short_name
-from src.results import REQUIRED
+from src.evaluation.results import REQUIRED
+from src.publishing import report
+from src.publishing.report import build_report, command_line, short_name
+from src.trainer.callbacks import read_metrics
 from tests.finished_run import finished  # noqa: F401 - a fixture
 from tests.spoiling import refusals
 from tests.test_plots import calibration
@@ -277,7 +277,7 @@ def test_results_with_anything_wrong_are_shown_or_refused(tmp_path, undrawn, of_
 
 def test_what_is_drawn_with_anything_wrong_is_drawn_or_refused(tmp_path, monkeypatch):
     """Figures are made, but not written as SVG."""
-    monkeypatch.setattr("src.plots.inline_svg", lambda figure, name, text: "<svg></svg>")
+    monkeypatch.setattr("src.publishing.plots.inline_svg", lambda figure, name, text: "<svg></svg>")
     path = tmp_path / "results.json"
     sets = {name: {"composition": {"A": 0.5}} for name in ("student", "reference")}
     drawn = {"student_ece": calibration([500, 200]), "teacher_ece": None, "generation": sets}

@@ -7,8 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from src.files import check_outputs
-from src.results import (
+from src.common.files import check_outputs
+from src.evaluation.results import (
     OPTIONAL,
     REQUIRED,
     SCHEMA_VERSION,

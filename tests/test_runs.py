@@ -11,13 +11,13 @@ from pathlib import Path
 
 import pytest
 
-from src.runs import claim_folder, locked, read_run, write_run
+from src.common.runs import claim_folder, locked, read_run, write_run
 
 ROOT = Path(__file__).resolve().parents[1]
 HOLD = (
     "import os, sys, time\n"
     "from pathlib import Path\n"
-    "from src.runs import locked\n"
+    "from src.common.runs import locked\n"
     "with locked(Path(sys.argv[1])):\n"
     "    worker = os.fork() if 'fork' in sys.argv else 1\n"
     "    if worker: print(worker, flush=True)\n"

@@ -10,11 +10,11 @@ from safetensors import safe_open
 from small_runs import assert_same_bits, make_trainer, resume
 from transformers import AutoModelForCausalLM, TrainerCallback
 
-from src.callbacks import read_metrics
-from src.checkpoints import checkpoints_of, read_tensors, restore_random_states, with_prefix
-from src.models import model_fingerprint
-from src.safeguards import SPIKE_MINIMUM, SPIKE_WINDOW, NotFinite
-from src.settings import TrainSettings
+from src.common.settings import TrainSettings
+from src.models.loading import model_fingerprint
+from src.trainer.callbacks import read_metrics
+from src.trainer.checkpoints import checkpoints_of, read_tensors, restore_random_states, with_prefix
+from src.trainer.safeguards import SPIKE_MINIMUM, SPIKE_WINDOW, NotFinite
 
 
 class Poison(TrainerCallback):

@@ -13,7 +13,7 @@ import pytest
 import torch
 from transformers import GPT2Config, GPT2LMHeadModel
 
-from src import evaluation as e
+from src.evaluation.scoring import scoring as e
 
 RESIDUES = 20
 MARKER = 20

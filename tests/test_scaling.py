@@ -12,8 +12,8 @@ from typing import Any
 import pytest
 
 from scripts import simulate_scaling as script
-from src.cli import size
-from src.scaling import (
+from src.common.cli import size
+from src.experiments.scaling import (
     EXAMPLE,
     LARGEST,
     SMALLEST,

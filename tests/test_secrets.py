@@ -172,7 +172,7 @@ def test_the_search_finds_what_it_looks_for(tmp_path):
 
 
 def test_relative_paths(tmp_path, monkeypatch):
-    from src.runs import relative_paths
+    from src.common.runs import relative_paths
 
     home = tmp_path / "home" / "u"
     (home / "project").mkdir(parents=True)

@@ -12,11 +12,12 @@ from pathlib import Path
 import pytest
 import torch
 
-from src import evaluation, models
-from src.checkpoints import MANIFEST, NEEDED_FILES, fault_of, newest_valid, write_manifest
-from src.models import load_causal_lm, load_tokenizer, shape_of
-from src.planning import teacher_shape
-from src.proteins import END_OF_TEXT
+from src.evaluation.scoring import scoring as evaluation
+from src.models.loading import load_causal_lm, load_tokenizer, shape_of
+from src.models.loading import loading as models
+from src.proteins.layouts import END_OF_TEXT
+from src.trainer.checkpoints import MANIFEST, NEEDED_FILES, fault_of, newest_valid, write_manifest
+from src.training.planning import teacher_shape
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -333,7 +334,7 @@ def test_a_checkpoint_cannot_name_files_outside(tmp_path):
 
 
 def test_a_split_cannot_name_files_outside(tmp_path):
-    from src.splits import SPLIT_FILE, check_split
+    from src.proteins.splits import SPLIT_FILE, check_split
 
     for part in ("../a", "/etc/passwd", "a/../../b"):
         entry = {"proteins": 1, "residues": 1, "clusters": 1, "hash": ""}
@@ -357,7 +358,7 @@ FORBIDDEN = {
 }
 
 
-ALLOWED = {"src/pipeline.py": ["a shell"]}
+ALLOWED = {"src/experiments/pipeline.py": ["a shell"]}
 """The command that the user gives to be run when a pipeline ends: typed, never read from data."""
 
 

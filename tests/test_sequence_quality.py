@@ -7,10 +7,10 @@ import json
 import numpy as np
 import pytest
 
-from src import metrics
-from src import sequence_quality as quality
-from src.proteins import shuffled
-from src.results import figure
+from src.evaluation.results import figure
+from src.evaluation.scoring import metrics
+from src.evaluation.scoring import sequence_quality as quality
+from src.proteins.layouts import shuffled
 from tests.test_relatives import mutated
 
 PLAIN = quality.DescriptionSettings(bootstrap=0)

@@ -1,4 +1,4 @@
-"""src/sharding.py: a teacher spread over two processes computes what it computes whole."""
+"""src/models/sharding.py: a teacher spread over two processes computes what it computes whole."""
 
 from __future__ import annotations
 
@@ -8,9 +8,9 @@ from small_runs import timeless
 from test_distributed import run_jobs
 from test_processes import files, statuses
 
-from src import sharding
-from src.callbacks import read_metrics
-from src.runs import read_run
+from src.common.runs import read_run
+from src.models.loading import sharding
+from src.trainer.callbacks import read_metrics
 
 
 def test_hidden_states_are_the_same_bits_and_half_the_blocks_are_held(tmp_path):

@@ -14,9 +14,9 @@ import pytest
 from small_runs import assert_same_bits, make_trainer, resume
 from transformers import TrainerCallback
 
-from src import interruption
-from src.checkpoints import checkpoints_of, fault_of, newest_valid
-from src.interruption import stops_on_signals
+from src.trainer import interruption
+from src.trainer.checkpoints import checkpoints_of, fault_of, newest_valid
+from src.trainer.interruption import stops_on_signals
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -121,7 +121,7 @@ def test_other_threads_train_without_handlers():
 def test_a_second_signal_ends_at_once(number):
     code = (
         "import time\n"
-        "from src.interruption import deferred, stops_on_signals\n"
+        "from src.trainer.interruption import deferred, stops_on_signals\n"
         "@stops_on_signals\n"
         "def work():\n"
         "    with deferred():\n"

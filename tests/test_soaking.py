@@ -1,4 +1,4 @@
-"""src/soaking.py: a leak is seen, noise is not; and a short soak by tools/soak.py."""
+"""tests/stress/soaking.py: a leak is seen, noise is not; and a short soak by tools/soak.py."""
 
 from __future__ import annotations
 
@@ -17,10 +17,10 @@ from pathlib import Path
 
 import pytest
 
-from src import soaking
-from src.models import load_causal_lm, load_tokenizer
-from src.settings import BUNDLED_TEACHER
+from src.common.settings import BUNDLED_TEACHER
+from src.models.loading import load_causal_lm, load_tokenizer
 from tests.spoiling import refusals
+from tests.stress import soaking
 from tools import soak as tool
 
 ROOT = Path(__file__).resolve().parents[1]

@@ -12,10 +12,9 @@ from pathlib import Path
 
 import pytest
 
-from src import splits
-from src.data import read_proteins
-from src.fasta import FastaRecord, fasta_text
-from src.splits import (
+from src.proteins.fasta import FastaRecord, fasta_text
+from src.proteins.layouts import splits
+from src.proteins.splits import (
     SplitSettings,
     check_split,
     find_mmseqs,
@@ -31,6 +30,7 @@ from src.splits import (
     write_packed,
     write_split,
 )
+from src.proteins.tokens import read_proteins
 
 LETTERS = "ACDEFGHIKLMNPQRSTVWY"
 needs_mmseqs = pytest.mark.skipif(shutil.which("mmseqs") is None, reason="MMseqs2 is not on PATH")

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from scipy import stats
 
-from src.statistics import (
+from src.evaluation.statistics import (
     Estimate,
     cluster_bootstrap,
     cluster_codes,
@@ -90,7 +90,7 @@ def test_chunks_and_wide_arrays_do_not_change_the_draws(monkeypatch):
         return {"peak": sums["wide"].max(-1), "sum": sums["wide"].sum(-1)}
 
     whole = cluster_bootstrap(statistic, {"wide": wide}, np.arange(40), n=200)
-    monkeypatch.setattr("src.statistics.CHUNK_CELLS", 40 * 33)
+    monkeypatch.setattr("src.evaluation.statistics.CHUNK_CELLS", 40 * 33)
     pieces = cluster_bootstrap(statistic, {"wide": wide}, np.arange(40), n=200)
     for name in whole:
         assert pieces[name].low == pytest.approx(whole[name].low)

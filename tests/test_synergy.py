@@ -11,9 +11,9 @@ import pyarrow.parquet as pq
 import pytest
 
 from scripts import analyse_ablation as script
-from src.grids import ARMS
-from src.statistics import Estimate
-from src.synergy import (
+from src.evaluation.statistics import Estimate
+from src.experiments.grids import ARMS
+from src.experiments.synergy import (
     DESIGNS,
     EXPLANATIONS,
     HOLDS,

@@ -12,14 +12,14 @@ import numpy as np
 import pytest
 import torch
 
-from src import teacher_cache as tc
-from src.batching import PackedDataset, PackingCollator, PaddingCollator, ProteinDataset
-from src.cli import one_line
+from src.common.cli import one_line
+from src.common.runs import locked
 from src.distillation import DistillationTrainer
-from src.losses import entropy
-from src.models import final_hidden_states, keep_head_alone, model_fingerprint
-from src.runs import locked
-from src.teacher_cache import CachedCollator, TeacherCache, capture
+from src.loss.reference import entropy
+from src.models.loading import final_hidden_states, keep_head_alone, model_fingerprint
+from src.models.loading import teacher_cache as tc
+from src.models.teacher_cache import CachedCollator, TeacherCache, capture
+from src.proteins.batching import PackedDataset, PackingCollator, PaddingCollator, ProteinDataset
 from tests.test_distillation import BOTH, Tokens, arguments
 
 
@@ -82,8 +82,8 @@ def test_batches_of_the_same_shape_give_the_same_bits(teacher, tmp_path):
 
 
 def build_student(teacher):
-    from src.models import build_student, student_config
-    from src.settings import StudentSettings
+    from src.common.settings import StudentSettings
+    from src.models.loading import build_student, student_config
 
     return build_student(student_config(StudentSettings(1, 2, 16), teacher.config), seed=0)
 

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from src.tracking import flat, require_tracker
+from src.training.tracking import flat, require_tracker
 from tests.test_train_script import tiny_run
 
 

@@ -13,7 +13,13 @@ from pathlib import Path
 import pytest
 
 from scripts import train as script
-from src.settings import PRESETS, LossSettings, StudentSettings, TrainSettings, default_run_name
+from src.common.settings import (
+    PRESETS,
+    LossSettings,
+    StudentSettings,
+    TrainSettings,
+    default_run_name,
+)
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -258,7 +264,7 @@ def test_a_disk_that_is_full_at_the_start_is_named(
     def full(*_):
         raise OSError(errno.ENOSPC, "No space left on device")
 
-    monkeypatch.setattr("src.training.locked", full)
+    monkeypatch.setattr("src.training.stages.locked", full)
     run = tmp_path / "run"
     assert tiny_run(small_teacher_dir, proteins_dir, run, tmp_path / "cache") == 2
     assert f"{run}: no space left on the disk; make space" in capsys.readouterr().err
@@ -288,7 +294,7 @@ def interrupt_at_fifth_step(monkeypatch) -> None:
 def test_a_killed_run_goes_on_to_the_same_weights(
     finished, tmp_path, small_teacher_dir, proteins_dir, capsys, monkeypatch
 ):
-    from src.files import sha256_file
+    from src.common.files import sha256_file
 
     cut = tmp_path / "run"
     with monkeypatch.context() as patched:
@@ -333,7 +339,7 @@ def test_a_run_does_not_go_on_with_another_teacher_or_other_proteins(
 def test_a_run_that_another_process_finished_meanwhile_is_not_begun_anew(
     finished, tmp_path, small_teacher_dir, proteins_dir, capsys, monkeypatch
 ):
-    from src import training
+    from src.training.stages import stages as training
 
     run = tmp_path / "run"
     where = (small_teacher_dir, proteins_dir, run, finished / "cache")
@@ -404,7 +410,7 @@ def test_settings_from_elsewhere_are_bounded_as_flags_are(field, value):
 def test_a_student_beyond_the_machines_memory_is_not_built(monkeypatch):
     from types import SimpleNamespace
 
-    from src import models
+    from src.models.loading import loading as models
 
     teacher = SimpleNamespace(vocab_size=512, n_positions=512, bos_token_id=0, eos_token_id=0)
     config = models.student_config(StudentSettings(1, 2, 16), teacher)
@@ -426,8 +432,8 @@ def test_parameter_formula_equals_the_models():
     import torch
     from transformers import GPT2LMHeadModel
 
-    from src.models import count_parameters, student_config
-    from src.sizing import gpt2_parameters
+    from src.models.loading import count_parameters, student_config
+    from src.models.sizes import gpt2_parameters
 
     teacher = SimpleNamespace(vocab_size=777, n_positions=99, bos_token_id=0, eos_token_id=0)
     for preset in PRESETS.values():

@@ -22,10 +22,10 @@ import torch
 from small_runs import Tokens, make_trainer, resume
 from transformers import GPT2Config, GPT2LMHeadModel, TrainerCallback
 
-from src.cli import USER_ERROR
-from src.crash_testing import make_inputs
-from src.interruption import stops_on_signals
-from src.safeguards import NotFinite
+from src.common.cli import USER_ERROR
+from src.trainer.interruption import stops_on_signals
+from src.trainer.safeguards import NotFinite
+from tests.stress.crash_testing import make_inputs
 
 
 def tiny_lm(n_layer: int = 2, n_embd: int = 16, seed: int = 0, **config):
@@ -114,15 +114,15 @@ def script(folder, processes, name, typed, point=None):
 
 def shared_out(teacher):
     """Return a teacher of which this process holds its share."""
-    from src.sharding import load_sharded
+    from src.models.sharding import load_sharded
 
     return load_sharded(lambda: (teacher, None), torch.device("cpu"))[0]
 
 
 def capture_shards(folder, processes, sharded=False):
     """Capture a teacher's hidden states in many shards; the ranks tell how many each ran."""
-    from src import processes as p
-    from src import teacher_cache
+    from src.common import processes as p
+    from src.models.loading import teacher_cache
 
     tokens: Any = Tokens(40)
     tokens.fingerprint = "tokens"
@@ -154,9 +154,8 @@ def held_bytes(model) -> int:
 
 def run_sharded(folder, processes):
     """Compare a sharded teacher with the same one whole: hidden states, bytes held, prints."""
-    from src import processes as p
-    from src import sharding
-    from src.models import count_parameters, final_hidden_states
+    from src.common import processes as p
+    from src.models.loading import count_parameters, final_hidden_states, sharding
 
     p.join("cpu")
     whole, teacher = (tiny_lm(n_layer=6, seed=3) for _ in range(2))

@@ -18,7 +18,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from src.cli import HelpFormatter, natural, positive_int, run_script, say
+from src.common.cli import HelpFormatter, natural, positive_int, run_script, say
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -62,10 +62,10 @@ def run(args: argparse.Namespace) -> dict:
     import numpy as np
     import torch
 
-    from src.data import read_proteins
-    from src.files import write_json
-    from src.pretraining import PretrainSettings, pretrain, train_tokenizer
-    from src.proteins import END_OF_TEXT, layout
+    from src.common.files import write_json
+    from src.proteins.layouts import END_OF_TEXT, layout
+    from src.proteins.tokens import read_proteins
+    from src.training.pretraining import PretrainSettings, pretrain, train_tokenizer
 
     if args.threads:
         torch.set_num_threads(args.threads)

@@ -1,7 +1,7 @@
 #!/usr/bin/env python3
 """Kill runs of the scripts with SIGKILL, resume them, compare with undisturbed runs, bit by bit.
 
-A run is killed at random moments and at named points of its saves (``src/crash_points.py``), some
+A run is killed at random moments and at named points of its saves (``src/common/crash_points.py``), some
 times over, resumed with --resume each time, and at last left to finish. Then every file that a
 run leaves, apart from times, must equal that of an undisturbed run. With --stops, runs are also
 asked to stop by SIGTERM and SIGINT, and have to leave with 143 or 130 within 30 seconds. The last
@@ -27,13 +27,13 @@ sys.path.insert(0, str(ROOT))
 # Before PyTorch is imported. One thread: forked processes are whole, and sums have one order.
 os.environ.update(OMP_NUM_THREADS="1", TOKENIZERS_PARALLELISM="false", HF_HUB_OFFLINE="1")
 
-from src.cli import HelpFormatter, natural, positive_int, run_script, say
+from src.common.cli import HelpFormatter, natural, positive_int, run_script, say
 
 
 def run(args: argparse.Namespace) -> dict[str, Any]:
     """Kill, resume, compare, and record. Exits with 1 where anything differs."""
-    from src.crash_testing import Failed, session
-    from src.files import check_outputs, write_json
+    from src.common.files import check_outputs, write_json
+    from tests.stress.crash_testing import Failed, session
 
     check_outputs(args.record, overwrite=True)
     read_sessions(args.record)
@@ -64,8 +64,8 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
 
 def read_sessions(path: Path | None) -> list[dict[str, Any]]:
     """Return the sessions of a record. Raises ``ValueError`` where a file is there and is none."""
-    from src.files import read_json
-    from src.results import check_figures
+    from src.common.files import read_json
+    from src.evaluation.results import check_figures
 
     if path is None or not path.exists():
         return []

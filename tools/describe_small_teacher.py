@@ -18,7 +18,7 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from src.cli import HelpFormatter, folder, run_script, say
+from src.common.cli import HelpFormatter, folder, run_script, say
 
 PARTS = ("test", "test_in_family")
 
@@ -35,13 +35,13 @@ def build_parser() -> argparse.ArgumentParser:
 
 def run(args: argparse.Namespace) -> dict:
     """Evaluate and write ``evaluation.json`` and ``README.md`` into the model's directory."""
-    from src.cli import quiet_libraries
-    from src.data import has_split, read_proteins, tokenise
-    from src.evaluation import FLOOR_PROTEINS, EvaluationSettings, clusters_of, evaluate
-    from src.files import read_json, write_json, write_text
-    from src.models import load_causal_lm, load_tokenizer, max_positions, model_fingerprint
-    from src.pretraining import teacher_card
-    from src.runs import provenance
+    from src.common.cli import quiet_libraries
+    from src.common.files import read_json, write_json, write_text
+    from src.common.runs import provenance
+    from src.evaluation.scoring import FLOOR_PROTEINS, EvaluationSettings, clusters_of, evaluate
+    from src.models.loading import load_causal_lm, load_tokenizer, max_positions, model_fingerprint
+    from src.proteins.tokens import has_split, read_proteins, tokenise
+    from src.training.pretraining import teacher_card
 
     quiet_libraries()
     training = read_json(args.model / "training.json")

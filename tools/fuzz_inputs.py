@@ -17,7 +17,7 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from src.cli import HelpFormatter, duration, natural, positive_int, progress, run_script, say
+from src.common.cli import HelpFormatter, duration, natural, positive_int, progress, run_script, say
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -40,9 +40,9 @@ def run(args: argparse.Namespace) -> dict:
         raise ValueError("--case needs --format: cases are numbered within a format")
     import torch
 
-    from src import fuzzing
-    from src.cli import quiet_libraries
-    from src.files import check_outputs
+    from src.common.cli import quiet_libraries
+    from src.common.files import check_outputs
+    from tests.stress import fuzzing
 
     check_outputs(args.output, overwrite=args.overwrite)
 
@@ -86,8 +86,8 @@ def run(args: argparse.Namespace) -> dict:
 
 def write_record(path: Path, record: dict[str, Any]) -> None:
     """Write the counts with what made them."""
-    from src.files import write_json
-    from src.runs import provenance
+    from src.common.files import write_json
+    from src.common.runs import provenance
 
     write_json(path, {**record, "run": provenance()})
 

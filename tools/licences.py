@@ -17,7 +17,7 @@ from typing import Any, NamedTuple
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
-from src.cli import HelpFormatter, run_script, say
+from src.common.cli import HelpFormatter, run_script, say
 
 SECTION = "licences"
 COPYLEFT = ("GPL", "AGPL", "EUPL", "CECILL", "OSL", "SSPL")
@@ -41,7 +41,7 @@ def build_parser() -> argparse.ArgumentParser:
 
 def run(args: argparse.Namespace) -> list[Package]:
     """Print the table, and write it where asked for. Returns the packages."""
-    from src.files import replace_section
+    from src.common.files import replace_section
 
     found = packages()
     text = table(found)

@@ -23,7 +23,15 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
-from src.cli import HelpFormatter, natural, positive_float, positive_int, run_script, say, size
+from src.common.cli import (
+    HelpFormatter,
+    natural,
+    positive_float,
+    positive_int,
+    run_script,
+    say,
+    size,
+)
 
 BLOCK = 2000
 
@@ -45,7 +53,7 @@ def write_made_up_fasta(path: Path, target_bytes: int, seed: int) -> int:
     """Write made-up proteins until the file has about that many bytes; return their number."""
     import numpy as np
 
-    from src.fasta import FastaRecord, fasta_text
+    from src.proteins.fasta import FastaRecord, fasta_text
 
     rng = np.random.default_rng(seed)
     letters = np.frombuffer(b"ACDEFGHIKLMNPQRSTVWY", dtype=np.uint8)
@@ -68,7 +76,7 @@ def tokenise_alone(args: argparse.Namespace) -> dict:
     """Tokenise ``args.child`` in this process and return what that took. Linux only."""
     from transformers import PreTrainedTokenizerFast
 
-    from src.data import tokenise
+    from src.proteins.tokens import tokenise
 
     tokenizer = PreTrainedTokenizerFast.from_pretrained(args.tokenizer)
     before = peak_memory()

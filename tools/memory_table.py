@@ -25,8 +25,8 @@ from typing import Any
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
-from src.cli import HelpFormatter, positive_int, run_script, say, size
-from src.settings import PRECISIONS, PRESETS
+from src.common.cli import HelpFormatter, positive_int, run_script, say, size
+from src.common.settings import PRECISIONS, PRESETS
 
 DOCUMENT = ROOT / "docs" / "TROUBLESHOOTING.md"
 SCHEMA_VERSION = 1
@@ -36,7 +36,7 @@ CELL = {
     **{name: "above 0" for name in ("batch_size", "tokens", "peak_bytes", "planned_bytes")},
     "base_bytes": "at least 0",
 }
-"""Kinds of a record's figures and of each cell's, as in ``src.results``."""
+"""Kinds of a record's figures and of each cell's, as in ``src.evaluation.results``."""
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -70,7 +70,7 @@ def build_parser() -> argparse.ArgumentParser:
 
 def child(args: argparse.Namespace) -> dict:
     """Measure one cell in this process, and print it."""
-    from src.memory import Cell, measure
+    from tools.benchmark.memory import Cell, measure
 
     oom = Path("/proc/self/oom_score_adj")
     if oom.exists():
@@ -84,9 +84,9 @@ def run(args: argparse.Namespace) -> dict:
     """Measure what is missing and write the record, or write the table. Returns the record."""
     if args.child:
         return child(args)
-    from src.files import replace_section, write_json
-    from src.memory import Cell, comparison_line, planned, table
-    from src.runs import provenance
+    from src.common.files import replace_section, write_json
+    from src.common.runs import provenance
+    from tools.benchmark.memory import Cell, comparison_line, planned, table
 
     record: dict[str, Any] = {"cells": []}
     if args.output.exists():
@@ -117,8 +117,8 @@ def run(args: argparse.Namespace) -> dict:
 
 def read_record(path: Path) -> dict[str, Any]:
     """Read what was measured before. Raises ``ValueError`` where it is no record of this tool."""
-    from src.files import read_json
-    from src.results import check_figures
+    from src.common.files import read_json
+    from src.evaluation.results import check_figures
 
     record, way_out = read_json(path), "choose another --output"
     check_figures(record, {"cells": "objects"}, path, needed=True, way_out=way_out)

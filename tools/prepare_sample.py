@@ -17,7 +17,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from scripts import split_data
-from src.cli import HelpFormatter, run_script, say
+from src.common.cli import HelpFormatter, run_script, say
 
 SETTINGS = {
     "seed": 0,
@@ -40,7 +40,7 @@ def build_parser() -> argparse.ArgumentParser:
 
 def run(args: argparse.Namespace) -> dict:
     """Make or check the sample. Returns its record."""
-    from src.splits import check_split, record_lines
+    from src.proteins.splits import check_split, record_lines
 
     if args.check:
         record = check_split(args.check)

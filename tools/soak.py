@@ -25,8 +25,8 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 os.environ.update(TOKENIZERS_PARALLELISM="false", HF_HUB_OFFLINE="1")
 
-from src.cli import HelpFormatter, positive_float, run_script, say
-from src.settings import BUNDLED_DATA, BUNDLED_TEACHER
+from src.common.cli import HelpFormatter, positive_float, run_script, say
+from src.common.settings import BUNDLED_DATA, BUNDLED_TEACHER
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -45,8 +45,8 @@ def build_parser() -> argparse.ArgumentParser:
 
 def run(args: argparse.Namespace) -> dict[str, Any]:
     """Soak, and write record, samples and figure. Exits with 1 where something is wrong."""
-    from src import soaking
-    from src.files import check_outputs
+    from src.common.files import check_outputs
+    from tests.stress import soaking
 
     if args.draw:
         soaking.draw(args.record)
@@ -54,7 +54,7 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
         return {}
     outputs = [args.record.with_suffix(ending) for ending in (".json", ".jsonl", ".png")]
     check_outputs(*outputs, overwrite=args.overwrite)
-    from src.runs import provenance
+    from src.common.runs import provenance
 
     for path in outputs:
         path.unlink(missing_ok=True)

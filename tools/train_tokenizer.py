@@ -13,7 +13,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from src.cli import HelpFormatter, positive_int, run_script, say
+from src.common.cli import HelpFormatter, positive_int, run_script, say
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -32,13 +32,15 @@ def run(args: argparse.Namespace) -> dict:
     """Train and write the tokenizer. Returns its size and the proteins read."""
     from itertools import islice
 
-    from src.pretraining import train_tokenizer
-    from src.sources import has_split, read_proteins
-    from src.splits import require_free
+    from src.proteins.sources import has_split, read_proteins
+    from src.proteins.splits import require_free
+    from src.training.pretraining import train_tokenizer
 
     require_free(args.output)
     split = "train" if has_split(args.data, "train") else None
-    proteins = [p.residues for p in islice(read_proteins(args.data, split=split), args.max_proteins)]
+    proteins = [
+        p.residues for p in islice(read_proteins(args.data, split=split), args.max_proteins)
+    ]
     tokenizer = train_tokenizer(proteins, args.vocab_size, args.max_length)
     tokenizer.save_pretrained(args.output)
     say(f"{len(tokenizer):,} tokens from {len(proteins):,} proteins, written to {args.output}")

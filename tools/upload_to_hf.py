@@ -19,7 +19,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from src.cli import HelpFormatter, run_script, say, size
+from src.common.cli import HelpFormatter, run_script, say, size
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -42,7 +42,7 @@ def build_parser() -> argparse.ArgumentParser:
 
 def run(args: argparse.Namespace) -> dict:
     """Check, send and verify. Returns the revision and the files' hashes."""
-    from src import hub
+    from src.publishing import hub
 
     hub.check_repo_id(args.repo_id)
     package = hub.pack(args.model_dir, args.repo_id, args.results, args.license)

@@ -18,8 +18,8 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
-from src.cli import HelpFormatter, run_script, say
-from src.files import write_text
+from src.common.cli import HelpFormatter, run_script, say
+from src.common.files import write_text
 
 FOLDERS = ("scripts", "tools")
 HEAD = """# Command line

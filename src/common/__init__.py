@@ -1,0 +1,1 @@
+"""What every wing stands on: settings, command lines, files, processes, records."""

@@ -1,0 +1,314 @@
+"""Writes files so that a reader never meets half of one, and reads and hashes them."""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import glob
+import hashlib
+import json
+import os
+import re
+import shutil
+import tempfile
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import IO, Any
+
+from src.common.crash_points import crash_point
+
+UNFINISHED_SUFFIX = ".unfinished"
+"""Of the name of a file or directory that is not yet whole."""
+UNFINISHED_NAME = re.compile(r"(checkpoint-\d+(\.\w+)?|model)" + re.escape(UNFINISHED_SUFFIX))
+TEMPORARY_NAME = re.compile(r"\..+\.[a-z0-9_]{8}" + re.escape(UNFINISHED_SUFFIX))
+FULL = (errno.ENOSPC, errno.EDQUOT)
+MAX_JSON_BYTES = 1 << 25
+MAX_JSON_DEPTH = 100
+"""Deeper than any file of ours, and far from where Python's own recursion ends."""
+
+
+@contextlib.contextmanager
+def atomic_write(path: str | Path, mode: str = "w") -> Iterator[IO]:
+    """Open a temporary file beside ``path``; at the end sync it and give it that name.
+
+    Args:
+        path: where the file shall stand; missing folders are made.
+        mode: ``w`` or ``wb``.
+
+    Yields:
+        The open temporary file. If the body raises, ``path`` stays as it was.
+    """
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    descriptor, name = tempfile.mkstemp(
+        prefix=f".{path.name}.", suffix=UNFINISHED_SUFFIX, dir=path.parent
+    )
+    try:
+        encoding = None if "b" in mode else "utf-8"
+        with os.fdopen(descriptor, mode, encoding=encoding) as handle:
+            yield handle
+            handle.flush()
+            os.fsync(handle.fileno())
+        # mkstemp makes private files; results are meant to be shared like any other file.
+        os.chmod(name, 0o666 & ~_umask())
+        crash_point(f"write:{path.name}")
+        os.replace(name, path)
+        sync_folder(path.parent)
+    except BaseException:
+        with contextlib.suppress(FileNotFoundError):
+            os.unlink(name)
+        raise
+
+
+def is_temporary(name: str) -> bool:
+    """Return whether :func:`atomic_write` gives such a name to a file that is not yet whole."""
+    return TEMPORARY_NAME.fullmatch(name) is not None
+
+
+def remove_unfinished(folder: Path) -> list[str]:
+    """Remove what a killed process left half-written in a directory, and return its names.
+
+    Only names that this program gives to files and directories before they are whole are touched.
+    """
+    removed = []
+    for path in sorted(folder.iterdir()):
+        if UNFINISHED_NAME.fullmatch(path.name) and path.is_dir():
+            remove_folder(path)
+        elif is_temporary(path.name) and not path.is_dir():
+            path.unlink(missing_ok=True)
+        else:
+            continue
+        removed.append(path.name)
+    return removed
+
+
+def remove_folder(path: Path) -> None:
+    """Remove a directory with all that is in it; of a link to one, the link alone."""
+    if path.is_symlink():
+        path.unlink()
+    else:
+        shutil.rmtree(path)
+
+
+def remove_temporaries_of(path: Path) -> None:
+    """Remove what killed processes left of a file that they were writing atomically.
+
+    For a file that no other process may be writing now.
+    """
+    for left in path.parent.glob(f".{glob.escape(path.name)}.*{UNFINISHED_SUFFIX}"):
+        if is_temporary(left.name):
+            left.unlink(missing_ok=True)
+
+
+@contextlib.contextmanager
+def names_full_disk(folder: str | Path, way_out: str) -> Iterator[None]:
+    """Turn the many errors of a full disk into a ``ValueError`` of one line.
+
+    Args:
+        folder: what was written to.
+        way_out: what the user can do.
+    """
+    from safetensors import SafetensorError
+
+    try:
+        yield
+    except (OSError, SafetensorError) as error:
+        # safetensors reports the system's error in its text alone.
+        code = getattr(error, "errno", None)
+        if code in FULL or any(f"os error {number})" in str(error) for number in FULL):
+            raise ValueError(f"{folder}: no space left on the disk; {way_out}") from error
+        raise
+
+
+def _umask() -> int:
+    current = os.umask(0)
+    os.umask(current)
+    return current
+
+
+def sync_folder(folder: str | Path) -> None:
+    """Flush a folder's entries to disk, so that a rename in it survives a power cut."""
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def write_text(path: str | Path, text: str) -> None:
+    """Write text atomically."""
+    with atomic_write(path) as handle:
+        handle.write(text)
+
+
+def check_outputs(
+    *paths: str | Path | None, overwrite: bool, inputs: Iterable[str | Path | None] = ()
+) -> None:
+    """Check, before the work whose outcome they hold, that files can be written.
+
+    Args:
+        paths: the files; None where one is not asked for.
+        overwrite: whether files that are there may be replaced.
+        inputs: files that the work reads, which are never replaced; None likewise.
+
+    Raises:
+        ValueError: one is there and ``overwrite`` is not set, one cannot be written where it is,
+            two are the same file, or one is an input.
+    """
+    taken = set()
+    read = {Path(path).resolve() for path in inputs if path is not None}
+    for path in (Path(path) for path in paths if path is not None):
+        if path.is_dir():
+            raise ValueError(f"{path} is a directory: name a file, for example {path / 'name'}")
+        if path.resolve() in read:
+            raise ValueError(f"{path} is an input: name another file for what is written")
+        if path.exists() and not overwrite:
+            raise ValueError(f"{path} exists: pass --overwrite to replace it, or name another file")
+        folder = next(parent for parent in path.absolute().parents if parent.exists())
+        if not folder.is_dir():
+            raise ValueError(f"{path} cannot be written: {folder} is a file, not a directory")
+        try:
+            with tempfile.TemporaryFile(dir=folder):
+                pass
+        except OSError as error:
+            raise ValueError(f"{path} cannot be written in {folder}: {error.strerror}") from None
+        if path.resolve() in taken:
+            raise ValueError(f"{path} is named for two outputs: give each a file of its own")
+        taken.add(path.resolve())
+
+
+def write_json(path: str | Path, value: Any) -> None:
+    """Write JSON atomically: indented, strict (a NaN or infinity raises ``ValueError``)."""
+    write_text(path, json.dumps(value, indent=2, allow_nan=False) + "\n")
+
+
+def read_json(path: str | Path, max_bytes: int = MAX_JSON_BYTES) -> Any:
+    """Read JSON.
+
+    Args:
+        path: the file.
+        max_bytes: the largest file that is read: parsed values take about forty times the bytes.
+
+    Returns:
+        What the file holds. An integer has at most 4,300 digits; a key stands in an object once.
+
+    Raises:
+        ValueError: names the file, and the line where it is broken.
+    """
+    try:
+        text = _read_bounded(path, max_bytes).decode("utf-8")
+    except (OSError, ValueError) as error:
+        raise ValueError(f"{path}: cannot be read ({_reason(error)})") from None
+    try:
+        value = json.loads(text, object_pairs_hook=_object)
+    except json.JSONDecodeError as error:
+        raise ValueError(f"{path}: line {error.lineno}: not valid JSON") from None
+    except RecursionError:
+        raise ValueError(f"{path}: not valid JSON (nested too deeply)") from None
+    except ValueError as error:
+        raise ValueError(f"{path}: not valid JSON ({error})") from None
+    if is_nested_beyond(value, MAX_JSON_DEPTH):
+        raise ValueError(f"{path}: is nested more than {MAX_JSON_DEPTH} deep: no file of ours is")
+    return value
+
+
+def read_json_lines(path: str | Path, max_bytes: int = MAX_JSON_BYTES) -> list[dict[str, Any]]:
+    """Read a file of JSON objects, one a line, leaving out a half-written last line.
+
+    Args:
+        path: the file.
+        max_bytes: the largest file that is read.
+
+    Raises:
+        ValueError: it cannot be read or is too large, or a line before the last is no object.
+    """
+    try:
+        raw = _read_bounded(path, max_bytes)
+    except (OSError, ValueError) as error:
+        raise ValueError(f"{path}: cannot be read ({_reason(error)})") from None
+    records, lines = [], raw.splitlines()
+    for number, line in enumerate(lines, start=1):
+        try:
+            value = json.loads(line.decode("utf-8"))
+        except (ValueError, RecursionError):
+            value = None
+        if isinstance(value, dict) and not is_nested_beyond(value, MAX_JSON_DEPTH):
+            records.append(value)
+        elif number < len(lines):
+            raise ValueError(f"{path}: line {number}: not a JSON object: move the file away")
+    return records
+
+
+def _read_bounded(path: str | Path, max_bytes: int) -> bytes:
+    if Path(path).exists() and not Path(path).is_file():
+        raise ValueError("is no file")  # a pipe or a device may have no end
+    with open(path, "rb") as handle:
+        raw = handle.read(max_bytes + 1)
+    if len(raw) > max_bytes:
+        raise ValueError(f"over {max_bytes:,} bytes: is this the right file?")
+    return raw
+
+
+def _reason(error: OSError | ValueError) -> str:
+    if isinstance(error, UnicodeDecodeError):
+        return "not UTF-8 text"
+    return error.strerror or str(error) if isinstance(error, OSError) else str(error)
+
+
+def is_nested_beyond(value: Any, depth: int) -> bool:
+    """Return whether lists and objects stand in one another more than ``depth`` times."""
+    level = [value] if isinstance(value, dict | list) else []
+    for _ in range(depth):
+        level = [
+            child
+            for item in level
+            for child in (item.values() if isinstance(item, dict) else item)
+            if isinstance(child, dict | list)
+        ]
+    return bool(level)
+
+
+def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """Return a JSON object; of two values under one key, neither is known to be meant."""
+    found = dict(pairs)
+    if len(found) != len(pairs):
+        raise ValueError("a key stands in an object twice")
+    return found
+
+
+def is_plain_name(name: Any) -> bool:
+    """Return whether a name read from a file names something inside the folder it is used in."""
+    return (
+        isinstance(name, str)
+        and name not in ("", ".", "..")
+        and len(name) <= 200
+        and not {"/", "\\", "\0"} & set(name)
+        and name.isprintable()
+    )
+
+
+def sha256_file(path: str | Path) -> str:
+    """Return the SHA-256 of a file's bytes, in hexadecimal, read in pieces."""
+    digest = hashlib.sha256()
+    with open(path, "rb") as handle:
+        while piece := handle.read(1 << 20):
+            digest.update(piece)
+    return digest.hexdigest()
+
+
+def replace_section(path: str | Path, name: str, text: str) -> None:
+    """Replace what stands between ``<!-- name -->`` and ``<!-- /name -->`` in a document.
+
+    Raises:
+        ValueError: the document cannot be read, or does not hold both marks once, in order.
+    """
+    start, end = f"<!-- {name} -->", f"<!-- /{name} -->"
+    try:
+        whole = Path(path).read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError):
+        raise ValueError(f"{path}: cannot be read") from None
+    before, first, rest = whole.partition(start)
+    _, last, after = rest.partition(end)
+    if not first or not last or start in rest or end in after:
+        raise ValueError(f"{path}: needs the marks {start} and {end}, each once and in this order")
+    write_text(path, f"{before}{start}\n{text.strip()}\n{end}{after}")

@@ -1,0 +1,140 @@
+"""Several processes that run one script together, as ``torchrun`` and ``accelerate launch`` start.
+
+The launcher tells each process its rank and their number in the environment. The first, rank 0,
+does what is done once for all: it claims and locks directories, writes records, speaks. What it
+decides, or that it failed, the others are told over a group of their own, whose patience outlasts
+the capture of a teacher cache; the groups of the training keep their short one.
+"""
+
+from __future__ import annotations
+
+import atexit
+import os
+import time
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, ExitStack, contextmanager, redirect_stderr
+from datetime import timedelta
+from typing import Any, TypeVar
+
+from src.common.cli import USER_ERROR
+
+T = TypeVar("T")
+PATIENCE = timedelta(days=14)
+POLL_SECONDS = 0.2
+_group: Any = None
+
+
+def rank() -> int:
+    """Return the number of this process, from 0."""
+    return int(os.environ.get("RANK", 0)) if count() > 1 else 0
+
+
+def count() -> int:
+    """Return how many processes run together."""
+    return int(os.environ.get("WORLD_SIZE", 1))
+
+
+def is_first() -> bool:
+    """Return whether this process does what is done once."""
+    return rank() == 0
+
+
+def join(device_name: str = "auto") -> None:
+    """Meet the other processes, and take this one's GPU; alone, do nothing.
+
+    Args:
+        device_name: as for :func:`src.common.devices.choose_device`.
+    """
+    global _group
+    if count() == 1 or _group is not None:
+        return
+    from accelerate import PartialState
+    from torch import distributed
+
+    from src.common.devices import choose_device
+
+    PartialState(cpu=choose_device(device_name).type == "cpu")
+    _group = distributed.new_group(backend="gloo", timeout=PATIENCE)
+    atexit.register(distributed.destroy_process_group)
+
+
+def agreed(function: Callable[[], T]) -> T:
+    """Call a function in the first process and return its result in all.
+
+    Raises:
+        SystemExit: in the others, where it raised in the first.
+    """
+    return _told(0, function)
+
+
+def in_turn(function: Callable[[], T]) -> T:
+    """Call a function in one process after the other, and return in each what its own returned.
+
+    Raises:
+        SystemExit: in the others, where it raised in one.
+    """
+    results: list[T] = []
+    for turn in range(count()):
+        _told(turn, lambda: results.append(function()))
+    return results[0]
+
+
+def largest(number: int) -> int:
+    """Return the largest of the numbers that the processes give."""
+    if count() == 1:
+        return number
+    from torch import distributed
+
+    numbers: list[Any] = [None] * count()
+    distributed.all_gather_object(numbers, number, group=_group)
+    return max(numbers)
+
+
+def alike(function: Callable[[], T]) -> T:
+    """Call a function in all processes that does the same in each, and let the first alone speak.
+
+    Raises:
+        SystemExit: in the others, where it raised what is the user's to mend.
+    """
+    if is_first():
+        return function()
+    with open(os.devnull, "w", encoding="utf-8") as nowhere, redirect_stderr(nowhere):
+        try:
+            return function()
+        except ValueError:
+            raise SystemExit(USER_ERROR) from None
+
+
+def _told(turn: int, function: Callable[[], T]) -> T:
+    """Call a function in one process, and return in all what it returned there."""
+    if count() == 1:
+        return function()
+    from torch import distributed
+
+    answer: list[Any] = [None, None]
+    try:
+        if rank() == turn:
+            answer = ["done", function()]
+    finally:
+        distributed.broadcast_object_list(answer, src=turn, group=_group)
+    if answer[0] != "done":
+        raise SystemExit(USER_ERROR)
+    return answer[1]
+
+
+@contextmanager
+def first_holds(hold: Callable[[], AbstractContextManager[Any]]) -> Iterator[None]:
+    """Enter a context in the first process alone, before any goes on."""
+    with ExitStack() as stack:
+
+        def enter() -> None:
+            stack.enter_context(hold())
+
+        agreed(enter)
+        yield
+
+
+def wait_until(there: Callable[[], bool]) -> None:
+    """Wait for what another process writes. If that fails, the launcher ends this one."""
+    while not there():
+        time.sleep(POLL_SECONDS)

@@ -1,0 +1,1 @@
+"""Scores, metrics, intervals, generated proteins, and the results file."""

@@ -1,0 +1,351 @@
+"""Scores variants of proteins by their likelihood, and compares the scores with measurements.
+
+A protein's score is log p(tokens after the first | the first) of its layout, line breaks and end
+counted (:func:`src.evaluation.generation.score_proteins`). Variants are read from FASTA or from a table such
+as ProteinGym's substitution benchmark (Notin et al. 2023, NeurIPS): columns ``mutant``,
+``mutated_sequence`` and ``DMS_score``. ProteinGym's own ProtGPT2 baseline scores bare sequences,
+averaged over both directions; ours are in the layout that the model was trained on, so the two are
+not to be mixed.
+"""
+
+from __future__ import annotations
+
+import csv
+import io
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from src.common.cli import printable
+from src.common.files import write_text
+from src.evaluation.statistics import Estimate, cluster_codes
+from src.proteins.sources import (
+    CSV,
+    FASTA,
+    TEXT,
+    TSV,
+    ReadReport,
+    clean,
+    guarded_lines,
+    kind_of,
+    other_divider,
+    read_proteins,
+    require_cells,
+    require_once,
+)
+
+SEQUENCE_COLUMNS = ("mutated_sequence", "sequence")
+SCORE_COLUMN = "DMS_score"
+MUTANT_COLUMN = "mutant"
+LEAST_COMPARED = 3
+"""Variants with both a measurement and a score: any two agree or disagree wholly."""
+CELLS = 2_000_000
+"""Weights (replicates × variants) that the bootstrap holds at a time: 16 MB."""
+
+
+@dataclass
+class Variants:
+    """Proteins to score, P of them, with the table that they came in.
+
+    Attributes:
+        columns: of the table; ``name`` and ``sequence`` where it was FASTA.
+        rows: ``(P,)`` the cells of each.
+        residues: ``(P,)`` cleaned.
+        measured: ``(P,)`` measured fitness, NaN where a cell is empty; None without such a column.
+        clusters: ``(P,)`` variants that resemble each other: those of the same positions where a
+            column ``mutant`` tells them, else each by itself.
+    """
+
+    columns: list[str]
+    rows: list[list[str]]
+    residues: list[str]
+    measured: np.ndarray | None
+    clusters: list[Any]
+
+
+def read_variants(
+    path: str | Path, sequence_column: str | None = None, score_column: str | None = None
+) -> Variants:
+    """Read proteins from FASTA or lines of text, or from CSV or TSV with a header line.
+
+    Args:
+        path: the file, gzipped or not.
+        sequence_column: None: ``mutated_sequence`` or ``sequence``.
+        score_column: measured fitness; None: ``DMS_score`` where there is one.
+
+    Raises:
+        ValueError: the file is missing, broken or of another kind, a column is missing, a sequence
+            is no protein, or a score no number.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise ValueError(f"--input {path}: there is no such file")
+    kind = kind_of(path)
+    if kind in (FASTA, TEXT):
+        for flag, column in (("sequence", sequence_column), ("score", score_column)):
+            if column:
+                raise ValueError(f"--{flag}_column {column}: {path} has no columns")
+        report = ReadReport()
+        proteins = list(read_proteins(path, report=report, keep_ambiguous=True))
+        if report.dropped:
+            reason, what = next(iter(report.dropped.items()))
+            raise ValueError(f"--input {path}: {what['first']}: {reason}: mend it or take it out")
+        rows = [[p.name, p.residues] for p in proteins]
+        residues = [p.residues for p in proteins]
+        return Variants(["name", "sequence"], rows, residues, None, list(range(len(rows))))
+    if kind not in (CSV, TSV):
+        raise ValueError(f"--input {path}: expected FASTA, CSV or TSV, found {kind}")
+    return _read_table(path, "," if kind == CSV else "\t", sequence_column, score_column)
+
+
+def _read_table(
+    path: Path, delimiter: str, sequence_column: str | None, score_column: str | None
+) -> Variants:
+    lines = (f"{line}\n" for _, line in guarded_lines(path, ReadReport()))
+    reader = csv.reader(lines, delimiter=delimiter, strict=True)
+    columns: list[str] = []
+    rows, residues, measured = [], [], []
+    data, score, mutant = -1, None, None
+    try:
+        for row in reader:
+            if not row:
+                continue
+            if not columns:
+                columns = [name.strip() for name in row]
+                way_out = other_divider(columns, delimiter)
+                data = _column(
+                    path, columns, sequence_column, SEQUENCE_COLUMNS, "--sequence_column", way_out
+                )
+                if score_column or SCORE_COLUMN in columns:
+                    score = _column(path, columns, score_column, (SCORE_COLUMN,), "--score_column")
+                if MUTANT_COLUMN in columns:
+                    mutant = _column(path, columns, MUTANT_COLUMN, (), "")
+                continue
+            place = f"{path}:{reader.line_num}"
+            require_cells(row, columns, place, delimiter)
+            report = ReadReport()
+            cleaned = clean(row[data], report, place, keep_ambiguous=True)
+            if cleaned is None:
+                raise ValueError(f"{place}: {columns[data]}: {next(iter(report.dropped))}")
+            rows.append(row)
+            residues.append(cleaned)
+            if score is not None:
+                measured.append(_number(row[score], f"{place}: {columns[score]}"))
+    except csv.Error as error:
+        raise ValueError(f"{path}:{reader.line_num}: broken CSV ({error})") from None
+    if not rows:
+        raise ValueError(f"--input {path}: there is no row below the header line")
+    clusters: list[Any] = list(range(len(rows)))
+    if mutant is not None:
+        clusters = [positions(row[mutant]) or f"row {i}" for i, row in enumerate(rows)]
+    return Variants(
+        columns, rows, residues, np.array(measured) if score is not None else None, clusters
+    )
+
+
+def _column(
+    path: Path,
+    columns: Sequence[str],
+    wanted: str | None,
+    usual: Sequence[str],
+    flag: str,
+    way_out: str = "",
+) -> int:
+    """Return the place of a column. Raises ``ValueError`` where there is none, or more than one."""
+    for name in (wanted,) if wanted else usual:
+        if name in columns:
+            require_once(columns, name, path)
+            return columns.index(name)
+    shown = printable(", ".join(name[:30] for name in columns[:8]))
+    missing = repr(wanted) if wanted else " or ".join(map(repr, usual))
+    raise ValueError(
+        f"{path}: no column {missing} among its columns ({shown}){way_out or f': pass {flag}'}"
+    )
+
+
+def _number(cell: str, place: str) -> float:
+    if not cell.strip():
+        return math.nan
+    try:
+        value = float(cell)
+    except ValueError:
+        raise ValueError(f"{place}: {cell[:30]!r} is not a number") from None
+    if math.isinf(value):
+        raise ValueError(f"{place}: {cell[:30]!r} is not finite")
+    return value
+
+
+def positions(mutant: str) -> str:
+    """Return the positions that a mutant changes: ``A1P:D2N`` gives ``1:2``; else nothing."""
+    numbers = [part[1:-1] for part in mutant.strip().split(":")]
+    return ":".join(numbers) if all(n.isdigit() for n in numbers) else ""
+
+
+def score_columns(
+    models: Mapping[str, tuple[Any, Any]], residues: Sequence[str], batch_size: int = 32
+) -> dict[str, np.ndarray]:
+    """Return log-likelihoods of proteins under models, as columns of a table.
+
+    Args:
+        models: model and tokenizer by prefix of the columns.
+        residues: ``(P,)``; equal ones are scored once.
+        batch_size: proteins scored at a time.
+
+    Returns:
+        ``{prefix}log_likelihood`` (nats) and ``{prefix}log_likelihood_per_residue``, ``(P,)`` each;
+        NaN where a protein does not fit the model.
+    """
+    from src.evaluation.generation import score_proteins
+
+    unique = list(dict.fromkeys(residues))
+    place = {protein: i for i, protein in enumerate(unique)}
+    back = np.array([place[protein] for protein in residues])
+    sizes = np.array([len(protein) for protein in residues])
+    found = {}
+    for prefix, (model, tokenizer) in models.items():
+        nll = score_proteins(model, tokenizer, unique, batch_size=batch_size).nll[back]
+        found[f"{prefix}log_likelihood"] = -nll
+        found[f"{prefix}log_likelihood_per_residue"] = -nll / sizes
+    return found
+
+
+def write_scores(path: str | Path, variants: Variants, scores: Mapping[str, np.ndarray]) -> None:
+    """Write the table that was read with columns of scores behind its own, as CSV, atomically.
+
+    Raises:
+        ValueError: the table has such a column already.
+    """
+    check_columns(variants, scores)
+    table = io.StringIO()
+    writer = csv.writer(table, lineterminator="\n")
+    writer.writerow([*variants.columns, *scores])
+    for row, *values in zip(variants.rows, *scores.values(), strict=True):
+        writer.writerow([*row, *("" if math.isnan(v) else f"{v:.6f}" for v in values)])
+    write_text(path, table.getvalue())
+
+
+def check_columns(variants: Variants, names: Sequence[str] | Mapping[str, Any]) -> None:
+    """Raise ``ValueError`` where a table already has a column of one of these names."""
+    for name in names:
+        if name in variants.columns:
+            raise ValueError(f"--input has a column {name!r} already: rename or drop it first")
+
+
+def comparable(*columns: np.ndarray) -> np.ndarray:
+    """Return ``(P,)`` which variants have a number in every column ``(P,)``."""
+    return np.all([np.isfinite(column) for column in columns], axis=0)
+
+
+def require_comparable(variants: Variants, *scores: np.ndarray) -> None:
+    """Check that variants can be compared with measurements, as far as their scores are known.
+
+    Raises:
+        ValueError: there are no measurements, or fewer than three variants with all of these.
+    """
+    if variants.measured is None:
+        raise ValueError("--correlations: --input has no measured fitness: --score_column?")
+    _require_enough(int(comparable(variants.measured, *scores).sum()))
+
+
+def _require_enough(count: int) -> None:
+    if count < LEAST_COMPARED:
+        raise ValueError(
+            f"{count} variants have both a measurement and a score: {LEAST_COMPARED} are needed "
+            "for a correlation"
+        )
+
+
+def spearman(
+    scores: Mapping[str, np.ndarray],
+    measured: np.ndarray,
+    clusters: Sequence[Any],
+    n: int = 2000,
+    seed: int = 0,
+    level: float = 0.95,
+) -> tuple[dict[str, Estimate], int]:
+    """Return Spearman's correlation of scores with measurements, and of two scores the difference.
+
+    Intervals are percentiles of a bootstrap over clusters (positions) that all scores share; they
+    speak of other variants of this protein, not of other proteins.
+
+    Args:
+        scores: ``(P,)`` by name; of two, the first less the second is given as ``difference``.
+        measured: ``(P,)``.
+        clusters: ``(P,)``.
+        n: replicates; 0: no intervals (NaN).
+        seed: of the draws.
+        level: of the intervals.
+
+    Returns:
+        Estimates by name, and how many variants had both a measurement and every score.
+
+    Raises:
+        ValueError: there are fewer than three such variants.
+    """
+    from scipy import stats
+
+    known = comparable(measured, *scores.values())
+    count = int(known.sum())
+    _require_enough(count)
+    y = measured[known]
+    xs = {name: values[known] for name, values in scores.items()}
+    codes, groups = cluster_codes([c for c, k in zip(clusters, known, strict=True) if k])
+    tests: dict[str, Any] = {name: stats.spearmanr(x, y) for name, x in xs.items()}
+    point = {name: float(test.statistic) for name, test in tests.items()}
+    rng = np.random.default_rng(seed)
+    drawn: dict[str, list[np.ndarray]] = {name: [] for name in xs}
+    step = max(1, CELLS // count)
+    for start in range(0, n, step):
+        size = min(step, n - start)
+        weights = rng.multinomial(groups, np.full(groups, 1 / groups), size=size)[:, codes]
+        for name, x in xs.items():
+            drawn[name].append(weighted_spearman(x, y, weights.astype(np.float64)))
+    replicates = {name: np.concatenate(v) if v else np.array([]) for name, v in drawn.items()}
+    if len(xs) == 2:
+        first, second = xs
+        point["difference"] = point[first] - point[second]
+        replicates["difference"] = replicates[first] - replicates[second]
+    found = {}
+    for name, estimate in point.items():
+        low = high = math.nan
+        if groups > 1 and len(replicates[name]) and np.isfinite(replicates[name]).all():
+            tails = [(1 - level) / 2, (1 + level) / 2]
+            low, high = map(float, np.quantile(replicates[name], tails))
+        found[name] = Estimate(estimate, low, high, level)
+    return found, count
+
+
+def weighted_spearman(x: np.ndarray, y: np.ndarray, weights: np.ndarray) -> np.ndarray:
+    """Return Spearman's correlation of samples that hold each pair so many times.
+
+    Args:
+        x: ``(P,)``.
+        y: ``(P,)``.
+        weights: ``(R, P)`` whole numbers from 0: how often each sample holds each pair.
+
+    Returns:
+        ``(R,)``; NaN where a sample holds a single value of either. Ties share their mean rank.
+    """
+    total = weights.sum(1, keepdims=True)
+    centred = []
+    for values in (x, y):
+        ranks = _weighted_ranks(values, weights)
+        centred.append(ranks - (weights * ranks).sum(1, keepdims=True) / total)
+    left, right = centred
+    product = (weights * left * right).sum(1)
+    spread = np.sqrt((weights * left**2).sum(1) * (weights * right**2).sum(1))
+    return np.divide(product, spread, out=np.full(len(weights), np.nan), where=spread > 0)
+
+
+def _weighted_ranks(values: np.ndarray, weights: np.ndarray) -> np.ndarray:
+    """Return the mean rank ``(R, P)`` of each value in samples that hold it so many times."""
+    _distinct, which = np.unique(values, return_inverse=True)
+    order = np.argsort(which, kind="stable")
+    starts = np.searchsorted(which[order], np.arange(which.max() + 1))
+    held = np.add.reduceat(weights.T[order], starts, axis=0)  # (distinct, R)
+    below = held.cumsum(0) - held
+    return (below + (held + 1) / 2)[which].T

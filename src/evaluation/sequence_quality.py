@@ -1,0 +1,495 @@
+"""Describes sets of generated proteins: lengths, repeats, diversity, novelty, known families.
+
+There is one description, :func:`describe`: plain figures under dotted names, with intervals over
+proteins. Every figure means little alone: :func:`describe_all` puts natural proteins beside it, and
+the same shuffled, which keep length and composition and lose everything else.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from scipy import stats
+
+from src.common.cli import progress
+from src.evaluation.results import put_figure
+from src.evaluation.scoring import metrics
+from src.evaluation.statistics import Estimate, cluster_bootstrap, plain_estimates
+from src.proteins.layouts import STANDARD_RESIDUES, shuffled
+from src.proteins.relatives import (
+    aligned,
+    check_profiles,
+    family_hits,
+    local_aligner,
+    nearest_identities,
+    word_sets,
+)
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+LONGEST_UNIT = 30
+"""Residues of the longest unit looked for in tandem repeats."""
+LEAST_COPIES = 3
+LEAST_REPEAT = metrics.LONG_RUN
+"""A repeat is at least three copies of its unit and at least six residues."""
+PAIRS = 500
+"""Pairs, at most, whose identity is aligned for diversity."""
+NOVELTY_LEVELS = (0.3, 0.5, 0.9)
+NOVELTY_PROTEINS = 100_000
+"""Training proteins, at most, that relatives of generated ones are looked for among."""
+OF_ALL = ("valid_share", "families.hit_share")
+SHARES = (
+    *OF_ALL,
+    "repetitiveness.long_run_share",
+    *(f"novelty.share_over_{level * 100:.0f}" for level in NOVELTY_LEVELS),
+    "novelty.copied_share",
+)
+"""Figures that are shares of proteins; of all of them, or else of those with residues."""
+EXAMPLES = 5
+"""Generated proteins of each model that a results file shows."""
+THOROUGH_SAMPLES = 200
+"""Proteins that each model generates for a thorough description, unless told otherwise."""
+
+
+def length_statistics(proteins: Sequence[str]) -> dict[str, float | None]:
+    """Return mean, standard deviation, extremes and quartiles of the lengths, in residues."""
+    names = ("mean", "sd", "min", "q1", "median", "q3", "max")
+    if not proteins:
+        return dict.fromkeys(names)
+    lengths = np.array([len(p) for p in proteins], dtype=np.float64)
+    quartiles = np.quantile(lengths, [0, 0.25, 0.5, 0.75, 1])
+    return dict(zip(names, map(float, [lengths.mean(), lengths.std(), *quartiles]), strict=True))
+
+
+def composition(proteins: Iterable[str]) -> dict[str, float]:
+    """Return the share of each of the 20 residues; zeros where there is none."""
+    counts = metrics.residue_counts(proteins)
+    return {
+        letter: float(value)
+        for letter, value in zip(STANDARD_RESIDUES, counts / max(1, counts.sum()), strict=True)
+    }
+
+
+def repeat_share(residues: str, longest_unit: int = LONGEST_UNIT) -> float:
+    """Return the share of residues in tandem repeats.
+
+    A tandem repeat is a stretch that equals itself shifted by its unit of 1 to ``longest_unit``
+    residues, at least three copies and six residues long: QQQQQQ, GSGSGS, ADEADEADE.
+
+    Returns:
+        A share in [0, 1]; 0 of an empty protein.
+    """
+    letters = np.frombuffer(residues.encode("ascii"), np.uint8)
+    covered = np.zeros(len(letters) + 1, dtype=np.int64)
+    for unit in range(1, min(longest_unit, len(letters) // LEAST_COPIES) + 1):
+        same = np.concatenate([[0], letters[unit:] == letters[:-unit], [0]]).astype(np.int8)
+        edges = np.flatnonzero(np.diff(same))
+        for start, stop in zip(edges[::2], edges[1::2], strict=True):
+            if stop - start + unit >= max(LEAST_COPIES * unit, LEAST_REPEAT):
+                covered[start] += 1
+                covered[stop + unit] -= 1
+    return float((covered.cumsum()[:-1] > 0).mean()) if len(letters) else 0.0
+
+
+def diversity(
+    proteins: Sequence[str], pairs: int = PAIRS, seed: int = 0, level: float = 0.95
+) -> dict[str, Estimate]:
+    """Return how much proteins differ from each other.
+
+    Args:
+        proteins: residues of each, at least two.
+        pairs: pairs that are aligned, at most; drawn without replacement where there are more.
+        seed: of the draw.
+        level: of the intervals (:func:`pair_mean`).
+
+    Returns:
+        ``word_distance``, the mean over all pairs of one less the Jaccard similarity of their sets
+        of words of three residues; ``pairwise_identity``, the mean over ``pairs`` of identical
+        residues in the best local alignment, as a share of the shorter protein.
+    """
+    count = len(proteins)
+    words = word_sets(proteins)
+    sizes = np.asarray(words.sum(1), dtype=np.float64).ravel()
+    distances = np.zeros(count)
+    for start in range(0, count, 512):  # blocks bound the memory
+        shared = (words[start : start + 512] @ words.T).toarray().astype(np.float64)
+        union = sizes[start : start + 512, None] + sizes - shared
+        ratio = np.divide(shared, union, out=np.zeros_like(shared), where=union > 0)
+        here = np.arange(start, start + len(shared))
+        ratio[np.arange(len(here)), here] = 1.0  # a protein and itself are no pair
+        distances[here] = (1 - ratio).sum(1)
+    all_pairs = count * (count - 1) // 2
+    chosen = np.random.default_rng(seed).choice(all_pairs, min(pairs, all_pairs), replace=False)
+    first = np.floor((1 + np.sqrt(1 + 8 * chosen.astype(np.float64))) / 2).astype(np.int64)
+    first -= first * (first - 1) // 2 > chosen  # the root may round up
+    second = chosen - first * (first - 1) // 2
+    aligner = local_aligner()
+    found = []
+    for pair in progress(range(len(chosen)), len(chosen), "aligning", "pairs"):
+        left, right = proteins[int(first[pair])], proteins[int(second[pair])]
+        found.append(aligned(aligner, left, right)[0] / min(len(left), len(right)))
+    touched = np.concatenate([first, second])
+    identities = np.bincount(touched, weights=np.tile(found, 2), minlength=count)
+    return {
+        "word_distance": pair_mean(distances, np.full(count, count - 1.0), level),
+        "pairwise_identity": pair_mean(
+            identities, np.bincount(touched, minlength=count).astype(np.float64), level
+        ),
+    }
+
+
+def pair_mean(sums: np.ndarray, counts: np.ndarray, level: float = 0.95) -> Estimate:
+    """Return the mean of a figure of pairs of proteins, with its interval over proteins.
+
+    Pairs that share a protein are not independent, so proteins are left out one at a time with all
+    their pairs (jackknife of a U-statistic; Arvesen 1969, Annals of Mathematical Statistics
+    40:2076). Where only some pairs were measured the interval is a little wide.
+
+    Args:
+        sums: ``(P,)`` sum of the figure over the pairs that hold each protein.
+        counts: ``(P,)`` how many pairs those are.
+        level: of the interval, Student's with P - 1 degrees of freedom.
+
+    Returns:
+        The mean over pairs; the interval is NaN where a protein alone holds all pairs.
+    """
+    total, pairs = sums.sum() / 2, counts.sum() / 2
+    estimate = float(total / pairs)
+    left = pairs - counts
+    if not (left > 0).all():
+        return Estimate(estimate, math.nan, math.nan, level)
+    without = (total - sums) / left
+    count = len(sums)
+    error = math.sqrt((count - 1) / count * np.sum((without - without.mean()) ** 2))
+    half = stats.t.ppf(0.5 + level / 2, count - 1) * error
+    return Estimate(estimate, float(estimate - half), float(estimate + half), level, error)
+
+
+@dataclass(frozen=True)
+class DescriptionSettings:
+    """How sets of proteins are described.
+
+    Attributes:
+        thorough: also diversity, novelty and, given ``profiles``, known families.
+        profiles: HMM file.
+        bootstrap: replicates for the intervals; 0: none.
+        level: of the intervals.
+        seed: of all draws.
+    """
+
+    thorough: bool = False
+    profiles: Path | None = None
+    bootstrap: int = 2000
+    level: float = 0.95
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        """Check the settings. Raises ``ValueError``."""
+        if self.profiles is not None:
+            if not self.thorough:
+                raise ValueError("--profiles needs --generation_metrics beside it")
+            check_profiles(self.profiles)
+
+
+def describe(
+    proteins: Sequence[str],
+    natural: Sequence[str],
+    settings: DescriptionSettings | None = None,
+    *,
+    train: Sequence[str] | None = None,
+    nll: np.ndarray | None = None,
+    clusters: Sequence[Any] | None = None,
+) -> dict[str, Any]:
+    """Describe a set of proteins in one record.
+
+    Args:
+        proteins: residues of each; empty ones count as not valid and nothing else.
+        natural: natural proteins, the reference of composition.
+        settings: what is told, and the intervals.
+        train: training proteins, for novelty; None: leave it out.
+        nll: ``(P,)`` of each protein under the teacher, in nats; NaN: not scored.
+        clusters: ``(P,)`` of related proteins; None: each is a draw of its own, as samples are.
+
+    Returns:
+        ``sequences``; ``length`` and ``composition``; ``kl_of_an_exact_sample``, the composition
+        divergence that chance alone gives; ``distinct_share`` of the proteins and
+        ``distinct_4mers`` of their words of four, which fall with the size of the set; every figure
+        of :func:`description_figures` and, thorough ones, of :func:`diversity`; beside these
+        ``novelty.train_proteins`` and the quartiles of ``novelty.nearest_identity``, and
+        ``families.families``, ``.profiles`` and ``.threshold``. ``intervals`` by dotted name.
+        A figure without anything to count is None.
+    """
+    settings = settings or DescriptionSettings()
+    whole = [p for p in proteins if p]
+    record: dict[str, Any] = {
+        "sequences": len(proteins),
+        "length": length_statistics(whole),
+        "composition": composition(whole),
+        "kl_of_an_exact_sample": 19 / (2 * max(1, int(metrics.residue_counts(whole).sum()))),
+        "distinct_share": len(set(whole)) / len(whole) if whole else None,
+        "distinct_4mers": metrics.distinct_share(whole) if whole else None,
+    }
+    record["intervals"] = {}
+    arrays = per_protein_sums(proteins)
+    if nll is not None:
+        scored = np.isfinite(nll)
+        arrays["nll"] = np.where(scored, nll, 0.0)
+        arrays["scored_residues"] = np.where(scored, arrays["residues"], 0)
+    if settings.thorough and train is not None:
+        identity = nearest_identities(proteins, train)["identity"]
+        arrays["identity"] = identity
+        arrays |= {f"over_{level}": identity > level for level in NOVELTY_LEVELS}
+        arrays["copied"] = identity >= 1
+        record["novelty"] = {
+            "train_proteins": len(train),
+            "nearest_identity": _quartiles(identity[arrays["whole"]]),
+        }
+    if settings.thorough and settings.profiles is not None:
+        hits = family_hits(proteins, settings.profiles)
+        arrays["hit"] = hits.pop("hit")
+        record["families"] = hits
+    for name, estimate in _estimates(arrays, natural, settings, clusters).items():
+        put_figure(record, name, estimate)
+    if settings.thorough and len(whole) > 1:
+        found = diversity(whole, seed=settings.seed, level=settings.level)
+        for name, estimate in found.items():
+            put_figure(record, f"diversity.{name}", estimate)
+    return record
+
+
+def per_protein_sums(proteins: Sequence[str]) -> dict[str, np.ndarray]:
+    """Return what the cheap figures of a description are sums of, ``(P, ...)`` by name."""
+    sizes = np.array([len(p) for p in proteins], dtype=np.int64)
+    counts = np.array([metrics.residue_counts([p]) for p in proteins]).reshape(-1, 20)
+    runs = np.array([metrics.longest_run(p) for p in proteins], dtype=np.int64)
+    return {
+        "proteins": np.ones(len(proteins), dtype=np.int64),
+        "whole": sizes > 0,
+        "valid": (sizes > 0) & (counts.sum(1) == sizes),
+        "residues": sizes,
+        "counts": counts,
+        "run": runs,
+        "long_run": runs >= metrics.LONG_RUN,
+        "tandem": sizes * np.array([repeat_share(p) for p in proteins]),
+        "low_complexity": sizes * np.array([metrics.low_complexity_share(p) for p in proteins]),
+    }
+
+
+def description_figures(
+    sums: Mapping[str, np.ndarray], natural: np.ndarray
+) -> dict[str, np.ndarray]:
+    """Return every figure of a description that follows from sums over proteins.
+
+    Args:
+        sums: ``(R, ...)`` of :func:`per_protein_sums` and of what :func:`describe` adds to them.
+        natural: ``(20,)`` residue counts of natural proteins.
+
+    Returns:
+        ``(R,)`` by dotted name, NaN where there is nothing to count: ``valid_share`` (proteins
+        with residues, all of the standard 20); ``length.mean``; ``kl_from_natural`` and
+        ``kl_from_natural_uniprot`` (nats); ``repetitiveness``: ``longest_run`` (mean over proteins
+        of the longest stretch of one residue), ``long_run_share`` (proteins with six or more in a
+        row), ``tandem_repeat_share`` and ``low_complexity_share`` (of all residues;
+        :func:`repeat_share` and SEG's first pass, :func:`src.evaluation.metrics.low_complexity_share`);
+        ``teacher_perplexity_per_residue``; ``novelty.nearest_identity.mean``,
+        ``novelty.share_over_30``, ``_50``, ``_90`` (percent) and ``novelty.copied_share`` (stand
+        whole in the training protein aligned); ``families.hit_share`` of all proteins.
+    """
+    whole, residues = sums["whole"], sums["residues"]
+    published = metrics.swissprot_frequencies()
+    found = {
+        "valid_share": _ratio(sums["valid"], sums["proteins"]),
+        "length.mean": _ratio(residues, whole),
+        "repetitiveness.longest_run": _ratio(sums["run"], whole),
+        "repetitiveness.long_run_share": _ratio(sums["long_run"], whole),
+        "repetitiveness.tandem_repeat_share": _ratio(sums["tandem"], residues),
+        "repetitiveness.low_complexity_share": _ratio(sums["low_complexity"], residues),
+    }
+    for name, reference in (("", natural), ("_uniprot", published)):
+        divergence = metrics.composition_kl(sums["counts"], reference)
+        found[f"kl_from_natural{name}"] = np.where(residues > 0, divergence, np.nan)
+    if "nll" in sums:
+        found["teacher_perplexity_per_residue"] = np.exp(
+            _ratio(sums["nll"], sums["scored_residues"])
+        )
+    if "identity" in sums:
+        found["novelty.nearest_identity.mean"] = _ratio(sums["identity"], whole)
+        for level in NOVELTY_LEVELS:
+            found[f"novelty.share_over_{level * 100:.0f}"] = _ratio(sums[f"over_{level}"], whole)
+        found["novelty.copied_share"] = _ratio(sums["copied"], whole)
+    if "hit" in sums:
+        found["families.hit_share"] = _ratio(sums["hit"], sums["proteins"])
+    return found
+
+
+def _estimates(
+    arrays: Mapping[str, np.ndarray],
+    natural: Sequence[str],
+    settings: DescriptionSettings,
+    clusters: Sequence[Any] | None,
+) -> dict[str, Estimate]:
+    reference = metrics.residue_counts(natural)
+    count = len(arrays["proteins"])
+
+    def statistic(sums: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
+        return description_figures(sums, reference)
+
+    if not (settings.bootstrap and count):
+        return plain_estimates(statistic, arrays, settings.level)
+    labels = list(range(count) if clusters is None else clusters)
+    estimates = cluster_bootstrap(
+        statistic, arrays, labels, settings.bootstrap, settings.seed, settings.level
+    )
+    counted = [label for label, whole in zip(labels, arrays["whole"], strict=True) if whole]
+    draws = {name: len(set(labels if name in OF_ALL else counted)) for name in SHARES}
+    return {
+        name: _without_spread(e, draws.get(name)) if e.low == e.high else e
+        for name, e in estimates.items()
+    }
+
+
+def _without_spread(estimate: Estimate, draws: int | None) -> Estimate:
+    """Return an estimate whose bootstrap saw no spread with an honest interval, or with none.
+
+    Where none or all of the proteins have a property, resampling them says nothing of those that
+    might have come instead; Wilson's interval (1927, JASA 22:209) does: 0 of 40 is [0, 0.09].
+
+    Args:
+        estimate: with low = high.
+        draws: independent proteins, for a share of proteins; None: no such share.
+    """
+    low = high = math.nan
+    if draws and estimate.estimate in (0.0, 1.0):
+        test = stats.binomtest(round(estimate.estimate * draws), draws)
+        low, high = test.proportion_ci(estimate.level, method="wilson")
+    return replace(estimate, low=float(low), high=float(high))
+
+
+def _ratio(above: np.ndarray, below: np.ndarray) -> np.ndarray:
+    """Return quotients, NaN where there is nothing below the line."""
+    above, below = np.asarray(above, np.float64), np.asarray(below, np.float64)
+    return np.divide(above, below, out=np.full(above.shape, np.nan), where=below > 0)
+
+
+def _quartiles(values: np.ndarray) -> dict[str, float | None]:
+    names = ("min", "q1", "median", "q3", "max")
+    if not len(values):
+        return dict.fromkeys(names)
+    return dict(zip(names, map(float, np.quantile(values, [0, 0.25, 0.5, 0.75, 1])), strict=True))
+
+
+def describe_all(
+    generated: Mapping[str, Sequence[str]],
+    natural: Sequence[str],
+    settings: DescriptionSettings | None = None,
+    *,
+    train: Sequence[str] | None = None,
+    score: Callable[[Sequence[str]], np.ndarray] | None = None,
+    clusters: Sequence[Any] | None = None,
+) -> dict[str, dict[str, Any]]:
+    """Describe each model's proteins beside natural ones, and thoroughly beside shuffled ones.
+
+    Args:
+        generated: residues of each protein by model.
+        natural: natural proteins that no model was trained on.
+        settings: as for :func:`describe`.
+        train: as for :func:`describe`.
+        score: gives the teacher's NLL of proteins, NaN where it has none.
+        clusters: of the natural proteins.
+
+    Returns:
+        A record of :func:`describe` for each model, for ``natural`` and, thoroughly, for
+        ``shuffled``: as many natural proteins as the largest set has, because diversity and
+        distinct words are best compared between sets of one size.
+    """
+    settings = settings or DescriptionSettings()
+    largest = max((len(proteins) for proteins in generated.values()), default=0)
+    chosen = list(range(len(natural)))
+    if 0 < largest < len(natural):
+        drawn = np.random.default_rng(settings.seed).choice(len(natural), largest, replace=False)
+        chosen = np.sort(drawn).tolist()
+    some = [natural[i] for i in chosen]
+    related = None if clusters is None else [clusters[i] for i in chosen]
+    sets: dict[str, tuple[Sequence[str], list[Any] | None]]
+    sets = {name: (proteins, None) for name, proteins in generated.items()}
+    sets["natural"] = (some, related)
+    if settings.thorough:
+        sets["shuffled"] = ([shuffled(p, settings.seed) for p in some], related)
+    return {
+        name: describe(
+            proteins,
+            natural,
+            settings,
+            train=train,
+            nll=None if score is None else score(proteins),
+            clusters=labels,
+        )
+        for name, (proteins, labels) in sets.items()
+    }
+
+
+def measure_generation(
+    results: dict[str, Any],
+    models: Mapping[str, PreTrainedModel],
+    tokenizer: Any,
+    natural: Sequence[str],
+    count: int,
+    settings: DescriptionSettings | None = None,
+    *,
+    batch_size: int = 32,
+    train: Sequence[str] | None = None,
+    clusters: Sequence[Any] | None = None,
+) -> None:
+    """Let each model generate proteins, and add what they show to the results of an evaluation.
+
+    Args:
+        results: of :func:`src.evaluation.scoring.evaluate`; changed in place: ``generation`` (the records
+            of :func:`describe_all`, and the ``reference`` of composition), ``kl_from_natural``,
+            ``kl_from_natural_uniprot`` and their intervals.
+        models: ``student`` and ``teacher``.
+        tokenizer: of both.
+        natural: held-out proteins, the reference of composition.
+        count: sequences that each model generates.
+        settings: of the description.
+        batch_size: proteins sampled and scored at a time.
+        train: training proteins, for novelty.
+        clusters: of the natural proteins.
+    """
+    from src.evaluation.generation import GenerationSettings, sample_proteins, score_proteins
+
+    settings = settings or DescriptionSettings()
+    wanted = GenerationSettings(num_sequences=count, seed=settings.seed, batch_size=batch_size)
+    generated: dict[str, list[str]] = {}
+    extra: dict[str, dict[str, Any]] = {}
+    for name, model in models.items():
+        started = time.monotonic()
+        sampled = sample_proteins(model, tokenizer, wanted)
+        seconds = time.monotonic() - started
+        generated[name] = sampled.sequences
+        extra[name] = {
+            "sampling": asdict(wanted),
+            "counts": dict(sampled.counts),
+            "sequences_per_second": len(sampled.sequences) / seconds,
+            "examples": sampled.sequences[:EXAMPLES],
+        }
+
+    def score(proteins: Sequence[str]) -> np.ndarray:
+        return score_proteins(models["teacher"], tokenizer, proteins, batch_size=batch_size).nll
+
+    generation = describe_all(
+        generated, natural, settings, train=train, score=score, clusters=clusters
+    )
+    for name, more in extra.items():
+        generation[name] |= more
+        for key in ("kl_from_natural", "kl_from_natural_uniprot"):
+            results[key][name] = generation[name][key]
+            results["intervals"][f"{key}.{name}"] = generation[name]["intervals"][key]
+    reference = {"proteins": len(natural), "composition": composition(natural)}
+    results["generation"] = {**generation, "reference": reference}

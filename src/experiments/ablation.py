@@ -1,0 +1,480 @@
+"""Runs a grid of trainings that share students, data order and teacher, and measures every cell.
+
+The cells of one group (a size and a seed) are trained together (:mod:`src.training.cohort`) and evaluated
+together. A grid that was stopped goes on where it was: finished cells are known by their results
+files and never run again, and a group under way goes on from its last checkpoint. Several
+processes may work on one grid; each group is locked by the one that runs it.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict
+from itertools import groupby
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+
+from src.common.cli import duration, quiet_libraries, say
+from src.common.files import (
+    atomic_write,
+    read_json,
+    remove_temporaries_of,
+    remove_unfinished,
+    write_json,
+)
+from src.common.runs import InUseError, is_begun, locked, provenance
+from src.common.settings import as_recorded
+from src.evaluation.results import check_figures, figure, read_results, write_results
+from src.evaluation.scoring import (
+    FLOOR_PROTEINS,
+    Evaluation,
+    EvaluationSettings,
+    clusters_of,
+    evaluate_students,
+    longest,
+)
+from src.experiments.grids import Cell, Grid, read_rates, settings_key
+from src.models.loading import count_parameters, load_causal_lm, model_fingerprint, output_head
+from src.models.sizes import total_steps
+from src.models.teacher_cache import TeacherCache
+from src.proteins.sources import has_split
+from src.proteins.tokens import TokenisedProteins, read_proteins, tokenise
+from src.trainer.callbacks import ConsoleProgress
+from src.trainer.checkpoints import newest_valid
+from src.trainer.interruption import stops_on_signals
+from src.training.cohort import CohortTrainer, Member
+from src.training.stages import (
+    Ingredients,
+    build_arguments,
+    build_inputs,
+    capture_parts,
+    initial_student,
+    load_teacher_and_parts,
+    remove_default_output,
+    training_rows,
+)
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+GROUP_FILE = "group.json"
+BOOTSTRAP = 1000
+
+
+class GridRun:
+    """A grid being run: what is shared by its groups is loaded once, when first needed.
+
+    Args:
+        grid: what to run.
+        results: directory of the cells' results files and tables of single proteins.
+        work: directory of checkpoints and students; may be deleted when the grid is done.
+        device: ``auto``, ``cpu`` or ``cuda``.
+        cache_dir: where tokenised proteins are kept.
+        announce: called with each line for a person.
+
+    Raises:
+        ValueError: learning rates are to be read and were not written yet, or are none.
+    """
+
+    def __init__(
+        self,
+        grid: Grid,
+        results: Path,
+        work: Path,
+        *,
+        device: str = "auto",
+        cache_dir: str | None = None,
+        announce: Callable[[str], None] = say,
+    ) -> None:
+        self.grid = grid
+        self.results, self.work = results, work
+        self.device, self.cache_dir, self.announce = device, cache_dir, announce
+        tuned = read_rates(results)["rates"] if grid.tuned else None
+        self.cells = self.grid.cells(tuned)
+        self._ingredients: Ingredients | None = None
+        self._caches: dict[str, TeacherCache] = {}
+        self._seconds: list[float] = []
+
+    # What stands on disk ------------------------------------------------------------------------
+
+    def file_of(self, cell: Cell) -> Path:
+        """Return where a cell's results stand."""
+        return self.results / self.grid.file_of(cell)
+
+    def done(self, cell: Cell) -> bool:
+        """Return whether a cell was finished.
+
+        Raises:
+            ValueError: its file is there but of other settings: nothing is overwritten.
+        """
+        path = self.file_of(cell)
+        if not path.exists():
+            return False
+        key = figure(read_results(path), "settings.key")
+        if key != settings_key(self.grid.settings(cell)):
+            raise ValueError(
+                f"{path} holds a cell of other settings: choose another --results, or move it away"
+            )
+        return True
+
+    def groups(self) -> list[tuple[str, list[Cell]]]:
+        """Return the cells of each group, in the order in which they are run."""
+        group_of = self.grid.group_of
+        ordered = sorted(self.cells, key=lambda cell: (cell.seed, cell.size, group_of(cell)))
+        return [(name, list(cells)) for name, cells in groupby(ordered, group_of)]
+
+    def status_lines(self) -> list[str]:
+        """Return how many cells are done, for each group and in all, and the time that remains."""
+        lines = []
+        left = 0
+        for name, cells in self.groups():
+            done = sum(self.done(cell) for cell in cells)
+            left += done < len(cells)
+            lines.append(f"  {name:<20} {done:>3} of {len(cells)} cells")
+        total = sum(self.done(cell) for cell in self.cells)
+        line = f"{self.grid.name}: {total} of {len(self.cells)} cells done"
+        if left and self._seconds:
+            each = sum(self._seconds) / len(self._seconds)
+            line += f", about {duration(each * left)} left for one process"
+        return [line, *lines]
+
+    # Running ------------------------------------------------------------------------------------
+
+    @stops_on_signals
+    def run(self) -> dict[str, Any]:
+        """Run every group that is not done, and return how many cells are.
+
+        A group that another process is running is left to it. SIGTERM and SIGINT leave a checkpoint
+        of the group under way.
+
+        Raises:
+            ValueError: the data lacks the part that the cells are measured on.
+        """
+        quiet_libraries()
+        for line in self.status_lines():
+            self.announce(line)
+        if not all(self.done(cell) for cell in self.cells):
+            self._require_parts()
+        for name, cells in self.groups():
+            if all(self.done(cell) for cell in cells):
+                continue
+            try:
+                with locked(self.work / name):
+                    started = time.monotonic()
+                    self._remove_leftovers(name, cells)
+                    self._run_group(name, cells)
+                    self._seconds.append(time.monotonic() - started)
+            except InUseError:
+                self.announce(f"{name}: left to the process that is running it")
+                continue
+            self.announce(self.status_lines()[0])
+        return {"cells": len(self.cells), "done": sum(self.done(cell) for cell in self.cells)}
+
+    def _require_parts(self) -> None:
+        """Stop before the first training where there is nothing to measure its students on."""
+        source, split = self.grid.shared.data, self.grid.split
+        # A hub data set is asked for its parts when they are read: here there may be no network.
+        if Path(source).exists() and not has_split(source, split):
+            raise ValueError(
+                f"--data {source} has no {split} part, which the grid {self.grid.name} is measured "
+                "on: divide it with scripts/split_data.py"
+            )
+
+    @property
+    def ingredients(self) -> Ingredients:
+        """Teacher, tokenizer and proteins."""
+        if self._ingredients is None:
+            self._ingredients = load_teacher_and_parts(
+                self.grid.shared, self.device, self.cache_dir
+            )
+            if self.grid.shared.cached_teacher:
+                self._caches = capture_parts(
+                    self._ingredients, self.work / "teacher_cache", self.announce, flag="--work"
+                )
+        return self._ingredients
+
+    def _run_group(self, name: str, cells: Sequence[Cell]) -> None:
+        folder = self.work / name
+        for cell in filter(self.done, self.cells):
+            made = read_results(self.file_of(cell))
+            fingerprints = {
+                "teacher": figure(made, "run.teacher.fingerprint"),
+                "data": figure(made, "run.data.train"),
+            }
+            self._require_inputs(fingerprints, self.file_of(cell), "--results")
+        members = self._members(folder, cells)
+        missing = [cell for cell in members if not self.done(cell)]
+        self.announce(f"{name}: {len(members)} students, {len(missing)} cells to finish")
+        trainer = self._trainer(folder, members)
+        checkpoint = newest_valid(folder, self.announce)
+        started = time.monotonic()
+        trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
+        seconds = time.monotonic() - started
+        students = {m.name: m.model.eval() for m in trainer.members}
+        found = self._evaluate({cell.name: students[cell.name] for cell in missing})
+        self._write(name, missing, found, trainer, seconds)
+
+    def _members(self, folder: Path, cells: Sequence[Cell]) -> list[Cell]:
+        """Return the cells to train together: those of a group under way, else what is missing."""
+        wanted = {cell.name: settings_key(self.grid.settings(cell)) for cell in cells}
+        path = folder / GROUP_FILE
+        if is_begun(folder, GROUP_FILE, "--work"):
+            group = read_json(path)
+            kinds = {"members": "object", "inputs": "object"}
+            check_figures(group, kinds, path, way_out="choose another --work")
+            self._require_inputs(group.get("inputs") or {}, path, "--work")
+            begun = group.get("members") or {}
+            by_name = {cell.name: cell for cell in cells}
+            missing = {cell.name for cell in cells if not self.done(cell)}
+            if begun.items() <= wanted.items() and missing <= set(begun):
+                return [by_name[name] for name in begun]
+            raise ValueError(f"{folder} holds another group: choose another --work")
+        members = [cell for cell in cells if not self.done(cell)]
+        group = {"members": {cell.name: wanted[cell.name] for cell in members}}
+        write_json(path, {**group, "inputs": self._inputs()})
+        return members
+
+    def _inputs(self) -> dict[str, str]:
+        """Return the fingerprints of what all cells share."""
+        found = self.ingredients
+        return {"teacher": found.teacher_fingerprint, "data": found.parts["train"].fingerprint}
+
+    def _require_inputs(self, before: Mapping[str, Any], path: Path, flag: str) -> None:
+        """Check that a file of this grid was made with the teacher and proteins of now.
+
+        Raises:
+            ValueError: it was made with others.
+        """
+        changed = [name for name, now in self._inputs().items() if before.get(name, now) != now]
+        if changed:
+            raise ValueError(
+                f"{path} was made with another {' and other '.join(changed)}: bring those back to "
+                f"go on, or choose another {flag}"
+            )
+
+    def _trainer(self, folder: Path, cells: Sequence[Cell]) -> CohortTrainer:
+        found, shared = self.ingredients, self.grid.shared
+        settings = [self.grid.settings(cell) for cell in cells]
+        members = [
+            Member(cell.name, initial_student(s, found.teacher.config), s.loss, s.learning_rate)
+            for cell, s in zip(cells, settings, strict=True)
+        ]
+        rows = training_rows(shared, found.parts["train"], found.max_length)
+        steps = total_steps(shared, rows)
+        assert steps is not None
+        arguments = build_arguments(
+            settings[0], folder, steps, found.precision, found.device, "none"
+        )
+        trainer = CohortTrainer(
+            members,
+            teacher_model=found.teacher,
+            args=arguments,
+            callbacks=[ConsoleProgress()],
+            **build_inputs(
+                shared,
+                found.parts,
+                int(found.tokenizer.pad_token_id),
+                found.max_length,
+                self._caches or None,
+            ),
+        )
+        remove_default_output(trainer)
+        return trainer
+
+    def _evaluate(self, students: Mapping[str, PreTrainedModel]) -> dict[str, Evaluation]:
+        found, shared = self.ingredients, self.grid.shared
+        teacher = found.teacher
+        if output_head(teacher)[0].dtype != torch.float32:
+            teacher = load_causal_lm(shared.teacher_model, device=found.device)
+        settings = EvaluationSettings(bootstrap=BOOTSTRAP, check=False)
+        test = self._held_out(next(iter(students.values())), teacher, settings)
+        train = [
+            protein.residues
+            for protein, _ in zip(
+                read_proteins(shared.data, split="train", tokenizer=found.tokenizer),
+                range(FLOOR_PROTEINS),
+                strict=False,
+            )
+        ]
+        return evaluate_students(
+            students,
+            teacher,
+            found.tokenizer,
+            test,
+            settings,
+            train=train,
+            clusters=clusters_of(shared.data),
+            announce=self.announce,
+        )
+
+    def _held_out(self, student: Any, teacher: Any, settings: Any) -> TokenisedProteins:
+        return tokenise(
+            self.grid.shared.data,
+            self.grid.split,
+            self.ingredients.tokenizer,
+            longest(student, teacher, settings),
+            self.cache_dir,
+            long_proteins="drop",
+            quiet=True,
+        )
+
+    def _remove_leftovers(self, name: str, cells: Sequence[Cell]) -> None:
+        """Remove what killed processes left half-written of a group that this one holds."""
+        remove_unfinished(self.work / name)
+        for path in (self._table_of(name), *map(self.file_of, cells)):
+            remove_temporaries_of(path)
+
+    def _table_of(self, name: str) -> Path:
+        return self.results / f"per_protein-{self.grid.name}-{name}.parquet"
+
+    def _write(
+        self,
+        name: str,
+        cells: Sequence[Cell],
+        found: Mapping[str, Evaluation],
+        trainer: CohortTrainer,
+        seconds: float,
+    ) -> None:
+        """Write the table of single proteins first: a cell counts as done by its results file."""
+        path = self._table_of(name)
+        write_table(path, [(cell, found[cell.name].per_protein) for cell in cells], self.grid.split)
+        by_name = {member.name: member for member in trainer.members}
+        inputs = self._inputs()
+        for cell in cells:
+            settings = self.grid.settings(cell)
+            model = by_name[cell.name].model
+            results = dict(found[cell.name].results)
+            results["settings"] = {
+                "key": settings_key(settings),
+                "grid": self.grid.name,
+                **asdict(cell),
+                "split": self.grid.split,
+                "train": as_recorded(settings),
+            }
+            results["training"] = {
+                "curve": curve_of(trainer.state.log_history, cell.name),
+                "steps": trainer.state.global_step,
+                "together": len(trainer.members),
+                "seconds": round(seconds, 1),
+            }
+            results["run"] = {
+                **provenance(),
+                "student": {
+                    "parameters": count_parameters(model),
+                    "fingerprint": model_fingerprint(model),
+                },
+                "teacher": {
+                    "name": settings.teacher_model,
+                    "fingerprint": inputs["teacher"],
+                },
+                "data": {
+                    "source": settings.data,
+                    "train": inputs["data"],
+                },
+            }
+            write_results(self.file_of(cell), results)
+        self.announce(f"{name}: {len(cells)} cells written to {self.results}")
+
+
+def write_table(path: Path, tables: Sequence[tuple[Cell, Mapping[str, Any]]], split: str) -> None:
+    """Write what was measured on single proteins for some cells of a group.
+
+    Rows of other cells that the file has already are kept. Sums are in nats, rounded to float32;
+    arms stand in the order of their names, each with its learning rates from the lowest.
+    """
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    parts = {}
+    for cell, table in tables:
+        columns: dict[str, Any] = {}
+        for name in ("arm", "seed", "size", "learning_rate"):
+            columns[name] = pa.array([getattr(cell, name)] * len(table["protein"]))
+        columns["split"] = pa.array([split] * len(table["protein"]))
+        for name, values in table.items():
+            real = isinstance(values, np.ndarray) and values.dtype.kind == "f"
+            columns[name] = pa.array(values.astype(np.float32) if real else values)
+        parts[cell.arm, cell.learning_rate] = pa.table(columns)
+    if path.exists():
+        old = pq.read_table(path)
+        keys = list(zip(*(old[c].to_pylist() for c in ("arm", "learning_rate")), strict=True))
+        for key in dict.fromkeys(keys):
+            if key not in parts:
+                parts[key] = old.filter(pa.array([each == key for each in keys]))
+    with atomic_write(path, "wb") as handle:
+        pq.write_table(
+            pa.concat_tables([parts[k] for k in sorted(parts)]), handle, compression="zstd"
+        )
+
+
+def curve_of(history: Sequence[Mapping[str, Any]], name: str) -> list[dict[str, Any]]:
+    """Return one student's figures from a cohort's log: a record for each line that has some."""
+    curve = []
+    for record in history:
+        for key in ("students", "eval_students"):
+            figures = record.get(key, {}).get(name)
+            if figures:
+                prefix = "eval_" if key == "eval_students" else ""
+                own = {f"{prefix}{k}": v for k, v in figures.items()}
+                curve.append({"step": record["step"], **own})
+    return curve
+
+
+def tuned_rates(results: Path, grid: Grid) -> dict[str, Any]:
+    """Choose each arm's learning rate, and the best arm, by a grid's validation perplexities.
+
+    Args:
+        results: directory of the cells.
+        grid: with several learning rates, measured on validation proteins. Cells of other rates
+            that stand in the directory (``--rates``) are taken in.
+
+    Returns:
+        ``rates`` by size and arm, ``best_arm`` by size, and ``nats_per_residue`` of every rate
+        tried, the mean over the seeds; ``at_edge`` names choices at an end of the range.
+
+    Raises:
+        ValueError: the grid was measured on test proteins, or a cell is missing.
+    """
+    if grid.split != "validation":
+        raise ValueError(
+            f"the grid {grid.name} is measured on {grid.split} proteins: nothing is chosen by those"
+        )
+    rates: dict[str, dict[str, float]] = {}
+    tried: dict[str, dict[str, dict[str, float]]] = {}
+    edges = []
+    for size in grid.sizes:
+        for arm in grid.arms:
+            means = {}
+            for rate in sorted({*grid.rates, *_rates_beyond(results, grid, arm, size)}):
+                files = [results / grid.file_of(Cell(arm, size, seed, rate)) for seed in grid.seeds]
+                missing = [path for path in files if not path.exists()]
+                if missing:
+                    raise ValueError(f"{missing[0]} is missing: finish --grid {grid.name} first")
+                values = [figure(read_results(p), "student_nats_per_residue") for p in files]
+                means[rate] = sum(values) / len(values)
+            best = min(means, key=lambda rate: means[rate])
+            rates.setdefault(size, {})[arm] = best
+            tried.setdefault(size, {})[arm] = {f"{rate:g}": v for rate, v in means.items()}
+            if len(means) > 2 and best in (min(means), max(means)):
+                edges.append(f"{arm} at {size}: {best:g}")
+    best = {
+        size: min(arms, key=lambda arm: min(arms[arm].values())) for size, arms in tried.items()
+    }
+    return {
+        "rates": rates,
+        "best_arm": best,
+        "nats_per_residue": tried,
+        "at_edge": edges,
+        "grid": grid.name,
+    }
+
+
+def _rates_beyond(results: Path, grid: Grid, arm: str, size: str) -> set[float]:
+    """Return the learning rates of an arm's cells on disk, the grid's own or not."""
+    start = f"{arm}-{size}-seed{grid.seeds[0]}-lr"
+    found = (path.stem.removeprefix(start) for path in results.glob(f"{start}*.json"))
+    return {float(rate) for rate in found}

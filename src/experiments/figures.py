@@ -1,0 +1,466 @@
+"""Makes the project's figures and tables from ``results/`` alone.
+
+Each maker reads the files that it needs and says what is missing where they are not there; what can
+be made is made.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from src.common.cli import say
+from src.common.files import replace_section, write_text
+from src.common.tables import latex_lines, markdown_lines
+from src.evaluation.results import MODELS, check_figures, figure, read_results
+from src.experiments import plots as experiment_plots
+from src.experiments import synergy
+from src.experiments.grids import read_rates
+from src.experiments.synergy import EXPLANATIONS, MARGIN, shown
+from src.publishing import plots
+
+STRATA = {"cut": ("synergy", "synergy"), "random": ("synergy_random", "synergy-random")}
+"""Of the experiment: directory and grid by name of the stratum."""
+SIZE_NAMES = {"s27": "27 %", "s11": "11 %", "s05": "5 %"}
+FOUR = ("baseline", "uncertainty", "calibration", "both")
+GENERATION = "generation"
+"""Directory of evaluations with generated proteins."""
+CONTROLS = ("teacher", "natural", "shuffled")
+"""What generated proteins of students are read beside."""
+SWEEPS = ("temperature", "alpha", "smoothing")
+"""Grids of one setting each, and directories of their results."""
+SECTION = "experiment tables"
+"""Of docs/RESULTS.md: what stands between its marks is generated."""
+
+CELL = {
+    **{f"settings.{name}": "text" for name in ("arm", "size")},
+    **{f"settings.{name}": "number" for name in ("seed", "learning_rate", "train.max_steps")},
+    "training.curve": "objects",
+    "share_of_teacher": "above 0",
+    "teacher_nats_per_residue": "number",
+    "student_nats_per_residue": "number",
+    "kl_per_residue": "number",
+    "floors.unigram.nats_per_residue": "number",
+    **{f"{m}_ece.{k}": t for m in MODELS for k, t in (("ece", "share"), ("reliability", "object"))},
+}
+"""What the figures and tables need of a cell beside what all results files have."""
+POINT = {"step": "number", "eval_hard_loss": "number", "grad_norm": "number"}
+"""What they take of a point of a learning curve; all but the step may be missing."""
+
+Cells = list[dict[str, Any]]
+Table = tuple[list[str], list[list[str]]]
+
+
+class Missing(Exception):
+    """What a figure needs is not there; the message says how to make it."""
+
+
+def read_cells(folder: Path, grid: str) -> Cells:
+    """Return the results of a grid's finished cells.
+
+    Raises:
+        Missing: there are none.
+        ValueError: one lacks what every cell has.
+    """
+    found = []
+    way_out = "move it away and run scripts/ablation.py again"
+    for path in sorted(folder.glob("*-seed*-lr*.json")):
+        results = read_results(path)
+        if figure(results, "settings.grid") != grid:
+            continue
+        check_figures(results, CELL, path, needed=True, way_out=way_out)
+        for number, point in enumerate(results["training"]["curve"]):
+            where = f"{path}: training.curve[{number}]"
+            check_figures(point, {"step": "number"}, where, needed=True, way_out=way_out)
+            check_figures(point, POINT, where, way_out=way_out)
+        found.append(results)
+    if not found:
+        raise Missing(f"{folder}: no cells of {grid}: python scripts/ablation.py --grid {grid}")
+    return found
+
+
+def read_analysis(folder: Path, grid: str) -> dict[str, Any]:
+    """Return the sizes' records of a grid's analysis.
+
+    Raises:
+        Missing: it was not analysed yet.
+        ValueError: what is there is no analysis.
+    """
+    path = folder / "analysis.json"
+    if not path.exists():
+        raise Missing(
+            f"{path}: python scripts/analyse_ablation.py --results {folder} --grid {grid}"
+        )
+    return synergy.read_analysis(path)
+
+
+def _strata(results: Path) -> dict[str, tuple[Path, str]]:
+    """Return folder and grid of the strata that were analysed."""
+    found = {
+        name: (results / folder, grid)
+        for name, (folder, grid) in STRATA.items()
+        if (results / folder / "analysis.json").exists()
+    }
+    if not found:
+        folder, grid = STRATA["cut"]
+        read_analysis(results / folder, grid)
+    return found
+
+
+def _title(size: str, stratum: str) -> str:
+    return f"{SIZE_NAMES.get(size, size)}, {stratum}"
+
+
+# Figures -------------------------------------------------------------------------------------
+
+
+def effects(results: Path) -> Any:
+    """Figure 1: every arm's effect and the interaction."""
+    sizes = {
+        _title(size, stratum): record
+        for stratum, (folder, grid) in _strata(results).items()
+        for size, record in read_analysis(folder, grid).items()
+    }
+    return experiment_plots.effects_figure(sizes, MARGIN)
+
+
+def scaling(results: Path) -> Any:
+    """Figure 2: quality over sizes."""
+    series: dict[str, list[tuple[float, float, float, float]]] = {}
+    lines: dict[str, float] = {}
+    for stratum, (folder, grid) in _strata(results).items():
+        analysis = read_analysis(folder, grid)
+        cells = read_cells(folder, grid)
+        lines["teacher"] = figure(cells[0], "teacher_nats_per_residue")
+        lines["unigram"] = figure(cells[0], "floors.unigram.nats_per_residue")
+        shares = {c["settings"]["size"]: figure(c, "share_of_teacher") for c in cells}
+        for arm in ("baseline", "both"):
+            series[f"{arm}, {stratum}"] = [
+                (shares[size], found["estimate"], *found["interval"])
+                for size, record in analysis.items()
+                if size in shares and (found := record["arms"].get(arm))
+            ]
+    return experiment_plots.scaling_figure(series, lines)
+
+
+def curves(results: Path) -> Any:
+    """Figure 3: learning curves of the four arms."""
+    panels: dict[str, dict[str, tuple[list[float], list[list[float]]]]] = {}
+    for stratum, (folder, grid) in _strata(results).items():
+        for results_of in read_cells(folder, grid):
+            about = results_of["settings"]
+            if about["arm"] not in FOUR:
+                continue
+            curve = [r for r in results_of["training"]["curve"] if "eval_hard_loss" in r]
+            panel = panels.setdefault(_title(about["size"], stratum), {})
+            here = [r["step"] for r in curve]
+            steps, values = panel.setdefault(about["arm"], (here, []))
+            if here != steps:
+                raise ValueError(
+                    f"{folder}: {about['arm']} at {about['size']}: seed {about['seed']} was "
+                    "validated at other steps than the seed before: run its cells again"
+                )
+            values.append([r["eval_hard_loss"] for r in curve])
+    ordered = {
+        title: {arm: arms[arm] for arm in FOUR if arm in arms} for title, arms in panels.items()
+    }
+    return experiment_plots.arm_curves(ordered, "validation hard loss, nats per token")
+
+
+def composition(results: Path) -> Any:
+    """Figure 4: amino acids of generated proteins."""
+    sets: dict[str, Mapping[str, float]] = {}
+    for path in sorted((results / GENERATION).glob("*.json")):
+        found = read_results(path)
+        for name, key in ((path.stem, "student"), ("teacher", "teacher")):
+            shares = figure(found, f"generation.{key}.composition")
+            if shares and name not in sets:
+                sets[name] = shares
+        natural = figure(found, "generation.reference.composition")
+        if natural:
+            sets["natural"] = natural
+    if not sets:
+        raise Missing(_how_to_generate(results))
+    return plots.composition_bars(sets)
+
+
+def calibration(results: Path) -> Any:
+    """Figure 5: reliability of the teacher and the four arms at the larger size."""
+    folder, grid = STRATA["cut"]
+    models: dict[str, list[dict[str, Any]]] = {"teacher": [], **{arm: [] for arm in FOUR}}
+    for found in read_cells(results / folder, grid):
+        about = found["settings"]
+        if about["size"] != "s27" or about["arm"] not in FOUR:
+            continue
+        models[about["arm"]].append(_calibration_of(found, "student"))
+        if not models["teacher"]:
+            models["teacher"].append(_calibration_of(found, "teacher"))
+    return experiment_plots.calibration_figure({n: m for n, m in models.items() if m})
+
+
+def _calibration_of(found: Mapping[str, Any], model: str) -> dict[str, Any]:
+    record = found[f"{model}_ece"]
+    return {
+        "ece": record["ece"],
+        "interval": found["intervals"].get(f"{model}_ece.ece"),
+        "reliability": record["reliability"],
+    }
+
+
+def compression(results: Path) -> Any:
+    """Figure 6: quality against compression, of one seed."""
+    kinds: dict[str, list[dict[str, Any]]] = {}
+    for arm in ("baseline", "both"):
+        paths = [results / f"first_{size}_{arm}.json" for size in ("27", "11")]
+        found = [read_results(path) for path in paths if path.exists()]
+        if found:
+            kinds[f"{arm}, random, 1,200 steps of 32"] = found
+    for stratum, (folder, grid) in _strata(results).items():
+        cells = [c for c in read_cells(folder, grid) if c["settings"]["seed"] == 1]
+        steps = {c["settings"]["train"]["max_steps"] for c in cells}
+        for arm in ("baseline", "both"):
+            own = [c for c in cells if c["settings"]["arm"] == arm]
+            kinds[f"{arm}, {stratum}, {'/'.join(map(str, sorted(steps)))} steps of 16"] = own
+    return plots.quality_against_compression(kinds)
+
+
+def recipes(results: Path) -> Any:
+    """Figure 7: what was tried beside the claim, less the same student with plain distillation."""
+    sizes = {}
+    for size, record in read_analysis(results / "recipe", "recipe").items():
+        # Plain distillation from random weights is so far off that the others would not be seen.
+        arms = {arm: entry for arm, entry in record["arms"].items() if arm != "baseline"}
+        sizes[_title(size, "cut")] = record | {"arms": arms}
+    return experiment_plots.effects_figure(sizes, MARGIN, "cut")
+
+
+FIGURES: dict[str, Callable[[Path], Any]] = {
+    "1_effects": effects,
+    "2_scaling": scaling,
+    "3_learning_curves": curves,
+    "4_composition": composition,
+    "5_calibration": calibration,
+    "6_compression": compression,
+    "7_recipes": recipes,
+}
+
+# Tables --------------------------------------------------------------------------------------
+
+
+def arms_tables(results: Path) -> Iterator[tuple[str, Table]]:
+    """Each arm's figures, means over seeds; the interval of nats is that of the analysis."""
+    for stratum, (folder, grid) in _strata(results).items():
+        analysis = read_analysis(folder, grid)
+        cells = read_cells(folder, grid)
+        for size, record in analysis.items():
+            yield f"arms_{stratum}_{size}", arms_table(record, _of_size(cells, size))
+
+
+def recipe_tables(results: Path) -> Iterator[tuple[str, Table]]:
+    """Each recipe's figures, and its differences from plain distillation and from ``cut``."""
+    folder = results / "recipe"
+    cells = read_cells(folder, "recipe")
+    for size, record in read_analysis(folder, "recipe").items():
+        yield f"recipe_{size}", arms_table(record, _of_size(cells, size))
+        for reference, arms in record["against"].items():
+            headings = ["arm", f"ln PPL less {reference}", "p (Holm)", f"KL less {reference}"]
+            rows = [
+                [arm, shown(e["nats"]), f"{e['p_holm']:.2g}", shown(e["kl"])]
+                for arm, e in arms.items()
+            ]
+            yield f"recipe_{size}_against_{reference}", (headings, rows)
+
+
+def contrast_tables(results: Path) -> Iterator[tuple[str, Table]]:
+    """The contrasts of both designs with their verdicts, and the explanations."""
+    for stratum, (folder, grid) in _strata(results).items():
+        rows: list[list[str]] = []
+        explained: list[list[str]] = []
+        for size, record in read_analysis(folder, grid).items():
+            for name, design in record["designs"].items():
+                for key, entry in design["contrasts"].items():
+                    verdict = design["parts"][key]
+                    rows.append([f"{size} {name} {key}", shown(entry), verdict])
+                rows.append([f"{size} {name}: the claim", "", design["verdict"]])
+            for name, entry in record["explanations"].items():
+                arms = " less ".join(EXPLANATIONS[name])
+                cells = [f"{size} {name}", arms, shown(entry), f"{entry['p_holm']:.2g}"]
+                explained.append(cells)
+        yield f"contrasts_{stratum}", (["contrast", "estimate [95 %]", "the claim's part"], rows)
+        headings = ["contrast", "arms", "estimate [95 %]", "p (Holm)"]
+        yield f"explanations_{stratum}", (headings, explained)
+
+
+GENERATED = (
+    ("length", "length.mean", ".0f"),
+    ("valid", "valid_share", ".0%"),
+    ("distinct 4-mers", "distinct_4mers", ".3f"),
+    ("over 30 % identity to train", "novelty.share_over_30", ".0%"),
+    ("low complexity", "repetitiveness.low_complexity_share", ".3f"),
+    ("KL from natural", "kl_from_natural", ".4f"),
+    ("teacher's perplexity per residue", "teacher_perplexity_per_residue", ".2f"),
+)
+"""Columns of the table of generated proteins: heading, figure, format."""
+
+
+def generation_tables(results: Path) -> Iterator[tuple[str, Table]]:
+    """Generated proteins of students and teacher beside natural and shuffled ones."""
+    rows: dict[str, list[str]] = {}
+    for path in sorted((results / GENERATION).glob("*.json")):
+        found = read_results(path)
+        for name, key in ((path.stem, "student"), *((k, k) for k in CONTROLS)):
+            if name in rows or not figure(found, f"generation.{key}"):
+                continue
+            values = [figure(found, f"generation.{key}.{column}") for _, column, _ in GENERATED]
+            rows[name] = [
+                "---" if value is None else format(value, shape)
+                for value, (_, _, shape) in zip(values, GENERATED, strict=True)
+            ]
+    if not rows:
+        raise Missing(_how_to_generate(results))
+    headings = ["proteins of", *(heading for heading, _, _ in GENERATED)]
+    last = [name for name in CONTROLS if name in rows]
+    ordered = [name for name in rows if name not in last] + last
+    yield "generated", (headings, [[name, *rows[name]] for name in ordered])
+
+
+def sweep_tables(results: Path) -> Iterator[tuple[str, Table]]:
+    """The sweeps of temperature, alpha and the smoothing factor, on validation proteins."""
+    for grid in SWEEPS:
+        folder = results / grid
+        rows = []
+        by_arm: dict[str, Cells] = {}
+        for cell in read_cells(folder, grid):
+            by_arm.setdefault(cell["settings"]["arm"], []).append(cell)
+        best = read_rates(folder)["best_arm"]
+        for arm, cells in sorted(by_arm.items(), key=lambda item: _value_of(item[0])):
+            row = [f"{arm} (best)" if arm in best.values() else arm]
+            for name in ("student_nats_per_residue", "kl_per_residue", "student_ece.ece"):
+                values = [figure(cell, name) for cell in cells]
+                row.append(f"{np.mean(values):.4f} ({', '.join(f'{v:.4f}' for v in values)})")
+            rows.append(row)
+        headings = ["setting", "nats per residue (each seed)", "KL per residue", "ECE"]
+        yield f"sweep_{grid}", (headings, rows)
+
+
+def _value_of(arm: str) -> float:
+    """Return the number at the end of a sweep's arm."""
+    return float(arm.lstrip("abcdefghijklmnopqrstuvwxyz_"))
+
+
+def _how_to_generate(results: Path) -> str:
+    how = "python scripts/evaluate.py --num_samples 100 --generation_metrics --output ..."
+    return f"{results / GENERATION}: {how}"
+
+
+TABLES: tuple[Callable[[Path], Iterator[tuple[str, Table]]], ...] = (
+    arms_tables,
+    contrast_tables,
+    recipe_tables,
+    generation_tables,
+    sweep_tables,
+)
+
+
+def _of_size(cells: Cells, size: str) -> Cells:
+    return [cell for cell in cells if cell["settings"]["size"] == size]
+
+
+def arms_table(record: Mapping[str, Any], cells: Cells) -> Table:
+    """Return a row for each arm of one size.
+
+    Args:
+        record: of the analysis.
+        cells: results of the same size.
+    """
+    headings = [
+        "arm", "learning rate", "nats per residue [95 %]", "KL per residue", "ECE",
+        "top-1 agreement", "kept of the teacher", "gradient norm",
+    ]  # fmt: skip
+    rows = []
+    for arm, entry in record["arms"].items():
+        own = [cell for cell in cells if cell["settings"]["arm"] == arm]
+
+        def mean(name: str, own: Cells = own) -> float:
+            values = [figure(cell, name) for cell in own]
+            return float(np.mean([v for v in values if v is not None]))
+
+        norms = [
+            point["grad_norm"]
+            for cell in own
+            for point in cell["training"]["curve"]
+            if "grad_norm" in point
+        ]
+        low, high = entry["interval"]
+        rows.append(
+            [
+                arm,
+                ", ".join(sorted({f"{cell['settings']['learning_rate']:g}" for cell in own})),
+                f"{entry['estimate']:.4f} [{low:.4f}, {high:.4f}]",
+                f"{mean('kl_per_residue'):.4f}",
+                f"{mean('student_ece.ece'):.4f}",
+                f"{mean('top1_agreement'):.3f}",
+                f"{mean('kept_advantage'):.2f}",
+                f"{float(np.median(norms)):.2f}" if norms else "---",
+            ]
+        )
+    return headings, rows
+
+
+# All of it -----------------------------------------------------------------------------------
+
+
+def make_all(
+    results: Path,
+    output: Path,
+    page: Path | None = None,
+    announce: Callable[[str], None] = say,
+) -> dict[str, Sequence[str]]:
+    """Write every figure (PNG and PDF) and table (Markdown and LaTeX) that can be made.
+
+    Args:
+        results: where results stand.
+        output: directory to write to; what stands there under the same names is replaced.
+        page: a document whose generated section gets the tables.
+        announce: called with each line for a person.
+
+    Returns:
+        ``written`` and ``missing``.
+
+    Raises:
+        ValueError: the page has no generated section.
+    """
+    written: list[str] = []
+    missing: list[str] = []
+    for name, maker in FIGURES.items():
+        try:
+            drawn = maker(results)
+        except Missing as why:
+            missing.append(f"figure {name}: {why}")
+            continue
+        for ending in (".png", ".pdf"):
+            path = output / f"{name}{ending}"
+            plots.save_figure(drawn, path)
+            written.append(str(path))
+    text: list[str] = []
+    for maker in TABLES:
+        try:
+            for name, (headings, rows) in maker(results):
+                text += [f"**{name}**", "", *markdown_lines(headings, rows), ""]
+                for ending, lines in ((".md", markdown_lines), (".tex", latex_lines)):
+                    path = output / f"{name}{ending}"
+                    write_text(path, "\n".join(lines(headings, rows)) + "\n")
+                    written.append(str(path))
+        except Missing as why:
+            missing.append(f"{maker.__name__}: {why}")
+    if page:
+        replace_section(page, SECTION, "\n".join(text))
+        written.append(str(page))
+    for path in written:
+        announce(f"written: {path}")
+    for line in missing:
+        announce(f"left out: {line}")
+    return {"written": written, "missing": missing}

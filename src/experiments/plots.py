@@ -1,0 +1,297 @@
+"""Draws the controlled experiment: effects of the arms, the interaction, curves, calibration.
+
+As in :mod:`src.publishing.plots`, every function takes what stands in the results' files and returns a figure.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
+
+from src.publishing.plots import COLOURS, FAINT, INK, series_look, styled
+
+SHIFT = 0.16
+"""Rows of a forest plot: how far the seeds' points lie below the estimate."""
+
+
+@styled
+def effects_figure(
+    sizes: Mapping[str, Mapping[str, Any]], margin: float, reference: str = "baseline"
+) -> Figure:
+    """Draw every arm's effect and the published design's contrasts, with intervals and seeds.
+
+    Args:
+        sizes: a record of ``analysis.json`` by the title of its column.
+        margin: half-width of the band in which a difference counts as none.
+        reference: the arm that effects are measured from.
+
+    Returns:
+        The figure: a column for each size; above, each arm less the reference, below, the contrasts
+        U, C, B and I of the claim. Small points are single seeds.
+
+    Raises:
+        ValueError: there is nothing to draw, or the sizes were not analysed alike.
+    """
+    if not sizes:
+        raise ValueError("no analysis to draw")
+    first = next(iter(sizes.values()))
+    arms = [arm for arm in first["arms"] if arm != reference]
+    designs = "published" in first["designs"]
+    for title, record in sizes.items():
+        compared = record["against"].get(reference, {})
+        if not set(arms) <= set(compared) or ("published" in record["designs"]) != designs:
+            raise ValueError(
+                f"the analysis of {title} lacks arms or designs of others, or the comparison with "
+                f"{reference}: run scripts/analyse_ablation.py for all, --against {reference}"
+            )
+    heights = [len(arms) + 1, 5.5] if designs else [len(arms) + 1]
+    figure = Figure(
+        figsize=(2.2 + 2.7 * len(sizes), 0.24 * sum(heights) + 1.4), layout="constrained"
+    )
+    grid = figure.subplots(
+        len(heights),
+        len(sizes),
+        squeeze=False,
+        sharex="col",
+        sharey="row",
+        gridspec_kw={"height_ratios": heights},
+    )
+    for column, (title, record) in enumerate(sizes.items()):
+        base = np.asarray(record["arms"][reference]["by_seed"])
+        found = record["against"][reference]
+        seeds = {a: np.asarray(record["arms"][a]["by_seed"]) - base for a in arms}
+        _forest(grid[0, column], [(a, found[a]["nats"], seeds[a]) for a in arms], margin)
+        grid[0, column].set_title(title)
+        if designs:
+            design = record["designs"]["published"]
+            y00, y10, y01, y11 = (
+                np.asarray(record["arms"][arm]["by_seed"]) for arm in design["arms"]
+            )
+            single = {"U": y10 - y00, "C": y01 - y00, "B": y11 - y00, "I": y11 - y10 - y01 + y00}
+            names = {
+                "U": "uncertainty alone (U)",
+                "C": "calibration alone (C)",
+                "B": "both (B)",
+                "I": "interaction (I)",
+            }
+            rows = [(names[k], e, single[k]) for k, e in design["contrasts"].items()]
+            _forest(grid[1, column], rows, margin)
+        grid[-1, column].set_xlabel("difference in ln(perplexity\nper residue)")
+        grid[-1, column].xaxis.set_major_locator(MaxNLocator(4))
+    grid[0, 0].set_ylabel(f"arm less {reference}")
+    if designs:
+        grid[1, 0].set_ylabel("the claim's contrasts")
+    handles, labels = grid[0, 0].get_legend_handles_labels()
+    figure.legend(handles, labels, loc="outside lower center", ncols=len(labels), fontsize=8)
+    return figure
+
+
+def _forest(
+    axes: Axes, rows: Sequence[tuple[str, Mapping[str, Any], np.ndarray]], margin: float
+) -> None:
+    """Draw estimates with intervals from the top down, each with its seeds below it."""
+    axes.axvspan(-margin, margin, color=FAINT, alpha=0.18, linewidth=0, label=f"within ±{margin:g}")
+    axes.axvline(0, color=INK, linewidth=0.8)
+    places = -np.arange(len(rows), dtype=float)
+    estimates = np.array([entry["estimate"] for _, entry, _ in rows])
+    ends = np.array([entry["interval"] for _, entry, _ in rows])
+    axes.errorbar(
+        estimates,
+        places,
+        xerr=np.abs(ends.T - estimates),
+        fmt="o",
+        color=COLOURS["student"],
+        capsize=2.5,
+        label="mean, 95 % interval",
+    )
+    for index, (place, (_, _, seeds)) in enumerate(zip(places, rows, strict=True)):
+        axes.plot(
+            seeds,
+            np.full(len(seeds), place - 2 * SHIFT),
+            "|",
+            color=FAINT,
+            markersize=5,
+            label="single seeds" if index == 0 else None,
+        )
+    axes.set_yticks(places - SHIFT / 2, [name.replace("_", " ") for name, _, _ in rows])
+    axes.set_ylim(places[-1] - 0.8, 0.6)
+    axes.grid(visible=False, axis="y")
+
+
+@styled
+def scaling_figure(
+    series: Mapping[str, Sequence[tuple[float, float, float, float]]],
+    lines: Mapping[str, float],
+) -> Figure:
+    """Draw nats for each residue against the student's share of the teacher's parameters.
+
+    Args:
+        series: by name, points (share, value, low, high).
+        lines: values of models without a size here: the teacher, the unigram floor.
+
+    Returns:
+        The figure.
+
+    Raises:
+        ValueError: there is nothing to draw.
+    """
+    if not any(series.values()):
+        raise ValueError("no students to draw")
+    figure = Figure(figsize=(5.2, 3.3), layout="constrained")
+    axes = figure.subplots()
+    shares = [100 * point[0] for points in series.values() for point in points]
+    for index, (name, points) in enumerate(series.items()):
+        table = np.array(sorted(points), dtype=float)
+        axes.errorbar(
+            100 * table[:, 0],
+            table[:, 1],
+            yerr=np.maximum(np.abs(table[:, 2:].T - table[:, 1]), 0),
+            **series_look(index),
+            capsize=2.5,
+            label=name.replace("_", " "),
+        )
+    for index, (name, value) in enumerate(lines.items()):
+        colour = COLOURS.get(name, FAINT)
+        axes.axhline(value, color=colour, linewidth=1.2, linestyle=(":", "--", "-.")[index % 3])
+        axes.annotate(
+            f"{name} {value:.3f}",
+            (1, value),
+            xycoords=("axes fraction", "data"),
+            xytext=(-2, 2),
+            textcoords="offset points",
+            ha="right",
+            fontsize=8,
+            color=colour,
+        )
+    axes.set_xscale("log")
+    ticks = sorted(set(shares))
+    axes.set_xticks(ticks, [f"{tick:.0f} %" for tick in ticks])
+    axes.minorticks_off()
+    axes.set_xlabel("student's parameters, share of the teacher's")
+    axes.set_ylabel("nats per residue (lower is better)")
+    axes.legend(fontsize=8)
+    return figure
+
+
+@styled
+def arm_curves(
+    panels: Mapping[str, Mapping[str, tuple[Sequence[float], Sequence[Sequence[float]]]]],
+    label: str,
+) -> Figure:
+    """Draw a validation figure against optimiser steps, each arm's mean over seeds and its range.
+
+    Args:
+        panels: by title of a column, by arm: steps (K,) and values (seeds, K).
+        label: of the vertical axis.
+
+    Returns:
+        The figure.
+
+    Raises:
+        ValueError: there is nothing to draw.
+    """
+    if not any(panels.values()):
+        raise ValueError("no learning curves to draw")
+    figure = Figure(figsize=(0.8 + 2.9 * len(panels), 3.3), layout="constrained")
+    grid = figure.subplots(1, len(panels), squeeze=False)[0]
+    for axes, (title, arms) in zip(grid, panels.items(), strict=True):
+        for index, (arm, (steps, values)) in enumerate(arms.items()):
+            table = np.asarray(values, dtype=float)
+            look = series_look(index)
+            low, high = table.min(0), table.max(0)
+            axes.fill_between(steps, low, high, color=look["color"], alpha=0.15, lw=0)
+            axes.plot(steps, table.mean(0), **look, label=arm.replace("_", " "))
+        axes.set_title(title)
+        axes.set_xlabel("optimiser step")
+        axes.xaxis.set_major_locator(MaxNLocator(5, integer=True))
+    grid[0].set_ylabel(label)
+    handles, labels = grid[0].get_legend_handles_labels()
+    columns = min(len(labels), 2 * len(panels))
+    figure.legend(handles, labels, loc="outside lower center", ncols=columns, fontsize=8)
+    return figure
+
+
+@styled
+def calibration_figure(models: Mapping[str, Sequence[Mapping[str, Any]]]) -> Figure:
+    """Draw reliability curves of several models, their confidences, and their ECE with intervals.
+
+    Args:
+        models: by name, for each seed ``ece``, ``interval`` and ``reliability`` (edges, count,
+            confidence and accuracy of each bin); the curve drawn is of all seeds together.
+
+    Returns:
+        The figure: left, accuracy less confidence in each bin that holds at least one token in a
+        thousand; below it the share of tokens in each bin; right, ECE with each seed's interval.
+
+    Raises:
+        ValueError: there is nothing to draw.
+    """
+    if not models:
+        raise ValueError("no reliability curves to draw")
+    figure = Figure(figsize=(7.2, 3.9), layout="constrained")
+    grid = figure.subplot_mosaic(
+        [["gap", "ece"], ["tokens", "ece"]],
+        height_ratios=[3, 1.2],
+        width_ratios=[3, 2],
+    )
+    gap, tokens, ece = grid["gap"], grid["tokens"], grid["ece"]
+    gap.axhline(0, color=FAINT, linestyle="--", linewidth=1)
+    largest = 0.1
+    students = [name for name in models if name not in COLOURS]
+    for index, (name, seeds) in enumerate(models.items()):
+        # A student looks as in the learning curves, whether or not the teacher stands before it.
+        own = students.index(name) if name in students else len(students)
+        look = series_look(own)
+        look["color"] = colour = COLOURS.get(name, look["color"])
+        count, confidence, accuracy, edges = _pooled([seed["reliability"] for seed in seeds])
+        share = count / count.sum()
+        shown = share >= 1e-3
+        largest = max(largest, float(edges[1:][shown].max()))
+        gap.plot(
+            confidence[shown],
+            (accuracy - confidence)[shown],
+            **look,
+            label=name.replace("_", " "),
+        )
+        tokens.stairs(share, edges, color=colour, linestyle=look["linestyle"], lw=1.4)
+        places = -index + np.linspace(0.18, -0.18, len(seeds)) if len(seeds) > 1 else [-index]
+        for place, seed in zip(places, seeds, strict=True):
+            low, high = seed["interval"] or (seed["ece"], seed["ece"])
+            ece.plot([low, high], [place, place], color=colour, linewidth=1)
+            ece.plot([seed["ece"]], [place], marker=look["marker"], color=colour, markersize=3.5)
+    for axes in (gap, tokens):
+        axes.set_xlim(0, largest)
+    gap.set_ylabel("accuracy − confidence")
+    gap.set_title("above 0: less sure than right")
+    tokens.set_yscale("log")
+    tokens.set_ylabel("share of\ntokens")
+    tokens.set_xlabel("confidence of the likeliest token")
+    ece.set_yticks([-i for i in range(len(models))], [n.replace("_", " ") for n in models])
+    ece.set_ylim(-len(models) + 0.4, 0.6)
+    ece.set_xlim(left=0)
+    ece.xaxis.set_major_locator(MaxNLocator(4))
+    ece.set_title("ECE, each seed")
+    ece.set_xlabel("ECE, 15 bins")
+    ece.grid(visible=False, axis="y")
+    handles, labels = gap.get_legend_handles_labels()
+    figure.legend(handles, labels, loc="outside lower center", ncols=len(labels), fontsize=8)
+    return figure
+
+
+def _pooled(curves: Sequence[Mapping[str, Any]]) -> tuple[np.ndarray, ...]:
+    """Return counts, mean confidence, mean accuracy and edges of equal bins of several curves."""
+    edges = np.array(curves[0]["edges"], dtype=float)
+    count = np.zeros(len(edges) - 1)
+    sums = np.zeros((2, len(count)))
+    for curve in curves:
+        here = np.array(curve["count"], dtype=float)
+        count += here
+        for row, key in enumerate(("confidence", "accuracy")):
+            sums[row] += here * np.array([value or 0.0 for value in curve[key]])
+    confidence, accuracy = sums / np.maximum(count, 1)
+    return count, confidence, accuracy, edges

@@ -1,0 +1,448 @@
+"""Decides the synergy claim from the experiment's tables of single proteins.
+
+The contrasts, the decision rule and the margins are those of docs/EXPERIMENT.md, which was written
+before the runs. y is ln(perplexity per residue); intervals take seeds and test clusters as crossed
+random effects (``src.evaluation.statistics.two_way_interval``), paired between arms.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from src.common.files import read_json
+from src.common.tables import markdown_lines
+from src.evaluation.results import check_figures
+from src.evaluation.statistics import Estimate, contrast, equivalence, holm, seeds_for_half_width
+from src.experiments.grids import ARMS, RECIPES
+
+MARGIN = 0.02
+"""Nats per residue: a contrast within ±0.02 of 0 is equivalent to none."""
+HALF_WIDTH = 0.05
+"""Seeds are added while the interval of the published interaction is wider than ± this."""
+MOST_SEEDS = 10
+PUBLISHED_INTERACTION = -2.16
+
+DESIGNS = {
+    "published": ("baseline", "uncertainty", "calibration", "both"),
+    "controlled": (
+        "baseline",
+        "uncertainty_mean_one",
+        "calibration_confident",
+        "both_controlled",
+    ),
+}
+"""Arms y00, y10, y01 and y11 of the two 2 × 2 designs."""
+
+EXPLANATIONS = {
+    "change of alpha": ("weight_matched", "baseline"),
+    "emphasis": ("uncertainty", "weight_matched"),
+    "emphasis on uncertain rather than random positions": ("uncertainty", "weight_permuted"),
+    "emphasis on uncertain rather than certain positions": ("uncertainty", "weight_inverse"),
+    "smoothing as such": ("epsilon_matched", "baseline"),
+    "smoothing of uncertain rather than all targets": ("calibration", "epsilon_matched"),
+    "hard loss alone": ("hard_only", "baseline"),
+    "soft loss alone": ("soft_only", "baseline"),
+}
+"""Exploratory contrasts, first arm less second."""
+
+HOLDS, REFUTED, INCONCLUSIVE = "holds", "refuted", "inconclusive"
+
+
+@dataclass
+class Runs:
+    """What one size's runs say about single proteins; S seeds, P proteins.
+
+    Attributes:
+        nll: for each arm ``(S, P)`` nats.
+        kl: for each arm ``(S, P)`` nats.
+        residues: ``(P,)``.
+        clusters: ``(P,)``.
+        seeds: ``(S,)``, those that every arm was run with.
+    """
+
+    nll: dict[str, np.ndarray]
+    kl: dict[str, np.ndarray]
+    residues: np.ndarray
+    clusters: list[str]
+    seeds: list[int]
+
+
+def read_runs(folder: str | Path, grid: str, split: str = "test") -> dict[str, Runs]:
+    """Read a grid's tables of single proteins.
+
+    Args:
+        folder: with ``per_protein-<grid>-*.parquet``.
+        grid: name of the grid.
+        split: the part that was measured.
+
+    Returns:
+        For each size the runs of the seeds that all of its arms have.
+
+    Raises:
+        ValueError: no tables or none with rows of the split, a table that is broken or empty, an
+            arm with several learning rates, or proteins that differ.
+    """
+    paths = sorted(Path(folder).glob(f"per_protein-{grid}-*.parquet"))
+    if not paths:
+        raise ValueError(f"{folder}: no per_protein-{grid}-*.parquet: run the grid first")
+    cells: dict[str, dict[tuple[str, int], dict[str, np.ndarray]]] = {}
+    rates: dict[tuple[str, str], set[float]] = {}
+    for path in paths:
+        try:
+            frame = _read_table(path)
+        except ValueError as error:
+            raise ValueError(
+                f"{path}: {error}: move it away and run scripts/ablation.py --grid {grid} again"
+            ) from None
+        frame = frame[frame["split"] == split]
+        for (size, arm, seed), rows in frame.groupby(["size", "arm", "seed"], sort=False):
+            rates.setdefault((size, arm), set()).update(rows["learning_rate"].unique())
+            if len(rates[size, arm]) > 1 or rows["learning_rate"].nunique() > 1:
+                raise ValueError(f"{path}: {arm} at {size} has several learning rates")
+            rows = rows.sort_values("protein")
+            cells.setdefault(size, {})[arm, int(seed)] = {
+                name: rows[name].to_numpy()
+                for name in ("protein", "cluster", "residues", "nll_student", "kl")
+            }
+    if not cells:
+        raise ValueError(f"{folder}: no table of {grid} holds {split} proteins: pass --split")
+    return {size: _runs(size, found) for size, found in cells.items()}
+
+
+def _read_table(path: Path) -> Any:
+    """Return a table of single proteins; a ``ValueError`` says what is wrong without the name."""
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    texts, numbers = ("arm", "size", "split", "protein", "cluster"), ("nll_student", "kl")
+    schema = pa.schema(
+        [(name, pa.string()) for name in texts]
+        + [(name, pa.int64()) for name in ("seed", "residues")]
+        + [(name, pa.float64()) for name in ("learning_rate", *numbers)]
+    )
+    try:
+        table = pq.read_table(path).select(schema.names).cast(schema)
+    except (pa.ArrowException, KeyError, OSError):
+        raise ValueError("broken, or not a table of single proteins") from None
+    if not len(table):
+        raise ValueError("holds no proteins")
+    if any(column.null_count for column in table.columns):
+        raise ValueError("a value is missing")
+    frame = table.to_pandas()
+    if not np.isfinite(frame[list(numbers)]).all(axis=None) or (frame["residues"] < 1).any():
+        raise ValueError("a figure is not finite, or a protein has no residues")
+    return frame
+
+
+def _runs(size: str, cells: Mapping[tuple[str, int], Mapping[str, np.ndarray]]) -> Runs:
+    known = list({**ARMS, **RECIPES})
+    place = {arm: number for number, arm in enumerate(known)}
+    arms = sorted({arm for arm, _ in cells}, key=lambda arm: (place.get(arm, len(known)), arm))
+    everywhere = [{seed for a, seed in cells if a == arm} for arm in arms]
+    seeds = sorted(set.intersection(*everywhere))
+    first = next(iter(cells.values()))
+    for (arm, seed), cell in cells.items():
+        if not np.array_equal(cell["protein"], first["protein"]):
+            raise ValueError(f"{size}: {arm} of seed {seed} was measured on other proteins")
+
+    def stacked(name: str) -> dict[str, np.ndarray]:
+        empty = np.zeros((0, len(first["protein"])))
+        return {
+            arm: np.stack([cells[arm, s][name].astype(np.float64) for s in seeds])
+            if seeds
+            else empty
+            for arm in arms
+        }
+
+    return Runs(
+        stacked("nll_student"), stacked("kl"), first["residues"], list(first["cluster"]), seeds
+    )
+
+
+def design_contrasts(arms: Sequence[str]) -> dict[str, dict[str, float]]:
+    """Return the coefficients of U, C, B and I for a design's four arms."""
+    base, weighted, smoothed, both = arms
+    return {
+        "U": {weighted: 1.0, base: -1.0},
+        "C": {smoothed: 1.0, base: -1.0},
+        "B": {both: 1.0, base: -1.0},
+        "I": {both: 1.0, weighted: -1.0, smoothed: -1.0, base: 1.0},
+    }
+
+
+EXPECTED_SIGN = {"U": 1, "C": 1, "B": -1, "I": -1}
+"""What the claim says of each contrast."""
+
+
+def part_verdict(estimate: Estimate, sign: int, margin: float = MARGIN) -> str:
+    """Return whether one part of the claim holds.
+
+    Args:
+        estimate: of the contrast.
+        sign: what the claim says of it: above (1) or below (-1) 0.
+        margin: of equivalence.
+
+    Returns:
+        ``holds`` where the interval lies on the claimed side of 0; ``refuted`` where it lies on the
+        other side, or the contrast is equivalent to 0; else ``inconclusive``. An effect that is on
+        the claimed side and within the margin is ``refuted`` as being none that matters.
+    """
+    if equivalence(estimate, margin).equivalent:
+        return REFUTED
+    low, high = sorted((sign * estimate.low, sign * estimate.high))
+    if low > 0:
+        return HOLDS
+    return REFUTED if high < 0 else INCONCLUSIVE
+
+
+def claim_verdict(parts: Mapping[str, str]) -> str:
+    """Return the verdict on the whole claim: it holds where all parts do, and falls with any."""
+    values = set(parts.values())
+    if values == {HOLDS}:
+        return HOLDS
+    return REFUTED if REFUTED in values else INCONCLUSIVE
+
+
+def analyse(runs: Mapping[str, Runs], references: Sequence[str] = ("baseline",)) -> dict[str, Any]:
+    """Compute every contrast and verdict.
+
+    Args:
+        runs: by size, of :func:`read_runs`.
+        references: arms that every other arm is compared with.
+
+    Returns:
+        By size: ``seeds``, ``clusters``, ``arms`` (mean y of each with its interval, and y of each
+        seed), ``designs`` (contrasts, parts, verdict, whether the published interaction is
+        excluded), ``explanations`` and ``against`` (every arm less a reference) with Holm's
+        correction, and ``seeds_needed`` for the wanted half-width.
+
+    Raises:
+        ValueError: a reference is no arm.
+    """
+    return {size: _analyse_size(found, references) for size, found in runs.items()}
+
+
+def _analyse_size(runs: Runs, references: Sequence[str]) -> dict[str, Any]:
+    def estimate(coefficients: Mapping[str, float]) -> Estimate:
+        return contrast(runs.nll, coefficients, runs.residues, runs.clusters)
+
+    record: dict[str, Any] = {
+        "seeds": runs.seeds,
+        "clusters": len(set(runs.clusters)),
+        "proteins": len(runs.residues),
+        "arms": {
+            arm: _described(estimate({arm: 1.0}))
+            | {"by_seed": (nll.sum(axis=1) / runs.residues.sum()).tolist()}
+            for arm, nll in runs.nll.items()
+        },
+        "designs": {},
+    }
+    for name, arms in DESIGNS.items():
+        if not set(arms) <= set(runs.nll):
+            continue
+        found = {key: estimate(c) for key, c in design_contrasts(arms).items()}
+        parts = {key: part_verdict(e, EXPECTED_SIGN[key]) for key, e in found.items()}
+        wide = found["I"].high - found["I"].low
+        record["designs"][name] = {
+            "arms": list(arms),
+            "contrasts": {key: _described(e) for key, e in found.items()},
+            "parts": parts,
+            "verdict": claim_verdict(parts),
+            "interaction_half_width": wide / 2,
+            "published_interaction_excluded": not (
+                found["I"].low <= PUBLISHED_INTERACTION <= found["I"].high
+            ),
+            "seeds_needed": _seeds_needed(found["I"], len(runs.seeds)),
+        }
+    # Where the claim is not at stake, arms of the same names may differ in more than the loss.
+    record["explanations"] = _explanations(runs, estimate) if record["designs"] else {}
+    record["against"] = {name: against(runs, name) for name in references}
+    return record
+
+
+def against(runs: Runs, reference: str) -> dict[str, Any]:
+    """Compare every arm with one of them.
+
+    Returns:
+        For each other arm its difference in y (``nats``) and in KL(teacher‖student) for each
+        residue at T = 1 (``kl``), with intervals; ``p_value`` and ``p_holm`` are of y, corrected
+        for the number of arms.
+
+    Raises:
+        ValueError: the reference is no arm.
+    """
+    if reference not in runs.nll:
+        raise ValueError(f"there is no arm {reference}: there are {', '.join(runs.nll)}")
+    coefficients = {arm: {arm: 1.0, reference: -1.0} for arm in runs.nll if arm != reference}
+    nats = {a: contrast(runs.nll, c, runs.residues, runs.clusters) for a, c in coefficients.items()}
+    kl = {a: contrast(runs.kl, c, runs.residues, runs.clusters) for a, c in coefficients.items()}
+    return {
+        arm: {"nats": _described(nats[arm]), "kl": _described(kl[arm]), **p_values}
+        for arm, p_values in _p_values(nats).items()
+    }
+
+
+def _p_values(family: Mapping[str, Estimate]) -> dict[str, dict[str, float]]:
+    """Return ``p_value`` and ``p_holm``, corrected for the family, of each estimate."""
+    adjusted = holm({name: e.p_value for name, e in family.items()}) if family else {}
+    return {name: {"p_value": e.p_value, "p_holm": adjusted[name]} for name, e in family.items()}
+
+
+def _seeds_needed(interaction: Estimate, seeds: int) -> int | None:
+    """Return how many seeds the observed spread asks for, None if clusters alone are too few."""
+    between = (interaction.variance_seeds or 0.0) * seeds
+    return seeds_for_half_width(
+        HALF_WIDTH, between**0.5, max(interaction.variance_clusters or 0.0, 0.0) ** 0.5
+    )
+
+
+def _explanations(runs: Runs, estimate: Any) -> dict[str, Any]:
+    found = {
+        name: estimate({one: 1.0, other: -1.0})
+        for name, (one, other) in EXPLANATIONS.items()
+        if one in runs.nll and other in runs.nll
+    }
+    return {
+        name: {**_described(found[name]), "arms": list(EXPLANATIONS[name]), **p_values}
+        for name, p_values in _p_values(found).items()
+    }
+
+
+def _described(estimate: Estimate) -> dict[str, Any]:
+    return {
+        "estimate": estimate.estimate,
+        "interval": [estimate.low, estimate.high],
+        "standard_error": estimate.standard_error,
+    }
+
+
+ESTIMATE = {"estimate": "number", "interval": "interval"}
+DIFFERENCE = {f"{of}.{name}": kind for of in ("nats", "kl") for name, kind in ESTIMATE.items()}
+SIZE = {
+    "seeds": "numbers",
+    **dict.fromkeys(("arms", "designs", "explanations", "against"), "object"),
+}
+DESIGN = {"arms": "texts", "contrasts": "object", "parts": "names", "verdict": "text"}
+
+
+def read_analysis(path: Path) -> dict[str, Any]:
+    """Read the records of all sizes that scripts/analyse_ablation.py wrote.
+
+    Raises:
+        ValueError: the file is broken, or not such an analysis.
+    """
+    way_out = "run scripts/analyse_ablation.py again"
+
+    def check(record: Any, kinds: Mapping[str, str], where: str = "") -> None:
+        begin = f"{path}: {where}" if where else path
+        check_figures(record, kinds, begin, needed=True, way_out=way_out)
+
+    def check_names(names: Iterable[str], expected: Iterable[str], where: str) -> None:
+        if set(names) != set(expected):
+            wanted = ", ".join(sorted(expected))
+            raise ValueError(f"{path}: {where} must hold {wanted:.200}: {way_out}")
+
+    record = read_json(path)
+    check(record, {"sizes": "object"})
+    for size, found in record["sizes"].items():
+        where = f"sizes.{size}"
+        check(found, SIZE, where)
+        for arm, entry in found["arms"].items():
+            check(entry, {**ESTIMATE, "by_seed": "numbers"}, f"{where}.arms.{arm}")
+            if len(entry["by_seed"]) != len(found["seeds"]):
+                raise ValueError(f"{path}: {where}.arms.{arm} is not of all seeds: {way_out}")
+        for name, design in found["designs"].items():
+            at = f"{where}.designs.{name}"
+            check(design, DESIGN, at)
+            if tuple(design["arms"]) != DESIGNS.get(name):
+                raise ValueError(f"{path}: {at}.arms are not those of a design: {way_out}")
+            check_names(set(design["arms"]) & set(found["arms"]), design["arms"], f"{where}.arms")
+            for part in ("contrasts", "parts"):
+                check_names(design[part], EXPECTED_SIGN, f"{at}.{part}")
+            for key, entry in design["contrasts"].items():
+                check(entry, ESTIMATE, f"{at}.contrasts.{key}")
+        for name, entry in found["explanations"].items():
+            check_names({name} & set(EXPLANATIONS), {name}, f"{where}.explanations")
+            check(entry, {**ESTIMATE, "p_holm": "number"}, f"{where}.explanations.{name}")
+        for reference, arms in found["against"].items():
+            at = f"{where}.against.{reference}"
+            check(arms, {}, at)
+            check_names({reference, *arms}, found["arms"], at)
+            for arm, entry in arms.items():
+                check(entry, {**DIFFERENCE, "p_holm": "number"}, f"{at}.{arm}")
+    return record["sizes"]
+
+
+def analysis_lines(analysis: Mapping[str, Any]) -> list[str]:
+    """Return the analysis as Markdown, each size under a heading of its own."""
+    lines = []
+    for size, record in analysis.items():
+        lines += [
+            f"## {size}",
+            "",
+            f"{len(record['seeds'])} seeds, {record['proteins']:,} proteins in "
+            f"{record['clusters']:,} clusters; 95 % intervals.",
+            "",
+            *markdown_lines(
+                ["arm", "ln(perplexity per residue)"],
+                [[arm, shown(e)] for arm, e in record["arms"].items()],
+            ),
+            "",
+        ]
+        for name, design in record["designs"].items():
+            lines += [
+                f"### {name}: the claim {_says(design['verdict'])}",
+                "",
+                *markdown_lines(
+                    ["contrast", "estimate", "the claim's part"],
+                    [
+                        [key, shown(e), design["parts"][key]]
+                        for key, e in design["contrasts"].items()
+                    ],
+                ),
+                "",
+            ]
+        if record["explanations"]:
+            lines += [
+                "### What explains it (exploratory)",
+                "",
+                *markdown_lines(
+                    ["contrast", "estimate", "p (Holm)"],
+                    [
+                        [f"{name}: {' − '.join(e['arms'])}", shown(e), f"{e['p_holm']:.2g}"]
+                        for name, e in record["explanations"].items()
+                    ],
+                ),
+                "",
+            ]
+        for reference, arms in record["against"].items():
+            lines += [
+                f"### Every arm less {reference}",
+                "",
+                *markdown_lines(
+                    ["arm", "ln(perplexity per residue)", "p (Holm)", "KL, nats per residue"],
+                    [
+                        [arm, shown(e["nats"]), f"{e['p_holm']:.2g}", shown(e["kl"])]
+                        for arm, e in arms.items()
+                    ],
+                ),
+                "",
+            ]
+    return lines
+
+
+def _says(verdict: str) -> str:
+    return (
+        "is inconclusive" if verdict == INCONCLUSIVE else verdict.replace("refuted", "is refuted")
+    )
+
+
+def shown(entry: Mapping[str, Any]) -> str:
+    """Return a described estimate with its interval, four digits and signs."""
+    low, high = entry["interval"]
+    return f"{entry['estimate']:+.4f} [{low:+.4f}, {high:+.4f}]"

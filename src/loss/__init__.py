@@ -1,0 +1,1 @@
+"""The distillation loss: its plain form, its fused form, and the kernels."""

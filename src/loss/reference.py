@@ -1,0 +1,394 @@
+"""The distillation loss as pure functions of tensors.
+
+For a valid position t, which predicts token t+1, with student logits z_S, teacher logits z_T,
+temperature T and vocabulary size V:
+
+    p = softmax(z_T / T)                         teacher's distribution
+    q = softmax(z_S / T)                         student's distribution
+    p̄ = (1 - ε) p + ε / V                        smoothed target
+    soft = Σ_t w_t D(p̄_t, q_t) / N               D: forward KL unless chosen otherwise
+    hard = -Σ_t log softmax(z_S)_t(x_{t+1}) / N
+    loss = α hard + (1 - α) T² soft              Hinton et al. 2015, arXiv:1503.02531, section 2
+
+N is the number of valid positions in the whole optimiser step, so that accumulating eight rows one
+by one gives the gradient of one batch of eight. docs/METHODS.md ties each equation to its function
+and its test. The functions work in log space and in float32 (float64 stays float64).
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from src.common.settings import DIVERGENCES, SMOOTHINGS, WEIGHTINGS, LossSettings
+
+IGNORED_LABEL = -100
+CONSTANT_ENTROPY = 1e-6
+"""Nats. A row whose entropies differ by no more has no uncertain positions to single out."""
+
+
+@dataclass
+class LossParts:
+    """A loss and what it is made of: scalars, ``loss`` alone with a gradient.
+
+    ``hard`` and ``soft`` are divided by the same N as ``loss``; the means of weight, ε and teacher
+    entropy (nats, T = 1) are over the ``positions`` valid positions of this batch.
+    """
+
+    loss: Tensor
+    hard: Tensor
+    soft: Tensor
+    mean_weight: Tensor
+    mean_epsilon: Tensor
+    teacher_entropy: Tensor
+    positions: Tensor
+
+
+def valid_positions(
+    labels: Tensor, attention_mask: Tensor | None = None, segments: Tensor | None = None
+) -> Tensor:
+    """Return which positions are trained on: those that predict a real next token.
+
+    Args:
+        labels: ``(B, T)`` token ids, -100 where a token is not to be predicted.
+        attention_mask: ``(B, T)``, 0 at padding; None means that nothing is padding.
+        segments: ``(B, T)`` number of the protein that each token of a packed row belongs to.
+
+    Returns:
+        ``(B, T-1)`` bool. Position t counts when tokens t and t+1 are attended, belong to the same
+        protein, and label t+1 is not -100.
+    """
+    valid = labels[:, 1:] != IGNORED_LABEL  # (B, T-1)
+    if attention_mask is not None:
+        attended = attention_mask.bool()
+        valid = valid & attended[:, :-1] & attended[:, 1:]
+    if segments is not None:
+        valid = valid & (segments[:, :-1] == segments[:, 1:])
+    return valid
+
+
+def entropy(log_probs: Tensor) -> Tensor:
+    """Return H = -Σ p log p in nats. ``log_probs`` ``(..., V)`` → ``(...)``; 0 log 0 is 0."""
+    return torch.special.entr(log_probs.exp()).sum(-1)
+
+
+def published_weights(entropies: Tensor, valid: Tensor, segments: Tensor | None = None) -> Tensor:
+    """Return w = 0.5 + 0.5 (H - min H) / (max H - min H), min and max over each sequence.
+
+    Args:
+        entropies: ``(B, T)`` teacher entropies in nats.
+        valid: ``(B, T)`` bool; only these enter min and max.
+        segments: ``(B, T)`` sequence number within a packed row; None: each row is one sequence.
+
+    Returns:
+        ``(B, T)`` weights in [0.5, 1], 0 where not valid. A sequence of constant entropy gets 0.5.
+    """
+    low, high = _extremes(entropies, valid, segments)
+    spread = high - low
+    varied = spread > CONSTANT_ENTROPY
+    relative = torch.where(varied, (entropies - low) / torch.where(varied, spread, 1.0), 0.0)
+    return torch.where(valid, 0.5 + 0.5 * relative, 0.0)
+
+
+def _extremes(values: Tensor, valid: Tensor, segments: Tensor | None) -> tuple[Tensor, Tensor]:
+    """Return min and max over the valid positions of each sequence, ``(B, 1)`` or ``(B, T)``."""
+    low = values.masked_fill(~valid, math.inf)
+    high = values.masked_fill(~valid, -math.inf)
+    if segments is None:
+        return low.amin(-1, keepdim=True), high.amax(-1, keepdim=True)
+    count = int(segments.max()) + 1 if segments.numel() else 1
+    blank = values.new_full((values.shape[0], count), 0.0)
+    where = segments.clamp(min=0).long()
+    low = blank.scatter_reduce(1, where, low, "amin", include_self=False)
+    high = blank.scatter_reduce(1, where, high, "amax", include_self=False)
+    return low.gather(1, where), high.gather(1, where)
+
+
+def position_weights(
+    entropies: Tensor,
+    valid: Tensor,
+    kind: str = "published",
+    segments: Tensor | None = None,
+    mean: Tensor | float | None = None,
+) -> Tensor:
+    """Return the weight of each position in the soft loss.
+
+    Args:
+        entropies: ``(B, T)`` teacher entropies at T = 1, in nats.
+        valid: ``(B, T)`` bool.
+        kind: ``published`` (:func:`published_weights`); ``mean_one`` (the same divided by their
+            mean, so that weighting does not change the share of the hard loss); and the controls
+            ``inverse`` (1.5 - published), ``permuted`` (published, shuffled within each sequence)
+            and ``matched`` (every position the mean of the published weights).
+        segments: ``(B, T)`` sequence number within packed rows, or None.
+        mean: mean of the published weights over the whole optimiser step; None: over this batch.
+
+    Returns:
+        ``(B, T)``, 0 where not valid.
+
+    Raises:
+        ValueError: ``kind`` is unknown.
+    """
+    weights = published_weights(entropies, valid, segments)
+    if kind == "published":
+        return weights
+    if kind == "inverse":
+        return torch.where(valid, 1.5 - weights, 0.0)
+    if kind == "permuted":
+        return _permute_within_sequences(weights, entropies, valid, segments)
+    if kind not in WEIGHTINGS:
+        raise ValueError(f"weighting must be one of {', '.join(WEIGHTINGS)}, got {kind!r}")
+    if mean is None:
+        mean = weights.sum() / valid.sum().clamp(min=1)
+    mean = torch.as_tensor(mean, dtype=weights.dtype, device=weights.device)
+    if kind == "mean_one":
+        return weights / torch.where(mean > 0, mean, 1.0)
+    return torch.where(valid, mean, 0.0)
+
+
+def _permute_within_sequences(
+    weights: Tensor, entropies: Tensor, valid: Tensor, segments: Tensor | None
+) -> Tensor:
+    """Shuffle each sequence's weights among its valid positions, the same way for the same data.
+
+    The order is drawn from a generator seeded by the sequence's valid count and rank of its
+    weights, not from the global one: a resumed run and every arm that shares a batch see the same.
+    """
+    permuted = weights.clone()
+    sequence = torch.zeros_like(valid, dtype=torch.long) if segments is None else segments
+    for row in range(weights.shape[0]):
+        for number in sequence[row][valid[row]].unique().tolist():
+            where = (valid[row] & (sequence[row] == number)).nonzero().squeeze(-1)
+            seed = int((weights[row, where].double().sum() * 1e6).round().item())
+            generator = torch.Generator().manual_seed(seed)
+            order = torch.randperm(len(where), generator=generator).to(where.device)
+            permuted[row, where] = weights[row, where[order]]
+    return permuted
+
+
+def smoothing_epsilon(
+    max_prob: Tensor,
+    valid: Tensor,
+    factor: float,
+    kind: str = "published",
+    mean: Tensor | float | None = None,
+) -> Tensor:
+    """Return ε, the share of the uniform distribution mixed into the teacher's.
+
+    Args:
+        max_prob: ``(B, T)`` largest probability of the teacher at the loss's temperature.
+        valid: ``(B, T)`` bool.
+        factor: λ in [0, 1).
+        kind: ``published`` λ(1 - max p), which smooths uncertain targets; ``confident`` λ max p,
+            which smooths confident ones; ``constant`` λ, plain label smoothing of the teacher;
+            ``matched`` the mean of the published ε at every position.
+        mean: mean of 1 - max p over the whole optimiser step; None: over this batch.
+
+    Returns:
+        ``(B, T)`` in [0, λ], 0 where not valid.
+
+    Raises:
+        ValueError: ``kind`` is unknown.
+    """
+    if kind == "published":
+        epsilon = factor * (1.0 - max_prob)
+    elif kind == "confident":
+        epsilon = factor * max_prob
+    elif kind == "constant":
+        epsilon = torch.full_like(max_prob, factor)
+    elif kind == "matched":
+        if mean is None:
+            mean = torch.where(valid, 1.0 - max_prob, 0.0).sum() / valid.sum().clamp(min=1)
+        epsilon = factor * torch.as_tensor(mean, dtype=max_prob.dtype).to(max_prob.device)
+        epsilon = epsilon.expand_as(max_prob)
+    else:
+        raise ValueError(f"smoothing must be one of {', '.join(SMOOTHINGS)}, got {kind!r}")
+    return torch.where(valid, epsilon, 0.0)
+
+
+def smooth_log_probs(log_probs: Tensor, epsilon: Tensor) -> Tensor:
+    """Return log((1 - ε) p + ε / V).
+
+    Args:
+        log_probs: ``(..., V)`` log p.
+        epsilon: ``(...)`` in [0, 1).
+
+    Returns:
+        ``(..., V)``; with ε = 0 the input itself, to the bit.
+    """
+    epsilon = epsilon.unsqueeze(-1)
+    uniform = epsilon.log() - math.log(log_probs.shape[-1])
+    return torch.logaddexp(log_probs + torch.log1p(-epsilon), uniform)
+
+
+def divergence(
+    target_log_probs: Tensor,
+    student_log_probs: Tensor,
+    kind: str = "forward_kl",
+    weight: float = 0.5,
+) -> Tensor:
+    """Return the divergence between target p and student q at each position, in nats.
+
+    Args:
+        target_log_probs: ``(..., V)`` log p.
+        student_log_probs: ``(..., V)`` log q.
+        kind: ``forward_kl`` KL(p‖q); ``reverse_kl`` KL(q‖p); ``jsd`` the generalised
+            Jensen-Shannon divergence β KL(p‖m) + (1-β) KL(q‖m) with m = βp + (1-β)q (Agarwal et
+            al. 2024, arXiv:2306.13649, eq. 1); ``skew_kl`` KL(p‖λp + (1-λ)q) (Ko et al. 2024,
+            arXiv:2402.03898, eq. 4).
+        weight: β of ``jsd`` or λ of ``skew_kl``, in (0, 1).
+
+    Returns:
+        ``(...)``.
+
+    Raises:
+        ValueError: ``kind`` is unknown.
+    """
+    if kind == "forward_kl":
+        return _kl(target_log_probs, student_log_probs)
+    if kind == "reverse_kl":
+        return _kl(student_log_probs, target_log_probs)
+    if kind not in DIVERGENCES:
+        raise ValueError(f"divergence must be one of {', '.join(DIVERGENCES)}, got {kind!r}")
+    mixture = torch.logaddexp(
+        target_log_probs + math.log(weight), student_log_probs + math.log1p(-weight)
+    )
+    forward = _kl(target_log_probs, mixture)
+    if kind == "skew_kl":
+        return forward
+    return weight * forward + (1.0 - weight) * _kl(student_log_probs, mixture)
+
+
+def _kl(log_p: Tensor, log_q: Tensor) -> Tensor:
+    """Return KL(p‖q) = Σ p (log p - log q) over the last dimension; a p of 0 adds 0."""
+    p = log_p.exp()
+    return torch.where(p > 0, p * (log_p - log_q), 0.0).sum(-1)
+
+
+def hard_loss(student_logits: Tensor, targets: Tensor) -> Tensor:
+    """Return -log softmax(z_S)(x) at each position.
+
+    Args:
+        student_logits: ``(..., V)``.
+        targets: ``(...)`` token ids; where -100 (or any negative), the result is 0.
+
+    Returns:
+        ``(...)`` in nats.
+    """
+    log_probs = student_logits.log_softmax(-1)
+    picked = log_probs.gather(-1, targets.clamp(min=0).unsqueeze(-1)).squeeze(-1)
+    return torch.where(targets >= 0, -picked, 0.0)
+
+
+def at_least_float32(tensor: Tensor) -> Tensor:
+    """Return the tensor in float32, or as it is where it is already float32 or float64."""
+    return tensor if tensor.dtype in (torch.float32, torch.float64) else tensor.float()
+
+
+def distillation_loss(
+    student_logits: Tensor,
+    teacher_logits: Tensor,
+    labels: Tensor,
+    attention_mask: Tensor | None = None,
+    settings: LossSettings | None = None,
+    *,
+    segments: Tensor | None = None,
+    num_positions: Tensor | float | None = None,
+    weight_mean: Tensor | float | None = None,
+    uncertainty_mean: Tensor | float | None = None,
+) -> LossParts:
+    """Return the loss of a batch from full logits: the plain form that the fused one must equal.
+
+    Args:
+        student_logits: ``(B, T, V)``.
+        teacher_logits: ``(B, T, V)``, taken as constants.
+        labels: ``(B, T)`` token ids, -100 where not to be predicted; not shifted.
+        attention_mask: ``(B, T)``, 0 at padding.
+        settings: temperature, α, weighting, smoothing, divergence.
+        segments: ``(B, T)`` protein number within packed rows.
+        num_positions: N, valid positions of the whole optimiser step; None: of this batch.
+        weight_mean: mean published weight of the whole optimiser step; None: of this batch.
+        uncertainty_mean: mean of 1 - max p of the whole optimiser step; None: of this batch.
+
+    Returns:
+        The loss and its parts.
+
+    Raises:
+        ValueError: the vocabularies of student and teacher differ.
+    """
+    settings = settings or LossSettings()
+    check_vocabularies(student_logits.shape[-1], teacher_logits.shape[-1])
+    valid = valid_positions(labels, attention_mask, segments)  # (B, T-1)
+    shifted_segments = None if segments is None else segments[:, :-1]
+    student = at_least_float32(student_logits[:, :-1])  # (B, T-1, V)
+    teacher = at_least_float32(teacher_logits[:, :-1].detach())
+    # A masked position may hold anything, NaN included; it must not reach the gradient.
+    student = torch.where(valid.unsqueeze(-1), student, 0.0)
+    teacher = torch.where(valid.unsqueeze(-1), teacher, 0.0)
+    targets = labels[:, 1:].masked_fill(~valid, IGNORED_LABEL)
+    temperature = settings.temperature
+
+    entropies = entropy(teacher.log_softmax(-1))
+    log_p = (teacher / temperature).log_softmax(-1)
+    weights = valid.to(student.dtype)
+    if settings.use_uncertainty_weighting:
+        weights = position_weights(
+            entropies, valid, settings.weighting, shifted_segments, weight_mean
+        )
+    epsilon = torch.zeros_like(weights)
+    if settings.use_calibration_smoothing:
+        epsilon = smoothing_epsilon(
+            log_p.amax(-1).exp(),
+            valid,
+            settings.smoothing_factor,
+            settings.smoothing,
+            uncertainty_mean,
+        )
+        log_p = smooth_log_probs(log_p, epsilon)
+
+    log_q = (student / temperature).log_softmax(-1)
+    here = valid.sum()
+    count = here if num_positions is None else torch.as_tensor(num_positions, device=here.device)
+    count = count.clamp(min=1)
+    soft_each = divergence(log_p, log_q, settings.divergence, settings.divergence_weight)
+    soft = (weights * soft_each).sum() / count
+    hard = hard_loss(student, targets).sum() / count
+    loss = settings.alpha * hard + (1.0 - settings.alpha) * temperature**2 * soft
+    return LossParts(
+        loss=loss,
+        hard=hard.detach(),
+        soft=soft.detach(),
+        mean_weight=masked_mean(weights, valid),
+        mean_epsilon=masked_mean(epsilon, valid),
+        teacher_entropy=masked_mean(entropies, valid),
+        positions=here,
+    )
+
+
+def masked_mean(values: Tensor, valid: Tensor) -> Tensor:
+    """Return the mean of ``values`` where ``valid``; 0 where nothing is valid."""
+    return torch.where(valid, values, 0.0).sum().detach() / valid.sum().clamp(min=1)
+
+
+def check_vocabularies(student: int, teacher: int) -> None:
+    """Raise ``ValueError`` unless student and teacher have vocabularies of one size."""
+    if student != teacher:
+        raise ValueError(
+            f"the student has a vocabulary of {student:,} tokens, the teacher of {teacher:,}: "
+            "distillation needs one tokenizer for both"
+        )
+
+
+def segments_from_positions(position_ids: Tensor) -> Tensor:
+    """Return the number, from 0, of the protein each token of a packed row belongs to.
+
+    Args:
+        position_ids: ``(B, T)``, beginning again at 0 with each protein.
+
+    Returns:
+        ``(B, T)``.
+    """
+    return ((position_ids == 0).cumsum(-1) - 1).clamp(min=0)

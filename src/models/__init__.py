@@ -1,0 +1,1 @@
+"""Teacher and student: loading, shapes, weights to start from, hidden states on disk."""

@@ -1,0 +1,564 @@
+"""Loads teachers and tokenizers, builds students, and opens a model at its output head.
+
+There is one way to load a model: safetensors, no remote code, a clear line when it cannot be had.
+A file from elsewhere may be hostile: nothing in it is run as code, what transformers would read
+without bounds is looked at first, and a configuration is compared with its weights before anything
+of the size it asks for is built.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import inspect
+import math
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+
+from src.common.cli import one_line, printable, size
+from src.common.devices import machine_memory
+from src.common.files import read_json
+from src.common.settings import BUNDLED_TEACHER, StudentSettings
+from src.models.sizes import gpt2_parameters
+from src.proteins.layouts import STANDARD_RESIDUES, layout, residues_of
+from src.proteins.tokens import token_letters
+
+MAX_CONFIG_BYTES = 1 << 20
+MAX_CONFIG_NUMBER = 1 << 20
+"""transformers makes lists of as many as a configuration says. The largest vocabularies have some
+260,000 tokens, and the longest inputs of protein models are far below."""
+MAX_LABELS = 10_000
+"""Of a classifier's; a language model has none. transformers makes two names for each."""
+MAX_RULES = 8
+"""Of a tokenizer's normalizer, or another of its parts: those of published models have one to four.
+It bounds what rules can do together that each lengthen a text a little, such as Unicode's."""
+RULE_LISTS = ("normalizers", "pretokenizers", "processors", "decoders")
+
+if TYPE_CHECKING:
+    from transformers import GPT2Config, GPT2LMHeadModel, PreTrainedModel
+    from transformers.tokenization_utils_base import PreTrainedTokenizerBase
+
+
+class NoTokenizerError(ValueError):
+    """A model comes without a tokenizer: what is loaded in its place knows no protein."""
+
+
+def load_tokenizer(name: str | Path, revision: str | None = None) -> PreTrainedTokenizerBase:
+    """Load a tokenizer from a directory or the hub.
+
+    Args:
+        name: directory or hub id.
+        revision: branch, tag or commit on the hub.
+
+    Returns:
+        The tokenizer, with the end-of-text marker to pad with where it names no padding token.
+
+    Raises:
+        NoTokenizerError: the model comes without one.
+        ValueError: it is not there, broken, or the hub cannot be reached.
+    """
+    from transformers import AutoTokenizer
+
+    alone = Path(name, "tokenizer.json").is_file() and not Path(name, "config.json").exists()
+    if alone or require_model_directory(name):
+        _check_tokenizer_files(Path(name))
+    with explain_loading("tokenizer", name):
+        tokenizer = AutoTokenizer.from_pretrained(
+            str(name), revision=revision or "main", trust_remote_code=False
+        )
+        _keep_no_words(tokenizer)
+    if tokenizer.eos_token is None:
+        raise ValueError(f"{name}: its tokenizer has no end-of-text token")
+    with explain_loading("tokenizer", name):
+        given_back = _try_out(tokenizer)
+    if given_back != STANDARD_RESIDUES:
+        raise (ValueError if given_back else NoTokenizerError)(
+            f"{name}: of the residues {STANDARD_RESIDUES} its tokenizer gives back "
+            f"{printable(given_back)[:40] or 'none'}: it is not one of proteins"
+        )
+    if tokenizer.pad_token is None:
+        tokenizer.pad_token = tokenizer.eos_token
+    return tokenizer
+
+
+def _keep_no_words(tokenizer: PreTrainedTokenizerBase) -> None:
+    """Switch off a BPE tokenizer's cache of words: tens of MB that are not freed with it.
+
+    It holds the last 10,000 words. Those of proteins are lines of 60 residues, which do not come
+    back, so encoding is as fast without.
+    """
+    backend = getattr(tokenizer, "backend_tokenizer", None)
+    resize = getattr(getattr(backend, "model", None), "_resize_cache", None)
+    if resize is not None:
+        resize(0)
+
+
+def _check_tokenizer_files(folder: Path) -> None:
+    """Look at what transformers would make a tokenizer of, whatever it holds.
+
+    Raises:
+        ValueError: there is no vocabulary, a file is broken or brings code, or the rules of one may
+            lengthen a text without bounds.
+    """
+    path = folder / "tokenizer_config.json"
+    _refuse_code(read_json(path) if path.is_file() else {}, path)
+    for name in ("special_tokens_map.json", "added_tokens.json", "vocab.json"):
+        if (folder / name).is_file():
+            read_json(folder / name)
+    # tokenizer_config.json may name a tokenizer.VERSION.json to be read instead.
+    for path in sorted(folder.glob("tokenizer*.json")):
+        if path.name != "tokenizer_config.json":
+            _refuse_growing(read_json(path), path)
+    # Of nothing transformers makes an empty GPT-2 tokenizer.
+    vocabularies = ("tokenizer.*json", "vocab.*", "*.model")
+    if not any(path.is_file() for pattern in vocabularies for path in folder.glob(pattern)):
+        raise NoTokenizerError(
+            f"no tokenizer in {folder}: copy tokenizer.json and tokenizer_config.json there from "
+            "the model that it was made from"
+        )
+
+
+def _refuse_growing(tokenizer: Any, path: Path) -> None:
+    """Refuse rules that can make a short text very long, which no memory might hold."""
+    if not isinstance(tokenizer, dict):
+        raise ValueError(f"{path}: expected an object at the top")
+    for part in ("normalizer", "pre_tokenizer", "post_processor", "decoder"):
+        rules = list(_rules(tokenizer.get(part)))
+        if len(rules) > MAX_RULES:
+            raise ValueError(f"{path}: its {part} has over {MAX_RULES} rules: no model needs them")
+        if any(map(_lengthens, rules)):
+            raise ValueError(f"{path}: its {part} lengthens texts: no model of proteins needs that")
+
+
+def _rules(part: Any) -> Iterator[dict[str, Any]]:
+    """Yield the rules of a part of a tokenizer, those inside sequences of rules too."""
+    if isinstance(part, dict):
+        yield part
+        for key in RULE_LISTS:
+            if isinstance(inner := part.get(key), list):
+                yield from (rule for each in inner for rule in _rules(each))
+
+
+def _lengthens(rule: dict[str, Any]) -> bool:
+    """Return whether a rule puts a longer text in place of another, or a text several times."""
+    if isinstance(content := rule.get("content"), str):
+        pattern = rule.get("pattern")
+        # What an expression matches may be as short as one character.
+        replaced = pattern.get("String") if isinstance(pattern, dict) else None
+        return len(content) > (len(replaced) if isinstance(replaced, str) else 1)
+    template = rule.get("single")
+    if not isinstance(template, list):
+        return False
+    return sum("Sequence" in piece for piece in template if isinstance(piece, dict)) > 1
+
+
+def _try_out(tokenizer: PreTrainedTokenizerBase) -> str:
+    """Encode and decode a protein, so that a broken tokenizer raises here and not in mid-run.
+
+    Returns:
+        The standard residues, or what its tokens, or the text that they are decoded to, make of
+        them.
+
+    Raises:
+        ValueError: its token ids are out of range, or the text is no protein. Other errors are the
+            tokenizer's own.
+    """
+    ids = tokenizer(layout(STANDARD_RESIDUES), add_special_tokens=False)["input_ids"]
+    text: Any = tokenizer.decode(ids, skip_special_tokens=False, clean_up_tokenization_spaces=False)
+    known = [*tokenizer.all_special_ids, *ids]
+    if not all(isinstance(i, int) and 0 <= i < len(tokenizer) for i in known):
+        raise ValueError("its token ids do not run from 0 to the size of its vocabulary")
+    letters = token_letters(tokenizer)
+    spelt = "".join(letters[i] for i in ids)
+    return spelt if spelt != STANDARD_RESIDUES else residues_of(text)
+
+
+def load_causal_lm(
+    name: str | Path,
+    dtype: torch.dtype = torch.float32,
+    device: str | torch.device = "cpu",
+    revision: str | None = None,
+) -> PreTrainedModel:
+    """Load a causal language model from a directory or the hub, in eval mode.
+
+    Args:
+        name: directory or hub id.
+        dtype: of the weights in memory.
+        device: where they go.
+        revision: branch, tag or commit on the hub.
+
+    Returns:
+        The model. Directories must hold safetensors; a hub model that has none is read with
+        PyTorch's ``weights_only`` loader, which runs no code. Every weight comes from the files
+        (none is left as it was drawn), and the model was run on one token.
+
+    Raises:
+        ValueError: it is not there, broken, no causal language model, brings code of its own, or
+            the hub cannot be reached.
+    """
+    from transformers import AutoModelForCausalLM
+
+    local = require_model_directory(name)
+    if local:
+        require_fitting_weights(Path(name))
+    options: dict[str, Any] = {
+        "dtype": dtype,
+        "revision": revision or "main",
+        "trust_remote_code": False,
+        "output_loading_info": True,
+    }
+    with explain_loading("model", name):
+        try:
+            loaded: Any = AutoModelForCausalLM.from_pretrained(
+                str(name), use_safetensors=True, **options
+            )
+        except OSError as error:
+            if local or "safetensors" not in str(error):
+                raise
+            loaded = AutoModelForCausalLM.from_pretrained(
+                str(name), use_safetensors=False, weights_only=True, **options
+            )
+        model, found = loaded
+        if found["missing_keys"]:
+            missing = sorted(found["missing_keys"])
+            raise ValueError(f"{len(missing)} weights are missing, the first is {missing[0]}")
+        model = model.to(device).eval()
+        require_runnable(model)
+    return model
+
+
+def require_runnable(model: PreTrainedModel) -> None:
+    """Look at every weight and run a model on one token.
+
+    Raises:
+        ValueError: a weight or an output is not finite. Other errors are the model's own.
+    """
+    for name, weight in model.named_parameters():
+        if not torch.isfinite(weight).all():
+            raise ValueError(f"{name} holds what is no finite number: the weights are damaged")
+    token = torch.zeros(1, 1, dtype=torch.long, device=model.device)
+    with torch.inference_mode():
+        logits = model(input_ids=token).logits
+    if not torch.isfinite(logits).all():
+        raise ValueError("its outputs are no finite numbers: the weights are damaged")
+
+
+def require_fitting_weights(folder: Path) -> None:
+    """Compare a directory's configuration with its weights, without building or reading either.
+
+    Raises:
+        ValueError: there are no safetensors, a file is broken, or the configuration asks for more
+            blocks or parameters than the weights hold.
+    """
+    from safetensors import safe_open
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    for name in ("generation_config.json", "model.safetensors.index.json"):
+        if (folder / name).is_file():
+            read_json(folder / name)
+    tensors, numbers = 0, 0
+    with explain_loading("model", folder):
+        files = sorted(folder.glob("model*.safetensors"))
+        if not files:
+            raise ValueError("it holds no safetensors; pickled weights are not read")
+        for path in files:
+            with safe_open(path, framework="pt") as weights:
+                for key in weights.keys():  # noqa: SIM118
+                    tensors += 1
+                    numbers += math.prod(weights.get_slice(key).get_shape())
+        config = AutoConfig.from_pretrained(str(folder), trust_remote_code=False)
+        blocks = getattr(config, "num_hidden_layers", 0)
+        if not isinstance(blocks, int) or not 0 <= blocks <= tensors:
+            raise ValueError(
+                f"config.json has {blocks!r:.40} blocks, the weights {tensors} tensors"
+            )
+        with torch.device("meta"):
+            wanted = count_parameters(AutoModelForCausalLM.from_config(config))
+        if wanted > numbers:
+            raise ValueError(
+                f"config.json asks for {wanted:,} numbers, the weights hold {numbers:,}"
+            )
+
+
+def _refuse_code(config: Any, path: Path) -> None:
+    """Refuse a configuration that names code to be run: ``auto_map``, or a kernel from the hub."""
+    if not isinstance(config, dict):
+        raise ValueError(f"{path}: expected an object at the top")
+    if config.get("auto_map"):
+        raise ValueError(
+            f"{path}: names code of its own (auto_map), which is never run: give a model of an "
+            "architecture that transformers has, or take the entry out"
+        )
+    for key in ("attn_implementation", "_attn_implementation", "experts_implementation"):
+        if "/" in str(config.get(key)):
+            raise ValueError(f"{path}: names code from elsewhere ({key}), which is never run")
+
+
+def _refuse_absurd(value: Any, path: Path, name: str = "") -> None:
+    """Refuse a whole number in a configuration that is larger than any model's."""
+    if isinstance(value, dict):
+        for key, inner in value.items():
+            _refuse_absurd(inner, path, key)
+    elif isinstance(value, list):
+        for inner in value:
+            _refuse_absurd(inner, path, name)
+    elif isinstance(value, int) and not name.endswith("theta"):  # of rotary positions: no count
+        most = MAX_LABELS if name == "num_labels" else MAX_CONFIG_NUMBER
+        if abs(value) > most:
+            raise ValueError(
+                f"{path}: {printable(name)[:40]} is {str(value)[:20]}: no protein language model "
+                f"has over {most:,} there"
+            )
+
+
+def require_model_directory(name: str | Path) -> bool:
+    """Return whether ``name`` is a local directory, whose configuration may be loaded.
+
+    Raises:
+        ValueError: ``name`` looks like a path but is no directory with a ``config.json``, that file
+            is broken, brings code or asks for absurd numbers, or there is a pipe or a device among
+            the files, which may have no end.
+    """
+    path = Path(name)
+    if path.is_dir():
+        for entry in sorted(path.iterdir()):
+            if entry.exists() and not (entry.is_file() or entry.is_dir()):
+                raise ValueError(f"{entry}: is no file: take it out of the model's directory")
+        config = path / "config.json"
+        if not config.is_file():
+            raise ValueError(f"{name}: no finished model (config.json is missing)")
+        settings = read_json(config, MAX_CONFIG_BYTES)
+        _refuse_code(settings, config)
+        _refuse_absurd(settings, config)
+        return True
+    text = str(name)
+    if path.exists():
+        raise ValueError(f"{name}: is a file; a model is a directory or a hub id")
+    # The hub has no owner "models"; it is where this project's own students lie.
+    if text.startswith((".", "/", "~", "models/")) or text.count("/") > 1:
+        raise ValueError(f"{name}: there is no such directory")
+    return False
+
+
+@contextmanager
+def explain_loading(kind: str, name: str | Path) -> Iterator[None]:
+    """Turn whatever a loader raises into one ``ValueError`` that says what to do."""
+    try:
+        yield
+    except BaseException as error:  # the loaders raise whatever a broken file makes them raise
+        # A panic in tokenizers' Rust code is no Exception; an interrupt is not ours to explain.
+        if not isinstance(error, Exception) and type(error).__name__ != "PanicException":
+            raise
+        raise ValueError(_why_not_loaded(kind, name, error)) from error
+
+
+def _why_not_loaded(kind: str, name: str | Path, error: BaseException) -> str:
+    """Return one line on why a model or tokenizer was not loaded and what to do."""
+    if Path(name).is_dir():
+        reason = one_line(error)[:200]
+        return f"{name}: the {kind} cannot be loaded ({reason})"
+    return (
+        f"the {kind} {name!r} is neither a directory here nor to be had from the hub (no network, "
+        f"or no such model): pass a directory instead, for example {BUNDLED_TEACHER}"
+    )
+
+
+def shape_of(name: str | Path) -> StudentSettings:
+    """Return the shape of a GPT-2 in a directory or on the hub.
+
+    Raises:
+        ValueError: it is not there, or no GPT-2.
+    """
+    from transformers import AutoConfig
+
+    require_model_directory(name)
+    with explain_loading("model", name):
+        config = AutoConfig.from_pretrained(str(name), trust_remote_code=False)
+    if config.model_type != "gpt2":
+        raise ValueError(f"{name}: is a {config.model_type}, not a GPT-2")
+    return StudentSettings(config.n_layer, config.n_head, config.n_embd)
+
+
+def student_config(
+    student: StudentSettings, teacher_config: Any, n_positions: int | None = None
+) -> GPT2Config:
+    """Return the GPT-2 configuration of a student with its teacher's vocabulary and markers.
+
+    The activation is GPT-2's tanh GELU in PyTorch's fused form: the same function, one kernel.
+    """
+    from transformers import GPT2Config
+
+    return GPT2Config(
+        vocab_size=teacher_config.vocab_size,
+        n_positions=n_positions or max_positions(teacher_config),
+        n_embd=student.n_embd,
+        n_layer=student.n_layer,
+        n_head=student.n_head,
+        activation_function="gelu_pytorch_tanh",
+        resid_pdrop=student.dropout,
+        embd_pdrop=student.dropout,
+        attn_pdrop=student.dropout,
+        bos_token_id=teacher_config.bos_token_id,
+        eos_token_id=teacher_config.eos_token_id,
+    )
+
+
+def build_student(config: GPT2Config, seed: int) -> GPT2LMHeadModel:
+    """Build a student whose weights depend on its shape and ``seed`` alone.
+
+    Args:
+        config: from :func:`student_config`.
+        seed: seeds the generator right before the weights are drawn; the caller's generator is
+            left as it was.
+
+    Returns:
+        The student, in float32 and train mode.
+
+    Raises:
+        ValueError: this machine has not the memory to hold its weights.
+    """
+    from transformers import GPT2LMHeadModel
+
+    parameters = gpt2_parameters(
+        config.n_layer, config.n_embd, config.vocab_size, config.n_positions
+    )
+    if 4 * parameters > (memory := machine_memory()):
+        raise ValueError(
+            f"a student of {parameters:,} parameters takes {size(4 * parameters)}, and this "
+            f"machine has {size(memory)}: lower --n_layer or --n_embd"
+        )
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        return GPT2LMHeadModel(config).train()
+
+
+def count_parameters(model: nn.Module) -> int:
+    """Return the number of parameters, tied ones once."""
+    return sum(p.numel() for p in model.parameters())
+
+
+def max_positions(config: Any) -> int:
+    """Return the longest input of a model, in tokens.
+
+    Raises:
+        ValueError: the configuration states none.
+    """
+    for name in ("n_positions", "max_position_embeddings", "n_ctx"):
+        value = getattr(config, name, None)
+        if value:
+            return int(value)
+    raise ValueError("the model's configuration states no longest input")
+
+
+def model_fingerprint(model: nn.Module) -> str:
+    """Return the SHA-256 of a model's weights: names, dtypes, shapes and bytes, tied ones once."""
+    digest = hashlib.sha256()
+    for name, parameter in sorted(model.named_parameters()):
+        digest.update(f"{name} {parameter.dtype} {tuple(parameter.shape)}\n".encode())
+        raw = parameter.detach().cpu().contiguous().reshape(-1).view(torch.uint8)
+        digest.update(raw.numpy().data)
+    return digest.hexdigest()
+
+
+def positions_from_mask(attention_mask: Tensor) -> Tensor:
+    """Return position ids ``(B, T)`` that count attended tokens from 0, on whichever side the pads.
+
+    With padding on the right they are 0, 1, 2, …, as the model counts by itself.
+    """
+    return (attention_mask.long().cumsum(-1) - 1).clamp(min=0)
+
+
+def accepts(model: nn.Module, argument: str) -> bool:
+    """Return whether a model's forward takes an argument of that name."""
+    return argument in inspect.signature(model.forward).parameters
+
+
+def set_dropout(model: nn.Module, probability: float) -> None:
+    """Set every dropout probability of a GPT-2."""
+    for module in model.modules():
+        if isinstance(module, nn.Dropout):
+            module.p = probability
+    for name in ("resid_pdrop", "embd_pdrop", "attn_pdrop"):
+        setattr(model.config, name, probability)
+
+
+def block_lists(model: PreTrainedModel) -> dict[str, nn.ModuleList]:
+    """Return a model's lists of blocks by their names in its base model."""
+    children = model.base_model.named_children()
+    return {name: module for name, module in children if isinstance(module, nn.ModuleList)}
+
+
+def keep_head_alone(model: PreTrainedModel) -> None:
+    """Free a model's blocks where only its output head is still needed."""
+    for name in block_lists(model):
+        setattr(model.base_model, name, nn.ModuleList())
+
+
+def has_dropout(model: nn.Module) -> bool:
+    """Return whether a model draws random numbers in train mode."""
+    return any(isinstance(m, nn.Dropout) and m.p > 0 for m in model.modules()) or (
+        getattr(getattr(model, "config", None), "attn_pdrop", 0.0) > 0
+    )
+
+
+def output_head(model: PreTrainedModel) -> tuple[Tensor, Tensor | None]:
+    """Return the weight ``(V, E)`` and the bias ``(V,)`` or None of a model's output head.
+
+    Raises:
+        ValueError: the model has no linear output head.
+    """
+    head = model.get_output_embeddings()
+    if head is None or not isinstance(getattr(head, "weight", None), Tensor):
+        raise ValueError(f"{type(model).__name__} has no linear output head")
+    return head.weight, getattr(head, "bias", None)  # type: ignore[return-value]
+
+
+def final_hidden_states(
+    model: PreTrainedModel,
+    input_ids: Tensor,
+    attention_mask: Tensor | None = None,
+    position_ids: Tensor | None = None,
+) -> Tensor:
+    """Return what a model's output head is applied to: hidden states after the last norm.
+
+    Args:
+        model: a causal language model.
+        input_ids: ``(B, T)``.
+        attention_mask: ``(B, T)``, 0 at padding.
+        position_ids: ``(B, T)``; None: counted over attended tokens.
+
+    Returns:
+        ``(B, T, E)`` in the model's compute dtype.
+    """
+    inputs = model_inputs(model, input_ids, attention_mask, position_ids)
+    return model.base_model(**inputs, use_cache=False).last_hidden_state
+
+
+def model_inputs(
+    model: nn.Module,
+    input_ids: Tensor,
+    attention_mask: Tensor | None = None,
+    position_ids: Tensor | None = None,
+) -> dict[str, Tensor]:
+    """Return the keyword arguments for a forward pass over a possibly padded or packed batch.
+
+    A packed batch has ``position_ids`` that begin again at each protein and no attention mask:
+    transformers then keeps attention inside each protein. A row without any attended token gets
+    one, because attention over nothing is not a number; such a row has no valid position anyway.
+    """
+    inputs = {"input_ids": input_ids}
+    if attention_mask is not None:
+        empty = ~attention_mask.bool().any(-1)
+        if empty.any():
+            attention_mask = attention_mask.clone()
+            attention_mask[empty, 0] = 1
+        inputs["attention_mask"] = attention_mask
+        if position_ids is None:
+            position_ids = positions_from_mask(attention_mask)
+    if position_ids is not None and accepts(model, "position_ids"):
+        inputs["position_ids"] = position_ids
+    return inputs

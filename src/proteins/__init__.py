@@ -1,0 +1,1 @@
+"""From a source of proteins to token ids in batches."""

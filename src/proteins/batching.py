@@ -1,0 +1,270 @@
+"""Turns tokenised proteins into batches: padded, grouped by length, or packed into full rows."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from typing import Any, Protocol
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.utils.data import Dataset, Sampler
+
+from src.loss.reference import IGNORED_LABEL
+
+POOL_BATCHES = 50
+"""Batches whose proteins are sorted together: little padding, and still a random order."""
+
+
+class TokenSequences(Protocol):
+    """What batching needs of tokenised proteins."""
+
+    @property
+    def lengths(self) -> np.ndarray:
+        """Tokens of each protein."""
+        ...
+
+    def __len__(self) -> int: ...
+
+    def __getitem__(self, index: int) -> np.ndarray: ...
+
+
+class HiddenStates(Protocol):
+    """A teacher's hidden states ``(T, E)`` and figures ``(T, 3)`` of each protein, by index."""
+
+    def __getitem__(self, index: int) -> tuple[Tensor, Tensor]: ...
+
+
+class ProteinDataset(Dataset):
+    """Tokenised proteins as a Trainer wants them: one dictionary for each protein.
+
+    With a teacher's ``cache`` each has what the cache holds of it under ``teacher``, a list.
+    """
+
+    def __init__(
+        self,
+        proteins: TokenSequences,
+        by_length: bool = True,
+        cache: HiddenStates | None = None,
+    ) -> None:
+        self.proteins = proteins
+        self.lengths = np.asarray(proteins.lengths)
+        self.by_length = by_length
+        self.cache = cache
+
+    def __len__(self) -> int:
+        return len(self.proteins)
+
+    def __getitem__(self, index: int) -> dict[str, Any]:
+        row: dict[str, Any] = {"input_ids": self.proteins[int(index)]}
+        return row | _taught(self.cache, [int(index)])
+
+
+def _taught(cache: HiddenStates | None, proteins: Iterable[int]) -> dict[str, Any]:
+    return {} if cache is None else {"teacher": [cache[int(index)] for index in proteins]}
+
+
+class PackedDataset(Dataset):
+    """Rows of several whole proteins, together at most ``row_tokens`` long."""
+
+    def __init__(
+        self,
+        proteins: TokenSequences,
+        row_tokens: int,
+        seed: int = 0,
+        cache: HiddenStates | None = None,
+    ) -> None:
+        self.proteins = proteins
+        self.cache = cache
+        self.by_length = False
+        self.rows = pack(np.asarray(proteins.lengths), row_tokens, seed)
+        lengths = np.asarray(proteins.lengths)
+        self.lengths = np.array([int(lengths[row].sum()) for row in self.rows])
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def __getitem__(self, index: int) -> dict[str, Any]:
+        row = self.rows[int(index)]
+        return {"proteins": [self.proteins[int(i)] for i in row]} | _taught(self.cache, row)
+
+
+def pack(
+    lengths: np.ndarray, row_tokens: int, seed: int = 0, window: int = 4096
+) -> list[np.ndarray]:
+    """Fill rows with whole proteins: first fit, longest first, within shuffled windows.
+
+    Args:
+        lengths: ``(proteins,)`` tokens of each protein.
+        row_tokens: room in a row.
+        seed: of the shuffle.
+        window: proteins that are packed together; bounds time and memory on large data.
+
+    Returns:
+        Indices of the proteins of each row; every protein is in exactly one.
+
+    Raises:
+        ValueError: a protein is longer than a row.
+    """
+    if len(lengths) and int(lengths.max()) > row_tokens:
+        raise ValueError(
+            f"a protein of {int(lengths.max())} tokens does not fit a packed row of {row_tokens}: "
+            "raise --max_length"
+        )
+    order = np.random.default_rng(seed).permutation(len(lengths))
+    rows: list[np.ndarray] = []
+    for start in range(0, len(order), window):
+        chunk = order[start : start + window]
+        chunk = chunk[np.argsort(-lengths[chunk], kind="stable")]
+        open_rows: list[list[int]] = []
+        room = np.zeros(0, dtype=np.int64)
+        for index in chunk:
+            fits = np.flatnonzero(room >= lengths[index])
+            if len(fits):
+                open_rows[fits[0]].append(int(index))
+                room[fits[0]] -= lengths[index]
+            else:
+                open_rows.append([int(index)])
+                room = np.append(room, row_tokens - lengths[index])
+        rows.extend(np.array(row) for row in open_rows)
+    return rows
+
+
+def length_grouped_order(lengths: np.ndarray, batch_size: int, seed: int, epoch: int) -> np.ndarray:
+    """Return a random order in which every ``batch_size`` neighbours have similar lengths.
+
+    Args:
+        lengths: ``(rows,)``.
+        batch_size: rows of a batch.
+        seed: with ``epoch`` decides the order.
+        epoch: counted from 0.
+
+    Returns:
+        ``(rows,)`` a permutation. Proteins are shuffled, sorted within pools of 50 batches, cut
+        into batches, and the batches shuffled; the last, smaller batch stays last so that all
+        others stay whole.
+    """
+    rng = np.random.default_rng([seed, epoch])
+    order = rng.permutation(len(lengths))
+    pool = POOL_BATCHES * batch_size
+    batches: list[np.ndarray] = []
+    for start in range(0, len(order), pool):
+        chunk = order[start : start + pool]
+        chunk = chunk[np.argsort(lengths[chunk], kind="stable")]
+        batches.extend(chunk[i : i + batch_size] for i in range(0, len(chunk), batch_size))
+    ragged = [batch for batch in batches if len(batch) < batch_size]
+    whole = [batch for batch in batches if len(batch) == batch_size]
+    shuffled = [whole[i] for i in rng.permutation(len(whole))]
+    return np.concatenate(shuffled + ragged) if batches else order
+
+
+class EpochSampler(Sampler[int]):
+    """Goes through rows in an order that depends on seed and epoch alone, so that it resumes."""
+
+    def __init__(
+        self,
+        lengths: np.ndarray,
+        batch_size: int,
+        seed: int,
+        epoch: Callable[[], int],
+        by_length: bool = True,
+    ) -> None:
+        self.lengths = lengths
+        self.batch_size = batch_size
+        self.seed = seed
+        self.epoch = epoch
+        self.by_length = by_length
+
+    def __len__(self) -> int:
+        return len(self.lengths)
+
+    def __iter__(self) -> Iterator[int]:
+        epoch = self.epoch()
+        if self.by_length:
+            order = length_grouped_order(self.lengths, self.batch_size, self.seed, epoch)
+        else:
+            order = np.random.default_rng([self.seed, epoch]).permutation(len(self.lengths))
+        yield from order.tolist()
+
+
+class PaddingCollator:
+    """Pads the proteins of a batch to its longest one.
+
+    The result holds ``input_ids``, ``attention_mask`` and ``labels``, each ``(B, T)``; labels are
+    -100 at padding. Padding is known by its place, not by its token: GPT-2 pads with end-of-text.
+    """
+
+    def __init__(self, pad_token_id: int, side: str = "right", multiple_of: int = 1) -> None:
+        if side not in ("left", "right"):
+            raise ValueError(f"padding side must be left or right, got {side!r}")
+        self.pad_token_id = pad_token_id
+        self.side = side
+        self.multiple_of = multiple_of
+
+    def __call__(self, rows: Sequence[Mapping[str, Any]]) -> dict[str, Tensor]:
+        """Return the batch of some rows of :class:`ProteinDataset`."""
+        sequences = [torch.as_tensor(np.asarray(row["input_ids"], dtype=np.int64)) for row in rows]
+        width = max(len(sequence) for sequence in sequences)
+        width = -(-width // self.multiple_of) * self.multiple_of
+        shape = (len(sequences), width)
+        batch = {
+            "input_ids": torch.full(shape, self.pad_token_id),
+            "attention_mask": torch.zeros(shape, dtype=torch.long),
+            "labels": torch.full(shape, IGNORED_LABEL),
+        }
+        for row, sequence in enumerate(sequences):
+            first = 0 if self.side == "right" else width - len(sequence)
+            place = slice(first, first + len(sequence))
+            batch["input_ids"][row, place] = sequence
+            batch["attention_mask"][row, place] = 1
+            batch["labels"][row, place] = sequence
+        return batch
+
+
+class PackingCollator:
+    """Lays the proteins of each packed row end to end.
+
+    The result holds ``input_ids``, ``labels`` and ``position_ids``, each ``(B, T)``, and no
+    attention mask: positions begin again at each protein, from which transformers keeps attention
+    inside it. Each protein's first label is -100, so that none is predicted from another; unused
+    room at the end of a row counts as a protein whose labels are all -100.
+    """
+
+    def __init__(self, pad_token_id: int, row_tokens: int) -> None:
+        self.pad_token_id = pad_token_id
+        self.row_tokens = row_tokens
+
+    def __call__(self, rows: Sequence[Mapping[str, Any]]) -> dict[str, Tensor]:
+        """Return the batch of some rows of :class:`PackedDataset`."""
+        shape = (len(rows), self.row_tokens)
+        batch = {
+            "input_ids": torch.full(shape, self.pad_token_id),
+            "labels": torch.full(shape, IGNORED_LABEL),
+            "position_ids": torch.zeros(shape, dtype=torch.long),
+        }
+        for number, row in enumerate(rows):
+            start = 0
+            for protein in row["proteins"]:
+                ids = torch.as_tensor(np.asarray(protein, dtype=np.int64))
+                end = start + len(ids)
+                batch["input_ids"][number, start:end] = ids
+                batch["labels"][number, start + 1 : end] = ids[1:]
+                batch["position_ids"][number, start:end] = torch.arange(len(ids))
+                start = end
+            batch["position_ids"][number, start:] = torch.arange(self.row_tokens - start)
+        return batch
+
+
+def padding_share(lengths: np.ndarray, batch_size: int, by_length: bool) -> float:
+    """Return the share of a padded epoch's tokens that is padding, in [0, 1)."""
+    if not len(lengths):
+        return 0.0
+    if by_length:
+        order = length_grouped_order(lengths, batch_size, 0, 0)
+    else:
+        order = np.random.default_rng(0).permutation(len(lengths))
+    padded = sum(
+        int(lengths[order[i : i + batch_size]].max()) * len(order[i : i + batch_size])
+        for i in range(0, len(order), batch_size)
+    )
+    return 1.0 - float(lengths.sum()) / padded

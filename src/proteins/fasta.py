@@ -1,0 +1,63 @@
+"""Writes FASTA with figures in the headers, and reads such a header back."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import NamedTuple
+
+from src.common.files import atomic_write
+from src.proteins.layouts import lines_of
+
+
+class FastaRecord(NamedTuple):
+    """An entry: its name, its residues, and what the header says beside the name."""
+
+    name: str
+    residues: str
+    fields: Mapping[str, str | int | float | None] = {}
+
+
+def format_header(record: FastaRecord) -> str:
+    """Return ``>name key=value key=value``, without the line's end.
+
+    Floats are written with six significant digits, None as ``none``. White space within a text
+    becomes ``_``, so that a header stays one line and splits at its blanks.
+    """
+    fields = (f"{_word(key)}={_value(value)}" for key, value in record.fields.items())
+    return " ".join([f">{_word(record.name)}", *fields])
+
+
+def _value(value: str | int | float | None) -> str:
+    if value is None:
+        return "none"
+    return f"{value:.6g}" if isinstance(value, float) else _word(str(value))
+
+
+def _word(text: str) -> str:
+    return "_".join(text.split()) or "_"
+
+
+def parse_header(line: str) -> tuple[str, dict[str, str]]:
+    """Read a header line: the inverse of :func:`format_header`, values as text.
+
+    Args:
+        line: with or without ``>`` and line end.
+
+    Returns:
+        The name, and the value of each ``key=value``; other words are left out.
+    """
+    name, *words = line.strip().removeprefix(">").split() or [""]
+    return name, dict(word.split("=", 1) for word in words if "=" in word)
+
+
+def fasta_text(record: FastaRecord) -> str:
+    """Return the entry: its header, then the residues in lines of 60."""
+    return "".join(f"{line}\n" for line in (format_header(record), *lines_of(record.residues)))
+
+
+def write_fasta(path: str | Path, records: Iterable[FastaRecord]) -> None:
+    """Write entries to a file, atomically; what stood there is replaced."""
+    with atomic_write(path) as handle:
+        for record in records:
+            handle.write(fasta_text(record))

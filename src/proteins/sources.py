@@ -1,0 +1,908 @@
+r"""Reads proteins from wherever they come, one at a time, and says what it did to them.
+
+Sources, all given as one text (the flag ``--data``):
+
+- a directory of parts: ``train``, ``validation``, ``test`` as any of the files below; parquet also
+  in pieces (``train-00000-of-00004.parquet``);
+- a file: FASTA (``.fasta .fa .faa .fas``), plain text with one protein a line (``.txt .seq``), CSV
+  or TSV with a header line (``.csv .tsv``), each also gzipped; parquet (``.parquet .pq``). Plain
+  text that begins with ``>`` is FASTA, and a file of another name is recognised by its first bytes;
+- a data set on the hub: ``owner/name``, read as a stream.
+
+Tables hold one protein a row in a column ``sequence``, or ``text`` (residues, or ProtGPT2's
+layout), or ``input_ids`` (tokens); a column ``name``, ``id``, ``accession`` or ``entry`` names it.
+A row of tokens is cut at its end-of-text markers into proteins. Its first piece, if no marker
+stands before it, is the end of a protein that began elsewhere and is dropped; its last, if no
+marker stands after it, is a protein cut short. Rows are never joined: no protein is made up of two.
+
+What is wrong with an input meets one of three behaviours. ``ReadReport`` counts the first two and
+remembers the first place of each:
+
+==================================================  ==============================================
+fixed                                               lower case; ``*`` at the end; white space;
+                                                    alignment gaps ``-`` and ``.``; CRLF line ends;
+                                                    a byte-order mark (not counted)
+dropped                                             no residues; ``*`` inside; ambiguous residues
+                                                    (B J O U X Z, unless kept); anything else that
+                                                    is no residue; a duplicate (by ``tokenise``); a
+                                                    protein without its beginning (tokens)
+refused, with file and line                         empty file; nothing usable; text before the
+                                                    first header; NUL bytes; carriage returns
+                                                    inside a line; a line over 1 MiB; a protein over
+                                                    100,000 characters; broken or truncated gzip; a
+                                                    gzip that unpacks to over 200 times its size,
+                                                    and parquet likewise; broken CSV or parquet;
+                                                    a row with more or fewer cells than the header;
+                                                    columns that are missing or there twice
+==================================================  ==============================================
+
+Memory is bounded by the longest line or the rows read together, never by the size of a file.
+"""
+
+from __future__ import annotations
+
+import csv
+import gzip
+import io
+import re
+import zlib
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import IO, Any, NamedTuple
+
+import numpy as np
+
+from src.common.cli import one_line, printable
+from src.common.settings import BUNDLED_DATA
+from src.proteins.layouts import (
+    AMBIGUOUS_RESIDUES,
+    END_OF_TEXT,
+    STANDARD_RESIDUES,
+    layout,
+    residues_of,
+)
+
+MAX_LINE_BYTES = 1 << 20
+MAX_RESIDUES = 100_000
+"""The longest protein known, titin, has about 35,000 residues."""
+MAX_ROW_TOKENS = 1 << 20
+MAX_ROW_BYTES = 1 << 22
+MAX_NAME = 200
+ROWS_TOGETHER = 512
+MAX_ROWS_BYTES = 1 << 28
+MAX_EXPANSION = 200
+"""Proteins shrink two- to fivefold; deflate can reach 1,032-fold only on what says nothing."""
+FREE_EXPANSION_BYTES = 1 << 24
+
+FASTA, TEXT, CSV, TSV, PARQUET = "FASTA", "text", "CSV", "TSV", "parquet"
+SUFFIXES = {
+    ".fasta": FASTA,
+    ".fa": FASTA,
+    ".faa": FASTA,
+    ".fas": FASTA,
+    ".txt": TEXT,
+    ".seq": TEXT,
+    ".csv": CSV,
+    ".tsv": TSV,
+    ".parquet": PARQUET,
+    ".pq": PARQUET,
+}
+DIVIDERS = {",": "comma", "\t": "tab", ";": "semicolon"}
+PACKED_BY = {b"PK\x03\x04": "zip", b"BZh": "bzip2", b"\xfd7zXZ": "xz", b"\x28\xb5\x2f\xfd": "zstd"}
+HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
+NAME_COLUMNS = ("name", "id", "accession", "entry", "protein", "header")
+
+NO_RESIDUES = "no residues"
+INNER_STOP = "'*' inside"
+AMBIGUOUS = "ambiguous residues (B J O U X Z)"
+NO_RESIDUE = "characters that are no residues"
+HEADLESS = "the beginning is missing"
+DUPLICATE = "duplicates"
+LOWER_CASE = "lower case"
+FINAL_STOP = "'*' at the end"
+WHITE_SPACE = "white space inside"
+GAPS = "alignment gaps"
+CRLF = "CRLF line ends"
+CUT_IN_SOURCE = "cut short in the source"
+OTHER_LAYOUT = "not in ProtGPT2's layout, kept as they are"
+
+_STANDARD = STANDARD_RESIDUES.encode()
+_LETTERS = (STANDARD_RESIDUES + AMBIGUOUS_RESIDUES).encode()
+
+
+class Protein(NamedTuple):
+    """A protein: its name and its residues, one upper-case letter each."""
+
+    name: str
+    residues: str
+
+
+class Entry(NamedTuple):
+    """A protein as its source gives it: with token ids where the source is tokenised.
+
+    ``whole`` is False where the tokens break off before the end of the protein.
+    """
+
+    name: str
+    residues: str
+    ids: np.ndarray | None = None
+    whole: bool = True
+
+
+class Record(NamedTuple):
+    """What a source holds for one protein, before cleaning. ``place`` is for a person."""
+
+    name: str
+    place: str
+    text: str = ""
+    ids: np.ndarray | None = None
+
+
+@dataclass
+class ReadReport:
+    """What was read, kept, dropped and fixed. Places name files without their directory.
+
+    ``dropped`` and ``fixed`` map a kind to how often it occurred and where first.
+    """
+
+    source: str = ""
+    read: int = 0
+    kept: int = 0
+    not_chosen: int = 0
+    residues: int = 0
+    dropped: dict[str, dict[str, Any]] = field(default_factory=dict)
+    fixed: dict[str, dict[str, Any]] = field(default_factory=dict)
+
+    def drop(self, reason: str, place: str, count: int = 1) -> None:
+        """Count a protein that was left out."""
+        self._count(self.dropped, reason, place, count)
+
+    def fix(self, kind: str, place: str, count: int = 1) -> None:
+        """Count something that was mended."""
+        self._count(self.fixed, kind, place, count)
+
+    @staticmethod
+    def _count(counts: dict[str, dict[str, Any]], kind: str, place: str, count: int) -> None:
+        entry = counts.get(kind)
+        if entry is None:
+            counts[kind] = {"count": count, "first": place}
+        else:
+            entry["count"] += count
+
+    @property
+    def dropped_count(self) -> int:
+        """Proteins left out for any reason."""
+        return sum(entry["count"] for entry in self.dropped.values())
+
+    def as_dict(self) -> dict[str, Any]:
+        """Return the report as JSON values."""
+        return {
+            "source": self.source,
+            "read": self.read,
+            "kept": self.kept,
+            "not_chosen": self.not_chosen,
+            "residues": self.residues,
+            "dropped": self.dropped,
+            "fixed": self.fixed,
+        }
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> ReadReport:
+        """Return the report that :meth:`as_dict` described."""
+        return cls(**values)
+
+    def lines(self) -> list[str]:
+        """Return the report for a person."""
+        lines = [f"{self.source}: {self.read:,} proteins read, {self.kept:,} kept"]
+        if self.not_chosen:
+            lines[0] += f", {self.not_chosen:,} outside the chosen share"
+        for verb, counts in (("dropped", self.dropped), ("fixed", self.fixed)):
+            for kind, entry in sorted(counts.items(), key=lambda item: -item[1]["count"]):
+                lines.append(f"  {verb} {entry['count']:,}: {kind} (first at {entry['first']})")
+        return lines
+
+
+# Finding the files of a source
+
+
+def is_hub_id(source: str) -> bool:
+    """Return whether a source that is no file or directory may name a data set on the hub."""
+    return bool(HUB_ID.fullmatch(source)) and Path(source).suffix.lower() not in {*SUFFIXES, ".gz"}
+
+
+def part_files(folder: Path, split: str) -> list[Path]:
+    """Return the files of one part of a directory, in order; none where the part is not there.
+
+    Raises:
+        ValueError: two different files claim to be that part.
+    """
+    suffixes = [*SUFFIXES, *(f"{s}.gz" for s, kind in SUFFIXES.items() if kind != PARQUET)]
+    found = [folder / f"{split}{s}" for s in suffixes if (folder / f"{split}{s}").is_file()]
+    pieces = sorted(p for p in folder.glob(f"{split}-*.parquet") if p.is_file())
+    if len(found) > 1 or (found and pieces):
+        names = ", ".join(p.name for p in (found + pieces)[:3])
+        raise ValueError(f"{folder}: several files for the part {split!r} ({names}): keep one")
+    return found or pieces
+
+
+def _path(source: str | Path) -> Path:
+    """Return a source as a path. Raises ``ValueError`` for an empty name, a path's ``.``."""
+    if not str(source).strip():
+        raise ValueError("--data is an empty name: pass a file, a directory or a hub data set")
+    return Path(source)
+
+
+def local_files(source: str | Path, split: str | None) -> list[Path] | None:
+    """Return the files to read, or None where the source is a data set on the hub.
+
+    Args:
+        source: a directory, a file or a hub id.
+        split: the part; a file has no parts and is ``train`` as a whole.
+
+    Raises:
+        ValueError: there is no such file, directory or part.
+    """
+    path = _path(source)
+    if path.is_dir():
+        if split is None:
+            raise ValueError(f"{path}: is a directory of parts: give one file of it")
+        files = part_files(path, split)
+        if not files:
+            there = [p for p in ("train", "validation", "test") if part_files(path, p)]
+            raise ValueError(
+                f"{path}: no {split}.fasta.gz (or .fasta, .txt, .csv, .parquet); "
+                f"{'it has ' + ', '.join(there) if there else 'it holds no part at all'}"
+            )
+        return files
+    if path.is_file():
+        if split not in (None, "train"):
+            raise ValueError(
+                f"{path}: is one file and has no {split} part: make a directory of parts with "
+                "scripts/split_data.py"
+            )
+        return [path]
+    if path.exists():
+        raise ValueError(f"{path}: is neither a file nor a directory")
+    if not is_hub_id(str(source)):
+        raise ValueError(f"{source}: there is no such file or directory")
+    return None
+
+
+def has_split(source: str | Path, split: str) -> bool:
+    """Return whether a source has a part of that name; a single file is ``train`` only.
+
+    Raises:
+        ValueError: the source is not there, or the hub cannot be reached.
+    """
+    path = _path(source)
+    if path.is_dir():
+        return bool(part_files(path, split))
+    if local_files(source, None) is not None:
+        return split == "train"
+    try:
+        from datasets import get_dataset_split_names
+
+        return split in get_dataset_split_names(str(source))
+    except Exception as error:  # the client raises whatever the network makes it raise
+        raise ValueError(_hub_problem(str(source), error)) from None
+
+
+def kind_of(path: Path) -> str:
+    """Return what a file holds, by its suffix or else by its first bytes.
+
+    Raises:
+        ValueError: empty, packed by something other than gzip, or unrecognisable.
+    """
+    with path.open("rb") as handle:
+        head = handle.read(512)
+    if not head:
+        raise ValueError(f"{path}: the file is empty: give one with proteins")
+    for magic, packer in PACKED_BY.items():
+        if head.startswith(magic):
+            raise ValueError(f"{path}: is packed by {packer}: unpack it, or pack it with gzip")
+    suffixes = [s.lower() for s in path.suffixes]
+    packed = head.startswith(b"\x1f\x8b")
+    if suffixes[-1:] == [".gz"]:
+        if not packed:
+            raise ValueError(f"{path}: is named .gz but is not gzip: rename or pack it")
+        suffixes.pop()
+    kind = SUFFIXES.get(suffixes[-1]) if suffixes else None
+    if head.startswith(b"PAR1") or kind == PARQUET:
+        return PARQUET
+    if kind in (None, TEXT):
+        first = next((line for _, line in guarded_lines(path, ReadReport()) if line.strip()), "")
+        if first.startswith(">"):
+            return FASTA
+    if kind is None:
+        raise ValueError(
+            f"{path}: what it holds is not clear: name it .fasta, .txt, .csv, .parquet"
+        )
+    return kind
+
+
+# Reading lines
+
+
+def guarded_lines(path: Path, report: ReadReport) -> Iterator[tuple[int, str]]:
+    """Yield a text file's lines, numbered from 1 and without line ends, gzipped or not.
+
+    Args:
+        path: the file.
+        report: CRLF line ends are counted there.
+
+    Yields:
+        Number and text of each line. Bytes that are no UTF-8 become replacement characters, which
+        are no residues.
+
+    Raises:
+        ValueError: a NUL byte, a carriage return inside a line, a line over ``MAX_LINE_BYTES``,
+            broken gzip, or gzip that unpacks to over ``MAX_EXPANSION`` times its size.
+    """
+    with path.open("rb") as raw:
+        packed = raw.read(2) == b"\x1f\x8b"
+        raw.seek(0)
+        stream: Any = raw
+        if packed:
+            stream = io.BufferedReader(gzip.GzipFile(fileobj=raw, mode="rb"), 1 << 18)  # type: ignore[arg-type]
+        number = unpacked = 0
+        checked = FREE_EXPANSION_BYTES
+        while True:
+            number += 1
+            try:
+                line: bytes = stream.readline(MAX_LINE_BYTES + 1)
+            except (EOFError, zlib.error, gzip.BadGzipFile) as error:
+                raise ValueError(
+                    f"{path}:{number}: broken or truncated gzip ({_reason(error)}): copy or "
+                    "download the file again"
+                ) from None
+            if not line:
+                return
+            if len(line) > MAX_LINE_BYTES:
+                raise ValueError(
+                    f"{path}:{number}: the line is longer than {MAX_LINE_BYTES:,} bytes: is this "
+                    "a file of proteins?"
+                )
+            unpacked += len(line)
+            if packed and unpacked > checked:
+                _require_bounded_expansion(path, number, unpacked, raw)
+                checked = unpacked + (1 << 16)
+            # Blank lines are what a bomb has most of.
+            yield number, "" if line == b"\n" else _text_of_line(path, number, line, report)
+
+
+def _text_of_line(path: Path, number: int, line: bytes, report: ReadReport) -> str:
+    if b"\0" in line:
+        raise ValueError(
+            f"{path}:{number}: a NUL byte: the file is binary, UTF-16 or damaged; save it as "
+            "plain text"
+        )
+    if line.endswith(b"\n"):
+        line = line[:-1]
+    if line.endswith(b"\r"):
+        line = line[:-1]
+        report.fix(CRLF, f"{path.name}:{number}")
+    if b"\r" in line:
+        raise ValueError(
+            f"{path}:{number}: a carriage return inside the line: convert the line ends (dos2unix, "
+            "or mac2unix)"
+        )
+    if number == 1 and line.startswith(b"\xef\xbb\xbf"):
+        line = line[3:]
+    return line.decode("utf-8", errors="replace")
+
+
+def _require_bounded_expansion(path: Path, number: int, unpacked: int, raw: IO[bytes]) -> None:
+    if unpacked > MAX_EXPANSION * max(1, raw.tell()):
+        raise ValueError(
+            f"{path}:{number}: unpacks to more than {MAX_EXPANSION} times its size, which proteins "
+            "never do: refused as a decompression bomb"
+        )
+
+
+def _reason(error: BaseException) -> str:
+    return one_line(error)[:150]
+
+
+# Reading records
+
+
+def file_records(path: Path, report: ReadReport) -> Iterator[Record]:
+    """Yield what a file holds for each protein.
+
+    Raises:
+        ValueError: see the table above; the message names the file and the line or row.
+    """
+    kind = kind_of(path)
+    if kind == FASTA:
+        return fasta_records(path, report)
+    if kind == TEXT:
+        return text_records(path, report)
+    if kind == PARQUET:
+        return parquet_records(path)
+    return csv_records(path, "," if kind == CSV else "\t")
+
+
+def fasta_records(path: Path, report: ReadReport) -> Iterator[Record]:
+    """Yield the entries of a FASTA file; a name is the first word of a header."""
+    name, place, size = "", 0, 0
+    parts: list[str] = []
+    for number, line in guarded_lines(path, report):
+        if line.startswith(">"):
+            if place:
+                yield Record(name, f"{path.name}:{place}", "".join(parts))
+            words = line[1:].split(None, 1)
+            name, place, size = words[0] if words else f"line_{number}", number, 0
+            parts.clear()
+        elif not place:
+            if line.strip():
+                raise ValueError(
+                    f"{path}:{number}: text before the first '>' header: is this FASTA? Plain text "
+                    "with one protein a line is named .txt"
+                )
+        elif line:
+            size += len(line)
+            if size > MAX_RESIDUES:
+                _refuse_long(path, place)
+            parts.append(line)
+    if place:
+        yield Record(name, f"{path.name}:{place}", "".join(parts))
+
+
+def text_records(path: Path, report: ReadReport) -> Iterator[Record]:
+    """Yield the lines of a plain text file, one protein each; blank lines are skipped."""
+    for number, line in guarded_lines(path, report):
+        if line.strip():
+            if len(line) > MAX_RESIDUES:
+                _refuse_long(path, number)
+            yield Record(f"line_{number}", f"{path.name}:{number}", line)
+
+
+def _refuse_long(path: Path | str, place: int | str) -> None:
+    raise ValueError(
+        f"{path}:{place}: the protein is longer than {MAX_RESIDUES:,} characters: no protein is; "
+        "take it out or cut it"
+    )
+
+
+def csv_records(path: Path, delimiter: str) -> Iterator[Record]:
+    """Yield the rows of a CSV or TSV file with a header line."""
+    row_bytes = 0
+
+    def lines() -> Iterator[str]:
+        nonlocal row_bytes
+        # CRLF is CSV's own line end (RFC 4180), so nothing was fixed.
+        for number, line in guarded_lines(path, ReadReport()):
+            row_bytes += len(line)
+            if row_bytes > MAX_ROW_BYTES:
+                raise ValueError(f"{path}:{number}: a row of over {MAX_ROW_BYTES:,} bytes")
+            yield f"{line}\n"
+
+    reader = csv.reader(lines(), delimiter=delimiter, strict=True)
+    header: list[str] = []
+    columns: _Columns | None = None
+    try:
+        for row in reader:
+            row_bytes = 0
+            if not row:
+                continue
+            if columns is None:
+                header = row
+                columns = _Columns.of(header, str(path), other_divider(header, delimiter))
+                if columns.kind == "input_ids":
+                    raise ValueError(f"{path}:1: tokens in CSV are not read: use parquet")
+                continue
+            require_cells(row, header, f"{path}:{reader.line_num}", delimiter)
+            place = f"{path.name}:{reader.line_num}"
+            name = f"row_{reader.line_num}" if columns.name is None else row[columns.name]
+            yield from _text_cell(row[columns.data], name, place, columns.kind, str(path))
+    except csv.Error as error:
+        raise ValueError(f"{path}:{reader.line_num}: broken CSV ({_reason(error)})") from None
+
+
+def require_cells(row: Sequence[str], header: Sequence[str], place: str, delimiter: str) -> None:
+    """Raise ``ValueError`` where a row has more or fewer cells than the header: which is which?"""
+    if len(row) != len(header):
+        raise ValueError(
+            f"{place}: {len(row)} cells for {len(header)} columns: a cell with a "
+            f"{DIVIDERS[delimiter]} in it stands in double quotes"
+        )
+
+
+def require_once(header: Sequence[str], column: str, place: Path | str) -> None:
+    """Raise ``ValueError`` where a column that is read is there more than once."""
+    if header.count(column) > 1:
+        raise ValueError(
+            f"{place}: {header.count(column)} columns are named {printable(column)!r}: rename or "
+            "drop all but one"
+        )
+
+
+def other_divider(header: Sequence[str], delimiter: str) -> str:
+    """Return what to do where a header line is divided by something else, or an empty text."""
+    for divider, name in DIVIDERS.items():
+        if divider != delimiter and len(header) == 1 and divider in header[0]:
+            way_out = {",": "name it .csv", "\t": "name it .tsv"}.get(divider, "put commas there")
+            return f": its cells are divided by a {name}, not a {DIVIDERS[delimiter]}: {way_out}"
+    return ""
+
+
+def parquet_records(path: Path) -> Iterator[Record]:
+    """Yield the rows of a parquet file, ``ROWS_TOGETHER`` in memory at a time."""
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    broken = (pa.ArrowException, OSError, ValueError, MemoryError, OverflowError, LookupError)
+
+    def problem(error: BaseException) -> ValueError:
+        return ValueError(f"{path}: row {row + 1}: broken parquet ({_reason(error)})")
+
+    row = 0
+    try:
+        file = pq.ParquetFile(path, memory_map=True, page_checksum_verification=True)
+        schema = file.schema_arrow
+    except broken as error:
+        raise problem(error) from None
+    with file:
+        columns = _Columns.of(schema.names, str(path))
+        wanted = [columns.data] + ([] if columns.name is None else [columns.name])
+        _require_type(pa, schema.field(columns.data).type, columns.kind, path)
+        try:
+            rows = _rows_together(file.metadata, [schema.names[i] for i in wanted], columns.kind)
+            batches = file.iter_batches(batch_size=rows, columns=[schema.names[i] for i in wanted])
+        except broken as error:
+            raise problem(error) from None
+        while True:
+            try:
+                batch = next(batches, None)
+                if batch is None:
+                    return
+                if batch.nbytes > MAX_ROWS_BYTES:
+                    raise ValueError(f"{rows} rows take {batch.nbytes:,} bytes")
+                cells, names = _batch_cells(batch, [schema.names[i] for i in wanted], columns.kind)
+            except broken as error:
+                raise problem(error) from None
+            for cell, given in zip(cells, names, strict=True):
+                row += 1
+                place, name = f"{path.name} row {row}", given or f"row_{row}"
+                if columns.kind == "input_ids":
+                    if len(cell) > MAX_ROW_TOKENS:
+                        raise ValueError(f"{path}: row {row}: over {MAX_ROW_TOKENS:,} tokens")
+                    yield Record(name, place, ids=cell)
+                else:
+                    yield from _text_cell(cell, name, place, columns.kind, f"{path}: row {row}")
+
+
+def _rows_together(metadata: Any, names: Sequence[str], kind: str) -> int:
+    """Return how many rows of a parquet file can be in memory together, from its own figures.
+
+    A page unpacks as a whole, and a value of the dictionary may stand in every row. Raises
+    ``ValueError`` where that is out of all proportion to the size of the file.
+    """
+    largest = 1
+    for number in range(metadata.num_row_groups):
+        group = metadata.row_group(number)
+        for index in range(group.num_columns):
+            chunk = group.column(index)
+            if chunk.path_in_schema.split(".")[0] not in names:
+                continue
+            packed, unpacked = max(1, chunk.total_compressed_size), chunk.total_uncompressed_size
+            if unpacked > FREE_EXPANSION_BYTES and unpacked > MAX_EXPANSION * packed:
+                raise ValueError(
+                    f"unpacks to more than {MAX_EXPANSION} times its size, which proteins never "
+                    "do: a decompression bomb"
+                )
+            if kind == "input_ids" and chunk.num_values > max(FREE_EXPANSION_BYTES, 8 * unpacked):
+                raise ValueError("more tokens than bits: a decompression bomb")
+            if chunk.has_dictionary_page:
+                dictionary = max(0, chunk.data_page_offset - chunk.dictionary_page_offset)
+                largest = max(largest, dictionary * -(-unpacked // packed))
+    return max(1, min(ROWS_TOGETHER, MAX_ROWS_BYTES // largest))
+
+
+def _batch_cells(batch: Any, names: Sequence[str], kind: str) -> tuple[list, list]:
+    column = batch.column(names[0])
+    if kind == "input_ids":
+        values = column.flatten()
+        if values.null_count:
+            raise ValueError("a token is null")
+        lengths = column.value_lengths().fill_null(0).to_numpy(zero_copy_only=False)
+        cells = np.split(values.to_numpy(zero_copy_only=False), np.cumsum(lengths)[:-1])
+    else:
+        cells = [cell or "" for cell in column.to_pylist()]
+    if len(names) == 1:
+        return cells, [None] * len(cells)
+    return cells, ["" if v is None else str(v) for v in batch.column(names[1]).to_pylist()]
+
+
+def _require_type(pa: Any, found: Any, kind: str, path: Path) -> None:
+    types = pa.types
+    if kind == "input_ids":
+        is_list = types.is_list(found) or types.is_large_list(found)
+        right = (is_list or types.is_fixed_size_list(found)) and types.is_integer(found.value_type)
+        wanted = "lists of whole numbers"
+    else:
+        text = found.value_type if types.is_dictionary(found) else found
+        right = types.is_string(text) or types.is_large_string(text) or types.is_string_view(text)
+        wanted = "text"
+    if not right:
+        raise ValueError(f"{path}: the column {kind} holds {found}, not {wanted}")
+
+
+def hub_records(source: str, split: str) -> Iterator[Record]:
+    """Yield the rows of a data set on the hub, as a stream.
+
+    Raises:
+        ValueError: the package ``datasets`` or the network is missing, or the stream breaks.
+    """
+    try:
+        from datasets import load_dataset
+
+        rows = iter(load_dataset(source, split=split, streaming=True))
+        first = next(rows, None)
+    except Exception as error:  # the client raises whatever the network makes it raise
+        raise ValueError(_hub_problem(source, error)) from None
+    if first is None:
+        raise ValueError(f"{source}: the part {split!r} on the hub is empty")
+    keys = list(first)
+    columns = _Columns.of(keys, f"{source} ({split})")
+    number, row = 0, first
+    while row is not None:
+        number += 1
+        place = f"{source} {split} row {number}"
+        name = f"row_{number}" if columns.name is None else str(row[keys[columns.name]])
+        cell = row[keys[columns.data]]
+        if columns.kind == "input_ids":
+            if len(cell or ()) > MAX_ROW_TOKENS:
+                raise ValueError(f"{place}: over {MAX_ROW_TOKENS:,} tokens")
+            yield Record(name, place, ids=np.asarray(cell or (), dtype=np.int64))
+        else:
+            yield from _text_cell(str(cell or ""), name, place, columns.kind, place)
+        try:
+            row = next(rows, None)
+        except Exception as error:
+            raise ValueError(f"{place}: the stream broke ({_reason(error)}): try again") from None
+
+
+def _hub_problem(source: str, error: Exception) -> str:
+    if isinstance(error, ImportError):
+        why = "the package 'datasets' is not installed"
+    else:
+        why = f"no network, or no such data set: {type(error).__name__}"
+    return (
+        f"{source}: no such file or directory here, and it cannot be had from the hub ({why}): "
+        f"pass --data FILE or --data {BUNDLED_DATA}"
+    )
+
+
+class _Columns(NamedTuple):
+    """Which columns of a table hold the protein and its name."""
+
+    kind: str
+    data: int
+    name: int | None
+
+    @classmethod
+    def of(cls, names: Sequence[str], place: str, way_out: str = "") -> _Columns:
+        lower = [name.strip().lower() for name in names]
+        kind = next((k for k in ("sequence", "text", "input_ids") if k in lower), None)
+        if kind is None:
+            shown = printable(", ".join(str(name)[:30] for name in names[:8]))
+            raise ValueError(
+                f"{place}: no column 'sequence', 'text' or 'input_ids' among its columns ({shown})"
+                f"{way_out or ': rename the one with the residues'}"
+            )
+        title = next((k for k in NAME_COLUMNS if k in lower), None)
+        for column in filter(None, (kind, title)):
+            require_once(lower, column, place)
+        return cls(kind, lower.index(kind), None if title is None else lower.index(title))
+
+
+def _text_cell(text: str, name: str, place: str, kind: str, where: str) -> Iterator[Record]:
+    """Yield the proteins in a cell: one, or several where a laid-out text holds several."""
+    if kind == "text" and END_OF_TEXT in text:
+        pieces = [piece for piece in text.split(END_OF_TEXT) if piece.strip()] or [""]
+    else:
+        pieces = [text]
+    for number, piece in enumerate(pieces, start=1):
+        if kind == "text":
+            # Line breaks belong to the layout: they are no fault of the source.
+            piece = _laid_out(piece)
+        if len(piece) > MAX_RESIDUES:
+            _refuse_long(where, number)
+        yield Record(name if len(pieces) == 1 else f"{name}_{number}", place, piece)
+
+
+def _laid_out(text: str) -> str:
+    try:
+        return residues_of(text)
+    except ValueError:
+        return "".join(text.splitlines())
+
+
+# From records to proteins
+
+
+def clean(text: str, report: ReadReport, place: str, keep_ambiguous: bool = False) -> str | None:
+    """Return a protein's residues, or None where it is dropped; the report tells what happened.
+
+    Args:
+        text: what the source holds.
+        report: counts what was fixed or why it was dropped.
+        place: where that was, for a person.
+        keep_ambiguous: let B, J, O, U, X and Z pass.
+    """
+    raw = text.encode("utf-8", errors="replace")
+    strange = raw.translate(None, _STANDARD)
+    if raw and not strange:
+        return text
+    fixes = []
+    residues = "".join(text.split())
+    if residues != text:
+        fixes.append(WHITE_SPACE)
+    bare = residues.replace("-", "").replace(".", "")
+    if bare != residues:
+        fixes.append(GAPS)
+    residues = bare.rstrip("*")
+    if residues != bare:
+        fixes.append(FINAL_STOP)
+    if residues.isascii() and residues != residues.upper():
+        fixes.append(LOWER_CASE)
+        residues = residues.upper()
+    left = residues.encode("utf-8", errors="replace").translate(None, _STANDARD)
+    unknown = left.translate(None, _LETTERS)
+    if not residues:
+        report.drop(NO_RESIDUES, place)
+    elif unknown.strip(b"*"):
+        odd = next(c for c in residues if c not in STANDARD_RESIDUES + AMBIGUOUS_RESIDUES + "*")
+        report.drop(NO_RESIDUE, f"{place}, {odd!r}")
+    elif unknown:
+        report.drop(INNER_STOP, place)
+    elif left and not keep_ambiguous:
+        report.drop(AMBIGUOUS, f"{place}, {chr(left[0])!r}")
+    else:
+        for fix in fixes:
+            report.fix(fix, place)
+        return residues
+    return None
+
+
+def read_entries(
+    source: str | Path,
+    *,
+    split: str | None = None,
+    report: ReadReport | None = None,
+    tokenizer: Any = None,
+    keep_ambiguous: bool = False,
+) -> Iterator[Entry]:
+    """Yield the proteins of a source, with their tokens where the source has them.
+
+    Arguments and errors are those of :func:`read_proteins`.
+    """
+    report = ReadReport() if report is None else report
+    report.source = str(source) if split is None else f"{source} ({split})"
+    files = local_files(source, split)
+    records: Iterable[Record]
+    if files is None:
+        records = hub_records(str(source), split or "train")
+    else:
+        records = (record for path in files for record in file_records(path, report))
+    for record in records:
+        if record.ids is not None:
+            yield from _token_entries(record, report, tokenizer, keep_ambiguous, str(source))
+            continue
+        report.read += 1
+        residues = clean(record.text, report, record.place, keep_ambiguous)
+        if residues is not None:
+            report.kept += 1
+            report.residues += len(residues)
+            yield Entry(_clean_name(record.name), residues)
+    if not report.read:
+        raise ValueError(f"{source}: there is no protein in it")
+    if not report.kept:
+        reasons = "; ".join(
+            f"{entry['count']:,} dropped: {kind}, first at {entry['first']}"
+            for kind, entry in report.dropped.items()
+        )
+        raise ValueError(f"{source}: none of its {report.read:,} proteins is usable ({reasons})")
+
+
+def read_proteins(
+    source: str | Path,
+    *,
+    split: str | None = None,
+    report: ReadReport | None = None,
+    tokenizer: Any = None,
+    keep_ambiguous: bool = False,
+) -> Iterator[Protein]:
+    """Yield the proteins of a source one by one, cleaned.
+
+    Args:
+        source: directory of parts, file or hub id (see the top of this module).
+        split: which part; needed for a directory. A single file is ``train``, or None.
+        report: filled while reading; complete when the last protein is out.
+        tokenizer: reads the residues back where the source holds tokens.
+        keep_ambiguous: keep proteins with B, J, O, U, X or Z.
+
+    Yields:
+        Proteins, in the order of the source, duplicates included.
+
+    Raises:
+        ValueError: the source is missing, broken or without a usable protein.
+    """
+    for entry in read_entries(
+        source, split=split, report=report, tokenizer=tokenizer, keep_ambiguous=keep_ambiguous
+    ):
+        yield Protein(entry.name, entry.residues)
+
+
+def _clean_name(name: str) -> str:
+    name = "_".join(name.split())[:MAX_NAME]
+    return name if name.isprintable() else "".join(c if c.isprintable() else "?" for c in name)
+
+
+def token_pieces(ids: np.ndarray, marker: int) -> list[tuple[np.ndarray, bool, bool]]:
+    """Cut a row of tokens at its end-of-text markers.
+
+    Args:
+        ids: token ids, shape ``(T,)``.
+        marker: id of the end-of-text marker.
+
+    Returns:
+        For each non-empty piece between markers its ids, and whether a marker stands before and
+        after it.
+    """
+    edges = np.concatenate([[-1], np.flatnonzero(ids == marker), [len(ids)]])
+    last = len(edges) - 2
+    return [
+        (ids[start + 1 : end], i > 0, i < last)
+        for i, (start, end) in enumerate(zip(edges[:-1], edges[1:], strict=True))
+        if end > start + 1
+    ]
+
+
+def _token_entries(
+    record: Record, report: ReadReport, tokenizer: Any, keep_ambiguous: bool, source: str
+) -> Iterator[Entry]:
+    if tokenizer is None:
+        raise ValueError(f"{source}: holds tokens, not proteins: a tokenizer is needed to read it")
+    assert record.ids is not None
+    marker = tokenizer.eos_token_id
+    ids = record.ids
+    if len(ids) and (ids.min() < 0 or ids.max() >= len(tokenizer)):
+        raise ValueError(
+            f"{source}: {record.place}: token {ids.min() if ids.min() < 0 else ids.max()} is "
+            f"outside the vocabulary of {len(tokenizer):,}: it was made by another tokenizer"
+        )
+    pieces = token_pieces(ids, marker)
+    if not pieces:
+        report.read += 1
+        report.drop(NO_RESIDUES, record.place)
+    for number, (piece, headed, whole) in enumerate(pieces, start=1):
+        report.read += 1
+        if not headed:
+            report.drop(HEADLESS, record.place)
+            continue
+        body = tokenizer.decode(
+            piece.tolist(), skip_special_tokens=False, clean_up_tokenization_spaces=False
+        )
+        joined = "".join(body.split())
+        # Tokens are stored as they are, so nothing in them can be mended.
+        if joined.encode("utf-8", errors="replace").translate(None, _LETTERS):
+            report.drop(NO_RESIDUE, record.place)
+            continue
+        residues = clean(joined, report, record.place, keep_ambiguous)
+        if residues is None:
+            continue
+        # A protein cut short may break off right after a line break.
+        expected = layout(residues).removeprefix(END_OF_TEXT).removesuffix(f"\n{END_OF_TEXT}")
+        if body != f"{expected}\n" and (whole or body != expected):
+            report.fix(OTHER_LAYOUT, record.place)
+        report.kept += 1
+        report.residues += len(residues)
+        if not whole:
+            report.fix(CUT_IN_SOURCE, record.place)
+        ends = np.array([marker])
+        kept = np.concatenate([ends, piece, ends] if whole else [ends, piece]).astype(np.int64)
+        name = record.name if len(pieces) == 1 else f"{record.name}_{number}"
+        yield Entry(_clean_name(name), residues, kept, whole)

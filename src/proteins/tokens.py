@@ -1,0 +1,787 @@
+"""Tokenises proteins once into files on disk, which training and evaluation map into memory.
+
+A store is a directory of plain arrays (little-endian) and a manifest with their SHA-256:
+
+- ``tokens.bin``: the ids of all proteins, one after the other, 16 or 32 bits each
+- ``offsets.bin``: where each begins, and the end, int64
+- ``residues.bin``: residues in those tokens, int32
+- ``hashes.bin``: 64 bits of BLAKE2b of the whole protein's residues, uint64
+- ``names.bin``, ``name_offsets.bin``: UTF-8 names
+- ``letters.json``: the residues that each token id stands for
+
+It is kept under a key of everything that decides its content, built under another name and renamed,
+so that a reader never meets half of one. It is derived data: a damaged one is built anew.
+
+Sources and the treatment of what is wrong with them: :mod:`src.proteins.sources`.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import hashlib
+import json
+import os
+import shutil
+import tempfile
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from src.common.cli import one_line, progress, say
+from src.common.files import names_full_disk, read_json, sha256_file, sync_folder, write_json
+from src.proteins.layouts import layout
+from src.proteins.sources import (
+    CUT_IN_SOURCE,
+    DUPLICATE,
+    Entry,
+    Protein,
+    ReadReport,
+    has_split,
+    local_files,
+    read_entries,
+    read_proteins,
+)
+
+__all__ = [
+    "Protein",
+    "ReadReport",
+    "TokenisedProteins",
+    "chosen",
+    "data_summary",
+    "has_split",
+    "read_proteins",
+    "sequence_hash",
+    "tokenise",
+    "tokenizer_fingerprint",
+]
+
+FORMAT = "protein-lm-distill tokens"
+FORMAT_VERSION = 1
+MANIFEST = "manifest.json"
+ARRAYS = {
+    "offsets.bin": np.dtype("<i8"),
+    "residues.bin": np.dtype("<i4"),
+    "hashes.bin": np.dtype("<u8"),
+    "name_offsets.bin": np.dtype("<i8"),
+}
+BATCH_PROTEINS = 1024
+BATCH_RESIDUES = 1 << 18
+"""What is tokenised together: a tokenizer needs some hundred bytes for each token at work."""
+SMALL_BYTES = 1 << 26
+"""Sources up to this size are known by their content, larger ones by path, size and time."""
+CHECKED_BYTES = 1 << 28
+"""Stores up to this size are hashed whenever they are opened; of larger ones sizes are checked."""
+LONG_PROTEINS = ("cut", "drop")
+BEYOND = "beyond --max_proteins"
+UNSPEAKABLE = "residues that the tokenizer does not know"
+
+
+# Sequences as numbers: duplicates and nested subsets
+
+
+def sequence_hash(residues: str) -> int:
+    """Return 64 bits of BLAKE2b of a protein's residues, as an unsigned number.
+
+    Two of n different proteins share one with probability n² / 2⁶⁵: 6 in 100,000 for UniRef50.
+    """
+    return int.from_bytes(hashlib.blake2b(residues.encode(), digest_size=8).digest(), "little")
+
+
+def chosen(hashes: np.ndarray, proportion: float, seed: int = 0) -> np.ndarray:
+    """Choose a share of proteins by a seeded hash of their sequence.
+
+    A smaller share is a subset of a larger one of the same seed, whatever the order, and equal
+    sequences share their fate; different seeds choose independently.
+
+    Args:
+        hashes: ``(proteins,)`` from :func:`sequence_hash`.
+        proportion: the share, in (0, 1].
+        seed: which choice.
+
+    Returns:
+        ``(proteins,)`` bool.
+
+    Raises:
+        ValueError: the share is outside (0, 1].
+    """
+    if not 0 < proportion <= 1:
+        raise ValueError(f"--train_size_prop must be above 0 and at most 1, got {proportion}")
+    hashes = np.asarray(hashes, dtype=np.uint64)
+    if proportion == 1:
+        return np.ones(len(hashes), dtype=bool)
+    salt = _mixed(np.array([seed % 2**64], dtype=np.uint64))
+    return _mixed(hashes ^ salt) < np.uint64(int(proportion * 2.0**64))
+
+
+def _mixed(values: np.ndarray) -> np.ndarray:
+    """Return a bijective scramble of 64-bit numbers (SplitMix64: Steele et al. 2014, OOPSLA)."""
+    z = values + np.uint64(0x9E3779B97F4A7C15)
+    z = (z ^ (z >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+    z = (z ^ (z >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+    return z ^ (z >> np.uint64(31))
+
+
+class SeenHashes:
+    """A growing set of 64-bit hashes: 8 bytes each, where a Python set would take about 60.
+
+    Sorted runs are merged when the last is as long as the one before, so that their number stays
+    logarithmic and the work for n hashes is O(n log n).
+    """
+
+    def __init__(self) -> None:
+        self.runs: list[np.ndarray] = []
+
+    def add(self, hashes: np.ndarray) -> np.ndarray:
+        """Add hashes and return which of them are new, ``(n,)`` bool; a repeat is not."""
+        distinct, first = np.unique(hashes, return_index=True)
+        known = np.zeros(len(distinct), dtype=bool)
+        for run in self.runs:
+            place = np.minimum(np.searchsorted(run, distinct), len(run) - 1)
+            known |= run[place] == distinct
+        new = np.zeros(len(hashes), dtype=bool)
+        new[first[~known]] = True
+        if not known.all():
+            self.runs.append(distinct[~known])
+        while len(self.runs) > 1 and len(self.runs[-1]) >= len(self.runs[-2]):
+            last = self.runs.pop()
+            merged = np.concatenate([self.runs.pop(), last])
+            merged.sort(kind="stable")
+            self.runs.append(merged)
+        return new
+
+
+# Tokenizers
+
+
+def tokenizer_fingerprint(tokenizer: Any) -> str:
+    """Return the SHA-256 of what decides a tokenizer's output on laid-out proteins."""
+    backend = getattr(tokenizer, "backend_tokenizer", None)
+    if backend is not None:
+        rules = json.loads(backend.to_str())
+        # Calls change these two; tokenise() asks for neither.
+        rules.pop("truncation", None)
+        rules.pop("padding", None)
+    else:
+        rules = {"class": type(tokenizer).__name__, "vocab": tokenizer.get_vocab()}
+    state = json.dumps([rules, tokenizer.eos_token_id], sort_keys=True)
+    return hashlib.sha256(state.encode()).hexdigest()
+
+
+def token_letters(tokenizer: Any) -> list[str]:
+    """Return the residues that each token id stands for; none for markers and line breaks."""
+    special = set(tokenizer.all_special_ids)
+    tokens = tokenizer.convert_ids_to_tokens(list(range(len(tokenizer))))
+    return [
+        "" if i in special or token is None else "".join(c for c in token if "A" <= c <= "Z")
+        for i, token in enumerate(tokens)
+    ]
+
+
+def encode(tokenizer: Any, proteins: Sequence[str]) -> list[list[int]]:
+    """Return the token ids of laid-out proteins, whole and without padding."""
+    if not proteins:
+        return []
+    return tokenizer(
+        [layout(residues) for residues in proteins],
+        add_special_tokens=False,
+        padding=False,
+        truncation=False,
+        return_attention_mask=False,
+        verbose=False,
+    )["input_ids"]
+
+
+def _require_layout(tokenizer: Any) -> None:
+    marker = tokenizer.eos_token_id
+    name = getattr(tokenizer, "name_or_path", "")
+    ids = encode(tokenizer, ["M"])[0]
+    if marker is None or not ids or ids[0] != marker or ids[-1] != marker:
+        raise ValueError(
+            f"{name or 'the tokenizer'}: does not take <|endoftext|> for its end-of-text token: "
+            "proteins in ProtGPT2's layout need one that does"
+        )
+
+
+# The store
+
+
+class Names(Sequence[str]):
+    """The names of the proteins of a store, read when asked for."""
+
+    def __init__(self, proteins: TokenisedProteins) -> None:
+        self._proteins = proteins
+
+    def __len__(self) -> int:
+        return len(self._proteins)
+
+    def __getitem__(self, index: Any) -> Any:
+        if isinstance(index, slice):
+            return [self[i] for i in range(*index.indices(len(self)))]
+        row = self._proteins.row(index)
+        start, end = self._proteins.array("name_offsets.bin")[row : row + 2]
+        return bytes(self._proteins.array("names.bin")[start:end]).decode()
+
+
+class TokenisedProteins:
+    """Tokenised proteins on disk, or a selection of them in an order of its own.
+
+    Arrays are mapped into memory when first used. A copy in another process (pickled for a
+    DataLoader worker) carries the selection only and maps the same files.
+
+    Attributes:
+        folder: where the store lies.
+        manifest: its record: settings, counts, report, hashes.
+        indices: the selected rows, or None for all.
+    """
+
+    def __init__(
+        self, folder: Path, manifest: dict[str, Any], indices: np.ndarray | None = None
+    ) -> None:
+        self.folder = folder
+        self.manifest = manifest
+        self.indices = indices
+        self._arrays: dict[str, np.ndarray] = {}
+        self._cached: dict[str, Any] = {}
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {"folder": self.folder, "manifest": self.manifest, "indices": self.indices}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__init__(**state)
+
+    def __len__(self) -> int:
+        return self.manifest["proteins"] if self.indices is None else len(self.indices)
+
+    def __getitem__(self, index: int) -> np.ndarray:
+        """Return a protein's token ids, ``(T,)`` int64."""
+        row = self.row(index)
+        start, end = self.array("offsets.bin")[row : row + 2]
+        return self.array("tokens.bin")[start:end].astype(np.int64)
+
+    def row(self, index: int) -> int:
+        """Return where in the store a protein of the selection is. Raises ``IndexError``."""
+        if not -len(self) <= index < len(self):
+            raise IndexError(f"protein {index} of {len(self)}")
+        index = int(index) % len(self)
+        return index if self.indices is None else int(self.indices[index])
+
+    def array(self, name: str) -> np.ndarray:
+        """Return one of the store's files, mapped read-only."""
+        if name not in self._arrays:
+            kinds = {"tokens.bin": np.dtype(self.manifest["dtype"]), "names.bin": np.dtype("u1")}
+            kind = {**ARRAYS, **kinds}[name]
+            # asarray: slices of np.memmap pay for Python code that plain arrays do without.
+            self._arrays[name] = np.asarray(np.memmap(self.folder / name, dtype=kind, mode="r"))
+        return self._arrays[name]
+
+    def _selected(self, name: str) -> np.ndarray:
+        return self.array(name) if self.indices is None else self.array(name)[self.indices]
+
+    @property
+    def lengths(self) -> np.ndarray:
+        """Tokens of each protein with both markers, ``(proteins,)`` int32."""
+        if "lengths" not in self._cached:
+            lengths = np.diff(self.array("offsets.bin")).astype(np.int32)
+            self._cached["lengths"] = lengths if self.indices is None else lengths[self.indices]
+        return self._cached["lengths"]
+
+    @property
+    def residues(self) -> np.ndarray:
+        """Residues in each protein's tokens, ``(proteins,)`` int32."""
+        return self._selected("residues.bin")
+
+    @property
+    def hashes(self) -> np.ndarray:
+        """Hash of each whole protein (:func:`sequence_hash`), ``(proteins,)`` uint64."""
+        return self._selected("hashes.bin")
+
+    @property
+    def names(self) -> Names:
+        """Names of the proteins."""
+        return Names(self)
+
+    @property
+    def report(self) -> ReadReport:
+        """What happened while the store was read from its source."""
+        return ReadReport.from_dict(self.manifest["report"])
+
+    @property
+    def fingerprint(self) -> str:
+        """SHA-256 over the tokens, the order and the selection."""
+        whole = self.manifest["fingerprint"]
+        if self.indices is None:
+            return whole
+        if "fingerprint" not in self._cached:
+            state = whole.encode() + np.ascontiguousarray(self.indices, dtype="<i8").tobytes()
+            self._cached["fingerprint"] = hashlib.sha256(state).hexdigest()
+        return self._cached["fingerprint"]
+
+    def subset(self, indices: Sequence[int] | np.ndarray) -> TokenisedProteins:
+        """Return a selection, in the order given. Raises ``IndexError`` for a wrong index."""
+        wanted = np.asarray(indices, dtype=np.int64).reshape(-1)
+        if len(wanted) and not -len(self) <= wanted.min() <= wanted.max() < len(self):
+            raise IndexError(f"indices reach outside of {len(self)} proteins")
+        wanted = wanted % max(1, len(self))
+        rows = wanted if self.indices is None else self.indices[wanted]
+        return TokenisedProteins(self.folder, self.manifest, rows)
+
+    def sequence(self, index: int) -> str:
+        """Return the residues in a protein's tokens."""
+        if "letters" not in self._cached:
+            self._cached["letters"] = read_json(self.folder / "letters.json")
+        letters = self._cached["letters"]
+        return "".join(letters[i] for i in self[index])
+
+
+def open_store(folder: Path, thorough: bool | None = None) -> TokenisedProteins:
+    """Open a store and check that it is whole.
+
+    Args:
+        folder: the store.
+        thorough: compare the SHA-256 of every file; None: where the store is small.
+
+    Returns:
+        All proteins of the store.
+
+    Raises:
+        ValueError: it is missing, of another version, or damaged.
+    """
+    manifest = read_json(folder / MANIFEST)
+    if not isinstance(manifest, dict) or manifest.get("format") != FORMAT:
+        raise ValueError(f"{folder / MANIFEST}: not the record of tokenised proteins")
+    if manifest.get("version") != FORMAT_VERSION:
+        raise ValueError(
+            f"{folder}: of version {manifest.get('version')!r:.40}, not {FORMAT_VERSION}"
+        )
+    if manifest.get("check") != _manifest_check(manifest):
+        raise ValueError(f"{folder / MANIFEST}: was altered")
+    try:
+        _require_consistent(manifest)
+    except (KeyError, TypeError, AttributeError, OverflowError, ValueError) as error:
+        raise ValueError(f"{folder / MANIFEST}: is broken ({one_line(error)[:100]})") from None
+    sizes = sum(entry["bytes"] for entry in manifest["files"].values())
+    if thorough is None:
+        thorough = sizes <= CHECKED_BYTES
+    for name, entry in manifest["files"].items():
+        path = folder / name
+        if not path.is_file() or path.stat().st_size != entry["bytes"]:
+            raise ValueError(f"{path}: is missing or has the wrong size")
+        if thorough and sha256_file(path) != entry["sha256"]:
+            raise ValueError(f"{path}: was altered")
+    return TokenisedProteins(folder, manifest)
+
+
+def _require_consistent(manifest: dict[str, Any]) -> None:
+    """Check that a manifest's counts and sizes fit together; raises whatever does not."""
+    proteins, tokens = manifest["proteins"], manifest["tokens"]
+    dtype = np.dtype(manifest["dtype"])
+    if dtype.str not in ("<u2", "<u4"):
+        raise ValueError(f"dtype {dtype.str}")
+    sizes = {name: entry["bytes"] for name, entry in manifest["files"].items()}
+    wanted = {
+        "tokens.bin": tokens * dtype.itemsize,
+        "offsets.bin": (proteins + 1) * 8,
+        "residues.bin": proteins * 4,
+        "hashes.bin": proteins * 8,
+        "name_offsets.bin": (proteins + 1) * 8,
+    }
+    wrong = [name for name, size in wanted.items() if sizes[name] != size]
+    if wrong or set(sizes) != {*wanted, "names.bin", "letters.json"}:
+        raise ValueError(f"the size of {wrong[0]}" if wrong else "its files are others")
+    if not all(isinstance(count, int) and count > 0 for count in (proteins, tokens)):
+        raise ValueError("it counts nothing")
+    for entry in manifest["files"].values():
+        if type(entry["bytes"]) is not int or not isinstance(entry["sha256"], str):
+            raise ValueError("a size or hash is missing")
+    ReadReport.from_dict(manifest["report"])
+    if not isinstance(manifest["fingerprint"], str):
+        raise ValueError("the fingerprint is missing")
+
+
+def _manifest_check(manifest: dict[str, Any]) -> str:
+    state = {key: value for key, value in manifest.items() if key != "check"}
+    return hashlib.sha256(json.dumps(state, sort_keys=True).encode()).hexdigest()
+
+
+class _StoreWriter:
+    """Appends proteins to the files of a store, hashing what it writes."""
+
+    def __init__(self, folder: Path, dtype: np.dtype) -> None:
+        self.folder = folder
+        self.dtype = dtype
+        names = ["tokens.bin", "names.bin", *ARRAYS]
+        self.handles = {name: (folder / name).open("wb") for name in names}
+        self.digests = {name: hashlib.sha256() for name in names}
+        self.proteins = self.tokens = self.residues = self.name_bytes = 0
+        self._write("offsets.bin", np.zeros(1, ARRAYS["offsets.bin"]).tobytes())
+        self._write("name_offsets.bin", np.zeros(1, ARRAYS["name_offsets.bin"]).tobytes())
+
+    def _write(self, name: str, data: bytes) -> None:
+        self.handles[name].write(data)
+        self.digests[name].update(data)
+
+    def append(
+        self, names: list[str], rows: list[np.ndarray], residues: list[int], hashes: list[int]
+    ) -> None:
+        """Append proteins: names, token ids, residues in the tokens, hashes."""
+        if not rows:
+            return
+        encoded = [name.encode("utf-8", errors="replace") for name in names]
+        ends = self.tokens + np.cumsum([len(row) for row in rows])
+        name_ends = self.name_bytes + np.cumsum([len(name) for name in encoded])
+        self._write("tokens.bin", np.concatenate(rows).astype(self.dtype).tobytes())
+        self._write("names.bin", b"".join(encoded))
+        for name, values in (
+            ("offsets.bin", ends),
+            ("name_offsets.bin", name_ends),
+            ("residues.bin", residues),
+            ("hashes.bin", np.array(hashes, dtype=np.uint64)),
+        ):
+            self._write(name, np.asarray(values).astype(ARRAYS[name]).tobytes())
+        self.proteins += len(rows)
+        self.residues += sum(residues)
+        self.tokens, self.name_bytes = int(ends[-1]), int(name_ends[-1])
+
+    def close(self) -> dict[str, dict[str, Any]]:
+        """Flush everything to disk and return the size and SHA-256 of each file."""
+        files = {}
+        for name, handle in self.handles.items():
+            handle.flush()
+            os.fsync(handle.fileno())
+            handle.close()
+            files[name] = {
+                "bytes": (self.folder / name).stat().st_size,
+                "sha256": self.digests[name].hexdigest(),
+            }
+        return files
+
+    def abandon(self) -> None:
+        """Close the files, whatever state they are in."""
+        for handle in self.handles.values():
+            with contextlib.suppress(OSError):
+                handle.close()
+
+
+def default_cache_dir() -> Path:
+    """Return where stores are kept: ``$DISTILL_CACHE``, else ``~/.cache/protein-lm-distill``."""
+    return Path(os.environ.get("DISTILL_CACHE") or "~/.cache/protein-lm-distill").expanduser()
+
+
+def source_identity(source: str | Path, split: str | None) -> list[Any]:
+    """Return what tells whether a source is still the same.
+
+    The SHA-256 of each file where all are small, else path, size and time of change. A data set on
+    the hub is known by its id: delete the cache if it changed.
+
+    Raises:
+        ValueError: the source is missing.
+    """
+    files = local_files(source, split)
+    if files is None:
+        return ["hub", str(source), split]
+    states = [path.stat() for path in files]
+    if sum(state.st_size for state in states) <= SMALL_BYTES:
+        # The suffix decides how a file is read.
+        return [[path.name, sha256_file(path)] for path in files]
+    return [
+        [str(path.resolve()), state.st_size, state.st_mtime_ns]
+        for path, state in zip(files, states, strict=True)
+    ]
+
+
+def tokenise(
+    source: str | Path,
+    split: str | None,
+    tokenizer: Any,
+    max_length: int,
+    cache_dir: str | Path | None = None,
+    *,
+    proportion: float = 1.0,
+    seed: int = 0,
+    long_proteins: str = "cut",
+    max_proteins: int | None = None,
+    keep_ambiguous: bool = False,
+    quiet: bool = False,
+) -> TokenisedProteins:
+    """Tokenise a source's proteins into a store on disk, or find the store made before.
+
+    Memory does not grow with the source but for 8 bytes a protein, by which duplicates are known.
+
+    Args:
+        source: directory of parts, file or hub id (:mod:`src.proteins.sources`).
+        split: which part; None for a single file.
+        tokenizer: of the teacher and the student.
+        max_length: the longest row, in tokens.
+        cache_dir: where stores are kept; None: :func:`default_cache_dir`.
+        proportion: share of the distinct proteins, by :func:`chosen`.
+        seed: of that share.
+        long_proteins: ``cut`` keeps the first ``max_length`` tokens of a longer protein (training),
+            ``drop`` leaves it out (evaluation, where every protein must be whole). Both are
+            counted.
+        max_proteins: keep the first so many proteins, and stop reading there.
+        keep_ambiguous: keep proteins with B, J, O, U, X or Z.
+        quiet: print nothing.
+
+    Returns:
+        The tokenised proteins, in the order of the source, each sequence once.
+
+    Raises:
+        ValueError: the source is missing, broken or without a usable protein; a setting is wrong;
+            or the tokenizer does not know the layout.
+    """
+    if max_length < 4:
+        raise ValueError(f"--max_length must be at least 4 tokens, got {max_length}")
+    if long_proteins not in LONG_PROTEINS:
+        raise ValueError(f"long_proteins must be cut or drop, got {long_proteins!r}")
+    if max_proteins is not None and max_proteins < 1:
+        raise ValueError(f"--max_proteins must be at least 1, got {max_proteins}")
+    chosen(np.zeros(0, np.uint64), proportion, seed)
+    _require_layout(tokenizer)
+    settings = {
+        "format_version": FORMAT_VERSION,
+        "source": source_identity(source, split),
+        "split": split,
+        "tokenizer": tokenizer_fingerprint(tokenizer),
+        "max_length": max_length,
+        "proportion": proportion,
+        "seed": seed if proportion < 1 else None,
+        "long_proteins": long_proteins,
+        "max_proteins": max_proteins,
+        "keep_ambiguous": keep_ambiguous,
+    }
+    key = hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()[:32]
+    root = Path(cache_dir).expanduser() if cache_dir is not None else default_cache_dir()
+    folder = root / key
+    tell = (lambda line: None) if quiet else say
+    with contextlib.suppress(ValueError):
+        return open_store(folder)
+    root.mkdir(parents=True, exist_ok=True)
+    way_out = "make space, or choose another --cache_dir"
+    with names_full_disk(root, way_out), _only_builder(folder, tell) as alone:
+        if folder.exists():
+            try:
+                return open_store(folder)  # another process has built it meanwhile
+            except ValueError as error:
+                tell(f"tokenised proteins in the cache are damaged ({error}): building them anew")
+        if alone:
+            # No other process builds this key: what lies here was left by one that was killed.
+            for stale in root.glob(f".{key}.*.tmp"):
+                shutil.rmtree(stale, ignore_errors=True)
+        temporary = Path(tempfile.mkdtemp(prefix=f".{key}.", suffix=".tmp", dir=root))
+        try:
+            os.chmod(temporary, 0o755)
+            entries = read_entries(
+                source,
+                split=split,
+                report=(report := ReadReport()),
+                tokenizer=tokenizer,
+                keep_ambiguous=keep_ambiguous,
+            )
+            _build(temporary, entries, report, tokenizer, settings, quiet)
+            _put_in_place(temporary, folder)
+        except BaseException:
+            shutil.rmtree(temporary, ignore_errors=True)
+            raise
+    return open_store(folder, thorough=False)
+
+
+@contextlib.contextmanager
+def _only_builder(folder: Path, tell: Any) -> Iterator[bool]:
+    """Hold the right to build a store; yield False where the file system has no locks."""
+    with (folder.parent / f".{folder.name}.lock").open("a") as handle:
+        try:
+            try:
+                fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                tell("another process tokenises the same proteins: waiting for it")
+                fcntl.flock(handle, fcntl.LOCK_EX)
+        except OSError:
+            yield False
+        else:
+            yield True
+
+
+def _put_in_place(temporary: Path, folder: Path) -> None:
+    """Rename a finished store; one that another process finished first stays."""
+    if folder.exists():
+        with contextlib.suppress(ValueError):
+            open_store(folder)
+            shutil.rmtree(temporary)
+            return
+        damaged = Path(
+            tempfile.mkdtemp(prefix=f".{folder.name}.", suffix=".tmp", dir=folder.parent)
+        )
+        os.replace(folder, damaged)
+        shutil.rmtree(damaged, ignore_errors=True)
+    try:
+        os.rename(temporary, folder)
+    except OSError:
+        open_store(folder)
+        shutil.rmtree(temporary)
+    sync_folder(folder.parent)
+
+
+def _build(
+    folder: Path,
+    entries: Iterator[Entry],
+    report: ReadReport,
+    tokenizer: Any,
+    settings: dict[str, Any],
+    quiet: bool,
+) -> None:
+    """Write a store's files and manifest into an empty directory."""
+    letters = token_letters(tokenizer)
+    counts = np.array([len(letter) for letter in letters], dtype=np.int64)
+    dtype = np.dtype("<u2" if len(letters) <= 1 << 16 else "<u4")
+    writer = _StoreWriter(folder, dtype)
+    seen = SeenHashes()
+    shown = entries if quiet else progress(entries, description="tokenising", unit="proteins")
+    try:
+        for batch in _batches(shown):
+            _append_batch(writer, seen, batch, report, tokenizer, counts, settings)
+            limit = settings["max_proteins"]
+            if limit is not None and writer.proteins >= limit:
+                break
+        if not writer.proteins:
+            raise ValueError(_nothing_left(report, settings))
+        files = writer.close()
+    finally:
+        writer.abandon()
+    (folder / "letters.json").write_text(json.dumps(letters))
+    files["letters.json"] = {
+        "bytes": (folder / "letters.json").stat().st_size,
+        "sha256": sha256_file(folder / "letters.json"),
+    }
+    report.kept, report.residues = writer.proteins, writer.residues
+    content = [dtype.str, *(files[n]["sha256"] for n in ("tokens.bin", *sorted(ARRAYS)[:-1]))]
+    manifest: dict[str, Any] = {
+        "format": FORMAT,
+        "version": FORMAT_VERSION,
+        "settings": settings,
+        "dtype": dtype.str,
+        "vocab_size": len(letters),
+        "proteins": writer.proteins,
+        "tokens": writer.tokens,
+        "residues": writer.residues,
+        "report": report.as_dict(),
+        "files": files,
+        "fingerprint": hashlib.sha256("\n".join(content).encode()).hexdigest(),
+    }
+    manifest["check"] = _manifest_check(manifest)
+    write_json(folder / MANIFEST, manifest)
+
+
+def _batches(entries: Iterator[Entry]) -> Iterator[list[Entry]]:
+    batch: list[Entry] = []
+    residues = 0
+    for entry in entries:
+        batch.append(entry)
+        residues += len(entry.residues)
+        if len(batch) >= BATCH_PROTEINS or residues >= BATCH_RESIDUES:
+            yield batch
+            batch, residues = [], 0
+    if batch:
+        yield batch
+
+
+def _append_batch(
+    writer: _StoreWriter,
+    seen: SeenHashes,
+    batch: list[Entry],
+    report: ReadReport,
+    tokenizer: Any,
+    counts: np.ndarray,
+    settings: dict[str, Any],
+) -> None:
+    """Tokenise what is new and chosen of a batch, and append it."""
+    hashes = np.array([sequence_hash(entry.residues) for entry in batch], dtype=np.uint64)
+    new = seen.add(hashes)
+    for index in np.flatnonzero(~new):
+        report.drop(DUPLICATE, batch[index].name)
+    wanted = new & chosen(hashes, settings["proportion"], settings["seed"] or 0)
+    report.not_chosen += int((new & ~wanted).sum())
+    selected = [batch[i] for i in np.flatnonzero(wanted)]
+    encoded = iter(encode(tokenizer, [e.residues for e in selected if e.ids is None]))
+    limit, max_proteins = settings["max_length"], settings["max_proteins"]
+    names, rows, residues, kept = [], [], [], []
+    for entry, number in zip(selected, hashes[wanted], strict=True):
+        if max_proteins is not None and writer.proteins + len(rows) >= max_proteins:
+            report.drop(BEYOND, entry.name)
+            continue
+        row = np.array(next(encoded)) if entry.ids is None else entry.ids
+        speakable = int(counts[row].sum()) == len(entry.residues)
+        too_long = len(row) > limit
+        if not speakable:
+            report.drop(UNSPEAKABLE, entry.name)
+        elif settings["long_proteins"] == "drop" and (too_long or not entry.whole):
+            report.drop(f"longer than {limit:,} tokens" if too_long else CUT_IN_SOURCE, entry.name)
+        else:
+            if too_long:
+                report.fix(f"cut to {limit:,} tokens", entry.name)
+                row = row[:limit]
+            names.append(entry.name)
+            rows.append(row)
+            residues.append(int(counts[row].sum()))
+            kept.append(int(number))
+    writer.append(names, rows, residues, kept)
+
+
+def _nothing_left(report: ReadReport, settings: dict[str, Any]) -> str:
+    if report.not_chosen:
+        return (
+            f"{report.source}: none of {report.kept:,} proteins falls into the share "
+            f"{settings['proportion']}: raise --train_size_prop"
+        )
+    return (
+        f"{report.source}: none of {report.kept:,} proteins fits: "
+        + "; ".join(f"{e['count']:,} {kind}" for kind, e in report.dropped.items())
+        + ": raise --max_length or use another tokenizer"
+    )
+
+
+# For a person
+
+
+def data_summary(
+    proteins: TokenisedProteins, batch_size: int, title: str = "data", with_report: bool = True
+) -> list[str]:
+    """Return lines that tell a person what is about to be used.
+
+    Args:
+        proteins: tokenised proteins, or a selection.
+        batch_size: rows of a batch, for the share of padding.
+        title: what they are called.
+        with_report: tell how they were read, too.
+
+    Returns:
+        Lines: what was read, kept, dropped and fixed; proteins, residues and tokens; quartiles of
+        lengths; the share of padding with batches in random order and with similar lengths
+        together.
+    """
+    from src.proteins.batching import padding_share
+
+    lengths, residues = proteins.lengths, proteins.residues
+    total, tokens = int(residues.sum(dtype=np.int64)), int(lengths.sum(dtype=np.int64))
+    # A sample tells the share of padding well enough, in bounded time.
+    sample = lengths
+    if len(sample) > 100_000:
+        sample = sample[np.random.default_rng(0).choice(len(sample), 100_000, replace=False)]
+    random, grouped = (padding_share(sample, batch_size, by_length=b) for b in (False, True))
+    lines = proteins.report.lines() if with_report else []
+    return [
+        *lines,
+        f"{title}: {len(proteins):,} proteins, {total:,} residues, {tokens:,} tokens "
+        f"({total / tokens:.2f} residues a token)",
+        f"  residues a protein: {_quartiles(residues)}",
+        f"  tokens a protein:   {_quartiles(lengths)}",
+        f"  padding in batches of {batch_size}: {random:.1%} in random order, {grouped:.1%} with "
+        "similar lengths together",
+    ]
+
+
+def _quartiles(values: np.ndarray) -> str:
+    low, q1, q2, q3, high = np.percentile(values, [0, 25, 50, 75, 100]).astype(int)
+    return f"{low:,} to {high:,}, quartiles {q1:,} / {q2:,} / {q3:,}"

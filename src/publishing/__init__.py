@@ -1,0 +1,1 @@
+"""Comparison, report, model card and hub."""

@@ -1,0 +1,319 @@
+"""Writes the card of a student: what it is, how to use it, what was measured, how it was made.
+
+Every figure comes from the run's record or from a results file, with its interval; what was not
+measured is said to be unknown.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from src.common.settings import BUNDLED_DATA, BUNDLED_TEACHER, DEFAULT_TEACHER
+from src.evaluation.results import TABLE, figure, summary_lines, with_interval
+from src.proteins.layouts import RESIDUES_PER_LINE
+from src.trainer.early_stopping import outcome_line
+
+PROJECT = Path(__file__).resolve().parents[2]
+TEMPLATE = Path(__file__).with_name("templates") / "model_card.md.jinja"
+EXAMPLE_PROTEIN = "MQIFVKTLTGKTITLEVEPSDTIENVKAKIQDKEGIPPDQQRLIFAGKQLEDGRTLSDYNIQKESTLHLVLRLRGG"
+"""Ubiquitin (UniProt P0CG48, residues 1 to 76)."""
+LICENCES = {DEFAULT_TEACHER: "apache-2.0"}
+"""Licences of teachers on the hub, as their cards state them."""
+OWN_FOLDERS = {"data", "models", "results"}
+"""First parts of names that are folders of the project, and no account on the hub."""
+HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
+METRICS = (
+    ("perplexity_ratio", "perplexity_ratio", "Perplexity per token, student / teacher"),
+    ("kl_divergence", "kl_divergence", "KL(teacher || student), nats per token"),
+    ("student_ece.ece", "ece", "Expected calibration error of the student"),
+    ("student_perplexity", "perplexity", "Perplexity per token of the student"),
+    (
+        "student_perplexity_per_residue",
+        "perplexity_per_residue",
+        "Perplexity per residue of the student",
+    ),
+    ("top1_agreement", "top1_agreement", "Share of tokens with the teacher's first choice"),
+    ("kl_from_natural.student", "kl_from_natural", "Composition of samples: KL from natural"),
+)
+"""Figure in the results file, metric type in the model index, and its name there."""
+
+
+def hub_id(name: str | None) -> str | None:
+    """Return a name if it is that of something on the hub, None if it is a place on a disk."""
+    if not name or name in (BUNDLED_TEACHER, BUNDLED_DATA) or not HUB_ID.fullmatch(name):
+        return None
+    if name.split("/")[0] in OWN_FOLDERS or Path(name).exists() or (PROJECT / name).exists():
+        return None
+    return name
+
+
+def teacher_licence(name: str) -> str | None:
+    """Return the licence of a teacher: from the table, or from the card in its directory."""
+    card = Path(name) / "README.md"
+    if card.is_file():
+        from huggingface_hub import ModelCard
+
+        try:
+            return ModelCard.load(card, ignore_metadata_errors=True).data.get("license")
+        except ValueError:
+            return None
+    return LICENCES.get(name)
+
+
+def chosen_licence(record: Mapping[str, Any], wanted: str | None) -> str:
+    """Return the licence that the card states.
+
+    Raises:
+        ValueError: none was given and the teacher's is not known.
+    """
+    teacher = record["settings"]["teacher_model"]
+    found = wanted or teacher_licence(teacher)
+    if not found:
+        raise ValueError(
+            f"the licence of {teacher}, from which this student was distilled, is not known: pass "
+            "--license with an identifier of the hub, for example apache-2.0"
+        )
+    return found
+
+
+def build_card(
+    repo_id: str,
+    record: Mapping[str, Any],
+    config: Any,
+    license: str,
+    results: Mapping[str, Any] | None = None,
+) -> str:
+    """Return the text of a model card: YAML metadata, then Markdown.
+
+    Args:
+        repo_id: where the model will stand.
+        record: the run's record, already without private paths.
+        config: the model's configuration.
+        license: as the hub spells it.
+        results: a results file of this very model, already without private paths; None: none.
+    """
+    from jinja2 import Environment, StrictUndefined
+
+    environment = Environment(
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+        keep_trailing_newline=True,
+        autoescape=False,  # Markdown, not HTML; the filters below keep values in their place
+    )
+    environment.filters |= {"cell": _cell, "inline": _inline, "braces": lambda s: "{" + s + "}"}
+    settings = record["settings"]
+    template = environment.from_string(TEMPLATE.read_text(encoding="utf-8"))
+    return template.render(
+        metadata=build_metadata(repo_id, record, license, results).to_yaml(),
+        name=record["name"],
+        repo_id=repo_id,
+        parameters=record["student"]["parameters"],
+        shape=f"n_layer {config.n_layer}, n_head {config.n_head}, n_embd {config.n_embd}",
+        origin=origin_text(record),
+        distilled=settings["loss"]["alpha"] < 1,
+        compression=record["compression"],
+        residues_per_line=RESIDUES_PER_LINE,
+        new_tokens=min(100, config.n_positions - 2),
+        eos_token_id=config.eos_token_id,
+        example=EXAMPLE_PROTEIN,
+        measured=_measured(results) if results else None,
+        validation_loss=figure(record, "final.eval_loss"),
+        data=_data(record),
+        max_length=record["max_length"],
+        n_positions=config.n_positions,
+        loss_text=loss_text(settings["loss"]),
+        training=training_rows(record),
+        license=license,
+        licence_of_teacher=license == teacher_licence(settings["teacher_model"]),
+        commit=figure(record, "git.commit"),
+    )
+
+
+def build_metadata(
+    repo_id: str,
+    record: Mapping[str, Any],
+    license: str,
+    results: Mapping[str, Any] | None = None,
+) -> Any:
+    """Return the card's metadata, a ``huggingface_hub.ModelCardData``."""
+    from huggingface_hub import EvalResult, ModelCardData
+
+    dataset = hub_id(record["settings"]["data"])
+    metrics = []
+    if results:
+        source = figure(results, "run.data.source") or record["settings"]["data"]
+        for name, kind, label in METRICS:
+            value = figure(results, name)
+            if value is None:
+                continue
+            metrics.append(
+                EvalResult(
+                    task_type="text-generation",
+                    task_name="Protein sequence generation",
+                    dataset_type=hub_id(source) or _slug(source),
+                    dataset_name=source,
+                    dataset_split=figure(results, "run.data.split"),
+                    metric_type=kind,
+                    metric_name=label,
+                    metric_value=value,
+                )
+            )
+    return ModelCardData(
+        base_model=base_model(record),
+        datasets=[dataset] if dataset else None,
+        license=license,
+        library_name="transformers",
+        pipeline_tag="text-generation",
+        tags=[
+            "protein",
+            "protein-language-model",
+            "biology",
+            "gpt2",
+            "distillation",
+            "knowledge-distillation",
+        ],
+        model_name=repo_id.split("/")[-1] if metrics else None,
+        eval_results=metrics or None,
+    )
+
+
+def loss_text(loss: Mapping[str, Any]) -> str:
+    """Return in words what was minimised."""
+    alpha, temperature = loss["alpha"], loss["temperature"]
+    if alpha == 1:
+        return "Minimised was the cross-entropy of the next token alone; the teacher had no part."
+    names = {
+        "forward_kl": "KL(teacher ‖ student)",
+        "reverse_kl": "KL(student ‖ teacher)",
+        "jsd": f"the generalised Jensen-Shannon divergence (β = {loss['divergence_weight']})",
+        "skew_kl": f"the skew KL divergence (skew {loss['divergence_weight']})",
+    }
+    text = (
+        f"Minimised was {alpha:g} × the cross-entropy of the next token + {1 - alpha:g} × "
+        f"T² × {names[loss['divergence']]} at temperature T = {temperature:g}, "
+        "the mean over all tokens."
+    )
+    if loss["use_uncertainty_weighting"]:
+        text += (
+            " Positions were weighted by the teacher's entropy "
+            f"(`{loss['weighting']}` weights of the project's METHODS)."
+        )
+    if loss["use_calibration_smoothing"]:
+        text += (
+            " The teacher's distribution was mixed with the uniform one, by at most "
+            f"{loss['smoothing_factor']:g} (`{loss['smoothing']}` smoothing)."
+        )
+    return text
+
+
+def training_rows(record: Mapping[str, Any]) -> list[tuple[str, str]]:
+    """Return the settings of a run for a person."""
+    settings, train = record["settings"], record["data"]["train"]
+    device, stopped = record["device"], record.get("early_stopping")
+    rows = [
+        ("training proteins", f"{train['proteins']:,} ({train['tokens']:,} tokens)"),
+        ("data", settings["data"]),
+        ("share of the data", f"{settings['train_size_prop']:g}"),
+        ("steps", f"{record['steps']:,}"),
+        ("early stopping", stopped and outcome_line(stopped)),
+        ("rows of a step", settings["batch_size"] * settings["gradient_accumulation_steps"]),
+        ("initial weights", settings.get("init_from") or "random"),
+        ("learning rate", f"{settings['learning_rate']:g}, {settings['lr_schedule']}"),
+        ("weight decay", f"{settings['weight_decay']:g}"),
+        ("dropout", f"{settings['student']['dropout']:g}"),
+        ("precision", record["precision"]),
+        ("seed", settings["seed"]),
+        ("device", device.get("name") or device["type"]),
+        ("time", f"{record['train_seconds']:,.0f} s"),
+        ("commit", _commit(record)),
+        ("PyTorch", figure(record, "versions.torch")),
+        ("transformers", figure(record, "versions.transformers")),
+    ]
+    return [(name, str(value)) for name, value in rows if value is not None]
+
+
+def _commit(record: Mapping[str, Any]) -> str | None:
+    commit = figure(record, "git.commit")
+    if commit and figure(record, "git.dirty"):
+        return f"{commit} with local changes"
+    return commit
+
+
+def base_model(record: Mapping[str, Any]) -> str | None:
+    """Return the hub id of what a model derives from, None where that is not on the hub."""
+    settings = record["settings"]
+    taught = settings["loss"]["alpha"] < 1
+    return hub_id(settings["teacher_model"] if taught else settings.get("init_from"))
+
+
+def origin_text(record: Mapping[str, Any]) -> str:
+    """Return in a sentence or two what a model was made from."""
+    settings = record["settings"]
+    teacher, start = settings["teacher_model"], settings.get("init_from")
+    begun = f"It began with the weights of {_link(start)}." if start else ""
+    if settings["loss"]["alpha"] == 1:
+        return begun or f"It was trained without a teacher, with the tokenizer of {_link(teacher)}."
+    text = (
+        f"It was distilled from {_link(teacher)}, which has {record['teacher']['parameters']:,} "
+        f"parameters: {record['compression']:.1f} times as many."
+    )
+    return f"{text} {begun}".rstrip()
+
+
+def _link(name: str, kind: str = "") -> str:
+    """Return Markdown for something on the hub, or for a local name."""
+    known = hub_id(name)
+    return f"[{name}](https://huggingface.co/{kind}{name})" if known else f"`{_inline(name)}`"
+
+
+def _data(record: Mapping[str, Any]) -> str:
+    proteins = record["data"]["train"]["proteins"]
+    return f"{proteins:,} proteins of {_link(record['settings']['data'], 'datasets/')}"
+
+
+def _measured(results: Mapping[str, Any]) -> dict[str, Any]:
+    rows = []
+    for label, name, ratio in TABLE:
+        cells = [with_interval(results, f"{model}_{name}") for model in ("student", "teacher")]
+        if any(cells):
+            rows.append([label, *cells, with_interval(results, ratio) if ratio else ""])
+    for key, label in (
+        ("kl_from_natural", "composition of samples, KL from held-out proteins"),
+        ("kl_from_natural_uniprot", "composition of samples, KL from UniProt"),
+    ):
+        cells = [with_interval(results, f"{key}.{model}") for model in ("student", "teacher")]
+        if any(cells):
+            rows.append([label, *cells, ""])
+    reached = figure(results, "student_perplexity_per_residue")
+    floor = figure(results, "floors.unigram.perplexity_per_residue")
+    source = figure(results, "run.data.source") or "held-out proteins"
+    split = figure(results, "run.data.split")
+    proteins = figure(results, "data.proteins")
+    data = f"`{_inline(source)}`" + (f" ({split})" if split else "")
+    return {
+        "rows": rows,
+        "lines": summary_lines(results),
+        "data": (f"{proteins:,} proteins of " if proteins else "") + data,
+        "teacher": figure(results, "run.teacher.name") or "not named",
+        "intervals": any((results.get("intervals") or {}).values()),
+        "no_better_than_frequencies": None not in (reached, floor) and reached >= floor,
+        "calibration_warning": figure(results, "student_ece.calibration_meaningful") is False,
+    }
+
+
+def _slug(text: str) -> str:
+    return re.sub(r"[^a-z0-9]+", "-", text.lower()).strip("-") or "proteins"
+
+
+def _inline(text: Any) -> str:
+    """Keep a value in one line, and out of HTML."""
+    return " ".join(str(text).split()).replace("<", "&lt;")
+
+
+def _cell(text: Any) -> str:
+    """Keep a value in one cell of a Markdown table."""
+    return _inline(text).replace("|", "\\|")

@@ -1,0 +1,521 @@
+"""Tells the story of one run in a single HTML page that needs nothing beside itself."""
+
+from __future__ import annotations
+
+import functools
+import math
+from collections.abc import Callable, Mapping, Sequence
+from itertools import islice
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from matplotlib.figure import Figure
+
+from src.common.cli import duration, size
+from src.common.privacy import publishable
+from src.common.runs import FINISHED, RUN_FILE, read_run
+from src.evaluation.results import (
+    FLOORS,
+    MODELS,
+    SAMPLING,
+    TABLE,
+    cautions,
+    check_figures,
+    figure,
+    generation_rows,
+    read_results,
+    with_interval,
+)
+from src.proteins.layouts import lines_of
+from src.publishing import plots
+from src.trainer.callbacks import read_metrics
+from src.trainer.early_stopping import outcome_line
+
+TEMPLATES = Path(__file__).parent / "templates"
+EXAMPLES = 3
+
+DIVERGENCES = (
+    ("KL(teacher‖student), nats per token", "kl_divergence"),
+    ("KL(teacher‖student), nats per residue", "kl_per_residue"),
+    ("KL(student‖teacher), nats per token", "reverse_kl_divergence"),
+    ("Jensen–Shannon, nats per token", "js_divergence"),
+    ("same first choice", "top1_agreement"),
+    ("kept of the teacher's advantage over unigram", "kept_advantage"),
+)
+
+MADE_BY = {"command": "texts", "git.commit": "text", "versions": "object"}
+"""Kinds of what a record says of its making, as in ``src.evaluation.results``; more is shown as it is."""
+TRAINED = {
+    "name": "text",
+    "train_seconds": "at least 0",
+    "peak_memory_bytes": "at least 0",
+    "steps": "at least 0",
+    **{f"{model}.parameters": "above 0" for model in MODELS},
+    **{f"settings.student.{name}": "above 0" for name in ("n_layer", "n_head", "n_embd")},
+    **{f"settings.loss.{name}": "number" for name in ("temperature", "alpha")},
+    "settings.learning_rate": "number",
+    "settings.lr_schedule": "text",
+    "settings.batch_size": "above 0",
+    "settings.gradient_accumulation_steps": "above 0",
+    "settings.batching": "text",
+    **{
+        f"data.{part}.{count}": "at least 0"
+        for part in ("train", "validation")
+        for count in ("proteins", "residues")
+    },
+    **{f"early_stopping.{step}": "at least 0" for step in ("best_step", "last_step")},
+    "early_stopping.reason": "text",
+    **MADE_BY,
+}
+"""Kinds of what is shown of a run. May be missing or null."""
+
+
+class Cell(NamedTuple):
+    """A figure and, where there is one, its interval."""
+
+    value: str
+    interval: str = ""
+
+
+class Drawing(NamedTuple):
+    """A figure as an SVG element, and what it shows."""
+
+    svg: str
+    caption: str
+
+
+def build_report(
+    run_dir: Path | None = None, results_path: Path | None = None, fasta: Path | None = None
+) -> str:
+    """Return the page on a run, its results, or both.
+
+    Args:
+        run_dir: directory of a run, for what was trained on what and the learning curves.
+        results_path: results file, for all that was measured.
+        fasta: generated proteins, of which the first are shown; None: those in the results.
+
+    Returns:
+        HTML with styles and figures in it.
+
+    Raises:
+        ValueError: nothing to report on, a file is missing or broken, or the results are those of
+            another model than the run's.
+    """
+    if run_dir is None and results_path is None:
+        raise ValueError("nothing to report on: pass --run, --results or both")
+    run = _run(run_dir) if run_dir else {}
+    results = read_results(results_path) if results_path else {}
+    if results_path:
+        check_figures(results["run"], MADE_BY, f"{results_path}: run")
+    _check_same_model(run, results, run_dir, results_path)
+    records = read_metrics(run_dir) if run_dir else []
+    sets, rows = generation_rows(results)
+    name = run.get("name") or short_name(figure(results, "run.student.name") or results_path)
+    content = {
+        "name": name,
+        "summary": _summary(run, results),
+        "status": _status(run),
+        "headlines": _headlines(results),
+        "warnings": _warnings(run, results),
+        "training": _training(run),
+        "curves": _curves(records),
+        "metrics": _metric_rows(results),
+        "divergences": [(label, _cell(results, key)) for label, key in DIVERGENCES],
+        "floors": _floors(results),
+        "evaluated": _evaluated(results),
+        "reliability": _reliability(results),
+        "composition": _composition(results),
+        "generated_sets": [(s, figure(results, f"generation.{s}.sequences")) for s in sets],
+        "generated": [(label, [_split(cell) for cell in cells]) for label, *cells in rows],
+        "sampling": _sampling(results),
+        "examples": _examples(results, fasta),
+        "costs": _costs(run, results, run_dir, records),
+        "location": short_name(run_dir or figure(results, "run.student.name")),
+        "provenance": _provenance(run, results),
+        "measured": bool(results),
+    }
+    page = _template().render(content)
+    # JSON may hold halves of characters, which no file can.
+    return page.encode("utf-8", "replace").decode("utf-8")
+
+
+@functools.cache
+def _template() -> Any:
+    from jinja2 import Environment, FileSystemLoader, StrictUndefined
+
+    environment = Environment(
+        loader=FileSystemLoader(TEMPLATES),
+        autoescape=True,
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    return environment.get_template("report.html.jinja")
+
+
+def _run(folder: Path) -> dict[str, Any]:
+    if not folder.is_dir():
+        raise ValueError(f"--run {folder}: there is no such directory")
+    if not (folder / RUN_FILE).is_file():
+        raise ValueError(f"--run {folder}: no run of ours ({RUN_FILE} is missing)")
+    run = read_run(folder)
+    check_figures(run, TRAINED, folder / RUN_FILE)
+    return run
+
+
+def _check_same_model(
+    run: Mapping[str, Any], results: Mapping[str, Any], run_dir: Any, results_path: Any
+) -> None:
+    """Stop where a results file names another model than the run left."""
+    left, measured = figure(run, "student.fingerprint"), figure(results, "run.student.fingerprint")
+    if left and measured and left != measured:
+        raise ValueError(
+            f"--results {results_path} measured another model than the one in --run {run_dir} "
+            "(their fingerprints differ): evaluate that run, or name its own results"
+        )
+
+
+def short_name(name: Any) -> str:
+    """Return a model's or data set's name for a reader elsewhere: no directory of this machine."""
+    return publishable(str(name or ""))
+
+
+def command_line(words: Sequence[str]) -> str:
+    """Return a command as it was typed, but for what may not be published of it."""
+    return " ".join(f"'{w}'" if " " in w else w for w in publishable(words))
+
+
+def _summary(run: Mapping[str, Any], results: Mapping[str, Any]) -> str:
+    """Return one or two sentences on what this model is."""
+    shape = [figure(run, f"settings.student.{name}") for name in ("n_layer", "n_head", "n_embd")]
+    parameters = figure(run, "student.parameters") or results.get("student_parameters")
+    theirs = figure(run, "teacher.parameters") or results.get("teacher_parameters")
+    teacher = short_name(figure(run, "teacher.name") or figure(results, "run.teacher.name"))
+    what = "A protein language model"
+    if None not in shape:
+        what = f"A GPT-2 of {shape[0]} blocks, {shape[1]} heads and width {shape[2]}"
+    sentence = f"{what}, {parameters:,} parameters" if parameters else what
+    begun = short_name(figure(run, "settings.init_from"))
+    if figure(run, "settings.loss.alpha") == 1:
+        sentence += f", {begun} trained further" if begun else ", trained without a teacher"
+    elif teacher:
+        sentence += f", distilled from {teacher}"
+        if parameters and theirs:
+            sentence += f" ({theirs:,} parameters, {theirs / parameters:.1f} times as many)"
+    proteins, residues = (figure(run, f"data.train.{n}") for n in ("proteins", "residues"))
+    if proteins:
+        source = short_name(figure(run, "data.source"))
+        sentence += f" on {proteins:,} proteins" + (f" of {source}" if source else "")
+        sentence += f" ({residues:,} residues)" if residues else ""
+    return sentence + "."
+
+
+def _status(run: Mapping[str, Any]) -> str:
+    if not run:
+        return ""
+    if run.get("status") != FINISHED:
+        return "This run is not finished: what follows is where it stands."
+    seconds = run.get("train_seconds")
+    spent = f" after {duration(seconds)} of training" if seconds else ""
+    return f"Finished {_date(run.get('finished'))}{spent}."
+
+
+def _date(stamp: Any) -> str:
+    """Return the day and minute of a time stamp."""
+    return str(stamp or "")[:16].replace("T", " ")
+
+
+def _split(text: str) -> Cell:
+    """Split what :func:`src.evaluation.results.with_interval` returns."""
+    value, _, interval = text.partition(" [")
+    return Cell(value, f"[{interval}" if interval else "")
+
+
+def _cell(results: Mapping[str, Any], name: str) -> Cell:
+    return _split(with_interval(results, name))
+
+
+def _headlines(results: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """Return the figures that a hurried reader wants: label, cell, and what to hold it against."""
+    found = []
+    ratio = _cell(results, "perplexity_ratio")
+    if ratio.value:
+        bound = figure(results, "threshold.perplexity_ratio_below")
+        note = "1 is the teacher"
+        if bound:
+            verdict = "passed" if figure(results, "threshold.passed") else "not passed"
+            note += f"; below {bound:.2f} for this size: {verdict}"
+        found.append({"label": "perplexity, student / teacher", "cell": ratio, "note": note})
+    divergence = _cell(results, "kl_divergence")
+    if divergence.value:
+        note = "nats per token; 0 is the teacher"
+        found.append({"label": "KL(teacher‖student)", "cell": divergence, "note": note})
+    calibration = _cell(results, "student_ece.ece")
+    if calibration.value:
+        teacher = with_interval(results, "teacher_ece.ece")
+        note = f"teacher {teacher}" if teacher else ""
+        found.append({"label": "calibration error (ECE)", "cell": calibration, "note": note})
+    if results.get("compression_ratio"):
+        share = results.get("share_of_teacher") or 1 / results["compression_ratio"]
+        cell = Cell(f"{results['compression_ratio']:.1f} ×")
+        note = f"{share:.1%} of the teacher's parameters"
+        found.append({"label": "smaller than the teacher", "cell": cell, "note": note})
+    return found
+
+
+def _warnings(run: Mapping[str, Any], results: Mapping[str, Any]) -> list[str]:
+    """Return what a reader must know before trusting the figures."""
+    found = []
+    if results and not figure(results, "gates.passed"):
+        found.append(
+            "The teacher was not checked on natural and shuffled proteins before it was measured."
+        )
+    found += [f"{line[0].upper()}{line[1:]}." for line in cautions(results)]
+    if results and not any((results.get("intervals") or {}).values()):
+        found.append("These results have no intervals: differences may be chance.")
+    dirty = [
+        what for what, r in (("training", run), ("evaluation", results.get("run"))) if _dirty(r)
+    ]
+    if dirty:
+        found.append(
+            f"The code of {' and '.join(dirty)} differed from the commit named under provenance."
+        )
+    return found
+
+
+def _dirty(record: Any) -> bool:
+    return bool(figure(record or {}, "git.dirty"))
+
+
+def _training(run: Mapping[str, Any]) -> list[tuple[str, str]]:
+    """Return what was trained on what, label by label."""
+    if not run:
+        return []
+    settings: dict[str, Any] = run["settings"]
+    loss = settings.get("loss") or {}
+    rows = [("teacher", short_name(figure(run, "teacher.name") or settings.get("teacher_model")))]
+    rows.append(("begun from", short_name(settings.get("init_from"))))
+    rows.append(("data", short_name(figure(run, "data.source") or settings.get("data"))))
+    for part in ("train", "validation"):
+        counts = _counts(run, f"data.{part}", {"proteins": "proteins", "residues": "residues"})
+        rows.append(("training" if part == "train" else part, ", ".join(counts)))
+    if loss:
+        enhancements = [
+            f"{name} ({loss[kind]})" if loss.get(kind) else name
+            for flag, name, kind in (
+                ("use_uncertainty_weighting", "uncertainty weighting", "weighting"),
+                ("use_calibration_smoothing", "calibration smoothing", "smoothing"),
+            )
+            if loss.get(flag)
+        ]
+        if loss.get("alpha") == 1:
+            rows.append(("loss", "cross-entropy with the proteins (α = 1)"))
+        else:
+            named = (("T", loss.get("temperature")), ("α", loss.get("alpha")))
+            what = [f"{name} = {value:g}" for name, value in named if value is not None]
+            rows.append(("loss", _joined(*what, loss.get("divergence"))))
+            rows.append(("enhancements", ", ".join(enhancements) or "none"))
+    if settings.get("learning_rate"):
+        rate = f"{settings['learning_rate']:g}"
+        rows.append(("learning rate", _joined(rate, settings.get("lr_schedule"))))
+    if run.get("steps"):
+        batch = settings.get("batch_size") or 1
+        batch *= settings.get("gradient_accumulation_steps") or 1
+        made = f"{run['steps']:,} of {batch:,} rows"
+        rows.append(("steps", _joined(made, settings.get("batching"))))
+    stopped = run.get("early_stopping") or {}
+    if None not in map(stopped.get, ("best_step", "last_step", "reason")):
+        rows.append(("early stopping", outcome_line(stopped)))
+    rows.append(("longest input", f"{run.get('max_length')} tokens"))
+    rows.append(("precision", str(run.get("precision"))))
+    rows.append(("seed", str(settings.get("seed"))))
+    return [(label, text) for label, text in rows if text not in ("", "None", "None tokens")]
+
+
+def _joined(*parts: Any) -> str:
+    """Return what is there of some parts, in a row."""
+    return ", ".join(str(part) for part in parts if part)
+
+
+def _counts(record: Mapping[str, Any], place: str, units: Mapping[str, str]) -> list[str]:
+    """Return the counts that stand at a place of a record, each with its unit."""
+    counts = ((figure(record, f"{place}.{name}"), unit) for name, unit in units.items())
+    return [f"{count:,} {unit}" for count, unit in counts if count is not None]
+
+
+def _curves(records: Sequence[Mapping[str, Any]]) -> list[Drawing]:
+    wanted = (
+        ("hard_loss", "cross-entropy, nats per token", "Cross-entropy with the proteins."),
+        ("soft_loss", "divergence from the teacher", "Divergence from the teacher's softened "
+         "distribution, before the factor T²."),
+    )  # fmt: skip
+    found = []
+    for key, label, caption in wanted:
+        # Without a soft loss (α = 1) its records are zeros; where a run diverged, not finite.
+        values = [record.get(name) or 0 for record in records for name in (key, f"eval_{key}")]
+        if any(value and math.isfinite(value) for value in values):
+
+            def draw(key: str = key, label: str = label) -> Figure:
+                return plots.learning_curves({"student": records}, key, label)
+
+            found.append(_drawing(draw, f"curve-{key}", caption))
+    return found
+
+
+def _drawing(draw: Callable[[], Figure], name: str, caption: str) -> Drawing:
+    return Drawing(plots.inline_svg(draw(), name, caption), caption)
+
+
+def _metric_rows(results: Mapping[str, Any]) -> list[tuple[str, list[Cell]]]:
+    """Return label, student, teacher and ratio of every figure that was measured of both."""
+    rows = []
+    for label, name, ratio in TABLE:
+        cells = [_cell(results, f"{model}_{name}") for model in MODELS]
+        cells.append(_cell(results, ratio) if ratio else Cell(""))
+        if any(cell.value for cell in cells):
+            rows.append((label, cells))
+    return rows
+
+
+def _floors(results: Mapping[str, Any]) -> list[tuple[str, str]]:
+    values = [(n, figure(results, f"floors.{n}.perplexity_per_residue")) for n in FLOORS]
+    return [(name, f"{value:.2f}") for name, value in values if value is not None]
+
+
+def _evaluated(results: Mapping[str, Any]) -> str:
+    """Return what was measured on, in a sentence."""
+    if not figure(results, "data.proteins"):
+        return ""
+    source = short_name(figure(results, "run.data.source"))
+    split = figure(results, "run.data.split")
+    where = f" of {source}" + (f" ({split})" if split else "") if source else ""
+    proteins = {"proteins": f"held-out proteins{where}", "clusters": "clusters"}
+    others = {"residues": "residues", "tokens": "predicted tokens"}
+    counts = " in ".join(_counts(results, "data", proteins))
+    return (
+        f"{_joined(counts, *_counts(results, 'data', others))}. Intervals: 95 %, "
+        "from a bootstrap over clusters of related proteins."
+    )
+
+
+def _reliability(results: Mapping[str, Any]) -> list[Drawing]:
+    found = []
+    for model in MODELS:
+        record = results.get(f"{model}_ece")
+        if figure(record or {}, "reliability"):
+
+            def draw(model: str = model, record: Any = record) -> Figure:
+                return plots.reliability_diagram({model: record})
+
+            caption = f"Accuracy of the {model}'s first choice against its confidence."
+            found.append(_drawing(draw, f"reliability-{model}", caption))
+    return found
+
+
+def _composition(results: Mapping[str, Any]) -> Drawing | None:
+    sets = {m: figure(results, f"generation.{m}.composition") for m in MODELS}
+    sets["natural"] = figure(results, "generation.reference.composition")
+    shown = {name: shares for name, shares in sets.items() if shares}
+    if not any(model in shown for model in MODELS):
+        return None
+    return _drawing(
+        lambda: plots.composition_bars(shown),
+        "composition",
+        "Amino-acid composition of generated proteins; lines: the held-out proteins.",
+    )
+
+
+def _sampling(results: Mapping[str, Any]) -> str:
+    """Return how the described proteins were sampled."""
+    sampling = figure(results, "generation.student.sampling")
+    if not sampling:
+        return ""
+    shown = [
+        f"{name.replace('_', ' ')} {sampling[name]:g}"
+        for name in SAMPLING
+        if sampling.get(name) is not None
+    ]
+    seed = sampling.get("seed")
+    text = f"Sampled with {_joined(*shown, None if seed is None else f'seed {seed}')}"
+    counts = figure(results, "generation.student.counts") or {}
+    if counts.get("attempts"):
+        text += f"; the student began {counts['attempts']:,}"
+        if counts.get("kept") is not None:
+            text += f" and ended {counts['kept']:,}"
+    return f"{text}."
+
+
+def _examples(results: Mapping[str, Any], fasta: Path | None) -> list[tuple[str, list[str]]]:
+    """Return name and lines of a few generated proteins."""
+    if fasta:
+        from src.proteins.sources import read_proteins
+
+        proteins = [(p.name, p.residues) for p in islice(read_proteins(fasta), EXAMPLES)]
+    else:
+        given = figure(results, "generation.student.examples") or []
+        proteins = [(f"sample {i}", r) for i, r in enumerate(given[:EXAMPLES], start=1)]
+    return [
+        (f"{name} · {len(residues):,} residues", lines_of(residues)) for name, residues in proteins
+    ]
+
+
+def _costs(
+    run: Mapping[str, Any],
+    results: Mapping[str, Any],
+    run_dir: Path | None,
+    records: Sequence[Mapping[str, Any]],
+) -> list[tuple[str, str]]:
+    """Return sizes and speeds, label by label."""
+    rows: list[tuple[str, str]] = []
+    for model in MODELS:
+        count = figure(run, f"{model}.parameters") or results.get(f"{model}_parameters")
+        if count:
+            rows.append((f"parameters, {model}", f"{count:,}"))
+    weights = sorted(run_dir.glob("*.safetensors")) if run_dir else []
+    if weights:
+        rows.append(("weights on disk", size(sum(path.stat().st_size for path in weights))))
+    if run.get("train_seconds"):
+        where = figure(run, "device.name") or figure(run, "device.type") or ""
+        rows.append(("training", f"{duration(run['train_seconds'])} on {where}"))
+    speeds = sorted(r["tokens_per_second"] for r in records if r.get("tokens_per_second"))
+    if speeds:
+        rows.append(("training speed, median", f"{speeds[len(speeds) // 2]:,.0f} tokens/s"))
+    if run.get("peak_memory_bytes"):
+        rows.append(("peak memory, training", size(run["peak_memory_bytes"])))
+    where = figure(results, "performance.device") or ""
+    for model in MODELS:
+        rate = figure(results, f"generation.{model}.sequences_per_second")
+        if rate:
+            rows.append((f"sampling, {model}", f"{rate:.3g} proteins/s on {where}"))
+    return rows
+
+
+def _provenance(run: Mapping[str, Any], results: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """Return, for training and evaluation, what made them."""
+    found = []
+    for title, record in (("training", run), ("evaluation", results.get("run") or {})):
+        if not record:
+            continue
+        rows = []
+        commit = figure(record, "git.commit")
+        if commit:
+            rows.append(("commit", commit + (" and changes" if _dirty(record) else "")))
+        command = record.get("command")
+        if command:
+            rows.append(("command", command_line(command)))
+        rows.append(("started", _date(record.get("started"))))
+        device = record.get("device")
+        if isinstance(device, Mapping):
+            device = device.get("name") or device.get("type")
+        rows.append(("device", device))
+        rows.append(("seed", record.get("seed", figure(record, "settings.seed"))))
+        for what in ("student", "teacher"):
+            rows.append((f"{what} fingerprint", figure(record, f"{what}.fingerprint")))
+        for part in ("train", "validation"):
+            rows.append((f"{part} data", figure(record, f"data.{part}.fingerprint")))
+        rows.append(("evaluated data", figure(record, "data.fingerprint")))
+        versions = record.get("versions") or {}
+        rows.append(("versions", ", ".join(f"{k} {v}" for k, v in versions.items())))
+        kept = [(label, str(text)) for label, text in rows if text not in (None, "")]
+        found.append({"title": title, "rows": kept})
+    return found

@@ -1,0 +1,1 @@
+"""What ``transformers.Trainer`` lacks: checkpoints, guards, signals, optimisers."""

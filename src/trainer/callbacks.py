@@ -1,0 +1,137 @@
+"""What watches a run: the file of metrics and the lines or the bar that a person sees."""
+
+from __future__ import annotations
+
+import json
+import math
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+from transformers import TrainerCallback
+
+from src.common.cli import duration, say
+from src.common.files import atomic_write, read_json_lines
+from src.evaluation.results import is_number
+
+METRICS_FILE = "metrics.jsonl"
+LOSSES = ("loss", "hard_loss", "soft_loss")
+DRAWN = (*LOSSES, *(f"eval_{name}" for name in LOSSES), "tokens_per_second")
+"""Figures of a record that are shown of a run that is over."""
+LARGEST = 1e100
+"""Of a figure: axes of larger ones overflow."""
+
+
+class MetricsFile(TrainerCallback):
+    """Appends every record of the Trainer to ``metrics.jsonl``, one JSON object a line.
+
+    A resumed run first writes the file anew from the records in its checkpoint, so that it reads as
+    if nothing had happened, whatever was lost or half-written.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self.path = folder / METRICS_FILE
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Begin with the records up to the step from which training goes on."""
+        if state.is_world_process_zero and (self.path.exists() or state.log_history):
+            with atomic_write(self.path) as handle:
+                handle.writelines(map(_line, state.log_history))
+
+    def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **kwargs: Any) -> None:
+        """Append one record."""
+        if logs and state.is_world_process_zero:
+            with self.path.open("a") as handle:
+                handle.write(_line({"step": state.global_step, **logs}))
+
+
+def _line(record: dict[str, Any]) -> str:
+    """Return a record as a line of the file: the step first."""
+    return json.dumps({"step": record["step"], **record}) + "\n"
+
+
+def read_metrics(folder: str | Path) -> list[dict[str, Any]]:
+    """Read a run's records, oldest first, leaving out a half-written last line.
+
+    Raises:
+        ValueError: as in :func:`src.common.files.read_json_lines`, or a figure that is drawn is wrong.
+    """
+    path = Path(folder) / METRICS_FILE
+    if not path.exists():
+        return []
+    records = read_json_lines(path)
+    for number, record in enumerate(records, start=1):
+        for name in ("step", *DRAWN):
+            value = record.get(name)
+            # A loss may be no finite number: where a run diverged, that is what it logged.
+            missing = value is None and name != "step"
+            if not missing and not (is_number(value) and not LARGEST < abs(value) < math.inf):
+                raise ValueError(
+                    f"{path}: line {number}: {name} is no number to draw ({value!r:.40}): move "
+                    "the file away"
+                )
+    return records
+
+
+class ConsoleProgress(TrainerCallback):
+    """Shows where training is: a bar on a terminal, a line at each record elsewhere."""
+
+    def __init__(self) -> None:
+        self.bar: Any = None
+        self.started = 0.0
+        self.first_step = 0
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Open the bar."""
+        self.started = time.monotonic()
+        self.first_step = state.global_step
+        if state.is_world_process_zero and sys.stderr.isatty():
+            from tqdm import tqdm
+
+            self.bar = tqdm(
+                total=state.max_steps, initial=state.global_step, desc="training", unit="step"
+            )
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Move the bar."""
+        if self.bar is not None:
+            self.bar.update(state.global_step - self.bar.n)
+
+    def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **kwargs: Any) -> None:
+        """Show the newest figures."""
+        if not logs or not state.is_world_process_zero:
+            return
+        if self.bar is not None and "loss" in logs:
+            self.bar.set_postfix(
+                {"loss": f"{logs['loss']:.3f}", "tok/s": f"{logs.get('tokens_per_second', 0):,.0f}"}
+            )
+        line = self._line(state, logs)
+        if line and self.bar is None:
+            say(line)
+        elif self.bar is not None and "eval_loss" in logs:
+            self.bar.write(line)
+
+    def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Close the bar."""
+        if self.bar is not None:
+            self.bar.close()
+            self.bar = None
+
+    def _line(self, state: Any, logs: dict[str, Any]) -> str:
+        where = f"step {state.global_step:,}/{state.max_steps:,}"
+        if "eval_loss" in logs:
+            return (
+                f"{where}  validation loss {logs['eval_loss']:.4f} "
+                f"(hard {logs['eval_hard_loss']:.4f}, soft {logs['eval_soft_loss']:.4f})"
+            )
+        if "loss" not in logs:
+            return ""
+        done = state.global_step - self.first_step
+        left = (time.monotonic() - self.started) / max(done, 1)
+        left *= max(state.max_steps - state.global_step, 0)
+        return (
+            f"{where}  loss {logs['loss']:.4f} (hard {logs.get('hard_loss', 0):.4f}, "
+            f"soft {logs.get('soft_loss', 0):.4f})  lr {logs.get('learning_rate', 0):.1e}  "
+            f"{logs.get('tokens_per_second', 0):,.0f} tokens/s  {duration(left)} left"
+        )

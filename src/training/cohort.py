@@ -1,0 +1,193 @@
+"""Trains several students in one process: batches and the teacher's logits are shared by all.
+
+A sweep asks one teacher the same questions again and again: for every arm, learning rate, size and
+temperature. Here all students of a cohort see each batch together; the teacher runs once for it (or
+not at all, from its cache), and its logits of a chunk are computed once for all
+(``src.loss.fused.fused_distillation_losses``). Parameters, gradients, clipping, learning rates and
+dropout are each student's own, so that on a CPU every student ends in the bits that training it
+alone with the same seed would give.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from src.common.settings import LossSettings
+from src.distillation import DistillationTrainer, Head
+from src.loss.reference import LossParts
+from src.models.loading import output_head
+from src.trainer.checkpoints import read_tensors
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+STUDENTS_FILE = "students.safetensors"
+
+
+@dataclass
+class Member:
+    """A student of a cohort: its name, its weights, its loss and its learning rate."""
+
+    name: str
+    model: PreTrainedModel
+    loss: LossSettings
+    learning_rate: float
+
+
+class Cohort(nn.Module):
+    """The students of a cohort as one module, so that a Trainer holds them like a model."""
+
+    def __init__(self, students: Sequence[PreTrainedModel]) -> None:
+        super().__init__()
+        self.students = nn.ModuleList(students)
+        self.config = students[0].config
+        self.before_each: Callable[[nn.Module], None] = lambda student: None
+
+    def forward(
+        self,
+        input_ids: Tensor,
+        attention_mask: Tensor | None = None,
+        position_ids: Tensor | None = None,
+    ) -> list[Tensor]:
+        """Return the hidden states ``(B, T, E)`` of each student."""
+        inputs: dict[str, Any] = {"input_ids": input_ids}
+        inputs |= {} if attention_mask is None else {"attention_mask": attention_mask}
+        inputs |= {} if position_ids is None else {"position_ids": position_ids}
+        hidden = []
+        for student in self.students:
+            self.before_each(student)
+            hidden.append(student.base_model(**inputs, use_cache=False)[0])  # type: ignore[operator]
+        return hidden
+
+
+class CohortTrainer(DistillationTrainer):
+    """A :class:`DistillationTrainer` for several students.
+
+    Args:
+        members: the students. Names are free, but no two may be equal.
+        teacher_model: the teacher of all.
+        **kwargs: everything that :class:`DistillationTrainer` takes but the loss and the model.
+
+    Raises:
+        ValueError: no members, two of one name, vocabularies that differ, or the reference loss,
+            which knows one student only.
+    """
+
+    def __init__(
+        self,
+        members: Sequence[Member],
+        teacher_model: PreTrainedModel | None = None,
+        **kwargs: Any,
+    ) -> None:
+        names = [member.name for member in members]
+        if not names or len(set(names)) < len(names):
+            raise ValueError("a cohort needs students, each with a name of its own")
+        if kwargs.get("loss_impl", "fused") != "fused":
+            raise ValueError("several students share the fused loss: loss_impl must be 'fused'")
+        if len({member.model.config.vocab_size for member in members}) > 1:
+            raise ValueError("the students of a cohort need one vocabulary")
+        self.members = list(members)
+        self._norms: list[Tensor] = []
+        cohort = Cohort([member.model for member in members])
+        cohort.before_each = self._seed_dropout
+        # α = 0 of the nominal loss asks for a teacher exactly where one is given.
+        super().__init__(
+            model=cohort,  # type: ignore[arg-type]
+            teacher_model=teacher_model,
+            alpha=1.0 if teacher_model is None else 0.0,
+            **kwargs,
+        )
+        if teacher_model is None and any(member.loss.alpha < 1.0 for member in members):
+            raise ValueError("teacher_model is needed unless alpha is 1 (hard loss alone)")
+
+    @property
+    def all_settings(self) -> list[LossSettings]:
+        """The loss settings of each student."""
+        return [member.loss for member in self.members]
+
+    def _hidden_states_and_heads(
+        self, model: nn.Module, forward: Mapping[str, Tensor]
+    ) -> list[tuple[Tensor, Head]]:
+        states = model(**forward)
+        return [
+            self._in_product_dtype(hidden, output_head(member.model))
+            for hidden, member in zip(states, self.members, strict=True)
+        ]
+
+    def _reference_parts(self, *arguments: Any) -> tuple[list[LossParts], Any]:
+        raise ValueError("a cohort has no outputs to return: ask each student for its own")
+
+    def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
+        """Return the Trainer's optimiser with groups of each student's own."""
+        if self.optimizer is None:
+            groups = []
+            for member in self.members:
+                decayed = set(self.get_decay_parameter_names(member.model))
+                named = [(n, p) for n, p in member.model.named_parameters() if p.requires_grad]
+                for inside, decay in ((True, self.args.weight_decay), (False, 0.0)):
+                    groups.append(
+                        {
+                            "params": [p for n, p in named if (n in decayed) == inside],
+                            "weight_decay": decay,
+                            "lr": member.learning_rate,
+                        }
+                    )
+            kind, options = self.get_optimizer_cls_and_kwargs(self.args)
+            self.optimizer = kind(groups, **options)
+        return self.optimizer
+
+    def _clip_grad_norm(self, model: nn.Module) -> Tensor:
+        """Clip each student's gradients by themselves, and return the largest norm."""
+        limit = self.args.max_grad_norm
+        norms = [
+            self.accelerator.clip_grad_norm_(member.model.parameters(), limit)
+            for member in self.members
+        ]
+        self._norms = [torch.as_tensor(norm).detach() for norm in norms]
+        return torch.stack(self._norms).max()
+
+    def _join(self, records: list[dict[str, float]], when: str) -> dict[str, Any]:
+        """Return the mean of every figure, and each student's own under ``students``.
+
+        While training a student's own figures hold its last gradient norm before clipping.
+        """
+        joined: dict[str, Any] = {
+            key: sum(record[key] for record in records) / len(records) for key in records[0]
+        }
+        if when == "train" and self._norms:
+            norms = torch.stack(self._norms).tolist()
+            records = [r | {"grad_norm": n} for r, n in zip(records, norms, strict=True)]
+        names = [member.name for member in self.members]
+        joined["students"] = dict(zip(names, records, strict=True))
+        return joined
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        """Log as ever, with the mean of the students' losses instead of their sum."""
+        if "loss" in logs:
+            logs["loss"] = logs["loss"] / len(self.members)
+        super().log(logs, start_time)
+
+    def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:
+        """Write all students to one file."""
+        folder = Path(output_dir if output_dir is not None else str(self.args.output_dir))
+        tensors = {
+            f"{number}.{name}": parameter.detach().cpu().contiguous()
+            for number, member in enumerate(self.members)
+            for name, parameter in member.model.named_parameters()
+        }
+        save_file(tensors, folder / STUDENTS_FILE)
+
+    def _load_from_checkpoint(self, checkpoint: str, model: nn.Module | None = None) -> None:
+        """Restore all students from a checkpoint."""
+        tensors = read_tensors(Path(checkpoint) / STUDENTS_FILE)
+        with torch.no_grad():
+            for number, member in enumerate(self.members):
+                for name, parameter in member.model.named_parameters():
+                    parameter.copy_(tensors[f"{number}.{name}"])

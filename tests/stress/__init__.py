@@ -1,0 +1,1 @@
+"""Hostile files, kills and long runs: programs of their own, beside the tests."""
