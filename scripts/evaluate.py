@@ -78,8 +78,8 @@ def run(args: argparse.Namespace) -> dict:
     from src.common.cli import quiet_libraries
     from src.common.devices import choose_device
     from src.common.runs import provenance
-    from src.evaluation.scoring import scoring as e
-    from src.evaluation.scoring import sequence_quality as q
+    from src.evaluation import scoring as e
+    from src.evaluation import sequence_quality as q
     from src.models.loading import load_causal_lm, model_fingerprint, require_model_directory
     from src.proteins.tokens import read_proteins, tokenise
 

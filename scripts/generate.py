@@ -67,7 +67,7 @@ def run(args: argparse.Namespace) -> dict:
         args.scorer = None
     from src.common.cli import quiet_libraries
     from src.common.devices import choose_device
-    from src.evaluation.scoring import generation as g
+    from src.evaluation import generation as g
     from src.models.loading import load_causal_lm, load_tokenizer
     from src.proteins.fasta import write_fasta
 

@@ -48,7 +48,7 @@ def run(args: argparse.Namespace) -> dict:
     """Score, compare, write. Returns what was found."""
     outputs = (args.output, args.correlations)
     check_outputs(*outputs, overwrite=args.overwrite, inputs=[args.input])
-    from src.evaluation.scoring import fitness as f
+    from src.evaluation import fitness as f
 
     variants = f.read_variants(args.input, args.sequence_column, args.score_column)
     if args.correlations:

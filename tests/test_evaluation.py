@@ -12,8 +12,8 @@ import numpy as np
 import pytest
 import torch
 
+from src.evaluation import scoring as e
 from src.evaluation.results import read_results, validate
-from src.evaluation.scoring import scoring as e
 from src.models.sizes import threshold_for
 from src.proteins.layouts import STANDARD_RESIDUES, layout
 from src.proteins.ngrams import fit_ngrams

@@ -14,7 +14,7 @@ import pytest
 import torch
 from scipy import stats
 
-from src.evaluation.scoring import fitness
+from src.evaluation import fitness
 from src.proteins.tokens import encode
 
 ROOT = Path(__file__).resolve().parents[1]

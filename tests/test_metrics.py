@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from src.evaluation.scoring import metrics
+from src.evaluation import metrics
 
 
 def random_logits(rows=200, vocabulary=37, seed=0):

@@ -14,8 +14,8 @@ from small_runs import Tokens, assert_same_bits, make_trainer, timeless
 from src.common.files import sha256_file
 from src.proteins.batching import PackedDataset, ProteinDataset
 from src.trainer.callbacks import read_metrics
+from src.training import rehearsal
 from src.training.rehearsal import Rehearsal, padded_tokens, rehearse, sampled_groups
-from src.training.stages import rehearsal
 from tests.test_train_script import tiny_run
 
 

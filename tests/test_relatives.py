@@ -8,7 +8,7 @@ import sys
 import numpy as np
 import pytest
 
-from src.evaluation.scoring import sequence_quality as quality
+from src.evaluation import sequence_quality as quality
 from src.proteins.layouts import relatives, shuffled
 
 

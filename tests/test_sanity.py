@@ -13,7 +13,7 @@ import pytest
 import torch
 from transformers import GPT2Config, GPT2LMHeadModel
 
-from src.evaluation.scoring import scoring as e
+from src.evaluation import scoring as e
 
 RESIDUES = 20
 MARKER = 20

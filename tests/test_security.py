@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from src.evaluation.scoring import scoring as evaluation
+from src.evaluation import scoring as evaluation
 from src.models.loading import load_causal_lm, load_tokenizer, shape_of
 from src.models.loading import loading as models
 from src.proteins.layouts import END_OF_TEXT

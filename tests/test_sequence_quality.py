@@ -7,9 +7,9 @@ import json
 import numpy as np
 import pytest
 
+from src.evaluation import metrics
+from src.evaluation import sequence_quality as quality
 from src.evaluation.results import figure
-from src.evaluation.scoring import metrics
-from src.evaluation.scoring import sequence_quality as quality
 from src.proteins.layouts import shuffled
 from tests.test_relatives import mutated
 

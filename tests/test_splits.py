@@ -12,8 +12,8 @@ from pathlib import Path
 
 import pytest
 
+from src.proteins import splits
 from src.proteins.fasta import FastaRecord, fasta_text
-from src.proteins.layouts import splits
 from src.proteins.splits import (
     SplitSettings,
     check_split,

@@ -339,7 +339,7 @@ def test_a_run_does_not_go_on_with_another_teacher_or_other_proteins(
 def test_a_run_that_another_process_finished_meanwhile_is_not_begun_anew(
     finished, tmp_path, small_teacher_dir, proteins_dir, capsys, monkeypatch
 ):
-    from src.training.stages import stages as training
+    from src.training import stages as training
 
     run = tmp_path / "run"
     where = (small_teacher_dir, proteins_dir, run, finished / "cache")

@@ -25,8 +25,8 @@ from src.common.cli import progress
 from src.common.devices import peak_memory
 from src.common.files import atomic_write
 from src.common.runs import RUN_FILE, read_run
+from src.evaluation import metrics
 from src.evaluation.results import MODELS, figure, finite_or_none, put_figure
-from src.evaluation.scoring import metrics
 from src.evaluation.statistics import (
     Estimate,
     PairedTest,

@@ -18,8 +18,8 @@ import numpy as np
 from scipy import stats
 
 from src.common.cli import progress
+from src.evaluation import metrics
 from src.evaluation.results import put_figure
-from src.evaluation.scoring import metrics
 from src.evaluation.statistics import Estimate, cluster_bootstrap, plain_estimates
 from src.proteins.layouts import STANDARD_RESIDUES, shuffled
 from src.proteins.relatives import (

@@ -603,7 +603,7 @@ def build_formats(folder: Path) -> dict[str, Format]:
     from src.common.runs import write_run
     from src.evaluation.results import REQUIRED, write_results
     from src.models.teacher_cache import capture
-    from src.proteins.layouts import splits
+    from src.proteins import splits
     from src.proteins.tokens import encode, tokenise
     from src.trainer import checkpoints
     from src.training.pretraining import train_tokenizer
