@@ -20,7 +20,8 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from src.proteins.layouts import END_OF_TEXT, layout, prompt_layout, residues_of, sources
+from src.proteins import sources
+from src.proteins.layouts import END_OF_TEXT, layout, prompt_layout, residues_of
 from src.proteins.tokens import (
     ReadReport,
     SeenHashes,

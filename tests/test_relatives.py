@@ -9,7 +9,8 @@ import numpy as np
 import pytest
 
 from src.evaluation import sequence_quality as quality
-from src.proteins.layouts import relatives, shuffled
+from src.proteins import relatives
+from src.proteins.layouts import shuffled
 
 
 def mutated(residues: str, share: float, seed: int = 0) -> str:

@@ -13,8 +13,8 @@ import pytest
 import torch
 
 from src.evaluation import scoring as evaluation
+from src.models import loading as models
 from src.models.loading import load_causal_lm, load_tokenizer, shape_of
-from src.models.loading import loading as models
 from src.proteins.layouts import END_OF_TEXT
 from src.trainer.checkpoints import MANIFEST, NEEDED_FILES, fault_of, newest_valid, write_manifest
 from src.training.planning import teacher_shape

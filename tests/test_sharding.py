@@ -9,7 +9,7 @@ from test_distributed import run_jobs
 from test_processes import files, statuses
 
 from src.common.runs import read_run
-from src.models.loading import sharding
+from src.models import sharding
 from src.trainer.callbacks import read_metrics
 
 

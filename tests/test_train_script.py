@@ -410,7 +410,7 @@ def test_settings_from_elsewhere_are_bounded_as_flags_are(field, value):
 def test_a_student_beyond_the_machines_memory_is_not_built(monkeypatch):
     from types import SimpleNamespace
 
-    from src.models.loading import loading as models
+    from src.models import loading as models
 
     teacher = SimpleNamespace(vocab_size=512, n_positions=512, bos_token_id=0, eos_token_id=0)
     config = models.student_config(StudentSettings(1, 2, 16), teacher)

@@ -122,7 +122,7 @@ def shared_out(teacher):
 def capture_shards(folder, processes, sharded=False):
     """Capture a teacher's hidden states in many shards; the ranks tell how many each ran."""
     from src.common import processes as p
-    from src.models.loading import teacher_cache
+    from src.models import teacher_cache
 
     tokens: Any = Tokens(40)
     tokens.fingerprint = "tokens"
@@ -155,7 +155,8 @@ def held_bytes(model) -> int:
 def run_sharded(folder, processes):
     """Compare a sharded teacher with the same one whole: hidden states, bytes held, prints."""
     from src.common import processes as p
-    from src.models.loading import count_parameters, final_hidden_states, sharding
+    from src.models import sharding
+    from src.models.loading import count_parameters, final_hidden_states
 
     p.join("cpu")
     whole, teacher = (tiny_lm(n_layer=6, seed=3) for _ in range(2))
