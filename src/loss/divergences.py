@@ -51,7 +51,7 @@ class Divergence(NamedTuple):
         with torch.enable_grad():
             z = log_q.detach().requires_grad_()
             value = self.value(log_p, z.log_softmax(-1), weight)
-        (g,) = torch.autograd.grad(value.sum(), z)
+            (g,) = torch.autograd.grad(value.sum(), z)
         return wide(value.detach()).unsqueeze(-1), g
 
 
