@@ -258,34 +258,6 @@ def test_a_tied_head_adds_its_gradient_to_the_embeddings(tiny_lm):
         assert torch.allclose(ours, theirs, rtol=1e-4, atol=1e-6)
 
 
-@pytest.mark.parametrize("seed", range(6))
-def test_columns_that_pad_the_vocabulary_are_left_out(seed):
-    batch = random_batch(seed, vocabulary=13)
-    settings = random_settings(seed)
-    plain, wider = batch.student(settings), batch.student(settings)
-    weight = torch.cat([batch.weight, torch.full((3, batch.weight.shape[1]), 50.0)])
-    bias = None if batch.bias is None else torch.cat([batch.bias, torch.full((3,), 50.0)])
-    wider = StudentStates(
-        wider.hidden,
-        weight.double().requires_grad_(),
-        None if bias is None else bias.requires_grad_(),
-        settings,
-    )
-    expected = batch.fused(plain)
-    hidden, teacher_weight, teacher_bias = batch.teacher
-    batch.teacher = (
-        hidden,
-        torch.cat([teacher_weight, torch.full((3, teacher_weight.shape[1]), 50.0)]),
-        None if teacher_bias is None else torch.cat([teacher_bias, torch.full((3,), 50.0)]),
-    )
-    found = batch.fused(wider, vocab_size=13)
-    assert_same_parts(found, expected, 1e-12)
-    for ours, theirs in zip(gradients(found, wider), gradients(expected, plain), strict=True):
-        rows = slice(None) if ours.shape == theirs.shape else slice(13)
-        assert torch.equal(ours[rows], theirs)
-        assert not ours[13:].any() or ours.shape == theirs.shape
-
-
 @pytest.mark.parametrize("chunk_tokens", [None, 1, 7])
 def test_statistics_by_chunks(chunk_tokens):
     torch.manual_seed(0)

@@ -304,42 +304,38 @@ def default_run_name(settings: TrainSettings) -> str:
     ``protgpt2-distilled-t2.0-a0.5-l4-h4-e256-p0.1-lr1e-03.uniprot`` is the run of the defaults.
     """
     student, loss = settings.student, settings.loss
-    parts = [
+    weighting = "" if loss.weighting == "published" else f"-{loss.weighting}"
+    smoothing = "" if loss.smoothing == "published" else f"-{loss.smoothing}"
+    factor = "" if loss.smoothing_factor == 0.1 else f"{loss.smoothing_factor}"
+    taught = settings.teacher_model is not None
+    suffixes = (
+        (loss.use_uncertainty_weighting, f"uncertainty{weighting}"),
+        (loss.use_calibration_smoothing, f"calibration{factor}{smoothing}"),
+        (loss.divergence != "forward_kl", f"{loss.divergence}{loss.divergence_weight}"),
+        (settings.seed != DEFAULTS.seed, f"s{settings.seed:g}"),
+        (settings.num_train_epochs != 3.0, f"ep{settings.num_train_epochs:g}"),
+        (settings.max_steps != -1, f"steps{settings.max_steps:g}"),
+        (settings.optimizer != "adamw", settings.optimizer),
+        (settings.early_stopping, f"stop{settings.early_stopping}"),
+        (student.dropout, f"drop{student.dropout}"),
+        (settings.init_from, f"init-{_last_part(settings.init_from)}"),
+        (not taught, "untaught"),
+        (
+            taught and settings.teacher_model != DEFAULT_TEACHER,
+            f"from-{_last_part(settings.teacher_model)}",
+        ),
+    )
+    name = (
         f"protgpt2-distilled-t{loss.temperature}-a{loss.alpha}"
         f"-l{student.n_layer}-h{student.n_head}-e{student.n_embd}"
         f"-p{settings.train_size_prop}-lr{settings.learning_rate:.0e}.uniprot"
-    ]
-    if loss.use_uncertainty_weighting:
-        kind = "" if loss.weighting == "published" else f"-{loss.weighting}"
-        parts.append(f"uncertainty{kind}")
-    if loss.use_calibration_smoothing:
-        kind = "" if loss.smoothing == "published" else f"-{loss.smoothing}"
-        factor = "" if loss.smoothing_factor == 0.1 else f"{loss.smoothing_factor}"
-        parts.append(f"calibration{factor}{kind}")
-    if loss.divergence != "forward_kl":
-        parts.append(f"{loss.divergence}{loss.divergence_weight}")
-    for name, label in (("seed", "s"), ("num_train_epochs", "ep"), ("max_steps", "steps")):
-        value = getattr(settings, name)
-        if value != getattr(DEFAULTS, name):
-            parts.append(f"{label}{value:g}")
-    if settings.optimizer != DEFAULTS.optimizer:
-        parts.append(settings.optimizer)
-    if settings.early_stopping:
-        parts.append(f"stop{settings.early_stopping}")
-    if student.dropout:
-        parts.append(f"drop{student.dropout}")
-    if settings.init_from:
-        parts.append(f"init-{_last_part(settings.init_from)}")
-    if settings.teacher_model is None:
-        parts.append("untaught")
-    elif settings.teacher_model != DEFAULT_TEACHER:
-        parts.append(f"from-{_last_part(settings.teacher_model)}")
-    return "-".join(parts)
+    )
+    return "-".join([name, *(suffix for wanted, suffix in suffixes if wanted)])
 
 
-def _last_part(name: str) -> str:
+def _last_part(name: str | None) -> str:
     """Return the last part of a path or hub id."""
-    return name.rstrip("/").split("/")[-1]
+    return (name or "").rstrip("/").split("/")[-1]
 
 
 def derived_steps(settings: TrainSettings, steps: int) -> dict[str, int]:

@@ -21,12 +21,10 @@ so is the sum of the head's gradient over chunks. Float64 stays float64.
 from __future__ import annotations
 
 import functools
-import itertools
 import math
 import os
 import warnings
 from collections.abc import Sequence
-from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import torch
@@ -35,14 +33,11 @@ from torch.autograd.function import once_differentiable
 
 from src.common.settings import LossSettings, require_choice
 from src.loss import divergences, elementwise
+from src.loss.chunks import Head, Plan, check_inputs, even_chunks, usual_chunk
 from src.loss.divergences import wide
 from src.loss.elementwise import Scratch, TeacherStatistics
-from src.loss.reference import LossParts, check_vocabularies, position_weights, valid_positions
+from src.loss.reference import LossParts, position_weights, valid_positions
 
-CHUNK_ELEMENTS = {"cpu": 1 << 24, "cuda": 1 << 26}
-"""Logits of a chunk: enough positions for fast matrix products, little beside the batch's."""
-LONG_SEQUENCE = 4
-"""A chunk grows to at most this many times its usual size to hold one sequence whole."""
 KERNELS_VARIABLE = "DISTILL_KERNELS"
 """Environment variable that chooses the element-wise part: ``auto``, ``torch`` or ``triton``."""
 HEAD_TILE_ELEMENTS = {"cpu": 1 << 21, "cuda": 1 << 26}
@@ -77,7 +72,6 @@ def fused_distillation_losses(
     weight_mean: Tensor | float | None = None,
     teacher_entropy: Tensor | None = None,
     chunk_tokens: int | None = None,
-    vocab_size: int | None = None,
 ) -> list[LossParts]:
     """Return what ``distillation_loss`` returns, for students that share a batch and a teacher.
 
@@ -98,7 +92,6 @@ def fused_distillation_losses(
         chunk_tokens: positions for which logits are held at a time; None: chosen by vocabulary and
             device. Weights need the entropies of a whole sequence: where one is longer than a
             chunk, the teacher's head runs twice.
-        vocab_size: columns beyond it are padding of the vocabulary and left out.
 
     Returns:
         One :class:`LossParts` for each student; its loss has gradients for hidden states, head and
@@ -112,11 +105,11 @@ def fused_distillation_losses(
     if any(student.settings.alpha < 1.0 for student in students):
         if teacher_hidden is None or teacher_weight is None:
             raise ValueError("teacher hidden states and head are needed unless alpha is 1")
-        teacher = _Head.of(teacher_hidden, teacher_weight, teacher_bias, vocab_size)
-    heads = [_Head.of(s.hidden, s.weight, s.bias, vocab_size) for s in students]
-    _check_inputs(heads if teacher is None else [*heads, teacher], labels)
+        teacher = Head.of(teacher_hidden, teacher_weight, teacher_bias)
+    heads = [Head.of(s.hidden, s.weight, s.bias) for s in students]
+    check_inputs(heads if teacher is None else [*heads, teacher], labels)
     valid = valid_positions(labels, attention_mask, segments)
-    plan = _Plan.make(valid, labels, segments, heads[0].vocabulary, chunk_tokens)
+    plan = Plan.make(valid, labels, segments, heads[0].vocabulary, chunk_tokens)
     here = valid.sum()
     count = max(float(here if num_positions is None else num_positions), 1.0)
     # Gathered with autograd on, so that its backward puts zeros where nothing was valid.
@@ -149,7 +142,6 @@ def teacher_statistics(
     temperature: float = 1.0,
     *,
     chunk_tokens: int | None = None,
-    vocab_size: int | None = None,
 ) -> TeacherStatistics:
     """Return entropy, largest logit, log-sum-exp and largest probability at each position.
 
@@ -160,7 +152,6 @@ def teacher_statistics(
         valid: ``(...)`` bool, where to compute; None: everywhere.
         temperature: of ``max_prob`` alone.
         chunk_tokens: positions for which logits are held at a time.
-        vocab_size: columns beyond it are left out.
 
     Returns:
         Each statistic ``(...)``, float32 or float64, 0 where not valid.
@@ -170,8 +161,8 @@ def teacher_statistics(
     where = None if valid is None else valid.flatten().nonzero().squeeze(-1)
     if where is not None:
         rows = rows.index_select(0, where)
-    head = _Head.of(rows, weight, bias, vocab_size)
-    chunks = _even_chunks(len(rows), chunk_tokens or _usual_chunk(head.vocabulary, rows.device))
+    head = Head.of(rows, weight, bias)
+    chunks = even_chunks(len(rows), chunk_tokens or usual_chunk(head.vocabulary, rows.device))
     of_chunks = []
     scratch = Scratch()
     with torch.autocast(hidden.device.type, enabled=False):
@@ -186,12 +177,6 @@ def teacher_statistics(
     if where is not None:
         columns = columns.new_zeros(4, math.prod(shape)).index_copy_(1, where, columns)
     return TeacherStatistics(*columns.unflatten(1, shape).unbind())
-
-
-def _usual_chunk(vocabulary: int, device: torch.device) -> int:
-    """Return for how many positions logits are held at a time."""
-    elements = CHUNK_ELEMENTS.get(device.type, CHUNK_ELEMENTS["cuda"])
-    return max(16, elements // vocabulary)
 
 
 # The choice between kernels and plain PyTorch ---------------------------------------------------
@@ -254,151 +239,10 @@ def _kernels_that_agree(device: torch.device) -> Any:
     return kernels
 
 
-# Heads and the batch's plan ------------------------------------------------------------------
+# The teacher's side --------------------------------------------------------------------------
 
 
-@dataclass
-class _Head:
-    """Hidden states and their output head, the head in the dtype of the matrix product."""
-
-    hidden: Tensor  # (B·T, E)
-    shape: torch.Size  # (B, T, E)
-    weight: Tensor  # (V, E), without padded rows
-    bias: Tensor | None  # (V,)
-
-    @classmethod
-    def of(
-        cls, hidden: Tensor, weight: Tensor, bias: Tensor | None, vocab_size: int | None
-    ) -> _Head:
-        if hidden.shape[-1] != weight.shape[-1]:
-            raise ValueError(
-                f"hidden states have {hidden.shape[-1]} features, their head {weight.shape[-1]}"
-            )
-        dtype = _product_dtype(hidden, weight)
-        flat = hidden.detach().reshape(-1, hidden.shape[-1])
-        weight = weight.detach()[:vocab_size].to(dtype)
-        bias = None if bias is None else bias.detach()[:vocab_size].to(dtype)
-        return cls(flat, hidden.shape, weight, bias)
-
-    @property
-    def dtype(self) -> torch.dtype:
-        return self.weight.dtype
-
-    @property
-    def vocabulary(self) -> int:
-        return len(self.weight)
-
-    def buffer(self, positions: int) -> Tensor:
-        """Return an uninitialised buffer for the logits ``(positions, V)``.
-
-        On a GPU rows begin at multiples of 64 elements: matrix products with rows of an odd
-        length, such as 50,257, are slow.
-        """
-        width = self.vocabulary
-        if self.weight.device.type == "cuda":
-            width = math.ceil(width / 64) * 64
-        buffer = torch.empty(positions, width, dtype=self.dtype, device=self.weight.device)
-        return buffer[:, : self.vocabulary]
-
-    def project(self, rows: Tensor, buffer: Tensor) -> Tensor:
-        """Return the logits ``(n, V)`` of ``rows`` ``(n, E)``, held in ``buffer``."""
-        out = buffer[: len(rows)]
-        if self.bias is None:
-            return torch.mm(rows.to(self.dtype), self.weight.t(), out=out)
-        return torch.addmm(self.bias, rows.to(self.dtype), self.weight.t(), out=out)
-
-
-def _product_dtype(hidden: Tensor, weight: Tensor) -> torch.dtype:
-    """Return the dtype in which a linear layer would multiply these, also under autocast."""
-    if torch.float64 in (hidden.dtype, weight.dtype):
-        return torch.float64
-    if torch.is_autocast_enabled(hidden.device.type):
-        return torch.get_autocast_dtype(hidden.device.type)
-    for dtype in (hidden.dtype, weight.dtype):
-        if dtype in (torch.bfloat16, torch.float16):
-            return dtype
-    return torch.float32
-
-
-def _check_inputs(heads: Sequence[_Head], labels: Tensor) -> None:
-    for head in heads:
-        check_vocabularies(heads[0].vocabulary, head.vocabulary)
-        if head.shape[:-1] != labels.shape:
-            raise ValueError(
-                f"hidden states of shape {tuple(head.shape)} do not fit labels of shape "
-                f"{tuple(labels.shape)}"
-            )
-
-
-@dataclass
-class _Plan:
-    """The valid positions of a batch, sequence by sequence, and how they are cut into chunks."""
-
-    index: Tensor  # (N,) position in the flattened (B, T)
-    targets: Tensor  # (N,) token to predict
-    sequence: Tensor  # (N,) number of the sequence, ascending
-    chunks: list[tuple[int, int]]
-    whole: bool  # whether each sequence lies in one chunk
-
-    @classmethod
-    def make(
-        cls,
-        valid: Tensor,
-        labels: Tensor,
-        segments: Tensor | None,
-        vocabulary: int,
-        chunk_tokens: int | None,
-    ) -> _Plan:
-        """Plan a batch. The plan depends on the batch alone, not on the settings of students."""
-        row, column = valid.nonzero(as_tuple=True)
-        sequence = row
-        if segments is not None:
-            within = segments[row, column].clamp(min=0).long()
-            widest = int(within.max()) + 1 if len(within) else 1
-            sequence, order = (row * widest + within).sort(stable=True)
-            row, column = row[order], column[order]
-        _, sequence, counts = sequence.unique_consecutive(return_inverse=True, return_counts=True)
-        targets = labels[row, column + 1]
-        if len(targets) and not 0 <= int(targets.min()) <= int(targets.max()) < vocabulary:
-            raise ValueError(
-                f"a label is outside the vocabulary of {vocabulary:,} tokens (-100 marks what is "
-                "not to be predicted)"
-            )
-        lengths: list[int] = counts.tolist()
-        longest = max(lengths, default=0)
-        capacity = limit = chunk_tokens or _usual_chunk(vocabulary, labels.device)
-        if chunk_tokens is None and longest <= LONG_SEQUENCE * capacity:
-            limit = max(capacity, longest)
-        whole = longest <= limit
-        chunks = _whole_chunks(lengths, limit) if whole else _even_chunks(len(row), capacity)
-        return cls(row * labels.shape[1] + column, targets, sequence, chunks, whole)
-
-    @property
-    def largest(self) -> int:
-        """Positions of the largest chunk."""
-        return max((stop - start for start, stop in self.chunks), default=0)
-
-
-def _whole_chunks(lengths: Sequence[int], limit: int) -> list[tuple[int, int]]:
-    """Return bounds of chunks of consecutive whole sequences, at most ``limit`` positions each."""
-    chunks = []
-    start = stop = 0
-    for length in lengths:
-        if stop > start and stop + length - start > limit:
-            chunks.append((start, stop))
-            start = stop
-        stop += length
-    return [*chunks, (start, stop)] if stop > start else chunks
-
-
-def _even_chunks(count: int, capacity: int) -> list[tuple[int, int]]:
-    """Return bounds of the fewest chunks of at most ``capacity``, as even as possible."""
-    number = math.ceil(count / capacity)
-    bounds = [count * i // number for i in range(number + 1)] if number else []
-    return list(itertools.pairwise(bounds))
-
-
-def _at_positions(values: Tensor | None, plan: _Plan, valid: Tensor) -> Tensor | None:
+def _at_positions(values: Tensor | None, plan: Plan, valid: Tensor) -> Tensor | None:
     """Return the values ``(B, T)`` or ``(B, T-1)`` at the plan's positions, ``(N,)``."""
     if values is None:
         return None
@@ -412,9 +256,6 @@ def _at_positions(values: Tensor | None, plan: _Plan, valid: Tensor) -> Tensor |
     return picked.to(torch.promote_types(values.dtype, torch.float32))
 
 
-# The teacher's side --------------------------------------------------------------------------
-
-
 class _TeacherPass:
     """The teacher's logits, entropies and weights, chunk by chunk.
 
@@ -424,8 +265,8 @@ class _TeacherPass:
 
     def __init__(
         self,
-        head: _Head,
-        plan: _Plan,
+        head: Head,
+        plan: Plan,
         entropy: Tensor | None,
         weight_mean: Tensor | float | None,
         students: Sequence[StudentStates],
@@ -523,7 +364,7 @@ class _StudentPass:
     """
 
     def __init__(
-        self, student: StudentStates, head: _Head, rows: Tensor, with_grad: bool, count: float
+        self, student: StudentStates, head: Head, rows: Tensor, with_grad: bool, count: float
     ) -> None:
         self.student, self.head, self._rows, self._count = student, head, rows, count
         self._dtype = torch.promote_types(head.dtype, torch.float32)
@@ -536,16 +377,13 @@ class _StudentPass:
             for tensor in (rows, student.weight, student.bias)
         ]
         self._with_gradient = any(gradient is not None for gradient in self._gradients)
-        _, d_weight, d_bias = self._gradients
-        if d_weight is not None:
-            d_weight[head.vocabulary :].zero_()
-        if d_bias is not None:
-            d_bias.zero_()
+        if self._gradients[2] is not None:
+            self._gradients[2].zero_()
 
     def add_chunk(
         self,
         chunk: tuple[int, int],
-        plan: _Plan,
+        plan: Plan,
         teacher: _TeacherPass | None,
         buffer: Tensor,
         scratch: Scratch,
@@ -581,7 +419,6 @@ class _StudentPass:
         """Add the products of ``dz`` ``(n, V)`` with the head and with ``rows`` ``(n, E)``."""
         scale = 1.0 / self._count
         d_rows, d_weight, d_bias = self._gradients
-        vocabulary = self.head.vocabulary
         if d_rows is not None:
             own = d_rows[slice(*chunk)]
             if dz.dtype == self._dtype:
@@ -591,11 +428,11 @@ class _StudentPass:
         if d_weight is not None:
             if dz.dtype == self._dtype:
                 beta = 0 if self._first else 1
-                d_weight[:vocabulary].addmm_(dz.t(), rows, beta=beta, alpha=scale)
+                d_weight.addmm_(dz.t(), rows, beta=beta, alpha=scale)
             else:
-                self._add_half(d_weight[:vocabulary], dz, rows, scale)
+                self._add_half(d_weight, dz, rows, scale)
         if d_bias is not None:
-            d_bias[:vocabulary].add_(dz.sum(0, dtype=self._dtype), alpha=scale)
+            d_bias.add_(dz.sum(0, dtype=self._dtype), alpha=scale)
         self._first = False
 
     def _add_half(self, d_weight: Tensor, dz: Tensor, rows: Tensor, scale: float) -> None:

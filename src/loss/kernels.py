@@ -284,22 +284,17 @@ def distribution_statistics(
 ) -> TeacherStatistics:
     """Return :func:`src.loss.elementwise.distribution_statistics`."""
     del scratch
-    _check(logits)
     rows, vocabulary = logits.shape
     statistics = torch.empty(4, rows, dtype=torch.float32, device=logits.device)
     if rows:
-        block, warps = _shape(vocabulary)
         with _on(logits.device):
             _statistics[(rows,)](
-                logits,
-                logits.stride(0),
-                _width(logits),
+                *_row_arguments(logits),
                 statistics,
                 rows,
                 vocabulary,
                 1.0 / temperature,
-                BLOCK=block,  # type: ignore[arg-type]
-                num_warps=warps,
+                **_shape(vocabulary),
             )
     return TeacherStatistics(*statistics.unbind())
 
@@ -323,25 +318,25 @@ def chunk_losses(
     hard_only = teacher_logits is None
     kind = HARD.value if hard_only else _kernel_number(settings.divergence)
     teacher = student_logits if teacher_logits is None else teacher_logits
-    _check(student_logits)
-    _check(teacher)
     rows, vocabulary = student_logits.shape
     device = student_logits.device
     losses = torch.empty(3, rows, dtype=torch.float32, device=device)
     if rows:
         temperature = 1.0 if hard_only else settings.temperature
         smooth = settings.use_calibration_smoothing and not hard_only
-        base, slope = _smoothing(settings, uncertainty_mean)
+        base, slope = _smoothing(settings, uncertainty_mean) if smooth else (0.0, 0.0)
         other = settings.divergence_weight
-        block, warps = _shape(vocabulary)
+        constants: dict[str, Any] = {
+            "KIND": kind,
+            "SMOOTH": smooth,
+            "GRADIENT": with_gradient,
+            "POWER": int(temperature) if temperature in (1.0, 2.0) else 0,
+            **_shape(vocabulary),
+        }
         with _on(device):
             _losses[(rows,)](
-                student_logits,
-                student_logits.stride(0),
-                _width(student_logits),
-                teacher,
-                teacher.stride(0),
-                _width(teacher),
+                *_row_arguments(student_logits),
+                *_row_arguments(teacher),
                 targets,
                 weights.float(),
                 torch.as_tensor(base, dtype=torch.float32).to(device),
@@ -355,12 +350,7 @@ def chunk_losses(
                 other,
                 math.log(other),
                 math.log1p(-other),
-                KIND=kind,  # type: ignore[arg-type]
-                SMOOTH=smooth,  # type: ignore[arg-type]
-                GRADIENT=with_gradient,  # type: ignore[arg-type]
-                POWER=int(temperature) if temperature in (1.0, 2.0) else 0,  # type: ignore[arg-type]
-                BLOCK=block,  # type: ignore[arg-type]
-                num_warps=warps,
+                **constants,
             )
     return ChunkLosses(*losses.unbind())
 
@@ -396,8 +386,6 @@ def _kernel_number(divergence: str) -> int:
 
 def _smoothing(settings: LossSettings, mean: Tensor | float | None) -> tuple[Tensor | float, float]:
     """Return base and slope of ε as a linear function of max p."""
-    if not settings.use_calibration_smoothing:
-        return 0.0, 0.0
     share = SMOOTHING_SHARES[settings.smoothing]
     assert mean is not None or not settings.needs_uncertainty_mean
     base = settings.smoothing_factor * share(0.0, mean)
@@ -406,27 +394,25 @@ def _smoothing(settings: LossSettings, mean: Tensor | float | None) -> tuple[Ten
     return base, float(slope)
 
 
-def _width(logits: Tensor) -> int:
-    """Return the column up to which a row may be read: a multiple of 16 where there is room.
+def _row_arguments(logits: Tensor) -> tuple[Tensor, int, int]:
+    """Return logits, the stride of their rows, and the column up to which a row may be read.
 
-    On a GPU ``src.loss.fused`` leaves room after each row.
+    That is a multiple of 16 where there is room; on a GPU ``src.loss.fused`` leaves it.
     """
-    rows, vocabulary = logits.shape
-    width = -(-vocabulary // 16) * 16
-    stop = logits.storage_offset() + (rows - 1) * logits.stride(0) + width
-    room = logits.untyped_storage().nbytes() // logits.element_size()
-    return width if width <= logits.stride(0) and stop <= room else vocabulary
-
-
-def _shape(vocabulary: int) -> tuple[int, int]:
-    """Return the block of logits, and the warps that share it."""
-    block = min(BLOCK, triton.next_power_of_2(vocabulary))
-    return block, max(1, block // 512)
-
-
-def _check(logits: Tensor) -> None:
     assert logits.dtype in LOGITS_DTYPES
     assert logits.stride(-1) == 1
+    rows, vocabulary = logits.shape
+    stride = logits.stride(0)
+    width = -(-vocabulary // 16) * 16
+    stop = logits.storage_offset() + (rows - 1) * stride + width
+    room = logits.untyped_storage().nbytes() // logits.element_size()
+    return logits, stride, width if width <= stride and stop <= room else vocabulary
+
+
+def _shape(vocabulary: int) -> dict[str, Any]:
+    """Return the block of logits that a program holds, and the warps that share it."""
+    block = min(BLOCK, triton.next_power_of_2(vocabulary))
+    return {"BLOCK": block, "num_warps": max(1, block // 512)}
 
 
 def _on(device: torch.device) -> Any:
