@@ -25,7 +25,7 @@ from torch import Tensor, nn
 from transformers.trainer_utils import EvalLoopOutput
 
 from src.common.settings import LOSS_IMPLEMENTATIONS, OPTIMIZERS, LossSettings
-from src.loss.fused import Student, fused_distillation_losses, teacher_statistics
+from src.loss.fused import StudentStates, fused_distillation_losses, teacher_statistics
 from src.loss.reference import (
     CONSTANT_ENTROPY,
     IGNORED_LABEL,
@@ -374,7 +374,7 @@ class DistillationTrainer(GuardedTrainer):
             teacher_weight, teacher_bias = output_head(self.teacher_model)
         return fused_distillation_losses(
             [
-                Student(hidden, *head, settings, self._uncertainty_mean(inputs, settings))
+                StudentStates(hidden, *head, settings, self._uncertainty_mean(inputs, settings))
                 for (hidden, head), settings in zip(states, self.all_settings, strict=True)
             ],
             teacher_hidden,

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import os
 import random
 import subprocess
@@ -13,10 +12,12 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from src.common.settings import DIVERGENCES, SMOOTHINGS, WEIGHTINGS, LossSettings
+from src.common.settings import DIVERGENCES, LossSettings
 from src.loss import elementwise, fused
+from src.loss.divergences import Divergence
 from src.loss.elementwise import Scratch
-from src.loss.fused import fused_distillation_loss, teacher_statistics
+from src.loss.fused import StudentStates, fused_distillation_losses, teacher_statistics
+from tests import loss_cases
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 triton = pytest.importorskip("triton")
@@ -39,19 +40,11 @@ def forced(kernels, monkeypatch):
 
 
 def random_settings(seed: int, **fixed) -> LossSettings:
-    rng = random.Random(seed)
-    settings = LossSettings(
-        temperature=rng.choice([0.7, 1.0, 2.0, 2.0, 5.0]),
-        alpha=rng.choice([0.0, 0.3, 0.5, 1.0]),
-        use_uncertainty_weighting=rng.random() < 0.5,
-        use_calibration_smoothing=rng.random() < 0.6,
-        smoothing_factor=rng.choice([0.0, 0.01, 0.1, 0.5]),
-        weighting=rng.choice([w for w in WEIGHTINGS if w != "permuted"]),
-        smoothing=rng.choice(SMOOTHINGS),
-        divergence=rng.choice(DIVERGENCES),
-        divergence_weight=rng.choice([0.1, 0.5, 0.8]),
-    )
-    return dataclasses.replace(settings, **fixed)
+    """Return random settings without permuted weights: ranks may differ in the last digits."""
+    settings = loss_cases.random_settings(seed, **fixed)
+    if settings.weighting == "permuted":
+        return loss_cases.random_settings(seed, **{**fixed, "weighting": "inverse"})
+    return settings
 
 
 def random_chunk(seed: int, vocabulary: int | None = None, dtype=torch.float32) -> SimpleNamespace:
@@ -156,11 +149,11 @@ def test_what_stands_behind_a_row_is_left_alone(kernels):
 
 
 @pytest.mark.parametrize("seed", range(8))
-def test_figures_of_the_teacher(kernels, seed):
+def test_statistics_of_the_teacher(kernels, seed):
     logits = random_chunk(seed).teacher
     temperature = [1.0, 2.0, 0.7][seed % 3]
-    found = kernels.distribution_figures(logits, temperature, Scratch())
-    expected = elementwise.distribution_figures(logits.double(), temperature, Scratch())
+    found = kernels.distribution_statistics(logits, temperature, Scratch())
+    expected = elementwise.distribution_statistics(logits.double(), temperature, Scratch())
     for ours, theirs in zip(found, expected, strict=True):
         assert torch.allclose(ours.double(), theirs, rtol=1e-5, atol=1e-5)
 
@@ -178,7 +171,8 @@ def test_the_fused_loss_with_the_kernels(forced, monkeypatch, seed):
         torch.manual_seed(seed)
         hidden = torch.randn(3, 11, 6, device=DEVICE, requires_grad=True)
         weight = torch.randn(37, 6, device=DEVICE, requires_grad=True)
-        parts = fused_distillation_loss(hidden, weight, None, *teacher, labels, settings=settings)
+        student = StudentStates(hidden, weight, None, settings)
+        (parts,) = fused_distillation_losses([student], *teacher, labels)
         parts.loss.backward()
         means = (parts.loss, parts.mean_weight, parts.mean_epsilon, parts.teacher_entropy)
         assert hidden.grad is not None
@@ -195,8 +189,19 @@ def test_no_rows(kernels):
     losses = kernels.chunk_losses(
         empty, empty, empty[:, 0].long(), empty[:, 0], LossSettings(), None, True, Scratch()
     )
-    assert [len(each) for each in losses] == [0, 0, 0]
-    assert len(kernels.distribution_figures(empty, 1.0, Scratch()).entropy) == 0
+    assert [len(column) for column in losses] == [0, 0, 0]
+    assert len(kernels.distribution_statistics(empty, 1.0, Scratch()).entropy) == 0
+
+
+def test_a_divergence_without_a_kernel_is_refused(kernels, monkeypatch):
+    z = torch.zeros(1, 9, device=DEVICE)
+    for name, entry, message in (
+        ("made_up", None, "divergence must be one of .*, got 'made_up'"),
+        ("new", Divergence(lambda log_p, log_q, weight: log_p[..., 0]), "no Triton kernel"),
+    ):
+        settings = loss_cases.settings_with(monkeypatch, name, entry)
+        with pytest.raises(ValueError, match=message):
+            kernels.chunk_losses(z, z, z[:, 0].long(), z[:, 0], settings, None, True, Scratch())
 
 
 def test_the_kernels_check_themselves(kernels, monkeypatch):
@@ -215,7 +220,7 @@ def test_what_is_chosen(forced, monkeypatch):
     monkeypatch.delenv(fused.KERNELS_VARIABLE)
     assert fused.elementwise_for(single) is (forced if DEVICE == "cuda" else elementwise)
     monkeypatch.setenv(fused.KERNELS_VARIABLE, "cuda")
-    with pytest.raises(ValueError, match="auto, torch or triton, got 'cuda'"):
+    with pytest.raises(ValueError, match="one of auto, torch, triton, got 'cuda'"):
         fused.elementwise_for(single)
 
 
@@ -260,7 +265,7 @@ def kind(name):
     whole = name.endswith(("stride", "width")) or name in ("rows", "vocabulary")
     return "i32" if whole else "fp32"
 
-for kernel, fixed in ((kernels._losses, LOSSES), (kernels._figures, {})):
+for kernel, fixed in ((kernels._losses, LOSSES), (kernels._statistics, {})):
     fixed = {**fixed, "BLOCK": kernels.BLOCK}
     names = kernel.arg_names
     signature = {n: "constexpr" if n in fixed else kind(n) for n in names}
@@ -283,10 +288,10 @@ def test_they_compile_for_a_gpu_that_is_not_there(kind):
     command = [sys.executable, "-c", COMPILE, str(kind)]
     done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-2000:]
-    losses, figures = (tuple(map(int, line.split())) for line in done.stdout.splitlines())
+    losses, statistics = (tuple(map(int, line.split())) for line in done.stdout.splitlines())
     assert losses[0] == 1
-    assert figures[0] == 0
-    assert losses[1] > 0 < figures[1]
+    assert statistics[0] == 0
+    assert losses[1] > 0 < statistics[1]
 
 
 @pytest.mark.gpu
@@ -303,7 +308,8 @@ def test_the_true_shape_on_a_gpu(monkeypatch):
         torch.manual_seed(1)
         hidden = torch.randn(16, 512, 512, **make, requires_grad=True)
         weight = (torch.randn(50_257, 512, **make) / 22).requires_grad_()
-        parts = fused_distillation_loss(hidden, weight, None, *teacher, labels, settings=settings)
+        student = StudentStates(hidden, weight, None, settings)
+        (parts,) = fused_distillation_losses([student], *teacher, labels)
         parts.loss.backward()
         found.append([parts.loss.detach(), hidden.grad, weight.grad])
     for ours, theirs in zip(*found, strict=True):

@@ -11,7 +11,17 @@ import numpy as np
 import pytest
 import torch
 
-from src.common.settings import DIVERGENCES, SMOOTHINGS, WEIGHTINGS, LossSettings
+from src.common.settings import (
+    DIVERGENCES,
+    SMOOTHINGS,
+    WEIGHTINGS,
+    LossSettings,
+    StudentSettings,
+    TrainSettings,
+    as_recorded,
+    default_run_name,
+)
+from src.loss.divergences import TABLE
 from src.loss.reference import (
     distillation_loss,
     divergence,
@@ -23,6 +33,7 @@ from src.loss.reference import (
     smoothing_epsilon,
     valid_positions,
 )
+from tests.loss_cases import random_settings
 
 
 def random_batch(seed: int, dtype=torch.float64, packed: bool = False):
@@ -118,15 +129,13 @@ def reference_loss(student, teacher, labels, mask, segments, settings: LossSetti
         def kl(a, b):
             return sum(x * math.log(x / y) for x, y in zip(a, b, strict=True) if x > 0)
 
-        if settings.divergence == "forward_kl":
-            d = kl(p, q)
-        elif settings.divergence == "reverse_kl":
-            d = kl(q, p)
-        elif settings.divergence == "jsd":
-            m = beta * p + (1 - beta) * q
-            d = beta * kl(p, m) + (1 - beta) * kl(q, m)
-        else:
-            d = kl(p, beta * p + (1 - beta) * q)
+        m = beta * p + (1 - beta) * q
+        d = {
+            "forward_kl": kl(p, q),
+            "reverse_kl": kl(q, p),
+            "jsd": beta * kl(p, m) + (1 - beta) * kl(q, m),
+            "skew_kl": kl(p, m),
+        }[settings.divergence]
         soft += w * d
         target = labels[x["b"], x["t"] + 1]
         hard -= math.log(softmax64(student[x["b"], x["t"]])[target])
@@ -135,25 +144,12 @@ def reference_loss(student, teacher, labels, mask, segments, settings: LossSetti
     return {"loss": loss, "hard": hard, "soft": soft}
 
 
-def random_settings(seed: int) -> LossSettings:
-    rng = random.Random(seed)
-    return LossSettings(
-        temperature=rng.choice([0.7, 1.0, 2.0, 5.0]),
-        alpha=rng.choice([0.0, 0.3, 0.5, 1.0]),
-        use_uncertainty_weighting=rng.random() < 0.6,
-        use_calibration_smoothing=rng.random() < 0.6,
-        smoothing_factor=rng.choice([0.01, 0.1, 0.5]),
-        weighting=rng.choice([w for w in WEIGHTINGS if w != "permuted"]),
-        smoothing=rng.choice(SMOOTHINGS),
-        divergence=rng.choice(DIVERGENCES),
-        divergence_weight=rng.choice([0.1, 0.5, 0.8]),
-    )
-
-
 @pytest.mark.parametrize("seed", range(120))
 def test_loss_equals_float64_reference(seed):
     student, teacher, labels, mask, segments = random_batch(seed, packed=seed % 3 == 0)
     settings = random_settings(seed)
+    if settings.weighting == "permuted":
+        settings = dataclasses.replace(settings, weighting="inverse")
     ours = distillation_loss(student, teacher, labels, mask, settings, segments=segments)
     theirs = reference_loss(student, teacher, labels, mask, segments, settings)
     for name in ("loss", "hard", "soft"):
@@ -297,6 +293,24 @@ def test_weights_properties(kind):
         assert torch.equal(weights[rows].amax(-1), torch.ones(3, dtype=torch.float64))
 
 
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
+def test_the_permuted_control_depends_on_ranks_alone(dtype):
+    torch.manual_seed(5)
+    entropies = torch.stack([torch.randperm(40) for _ in range(3)]).double() / 10
+    valid = torch.rand(3, 40) < 0.9
+    segments = (torch.arange(40) // 15).expand(3, 40)
+    noise = (torch.rand(3, 40, dtype=torch.float64) - 0.5) * 1e-4  # the gaps are 0.1
+    exact = position_weights(entropies, valid, "permuted", segments)
+    noisy = position_weights((entropies + noise).to(dtype), valid, "permuted", segments)
+    torch.testing.assert_close(noisy.double(), exact, rtol=0, atol=1e-4)
+    swapped = entropies.clone()
+    first, second = valid[0].nonzero().squeeze(-1)[:2].tolist()
+    swapped[0, [first, second]] = swapped[0, [second, first]]
+    other = position_weights(swapped, valid, "permuted", segments)
+    assert (other - exact).abs()[0].max() > 1e-2
+    assert torch.equal(other[1:], exact[1:])
+
+
 def test_packed_weights_equal_those_of_separate_rows():
     torch.manual_seed(2)
     a, b = torch.rand(7), torch.rand(5)
@@ -339,6 +353,19 @@ def test_divergences_are_positive_and_ordered():
     torch.testing.assert_close(
         divergence(p, q, "skew_kl", 1e-9), divergence(p, q), rtol=1e-6, atol=1e-8
     )
+
+
+@pytest.mark.parametrize("name", [name for name, entry in TABLE.items() if entry.gradient])
+def test_written_gradients_equal_autograds(name):
+    torch.manual_seed(7)
+    log_p, log_q = torch.randn(2, 6, 13, dtype=torch.float64).mul(3).log_softmax(-1)
+    by_autograd = TABLE[name]._replace(gradient=None)
+    ours, theirs = (
+        entry.value_and_gradient(log_p.clone(), log_q.clone(), log_q.exp(), 0.3)
+        for entry in (TABLE[name], by_autograd)
+    )
+    for one, other in zip(ours, theirs, strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-10, atol=1e-12)
 
 
 def test_zero_probability_adds_nothing():
@@ -449,5 +476,52 @@ def test_vocabularies_must_agree():
     ],
 )
 def test_bad_settings_name_the_flag(name, value):
-    with pytest.raises(ValueError, match=f"--{name}"):
+    with pytest.raises(ValueError, match=f"--{name} must be"):
         LossSettings(**{name: value})
+
+
+def test_unknown_weightings_and_smoothings_are_refused():
+    values, valid = torch.rand(1, 3), torch.ones(1, 3, dtype=torch.bool)
+    with pytest.raises(ValueError, match="weighting must be one of published"):
+        position_weights(values, valid, "heavier")
+    with pytest.raises(ValueError, match="smoothing must be one of published"):
+        smoothing_epsilon(values, valid, 0.1, "rough")
+
+
+@pytest.mark.parametrize(
+    ("changes", "suffix"),
+    [
+        ({"optimizer": "muon", "other_learning_rate": 1e-3}, "-muon"),
+        ({"early_stopping": 4}, "-stop4"),
+        (
+            {"tokenizer": "t", "teacher_model": None, "loss": LossSettings(alpha=1.0)},
+            "-untaught",
+        ),
+        ({"student": StudentSettings(dropout=0.1), "init_from": "a/b/"}, "-drop0.1-init-b"),
+        ({"loss": LossSettings(divergence="jsd"), "seed": 1}, "-jsd0.5-s1"),
+    ],
+)
+def test_records_and_names_of_runs(changes, suffix):
+    """A setting that older records lack is recorded only where it is not the default."""
+    settings = TrainSettings(**changes)
+    added = {"optimizer", "other_learning_rate", "tokenizer", "early_stopping"}
+    assert added & set(as_recorded(settings)) == added & set(changes)
+    assert default_run_name(settings).endswith(f".uniprot{suffix}")
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"other_learning_rate": 1e-3}, "--other_learning_rate: needs --optimizer muon"),
+        ({"tokenizer": "t"}, "--tokenizer: .* give --alpha 1"),
+        ({"max_steps": 0}, "--max_steps must be from 1 to .*, or -1"),
+        ({"batch_size": 0}, "--batch_size must be at least 1, got 0"),
+        ({"skip_loss_spikes": 1.0}, "--skip_loss_spikes must be above 1, got"),
+        ({"train_size_prop": 0.0}, r"--train_size_prop must be in \(0, 1\], got 0.0"),
+        ({"weight_decay": math.nan}, "--weight_decay must be from 0 to"),
+        ({"precision": "fp8"}, "--precision must be one of auto, fp32"),
+    ],
+)
+def test_bad_training_settings_name_the_flag(changes, message):
+    with pytest.raises(ValueError, match=message):
+        TrainSettings(**changes)

@@ -1,13 +1,14 @@
-"""The settings of students and losses: light to import, so that ``--help`` is quick.
+"""The settings of students and losses. Light to import, so that ``--help`` is quick.
 
-Each dataclass checks itself; its ``ValueError`` names the flag.
+Each dataclass checks itself when it is made; its ``ValueError`` is one line that names the flag.
 """
 
 from __future__ import annotations
 
 import math
+from collections.abc import Collection
 from dataclasses import asdict, dataclass, field
-from typing import Any
+from typing import Any, NamedTuple
 
 from src.common.cli import LARGEST, LARGEST_COUNT
 
@@ -18,22 +19,112 @@ BUNDLED_DATA = "data/proteins"
 WEIGHTINGS = ("published", "mean_one", "inverse", "permuted", "matched")
 SMOOTHINGS = ("published", "confident", "constant", "matched")
 DIVERGENCES = ("forward_kl", "reverse_kl", "jsd", "skew_kl")
+"""Names of divergences. The formulas are in ``src.loss.divergences.TABLE``, which needs PyTorch and
+checks at import that it holds these names; weightings and smoothings do the same."""
 LOSS_IMPLEMENTATIONS = ("fused", "reference")
-SMALLEST = 1e-12
-"""Of a temperature, rate or penalty: logits divided by it are still finite in float32."""
-TEMPERATURES = (1e-4, 1e4)
-"""The soft loss is scaled by T²: beyond, it is float32's rounding errors."""
+PRECISIONS = ("auto", "fp32", "bf16", "fp16")
+BATCHINGS = ("bucketed", "packed", "padded")
+SCHEDULES = ("linear", "cosine", "constant_with_warmup", "warmup_stable_decay")
+OPTIMIZERS = ("adamw", "muon")
+DECAY_SHARE = 0.4
+"""Share of a run's steps in the linear decay at the end of ``warmup_stable_decay``."""
 LARGEST_GPT2 = {"n_layer": 48, "n_head": 25, "n_embd": 1600}
 """The largest published GPT-2, of 1.6 billion parameters (Radford et al. 2019, table 2)."""
 LARGEST_FACTOR = 100
-"""A student that is so many times deeper or wider is a slip of the finger; building it would never
-end. One that is merely too large for a machine is refused when it is to be built there."""
+"""A student this many times deeper or wider is a typing error, and would take forever to build."""
 
 
-def require_moderate(name: str, value: float, low: float = SMALLEST, high: float = LARGEST) -> None:
-    """Raise ``ValueError`` where a setting above 0 is beyond all measure."""
-    if not low <= value <= high:
-        raise ValueError(f"--{name} must be above 0, from {low:g} to {high:g}, got {value}")
+class Bounds(NamedTuple):
+    """The values that a setting may take; both ends belong to them unless they are open."""
+
+    low: float
+    high: float = math.inf
+    low_open: bool = False
+    high_open: bool = False
+    note: str = ""
+
+    def __contains__(self, value: object) -> bool:
+        """Return whether ``value`` lies within; NaN never does."""
+        assert isinstance(value, (int, float))
+        above = value > self.low if self.low_open else value >= self.low
+        return above and (value < self.high if self.high_open else value <= self.high)
+
+    def __str__(self) -> str:
+        """Return the bounds as a message states them."""
+        low, high = (f"{x:g}" if isinstance(x, float) else str(x) for x in self[:2])
+        if self.high == 1:
+            return f"in {'[('[self.low_open]}{low}, {high}{'])'[self.high_open]}"
+        if self.low_open:
+            return f"above {low}"
+        if self.high == math.inf:
+            return f"at least {low}"
+        positive = "above 0, " if 0 < self.low < 1 else ""
+        return f"{positive}from {low} to {high}{self.note}"
+
+
+POSITIVE = Bounds(1e-12, LARGEST)
+"""Rates and penalties: logits divided by the smallest are still finite in float32."""
+SEED = Bounds(0, LARGEST_COUNT)
+BOUNDS = {
+    "temperature": Bounds(
+        1e-4, 1e4
+    ),  # The soft loss is scaled by T²: beyond, float32 is too coarse
+    "alpha": Bounds(0, 1),
+    "smoothing_factor": Bounds(0, 1, high_open=True),
+    "divergence_weight": Bounds(0, 1, low_open=True, high_open=True),
+    **{name: Bounds(1, LARGEST_FACTOR * most) for name, most in LARGEST_GPT2.items()},
+    "dropout": Bounds(0, 1, high_open=True),
+    "train_size_prop": Bounds(0, 1, low_open=True),
+    "data_seed": SEED,
+    "learning_rate": POSITIVE,
+    "other_learning_rate": POSITIVE,
+    "weight_decay": Bounds(0, LARGEST),
+    "max_grad_norm": POSITIVE,
+    "batch_size": Bounds(1),
+    "gradient_accumulation_steps": Bounds(1),
+    "num_train_epochs": POSITIVE,
+    "max_steps": Bounds(1, LARGEST_COUNT, note=", or -1 for what the epochs make"),
+    "max_length": Bounds(8),
+    "validation_proteins": Bounds(1),
+    "skip_loss_spikes": Bounds(1, LARGEST, low_open=True),
+    "early_stopping": Bounds(1),
+    "seed": SEED,
+}
+CHOICES = {
+    "weighting": WEIGHTINGS,
+    "smoothing": SMOOTHINGS,
+    "divergence": DIVERGENCES,
+    "optimizer": OPTIMIZERS,
+    "lr_schedule": SCHEDULES,
+    "batching": BATCHINGS,
+    "precision": PRECISIONS,
+    "loss_impl": LOSS_IMPLEMENTATIONS,
+}
+
+
+def require_moderate(name: str, value: float, bounds: Bounds = POSITIVE) -> None:
+    """Raise ``ValueError`` unless the value of the flag ``name`` is within ``bounds``."""
+    if value not in bounds:
+        raise ValueError(f"--{name} must be {bounds}, got {value}")
+
+
+def require_choice(name: str, value: str, choices: Collection[str]) -> None:
+    """Raise ``ValueError`` unless ``value`` is one of ``choices``."""
+    if value not in choices:
+        raise ValueError(f"{name} must be one of {', '.join(choices)}, got {value!r}")
+
+
+def check_fields(settings: Any) -> None:
+    """Check each field of a dataclass against ``BOUNDS`` and ``CHOICES``; None is always allowed.
+
+    Raises:
+        ValueError: a value is out of bounds, or not one of the choices.
+    """
+    for name, value in vars(settings).items():
+        if name in CHOICES:
+            require_choice(f"--{name}", value, CHOICES[name])
+        elif name in BOUNDS and value is not None and (name, value) != ("max_steps", -1):
+            require_moderate(name, value, BOUNDS[name])
 
 
 @dataclass(frozen=True)
@@ -41,15 +132,15 @@ class LossSettings:
     """Everything that decides the loss. The two ``use_`` flags turn the enhancements on.
 
     Attributes:
-        temperature: T of both softmaxes in the soft loss, within ``TEMPERATURES``.
+        temperature: T of both softmaxes in the soft loss.
         alpha: share of the hard loss, in [0, 1].
         use_uncertainty_weighting: weight positions by the teacher's entropy.
         use_calibration_smoothing: mix the teacher's distribution with the uniform one.
         smoothing_factor: λ in [0, 1), the largest ε.
-        weighting: which weights (:func:`position_weights`).
-        smoothing: which ε (:func:`smoothing_epsilon`).
-        divergence: what stands between target and student (:func:`divergence`).
-        divergence_weight: β of the generalised Jensen-Shannon divergence or the skew of skew KL.
+        weighting: which weights (:func:`src.loss.reference.position_weights`).
+        smoothing: which ε (:func:`src.loss.reference.smoothing_epsilon`).
+        divergence: between target and student (:mod:`src.loss.divergences`).
+        divergence_weight: β of the generalised Jensen-Shannon divergence, λ of skew KL.
     """
 
     temperature: float = 2.0
@@ -64,29 +155,22 @@ class LossSettings:
 
     def __post_init__(self) -> None:
         """Check every setting. Raises ``ValueError``."""
-        require_moderate("temperature", self.temperature, *TEMPERATURES)
-        if not 0 <= self.alpha <= 1:
-            raise ValueError(f"--alpha must be in [0, 1], got {self.alpha}")
-        if not 0 <= self.smoothing_factor < 1:
-            raise ValueError(f"--smoothing_factor must be in [0, 1), got {self.smoothing_factor}")
-        if not 0 < self.divergence_weight < 1:
-            raise ValueError(f"--divergence_weight must be in (0, 1), got {self.divergence_weight}")
-        for name, choices in (
-            ("weighting", WEIGHTINGS),
-            ("smoothing", SMOOTHINGS),
-            ("divergence", DIVERGENCES),
-        ):
-            if getattr(self, name) not in choices:
-                raise ValueError(
-                    f"--{name} must be one of {', '.join(choices)}, got {getattr(self, name)!r}"
-                )
+        check_fields(self)
+
+    @property
+    def needs_weight_mean(self) -> bool:
+        """Whether weights refer to their mean over the optimiser step."""
+        return self.use_uncertainty_weighting and self.weighting in ("mean_one", "matched")
+
+    @property
+    def needs_uncertainty_mean(self) -> bool:
+        """Whether ε refers to the mean of 1 - max p over the optimiser step."""
+        return self.use_calibration_smoothing and self.smoothing == "matched"
 
     @property
     def needs_batch_means(self) -> bool:
-        """Whether a weight or an ε refers to its own mean over the optimiser step."""
-        return (self.use_uncertainty_weighting and self.weighting in ("mean_one", "matched")) or (
-            self.use_calibration_smoothing and self.smoothing == "matched"
-        )
+        """Whether a weight or an ε refers to a mean over the optimiser step."""
+        return self.needs_weight_mean or self.needs_uncertainty_mean
 
 
 @dataclass(frozen=True)
@@ -100,14 +184,7 @@ class StudentSettings:
 
     def __post_init__(self) -> None:
         """Check the shape. Raises ``ValueError``."""
-        for name, known in LARGEST_GPT2.items():
-            if getattr(self, name) < 1:
-                raise ValueError(f"--{name} must be at least 1, got {getattr(self, name)}")
-            if getattr(self, name) > LARGEST_FACTOR * known:
-                raise ValueError(
-                    f"--{name} must be at most {LARGEST_FACTOR * known:,}, {LARGEST_FACTOR} times "
-                    f"that of the largest GPT-2, got {getattr(self, name):,}"
-                )
+        check_fields(self)
         if self.n_embd % self.n_head:
             low, high = self.n_embd // self.n_head * self.n_head, self.n_head
             nearest = f"{low} or {low + high}" if low else f"{high}"
@@ -115,13 +192,11 @@ class StudentSettings:
                 f"--n_embd {self.n_embd} is not divisible by --n_head {self.n_head}: "
                 f"try --n_embd {nearest}"
             )
-        if not 0 <= self.dropout < 1:
-            raise ValueError(f"--dropout must be in [0, 1), got {self.dropout}")
 
 
 @dataclass(frozen=True)
 class Preset:
-    """A named student with the learning rate that it starts from."""
+    """A named shape of a student, and its initial learning rate."""
 
     student: StudentSettings
     learning_rate: float
@@ -141,34 +216,25 @@ PUBLISHED_STUDENTS = {
     "hf-small": "littleworth/protgpt2-distilled-small",
     "hf-medium": "littleworth/protgpt2-distilled-medium",
 }
-"""Hub ids of the published students of ProtGPT2 by the preset of the same shape."""
-
-
+"""Hub ids of the published students of ProtGPT2, by the preset of the same shape."""
 OF_TEACHER = "teacher"
-"""As ``--init_from``: the teacher itself, whichever it is."""
+"""Value of ``--init_from`` that stands for the teacher itself."""
 RECIPES: dict[str, dict[str, Any]] = {
     "published": {"use_uncertainty_weighting": True, "use_calibration_smoothing": True},
     "recommended": {"init_from": OF_TEACHER, "temperature": 1.0, "alpha": 0.0},
 }
-"""Values of train.py's flags by name of a recipe; docs/RESULTS.md has what is known of them."""
-
-PRECISIONS = ("auto", "fp32", "bf16", "fp16")
-BATCHINGS = ("bucketed", "packed", "padded")
-SCHEDULES = ("linear", "cosine", "constant_with_warmup", "warmup_stable_decay")
-OPTIMIZERS = ("adamw", "muon")
-DECAY_SHARE = 0.4
-"""Of a run's steps: the linear decay at the end of ``warmup_stable_decay``."""
+"""Flags of train.py that each recipe sets; docs/RESULTS.md compares them."""
 
 
 @dataclass(frozen=True)
 class TrainSettings:
-    """A distillation run: what decides its outcome, and nothing of where or how it is watched.
+    """The settings that decide a run's outcome; output places and logging are not among them.
 
     Lengths are in tokens, batch sizes in rows. ``warmup_steps``, ``eval_steps`` and ``save_steps``
     of None are derived from the number of steps (:func:`derived_steps`). ``cached_teacher`` reads
-    the teacher's hidden states from disk, which are equal but for rounding; ``init_from`` names a
-    model whose weights the student starts from instead of random ones. ``early_stopping`` is the
-    number of validations without improvement that ends a run, whose best weights are then kept.
+    the teacher's hidden states from disk, which are equal but for rounding. ``init_from`` names a
+    model whose weights the student starts from, instead of random ones. ``early_stopping`` is the
+    number of validations without improvement after which a run ends and keeps its best weights.
     """
 
     student: StudentSettings = field(default_factory=StudentSettings)
@@ -204,60 +270,26 @@ class TrainSettings:
 
     def __post_init__(self) -> None:
         """Check every setting. Raises ``ValueError``."""
-        if not 0 < self.train_size_prop <= 1:
-            raise ValueError(f"--train_size_prop must be in (0, 1], got {self.train_size_prop}")
-        for name in ("learning_rate", "num_train_epochs", "max_grad_norm"):
-            require_moderate(name, getattr(self, name))
-        if not 0 <= self.weight_decay <= LARGEST:
-            raise ValueError(
-                f"--weight_decay must be from 0 to {LARGEST:g}, got {self.weight_decay}"
-            )
-        for name in ("seed", "data_seed"):
-            if not 0 <= getattr(self, name) <= LARGEST_COUNT:
-                raise ValueError(
-                    f"--{name} must be from 0 to {LARGEST_COUNT}, got {getattr(self, name)}"
-                )
-        if self.max_steps != -1 and not 1 <= self.max_steps <= LARGEST_COUNT:
-            raise ValueError(
-                f"--max_steps must be from 1 to {LARGEST_COUNT}, or -1 for what the epochs make, "
-                f"got {self.max_steps}"
-            )
-        for name in ("batch_size", "gradient_accumulation_steps", "validation_proteins"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"--{name} must be at least 1, got {getattr(self, name)}")
-        if self.other_learning_rate is not None:
-            require_moderate("other_learning_rate", self.other_learning_rate)
-            if self.optimizer != "muon":
-                raise ValueError("--other_learning_rate: needs --optimizer muon")
+        check_fields(self)
+        if self.other_learning_rate is not None and self.optimizer != "muon":
+            raise ValueError("--other_learning_rate: needs --optimizer muon")
         if self.tokenizer is not None and (self.loss.alpha != 1 or self.init_from is not None):
             raise ValueError(
                 "--tokenizer: is for training from random weights without a teacher: give "
                 "--alpha 1, and no --init_from"
             )
-        if self.skip_loss_spikes is not None and not 1 < self.skip_loss_spikes <= LARGEST:
-            raise ValueError(f"--skip_loss_spikes must be above 1, got {self.skip_loss_spikes}")
-        if self.early_stopping is not None and self.early_stopping < 1:
-            raise ValueError(f"--early_stopping must be at least 1, got {self.early_stopping}")
-        if self.max_length < 8:
-            raise ValueError(f"--max_length must be at least 8 tokens, got {self.max_length}")
-        for name, choices in (
-            ("precision", PRECISIONS),
-            ("batching", BATCHINGS),
-            ("lr_schedule", SCHEDULES),
-            ("optimizer", OPTIMIZERS),
-            ("loss_impl", LOSS_IMPLEMENTATIONS),
-        ):
-            if getattr(self, name) not in choices:
-                raise ValueError(
-                    f"--{name} must be one of {', '.join(choices)}, got {getattr(self, name)!r}"
-                )
+
+
+DEFAULTS = TrainSettings()
+ADDED_LATER = ("early_stopping", "optimizer", "other_learning_rate", "tokenizer")
+"""Settings that older records lack."""
 
 
 def as_recorded(settings: TrainSettings) -> dict[str, Any]:
-    """Return settings as records hold them, which tell by comparison whether a run is the same one.
+    """Return settings as a record holds them; runs with equal records are the same run.
 
-    Settings of ``ADDED_LATER`` are left out at their defaults: records made before there was such a
-    setting, and hashes of them, stay those of the same run.
+    Settings of ``ADDED_LATER`` are left out at their defaults, so that records made before such a
+    setting existed, and hashes of them, are those of the same run.
     """
     record = asdict(settings)
     for name in ADDED_LATER:
@@ -266,58 +298,51 @@ def as_recorded(settings: TrainSettings) -> dict[str, Any]:
     return record
 
 
-DEFAULTS = TrainSettings()
-ADDED_LATER = ("early_stopping", "optimizer", "other_learning_rate", "tokenizer")
-
-
 def default_run_name(settings: TrainSettings) -> str:
-    """Return the name of a run's directory: its main settings, then every other choice.
+    """Return the name of a run's directory: its main settings, then a suffix for each other choice.
 
-    ``protgpt2-distilled-t2.0-a0.5-l4-h4-e256-p0.1-lr1e-03.uniprot`` is the run of the defaults;
-    an enhancement or another non-default choice adds a suffix, so that two runs that differ do
-    not meet in one directory.
+    ``protgpt2-distilled-t2.0-a0.5-l4-h4-e256-p0.1-lr1e-03.uniprot`` is the run of the defaults.
     """
     student, loss = settings.student, settings.loss
+    weighting = "" if loss.weighting == "published" else f"-{loss.weighting}"
+    smoothing = "" if loss.smoothing == "published" else f"-{loss.smoothing}"
+    factor = "" if loss.smoothing_factor == 0.1 else f"{loss.smoothing_factor}"
+    taught = settings.teacher_model is not None
+    suffixes = (
+        (loss.use_uncertainty_weighting, f"uncertainty{weighting}"),
+        (loss.use_calibration_smoothing, f"calibration{factor}{smoothing}"),
+        (loss.divergence != "forward_kl", f"{loss.divergence}{loss.divergence_weight}"),
+        (settings.seed != DEFAULTS.seed, f"s{settings.seed:g}"),
+        (settings.num_train_epochs != 3.0, f"ep{settings.num_train_epochs:g}"),
+        (settings.max_steps != -1, f"steps{settings.max_steps:g}"),
+        (settings.optimizer != "adamw", settings.optimizer),
+        (settings.early_stopping, f"stop{settings.early_stopping}"),
+        (student.dropout, f"drop{student.dropout}"),
+        (settings.init_from, f"init-{_last_part(settings.init_from)}"),
+        (not taught, "untaught"),
+        (
+            taught and settings.teacher_model != DEFAULT_TEACHER,
+            f"from-{_last_part(settings.teacher_model)}",
+        ),
+    )
     name = (
         f"protgpt2-distilled-t{loss.temperature}-a{loss.alpha}"
         f"-l{student.n_layer}-h{student.n_head}-e{student.n_embd}"
         f"-p{settings.train_size_prop}-lr{settings.learning_rate:.0e}.uniprot"
     )
-    suffixes = []
-    if loss.use_uncertainty_weighting:
-        kind = "" if loss.weighting == "published" else f"-{loss.weighting}"
-        suffixes.append(f"uncertainty{kind}")
-    if loss.use_calibration_smoothing:
-        kind = "" if loss.smoothing == "published" else f"-{loss.smoothing}"
-        factor = "" if loss.smoothing_factor == 0.1 else f"{loss.smoothing_factor}"
-        suffixes.append(f"calibration{factor}{kind}")
-    if loss.divergence != "forward_kl":
-        suffixes.append(f"{loss.divergence}{loss.divergence_weight}")
-    defaults = TrainSettings()
-    for field_name, label in (("seed", "s"), ("num_train_epochs", "ep"), ("max_steps", "steps")):
-        value = getattr(settings, field_name)
-        if value != getattr(defaults, field_name):
-            suffixes.append(f"{label}{value:g}")
-    if settings.optimizer != defaults.optimizer:
-        suffixes.append(settings.optimizer)
-    if settings.early_stopping:
-        suffixes.append(f"stop{settings.early_stopping}")
-    if student.dropout:
-        suffixes.append(f"drop{student.dropout}")
-    if settings.init_from:
-        suffixes.append(f"init-{settings.init_from.rstrip('/').split('/')[-1]}")
-    if settings.teacher_model is None:
-        suffixes.append("untaught")
-    elif settings.teacher_model != DEFAULT_TEACHER:
-        suffixes.append(f"from-{settings.teacher_model.rstrip('/').split('/')[-1]}")
-    return "-".join([name, *suffixes])
+    return "-".join([name, *(suffix for wanted, suffix in suffixes if wanted)])
+
+
+def _last_part(name: str | None) -> str:
+    """Return the last part of a path or hub id."""
+    return (name or "").rstrip("/").split("/")[-1]
 
 
 def derived_steps(settings: TrainSettings, steps: int) -> dict[str, int]:
     """Return warm-up, evaluation, saving and logging steps for a run of ``steps`` steps.
 
-    Where a setting is None: warm-up is 5 % of the steps but at most 500, and there are ten
-    evaluations and ten checkpoints; fifty lines of log in any case.
+    Where a setting is None, warm-up is 5 % of the steps but at most 500, and there are ten
+    evaluations and ten checkpoints. There are always fifty lines of log.
     """
     tenth = max(1, math.ceil(steps / 10))
     warmup = settings.warmup_steps

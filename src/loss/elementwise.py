@@ -1,35 +1,44 @@
 """The element-wise part of the fused loss in plain PyTorch: logits in, losses and gradients out.
 
-``src.loss.fused`` calls it for a chunk of logits at a time, on a CPU, and on a GPU where ``src.loss.kernels``
-cannot run. It works on tiles of a few positions, so that on a CPU the dozen passes over a tile
-find it in the core's cache. The formulas stand at the head of ``src.loss.fused``.
+``src.loss.fused`` calls it for one chunk of logits at a time, on a CPU, and on a GPU where
+``src.loss.kernels`` cannot run. It works on tiles of a few positions: on a CPU the dozen passes
+over a tile then read it from the core's cache. The formulas are in ``src.loss.fused`` and
+``src.loss.divergences``.
 """
 
 from __future__ import annotations
 
-import math
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from src.common.settings import LossSettings
-from src.loss.reference import at_least_float32, smooth_log_probs, smoothing_epsilon
+from src.loss import divergences
+from src.loss.divergences import row_sum, wide
+from src.loss.reference import smooth_log_probs, smoothing_epsilon
 
 TILE_ELEMENTS = {"cpu": 1 << 17, "cuda": 1 << 25}
 """Logits that are worked on at a time."""
 
 
 class ChunkLosses(NamedTuple):
-    """What one chunk's positions contribute, each ``(n,)``: losses are not divided by N."""
+    """Losses and ε at the positions of one chunk, each ``(n,)``; losses are not divided by N."""
 
     hard: Tensor
     soft: Tensor
     epsilon: Tensor
 
 
-class Figures(NamedTuple):
-    """Entropy, largest logit, log-sum-exp at T = 1, largest probability at T: each ``(n,)``."""
+class TeacherStatistics(NamedTuple):
+    """Statistics of the teacher's distribution at each position.
+
+    Attributes:
+        entropy: of softmax(z), in nats.
+        max_logit: largest logit.
+        log_sum_exp: log Σ exp(z).
+        max_prob: largest probability of softmax(z / T).
+    """
 
     entropy: Tensor
     max_logit: Tensor
@@ -38,13 +47,13 @@ class Figures(NamedTuple):
 
 
 class Scratch:
-    """Named buffers that are allocated once and used for every tile."""
+    """Named buffers that are allocated once and reused for every tile."""
 
     def __init__(self) -> None:
         self._buffers: dict[str, Tensor] = {}
 
     def get(self, name: str, like: Tensor, dtype: torch.dtype) -> Tensor:
-        """Return an uninitialised buffer of the shape of ``like``; its last contents are lost."""
+        """Return an uninitialised buffer of the shape of ``like``; its old contents are lost."""
         buffer = self._buffers.get(name)
         if (
             buffer is None
@@ -57,39 +66,60 @@ class Scratch:
         return buffer[: like.numel()].view(like.shape)
 
 
-def distribution_figures(logits: Tensor, temperature: float, scratch: Scratch) -> Figures:
-    """Return figures of softmax(z), and max softmax(z / T), at each position.
+class _Exponentials(NamedTuple):
+    """Logits of r positions, with their exponentials: what a softmax is made of."""
+
+    shifted: Tensor  # (z - max z) / T, (r, V)
+    exp: Tensor  # exp of that, (r, V)
+    total: Tensor  # its sum, (r, 1), float64
+    top: Tensor  # max z, (r, 1)
+
+    @classmethod
+    def of(
+        cls, logits: Tensor, temperature: float, name: str, scratch: Scratch, dtype: torch.dtype
+    ) -> _Exponentials:
+        """Return those of ``logits``, in two buffers that ``name`` chooses."""
+        top = logits.amax(-1, keepdim=True).to(dtype)
+        shifted = scratch.get(name, logits, dtype)
+        if logits.dtype == dtype:
+            torch.sub(logits, top, out=shifted)
+        else:
+            shifted.copy_(logits).sub_(top)
+        if temperature != 1.0:
+            shifted.mul_(1.0 / temperature)
+        exp = torch.exp(shifted, out=scratch.get(f"{name}_exp", shifted, dtype))
+        return cls(shifted, exp, row_sum(exp), top)
+
+
+def distribution_statistics(
+    logits: Tensor, temperature: float, scratch: Scratch
+) -> TeacherStatistics:
+    """Return statistics of softmax(z), and max softmax(z / T), at each position.
 
     With z' = z - max z and G = Σ exp z', the entropy is log G - Σ z' exp(z') / G.
 
     Args:
-        logits: ``(n, V)``; left as they are.
+        logits: ``(n, V)``; not changed.
         temperature: T.
         scratch: buffers.
 
     Returns:
-        Float32 or float64.
+        Each ``(n,)``, float32 or float64.
     """
-    dtype = at_least_float32(logits[:0]).dtype
-    found = []
+    dtype = torch.promote_types(logits.dtype, torch.float32)
+    columns = []
     for tile in _tiles(logits):
-        shifted, top = _shift(logits[tile], 1.0, "teacher", scratch, dtype)
-        each = scratch.get("work", shifted, dtype)
-        torch.exp(shifted, out=each)
-        total = wide(each.sum(-1))
-        sharpest = total
+        z = _Exponentials.of(logits[tile], 1.0, "teacher", scratch, dtype)
+        tempered = z.total
         if temperature != 1.0:
-            other = scratch.get("target", shifted, dtype)
-            sharpest = wide(torch.mul(shifted, 1.0 / temperature, out=other).exp_().sum(-1))
-        inner = wide(each.mul_(shifted).sum(-1))
-        log_total = total.log()
-        found.append(
-            torch.stack(
-                [log_total - inner / total, wide(top), wide(top) + log_total, 1.0 / sharpest]
-            )
-        )
-    columns = torch.cat(found, -1) if found else logits.new_zeros(4, 0)
-    return Figures(*columns.to(dtype).unbind())
+            work = scratch.get("work", z.shifted, dtype)
+            tempered = row_sum(torch.mul(z.shifted, 1.0 / temperature, out=work).exp_())
+        inner = row_sum(z.exp.mul_(z.shifted))
+        top, log_total = wide(z.top), z.total.log()
+        values = [log_total - inner / z.total, top, top + log_total, 1.0 / tempered]
+        columns.append(torch.cat(values, -1).t())
+    statistics = torch.cat(columns, -1) if columns else logits.new_zeros(4, 0)
+    return TeacherStatistics(*statistics.to(dtype).unbind())
 
 
 def chunk_losses(
@@ -105,9 +135,9 @@ def chunk_losses(
     """Return the losses at each position of a chunk, and write N times dz over the logits.
 
     Args:
-        student_logits: ``(n, V)``; with a gradient wanted, they are replaced by
-            α (softmax(z) - onehot) + (1 - α) T w g, else left as they are.
-        teacher_logits: ``(n, V)``, left as they are; None with α = 1.
+        student_logits: ``(n, V)``; replaced by α (softmax(z) - onehot) + (1 - α) T w g where a
+            gradient is wanted, otherwise not changed.
+        teacher_logits: ``(n, V)``, not changed; None with α = 1.
         targets: ``(n,)`` ids of the tokens to predict.
         weights: ``(n,)`` of the soft loss.
         settings: temperature, α, smoothing, divergence.
@@ -117,61 +147,38 @@ def chunk_losses(
 
     Returns:
         Hard losses, soft losses times their weights, and ε.
+
+    Raises:
+        ValueError: the divergence is unknown.
     """
-    dtype = at_least_float32(student_logits[:0]).dtype
+    dtype = torch.promote_types(student_logits.dtype, torch.float32)
     if teacher_logits is not None:
-        dtype = torch.promote_types(dtype, at_least_float32(teacher_logits[:0]).dtype)
-    found = []
-    for tile in _tiles(student_logits):
-        found.append(
-            _tile_losses(
-                student_logits[tile],
-                None if teacher_logits is None else teacher_logits[tile],
-                targets[tile].unsqueeze(-1),
-                weights[tile].to(dtype).unsqueeze(-1),
-                settings,
-                uncertainty_mean,
-                with_gradient,
-                scratch,
-                dtype,
-            )
+        dtype = torch.promote_types(dtype, teacher_logits.dtype)
+    columns = [
+        _tile_losses(
+            student_logits[tile],
+            None if teacher_logits is None else teacher_logits[tile],
+            targets[tile].unsqueeze(-1),
+            weights[tile].to(dtype).unsqueeze(-1),
+            settings,
+            uncertainty_mean,
+            with_gradient,
+            scratch,
+            dtype,
         )
-    if not found:
+        for tile in _tiles(student_logits)
+    ]
+    if not columns:
         return ChunkLosses(*torch.zeros(3, 0, dtype=dtype, device=targets.device).unbind())
-    return ChunkLosses(*(torch.cat(each).squeeze(-1) for each in zip(*found, strict=True)))
-
-
-def wide(tensor: Tensor) -> Tensor:
-    """Return a tensor of one figure for each position in float64, where the device has it.
-
-    Differences between log-sum-exps lose digits, and there are only as many as positions.
-    """
-    return tensor if tensor.device.type == "mps" else tensor.double()
+    return ChunkLosses(
+        *(torch.cat(column).to(dtype).squeeze(-1) for column in zip(*columns, strict=True))
+    )
 
 
 def _tiles(logits: Tensor) -> list[slice]:
     elements = TILE_ELEMENTS.get(logits.device.type, TILE_ELEMENTS["cuda"])
     rows = max(1, elements // logits.shape[-1])
     return [slice(start, start + rows) for start in range(0, len(logits), rows)]
-
-
-def _shift(
-    logits: Tensor, scale: float, name: str, scratch: Scratch, dtype: torch.dtype
-) -> tuple[Tensor, Tensor]:
-    """Return (z - max z) · scale in buffer ``name``, and max z ``(r,)``."""
-    top = logits.amax(-1, keepdim=True).to(dtype)
-    shifted = scratch.get(name, logits, dtype)
-    if logits.dtype == dtype:
-        torch.sub(logits, top, out=shifted)
-    else:
-        shifted.copy_(logits).sub_(top)
-    if scale != 1.0:
-        shifted.mul_(scale)
-    return shifted, top.squeeze(-1)
-
-
-def _row_sum(tensor: Tensor) -> Tensor:
-    return wide(tensor.sum(-1, keepdim=True))
 
 
 def _tile_losses(
@@ -185,136 +192,116 @@ def _tile_losses(
     scratch: Scratch,
     dtype: torch.dtype,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Do :func:`chunk_losses` for one tile; all that is ``(r,)`` there is ``(r, 1)`` here."""
+    """Return :func:`chunk_losses` of one tile; what is ``(n,)`` there is ``(r, 1)`` here."""
     temperature = 1.0 if teacher_logits is None else settings.temperature
-    alpha = settings.alpha
-    # x = (z - max z)/T, q = e/S; h = exp(T x)/H is the softmax at T = 1.
-    x, _ = _shift(student_logits, 1.0 / temperature, "student", scratch, dtype)
-    e = torch.exp(x, out=scratch.get("student_exp", x, dtype))
-    sum_q = _row_sum(e)
+    student = _Exponentials.of(student_logits, temperature, "student", scratch, dtype)
+    x, e, sum_q, _ = student
     work = scratch.get("work", x, dtype)
     if temperature == 1.0:
         sum_h = sum_q
-    elif temperature == 2.0:
-        sum_h = _row_sum(torch.mul(e, e, out=work))
+    elif temperature == 2.0:  # exp(2x) = exp(x)²
+        sum_h = row_sum(torch.mul(e, e, out=work))
     else:
-        sum_h = _row_sum(torch.mul(x, temperature, out=work).exp_())
+        sum_h = row_sum(torch.mul(x, temperature, out=work).exp_())
     hard = sum_h.log() - temperature * wide(x.gather(-1, targets))
-    if teacher_logits is None:
-        soft = epsilon = torch.zeros_like(hard)
-        if with_gradient:
-            dz = e.mul_(sum_q.reciprocal().to(dtype))
-            _subtract_targets(dz, targets, 1.0)
-            student_logits.copy_(dz)
-        return hard.to(dtype), soft.to(dtype), epsilon.to(dtype)
-
-    y, _ = _shift(teacher_logits, 1.0 / temperature, "teacher", scratch, dtype)
-    f = torch.exp(y, out=scratch.get("target", y, dtype))
-    sum_p = _row_sum(f)
-    epsilon = torch.zeros_like(weights)
-    if settings.use_calibration_smoothing:
-        epsilon = smoothing_epsilon(
-            sum_p.reciprocal().to(dtype),
-            torch.ones_like(targets, dtype=torch.bool),
-            settings.smoothing_factor,
-            settings.smoothing,
-            uncertainty_mean,
-        )
-    share = weights * ((1.0 - alpha) * temperature)  # what multiplies g
-    if settings.divergence == "forward_kl":
-        soft = _forward_kl(x, y, f, sum_q, sum_p, epsilon, settings, scratch)
-        # f now holds p̄ or a multiple of it; what is missing is in ``missing``.
-        missing = share if settings.use_calibration_smoothing else share / sum_p.to(dtype)
-        minus_g, times_e = f.mul_(missing) if with_gradient else None, share
-    else:
-        soft, minus_g = _other_divergence(x, y, e, sum_q, sum_p, epsilon, settings, scratch)
-        minus_g, times_e = minus_g.mul_(-share) if with_gradient else None, None
-    if minus_g is not None:
-        _write_gradient(
-            student_logits, x, e, minus_g, times_e, sum_q, sum_h, targets, settings, scratch
-        )
-    return hard.to(dtype), (weights * soft).to(dtype), epsilon
+    soft = epsilon = torch.zeros_like(hard)
+    minus_g = times_q = None
+    if teacher_logits is not None:
+        teacher = _Exponentials.of(teacher_logits, temperature, "teacher", scratch, dtype)
+        epsilon = torch.zeros_like(weights)
+        if settings.use_calibration_smoothing:
+            epsilon = smoothing_epsilon(
+                teacher.total.reciprocal().to(dtype),
+                torch.ones_like(targets, dtype=torch.bool),
+                settings.smoothing_factor,
+                settings.smoothing,
+                uncertainty_mean,
+            )
+        share = weights * ((1.0 - settings.alpha) * temperature)  # (1 - α) T w
+        if settings.divergence == "forward_kl":
+            soft, minus_g, divisor = _forward_kl(student, teacher, epsilon, settings, work)
+            minus_g, times_q = minus_g.mul_(share / divisor) if with_gradient else None, share
+        else:
+            soft, g = _other_divergence(student, teacher, epsilon, settings, work)
+            minus_g = g.mul_(-share)
+        soft = weights * soft
+    if with_gradient:
+        alpha = 1.0 if teacher_logits is None else settings.alpha
+        dz = _gradient(student, minus_g, times_q, sum_h, targets, alpha, temperature, scratch)
+        student_logits.copy_(dz)
+    return hard, soft, epsilon
 
 
 def _forward_kl(
-    x: Tensor,
-    y: Tensor,
-    f: Tensor,
-    sum_q: Tensor,
-    sum_p: Tensor,
+    student: _Exponentials,
+    teacher: _Exponentials,
     epsilon: Tensor,
     settings: LossSettings,
-    scratch: Scratch,
-) -> Tensor:
-    """Return KL(p̄‖q) at each position; ``f``, exp y, becomes p̄ where there is smoothing."""
-    work = scratch.get("work", x, x.dtype)
+    work: Tensor,
+) -> tuple[Tensor, Tensor, Tensor | float]:
+    """Return KL(p̄‖q) ``(r, 1)``, and a tensor and its divisor whose ratio is p̄.
+
+    The default divergence has a form of its own, which needs no log p̄ without smoothing, and no
+    log q: g = q - p̄. The tensor is ``teacher.exp``, which is overwritten.
+    """
+    x, f = student.shifted, teacher.exp
     if not settings.use_calibration_smoothing:
-        inner = _row_sum(torch.sub(y, x, out=work).mul_(f))
-        return inner / sum_p + sum_q.log() - sum_p.log()
-    # The smallest normal number stands for 0 where ε = 0, so that 0 log 0 is 0.
+        inner = row_sum(torch.sub(teacher.shifted, x, out=work).mul_(f))
+        value = inner / teacher.total + student.total.log() - teacher.total.log()
+        return value, f, teacher.total.to(f.dtype)
+    # The smallest normal number replaces 0 where ε = 0, so that 0 log 0 is 0.
     floor = (epsilon / f.shape[-1]).clamp(min=torch.finfo(f.dtype).tiny)
-    f.mul_(((1.0 - epsilon) / sum_p).to(f.dtype)).add_(floor)
-    return _row_sum(torch.log(f, out=work).sub_(x).mul_(f)) + sum_q.log()
+    f.mul_(((1.0 - epsilon) / teacher.total).to(f.dtype)).add_(floor)
+    return row_sum(torch.log(f, out=work).sub_(x).mul_(f)) + student.total.log(), f, 1.0
 
 
 def _other_divergence(
-    x: Tensor,
-    y: Tensor,
-    e: Tensor,
-    sum_q: Tensor,
-    sum_p: Tensor,
+    student: _Exponentials,
+    teacher: _Exponentials,
     epsilon: Tensor,
     settings: LossSettings,
-    scratch: Scratch,
+    work: Tensor,
 ) -> tuple[Tensor, Tensor]:
-    """Return the divergence ``(r, 1)`` and g ``(r, V)``; ``x`` and ``y`` become log q and log p̄."""
-    log_q = x.sub_(sum_q.log().to(x.dtype))
-    log_p = y.sub_(sum_p.log().to(y.dtype))
+    """Return D(p̄, q) ``(r, 1)`` and g ``(r, V)``; ``shifted`` of both is overwritten."""
+    entry = divergences.named(settings.divergence)
+    dtype = work.dtype
+    log_q = student.shifted.sub_(student.total.log().to(dtype))
+    log_p = teacher.shifted.sub_(teacher.total.log().to(dtype))
     if settings.use_calibration_smoothing:
         log_p = smooth_log_probs(log_p, epsilon.squeeze(-1))
-    q = torch.mul(e, sum_q.reciprocal().to(e.dtype), out=scratch.get("work", e, e.dtype))
-    if settings.divergence == "reverse_kl":
-        ratio = torch.where(q > 0, log_q - log_p, 0.0)
-        value = _row_sum(q * ratio)
-        return value, ratio.sub_(value.to(q.dtype)).mul_(q)
-    share = settings.divergence_weight
-    log_m = torch.logaddexp(log_p + math.log(share), log_q + math.log1p(-share))
-    p = log_p.exp()
-    forward = _row_sum(torch.where(p > 0, p * (log_p - log_m), 0.0))
-    if settings.divergence == "skew_kl":
-        ratio = log_p.sub_(log_m).exp_()  # p̄/m, at most 1/λ
-        inner = (q * ratio).sum(-1, keepdim=True)
-        return forward, ratio.neg_().add_(inner).mul_(q).mul_(1.0 - share)
-    ratio = torch.where(q > 0, log_q - log_m, 0.0)
-    backward = _row_sum(q * ratio)
-    g = ratio.sub_(backward.to(q.dtype)).mul_(q).mul_(1.0 - share)
-    return share * forward + (1.0 - share) * backward, g
+    q = torch.mul(student.exp, student.total.reciprocal().to(dtype), out=work)
+    return entry.value_and_gradient(log_p, log_q, q, settings.divergence_weight)
 
 
-def _write_gradient(
-    out: Tensor,
-    x: Tensor,
-    e: Tensor,
-    minus_g: Tensor,
-    times_e: Tensor | None,
-    sum_q: Tensor,
+def _gradient(
+    student: _Exponentials,
+    minus_g: Tensor | None,
+    times_q: Tensor | None,
     sum_h: Tensor,
     targets: Tensor,
-    settings: LossSettings,
+    alpha: float,
+    temperature: float,
     scratch: Scratch,
-) -> None:
-    """Write α (h - onehot) + (1 - α) T w g to ``out``.
+) -> Tensor:
+    """Return α (h - onehot) + times_q · q - minus_g, in a buffer; ``student.exp`` is overwritten.
 
-    ``minus_g`` is what (1 - α) T w g subtracts, and ``times_e`` (or None) the multiple of q that
-    it adds. ``e`` is used up.
+    Args:
+        student: logits and exponentials; h = exp(T x) / sum_h and q = exp(x) / total.
+        minus_g: ``(r, V)`` to subtract; None: nothing.
+        times_q: ``(r, 1)``; None: 0, and ``student.shifted`` may have been overwritten.
+        sum_h: ``(r, 1)``.
+        targets: ``(r, 1)``.
+        alpha: α.
+        temperature: T.
+        scratch: buffers.
     """
-    dtype, alpha, temperature = e.dtype, settings.alpha, settings.temperature
-    per_q = None if times_e is None else times_e / sum_q.to(dtype)
+    x, e, sum_q, _ = student
+    dtype = e.dtype
+    per_q = None if times_q is None else times_q / sum_q.to(dtype)
     per_h = (alpha / sum_h).to(dtype)
     if alpha == 0.0:
-        dz = minus_g.neg_() if per_q is None else e.mul_(per_q).sub_(minus_g)
-        out.copy_(dz)
-        return
+        assert minus_g is not None
+        return minus_g.neg_() if per_q is None else e.mul_(per_q).sub_(minus_g)
     if temperature == 1.0:
         dz = e.mul_(per_h if per_q is None else per_h + per_q)
     elif temperature == 2.0:
@@ -325,11 +312,6 @@ def _write_gradient(
     else:
         h = torch.mul(x, temperature, out=scratch.get("work", e, dtype)).exp_()
         dz = h.mul_(per_h).add_(e.mul_(per_q))
-    dz.sub_(minus_g)
-    _subtract_targets(dz, targets, alpha)
-    out.copy_(dz)
-
-
-def _subtract_targets(dz: Tensor, targets: Tensor, alpha: float) -> None:
-    """Subtract α at each position's target."""
-    dz.scatter_add_(-1, targets, dz.new_full((1, 1), -alpha).expand_as(targets))
+    if minus_g is not None:
+        dz.sub_(minus_g)
+    return dz.scatter_add_(-1, targets, dz.new_full((1, 1), -alpha).expand_as(targets))

@@ -1,8 +1,8 @@
-"""The distillation loss from hidden states: the head and the loss in one, chunk by chunk.
+"""The distillation loss from hidden states: the output head and the loss in one, chunk by chunk.
 
 ``src.loss.reference.distillation_loss`` needs the logits of the whole batch, several tensors of
 batch × length × vocabulary. Here the valid positions are gathered first, so that padding costs
-nothing; then, for some hundreds of positions at a time, the logits are computed, the gradient of
+nothing. Then, for some hundreds of positions at a time, the logits are computed, the gradient of
 the loss is written over them in closed form, and its products with head and hidden states are
 added up. Autograd sees neither logits nor probabilities.
 
@@ -11,55 +11,45 @@ weight of a position, the gradient of one position's loss, times N, is
 
     dz = α (h - onehot) + (1 - α) T w g
 
-where g is T times the gradient of the divergence D(p̄, q) with respect to z. As dq/dz =
-(diag(q) - q qᵀ) / T, it is q_v (∂D/∂q_v - Σ_u q_u ∂D/∂q_u):
-
-    forward_kl  ∂D/∂q = -p̄/q               g = q - p̄
-    reverse_kl  ∂D/∂q = log(q/p̄) + 1       g = q (log(q/p̄) - D)
-    skew_kl     ∂D/∂q = -(1-λ) p̄/m         g = (1-λ) q (Σ q p̄/m - p̄/m),  m = λp̄ + (1-λ)q
-    jsd         ∂D/∂q = (1-β) log(q/m)     g = (1-β) q (log(q/m) - Σ q log(q/m)),  m = βp̄ + (1-β)q
-
-(for jsd the terms from m cancel: (βp̄ + (1-β)q)/m = 1). At T = 2, exp(z) = exp(z/2)², so that one
+where g is T times the gradient of the divergence D(p̄, q) with respect to z
+(``src.loss.divergences`` has it for each divergence). At T = 2, exp(z) = exp(z/2)², so that one
 exponential serves both softmaxes. Logits have the dtype of the inputs (bfloat16 products are
-summed in float32 and rounded once, as in any linear layer); everything after them is float32, and
+summed in float32 and rounded once, as in any linear layer). Everything after them is float32, and
 so is the sum of the head's gradient over chunks. Float64 stays float64.
 """
 
 from __future__ import annotations
 
 import functools
-import itertools
 import math
 import os
 import warnings
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from src.common.settings import LossSettings
-from src.loss import elementwise
-from src.loss.elementwise import Scratch, wide
-from src.loss.reference import LossParts, check_vocabularies, position_weights, valid_positions
+from src.common.settings import LossSettings, require_choice
+from src.loss import divergences, elementwise
+from src.loss.chunks import Head, Plan, check_inputs, even_chunks, usual_chunk
+from src.loss.divergences import wide
+from src.loss.elementwise import Scratch, TeacherStatistics
+from src.loss.reference import LossParts, position_weights, valid_positions
 
-CHUNK_ELEMENTS = {"cpu": 1 << 24, "cuda": 1 << 26}
-"""Logits of a chunk: enough positions for fast matrix products, little beside the batch's."""
-LONG_SEQUENCE = 4
-"""A chunk grows to at most so many times its usual size to hold one sequence whole."""
 KERNELS_VARIABLE = "DISTILL_KERNELS"
-"""Environment variable that forces what does the element-wise part: ``torch`` or ``triton``."""
+"""Environment variable that chooses the element-wise part: ``auto``, ``torch`` or ``triton``."""
 HEAD_TILE_ELEMENTS = {"cpu": 1 << 21, "cuda": 1 << 26}
 """Elements of the head's gradient that are multiplied out in half precision before being added."""
 
 
-class Student(NamedTuple):
-    """One of the students that share a teacher pass.
+class StudentStates(NamedTuple):
+    """Hidden states and head of one student, with its loss settings.
 
     ``hidden`` ``(B, T, E)`` after the last norm, ``weight`` ``(V, E)`` and ``bias`` ``(V,)`` or
-    None of its head; ``uncertainty_mean`` as in :func:`fused_distillation_loss`.
+    None of its output head, which may be tied to the input embedding. ``uncertainty_mean`` is the
+    mean of 1 - max p over the whole optimiser step; None: over this batch.
     """
 
     hidden: Tensor
@@ -69,159 +59,78 @@ class Student(NamedTuple):
     uncertainty_mean: Tensor | float | None = None
 
 
-@dataclass
-class TeacherStatistics:
-    """Figures of the teacher's distribution at each position, 0 where not valid.
-
-    Attributes:
-        entropy: of softmax(z), in nats.
-        max_logit: largest logit.
-        log_sum_exp: log Σ exp(z).
-        max_prob: largest probability at the temperature that was asked for.
-    """
-
-    entropy: Tensor
-    max_logit: Tensor
-    log_sum_exp: Tensor
-    max_prob: Tensor
-
-
-def fused_distillation_loss(
-    student_hidden: Tensor,
-    student_weight: Tensor,
-    student_bias: Tensor | None,
+def fused_distillation_losses(
+    students: Sequence[StudentStates],
     teacher_hidden: Tensor | None,
     teacher_weight: Tensor | None,
     teacher_bias: Tensor | None,
     labels: Tensor,
     attention_mask: Tensor | None = None,
-    settings: LossSettings | None = None,
     *,
     segments: Tensor | None = None,
     num_positions: Tensor | float | None = None,
     weight_mean: Tensor | float | None = None,
-    uncertainty_mean: Tensor | float | None = None,
     teacher_entropy: Tensor | None = None,
     chunk_tokens: int | None = None,
-    vocab_size: int | None = None,
-) -> LossParts:
-    """Return what ``src.loss.reference.distillation_loss`` returns, without the logits of the batch.
+) -> list[LossParts]:
+    """Return what ``distillation_loss`` returns, for students that share a batch and a teacher.
+
+    The logits of the whole batch are never held, and the teacher's are computed once for all.
 
     Args:
-        student_hidden: ``(B, T, E)`` hidden states after the last norm.
-        student_weight: ``(V, E)`` output head; may be tied to the input embedding.
-        student_bias: ``(V,)`` or None.
-        teacher_hidden: ``(B, T, F)``; never gets a gradient. None with α = 1, where the teacher is
-            not looked at: soft loss, ε and entropy are then reported as 0 and weights as 1.
+        students: on a CPU the result of each is, to the bit, that of a list of one.
+        teacher_hidden: ``(B, T, F)``; never gets a gradient. None where every α is 1. Of a student
+            with α = 1 soft loss, ε and entropy are reported as 0 and weights as 1.
         teacher_weight: ``(V, F)``.
         teacher_bias: ``(V,)`` or None.
-        labels: ``(B, T)`` token ids, -100 where not to be predicted; not shifted.
+        labels: ``(B, T)`` token ids, not shifted; -100 where there is nothing to predict.
         attention_mask: ``(B, T)``, 0 at padding.
-        settings: temperature, α, weighting, smoothing, divergence.
         segments: ``(B, T)`` protein number within packed rows.
         num_positions: N, valid positions of the whole optimiser step; None: of this batch.
         weight_mean: mean published weight of the whole optimiser step; None: of this batch.
-        uncertainty_mean: mean of 1 - max p of the whole optimiser step; None: of this batch.
         teacher_entropy: ``(B, T)`` or ``(B, T-1)`` entropies at T = 1 in nats, from a cache.
         chunk_tokens: positions for which logits are held at a time; None: chosen by vocabulary and
             device. Weights need the entropies of a whole sequence: where one is longer than a
             chunk, the teacher's head runs twice.
-        vocab_size: columns beyond it are padding of the vocabulary and left out.
 
     Returns:
-        The loss, with gradients for the student's hidden states, head and bias, and its parts.
-        Only first derivatives.
+        One :class:`LossParts` for each student; its loss has gradients for hidden states, head and
+        bias (first derivatives only). The losses can be differentiated in any order.
 
     Raises:
-        ValueError: shapes or vocabularies do not fit, a label is outside the vocabulary, or α < 1
-            without a teacher.
-    """
-    student = Student(
-        student_hidden,
-        student_weight,
-        student_bias,
-        settings or LossSettings(),
-        uncertainty_mean,
-    )
-    (parts,) = fused_distillation_losses(
-        [student],
-        teacher_hidden,
-        teacher_weight,
-        teacher_bias,
-        labels,
-        attention_mask,
-        segments=segments,
-        num_positions=num_positions,
-        weight_mean=weight_mean,
-        teacher_entropy=teacher_entropy,
-        chunk_tokens=chunk_tokens,
-        vocab_size=vocab_size,
-    )
-    return parts
-
-
-def fused_distillation_losses(
-    students: Sequence[Student],
-    teacher_hidden: Tensor | None,
-    teacher_weight: Tensor | None,
-    teacher_bias: Tensor | None,
-    labels: Tensor,
-    attention_mask: Tensor | None = None,
-    *,
-    segments: Tensor | None = None,
-    num_positions: Tensor | float | None = None,
-    weight_mean: Tensor | float | None = None,
-    teacher_entropy: Tensor | None = None,
-    chunk_tokens: int | None = None,
-    vocab_size: int | None = None,
-) -> list[LossParts]:
-    """Return the losses of several students of one batch; the teacher's logits are shared.
-
-    Args:
-        students: on a CPU the result of each is, to the bit, that of a list of one.
-        teacher_hidden: as all that follows in :func:`fused_distillation_loss`.
-        teacher_weight: see there.
-        teacher_bias: see there.
-        labels: see there.
-        attention_mask: see there.
-        segments: see there.
-        num_positions: see there.
-        weight_mean: see there.
-        teacher_entropy: see there.
-        chunk_tokens: see there.
-        vocab_size: see there.
-
-    Returns:
-        One :class:`LossParts` for each student. Their losses can be differentiated in any order.
-
-    Raises:
-        ValueError: as in :func:`fused_distillation_loss`.
+        ValueError: shapes or vocabularies do not fit, a label is outside the vocabulary, a
+            divergence is unknown, or α < 1 without a teacher.
     """
     teacher = None
     if any(student.settings.alpha < 1.0 for student in students):
         if teacher_hidden is None or teacher_weight is None:
             raise ValueError("teacher hidden states and head are needed unless alpha is 1")
-        teacher = _Head.of(teacher_hidden, teacher_weight, teacher_bias, vocab_size)
-    heads = [_Head.of(s.hidden, s.weight, s.bias, vocab_size) for s in students]
-    _check_inputs(heads if teacher is None else [*heads, teacher], labels)
+        teacher = Head.of(teacher_hidden, teacher_weight, teacher_bias)
+    heads = [Head.of(s.hidden, s.weight, s.bias) for s in students]
+    check_inputs(heads if teacher is None else [*heads, teacher], labels)
     valid = valid_positions(labels, attention_mask, segments)
-    plan = _Plan.make(valid, labels, segments, heads[0].vocabulary, chunk_tokens)
+    plan = Plan.make(valid, labels, segments, heads[0].vocabulary, chunk_tokens)
     here = valid.sum()
     count = max(float(here if num_positions is None else num_positions), 1.0)
     # Gathered with autograd on, so that its backward puts zeros where nothing was valid.
     gathered = [s.hidden.flatten(0, 1).index_select(0, plan.index) for s in students]
-    wants = [_wanted_gradients(student) for student in students]
+    with_grad = torch.is_grad_enabled()
     with torch.no_grad(), torch.autocast(labels.device.type, enabled=False):
         teacher_pass = None
         if teacher is not None:
             entropy = _at_positions(teacher_entropy, plan, valid)
             teacher_pass = _TeacherPass(teacher, plan, entropy, weight_mean, students)
-        jobs = [
-            _Job(student, head, rows, wanted, count)
-            for student, head, rows, wanted in zip(students, heads, gathered, wants, strict=True)
+        passes = [
+            _StudentPass(student, head, rows, with_grad, count)
+            for student, head, rows in zip(students, heads, gathered, strict=True)
         ]
-        _run(jobs, plan, teacher_pass)
-    return [job.parts(rows, here) for job, rows in zip(jobs, gathered, strict=True)]
+        scratch = Scratch()
+        buffers = {head.dtype: head.buffer(plan.largest) for head in heads}
+        for chunk in plan.chunks:
+            for student_pass in passes:
+                buffer = buffers[student_pass.head.dtype]
+                student_pass.add_chunk(chunk, plan, teacher_pass, buffer, scratch)
+    return [student_pass.parts(here) for student_pass in passes]
 
 
 @torch.no_grad()
@@ -233,7 +142,6 @@ def teacher_statistics(
     temperature: float = 1.0,
     *,
     chunk_tokens: int | None = None,
-    vocab_size: int | None = None,
 ) -> TeacherStatistics:
     """Return entropy, largest logit, log-sum-exp and largest probability at each position.
 
@@ -244,84 +152,53 @@ def teacher_statistics(
         valid: ``(...)`` bool, where to compute; None: everywhere.
         temperature: of ``max_prob`` alone.
         chunk_tokens: positions for which logits are held at a time.
-        vocab_size: columns beyond it are left out.
 
     Returns:
-        Each figure ``(...)``, float32 or float64, 0 where not valid.
+        Each statistic ``(...)``, float32 or float64, 0 where not valid.
     """
     shape = hidden.shape[:-1]
     rows = hidden.flatten(0, -2)
     where = None if valid is None else valid.flatten().nonzero().squeeze(-1)
     if where is not None:
         rows = rows.index_select(0, where)
-    found = []
+    head = Head.of(rows, weight, bias)
+    chunks = even_chunks(len(rows), chunk_tokens or usual_chunk(head.vocabulary, rows.device))
+    of_chunks = []
     scratch = Scratch()
-    for _, logits in logits_chunks(rows, weight, bias, chunk_tokens, vocab_size):
-        figures = elementwise_for(logits).distribution_figures(logits, temperature, scratch)
-        found.append(torch.stack(figures))
-    columns = torch.cat(found, -1) if found else torch.zeros(4, 0, device=hidden.device)
+    with torch.autocast(hidden.device.type, enabled=False):
+        buffer = head.buffer(max((stop - start for start, stop in chunks), default=0))
+        for start, stop in chunks:
+            logits = head.project(head.hidden[start:stop], buffer)
+            statistics = elementwise_for(logits).distribution_statistics(
+                logits, temperature, scratch
+            )
+            of_chunks.append(torch.stack(statistics))
+    columns = torch.cat(of_chunks, -1) if of_chunks else torch.zeros(4, 0, device=hidden.device)
     if where is not None:
         columns = columns.new_zeros(4, math.prod(shape)).index_copy_(1, where, columns)
     return TeacherStatistics(*columns.unflatten(1, shape).unbind())
 
 
-def logits_chunks(
-    hidden: Tensor,
-    weight: Tensor,
-    bias: Tensor | None = None,
-    chunk_tokens: int | None = None,
-    vocab_size: int | None = None,
-) -> Iterator[tuple[slice, Tensor]]:
-    """Yield the logits of hidden states, some positions at a time.
-
-    Args:
-        hidden: ``(N, E)`` hidden states after the last norm.
-        weight: ``(V, E)`` output head.
-        bias: ``(V,)`` or None.
-        chunk_tokens: positions at a time; None: chosen by vocabulary and device.
-        vocab_size: columns beyond it are left out.
-
-    Yields:
-        The positions as a slice, and their logits ``(n, V)`` in the dtype of the product. They are
-        overwritten by the next chunk, and have no gradient.
-    """
-    head = _Head.of(hidden, weight, bias, vocab_size)
-    capacity = chunk_tokens or usual_chunk(head.vocabulary, hidden.device)
-    buffer = None
-    for start, stop in _even_chunks(len(hidden), capacity):
-        with torch.no_grad(), torch.autocast(hidden.device.type, enabled=False):
-            if buffer is None:
-                buffer = head.buffer(min(capacity, len(hidden)))
-            logits = head.project(head.hidden[start:stop], buffer)
-        yield slice(start, stop), logits
+# The choice between kernels and plain PyTorch ---------------------------------------------------
 
 
-def usual_chunk(vocabulary: int, device: torch.device) -> int:
-    """Return for how many positions logits are held at a time."""
-    elements = CHUNK_ELEMENTS.get(device.type, CHUNK_ELEMENTS["cuda"])
-    return max(16, elements // vocabulary)
+def elementwise_for(*logits: Tensor | None, divergence: str | None = None) -> Any:
+    """Return the module for the element-wise part: ``src.loss.kernels`` or ``.elementwise``.
 
-
-# What does the element-wise part ---------------------------------------------------------------
-
-
-def elementwise_for(*logits: Tensor | None) -> Any:
-    """Return the module whose functions take such logits: ``src.loss.kernels`` or ``src.loss.elementwise``.
-
-    On a CUDA device it is the Triton kernels, where Triton is installed and its kernels agree with
-    plain PyTorch there, unless the environment variable ``DISTILL_KERNELS`` says ``torch``.
-    Float64 is always plain PyTorch's.
+    The Triton kernels are used on a CUDA device where Triton is installed and agrees with plain
+    PyTorch, unless the environment variable ``DISTILL_KERNELS`` is ``torch``. Float64, and a
+    divergence without a kernel, always use plain PyTorch.
 
     Raises:
-        ValueError: ``DISTILL_KERNELS`` is neither ``auto``, ``torch`` nor ``triton``, or says
-            ``triton`` where that cannot run.
+        ValueError: ``DISTILL_KERNELS`` is neither ``auto``, ``torch`` nor ``triton``, or is
+            ``triton`` where that cannot run, or the divergence is unknown.
     """
     given = [z for z in logits if z is not None]
     device = given[0].device
     wanted = os.environ.get(KERNELS_VARIABLE) or "auto"
-    if wanted not in ("auto", "torch", "triton"):
-        raise ValueError(f"{KERNELS_VARIABLE} must be auto, torch or triton, got {wanted!r}")
-    if wanted == "torch" or any(z.dtype == torch.float64 for z in given):
+    require_choice(KERNELS_VARIABLE, wanted, ("auto", "torch", "triton"))
+    has_kernel = divergence is None or divergences.named(divergence).kernel is not None
+    if wanted == "torch" or not has_kernel or any(z.dtype == torch.float64 for z in given):
         return elementwise
     if wanted == "auto":
         return _kernels_that_agree(device) or elementwise if device.type == "cuda" else elementwise
@@ -342,9 +219,9 @@ def elementwise_for(*logits: Tensor | None) -> Any:
 
 @functools.cache
 def _kernels_that_agree(device: torch.device) -> Any:
-    """Return the Triton kernels, or None, with one warning where they are there but do not work.
+    """Return the Triton kernels, or None; warn once where they are installed but do not work.
 
-    A machine can have Triton and lack what it compiles with; the loss then runs all the same.
+    A machine can have Triton without a compiler for it. The loss must run there all the same.
     """
     try:
         from src.loss import kernels
@@ -352,7 +229,7 @@ def _kernels_that_agree(device: torch.device) -> Any:
         return None
     try:
         kernels.check_against_torch(device)
-    except Exception as error:  # a compiler, a driver or a launch fails in whatever way it likes
+    except Exception as error:  # compilers, drivers and launches raise many types
         reason = " ".join(str(error).split())[:200] or type(error).__name__
         warnings.warn(
             f"the Triton kernels do not work here, so the loss runs in plain PyTorch: {reason}",
@@ -362,156 +239,11 @@ def _kernels_that_agree(device: torch.device) -> Any:
     return kernels
 
 
-# Heads and the batch's plan ------------------------------------------------------------------
+# The teacher's side --------------------------------------------------------------------------
 
 
-@dataclass
-class _Head:
-    """Hidden states and the output head they go through, in the dtype they are multiplied in."""
-
-    hidden: Tensor  # (B·T, E)
-    shape: torch.Size  # (B, T, E)
-    weight: Tensor  # (V, E), without padded rows
-    bias: Tensor | None  # (V,)
-
-    @classmethod
-    def of(
-        cls, hidden: Tensor, weight: Tensor, bias: Tensor | None, vocab_size: int | None
-    ) -> _Head:
-        if hidden.shape[-1] != weight.shape[-1]:
-            raise ValueError(
-                f"hidden states have {hidden.shape[-1]} features, their head {weight.shape[-1]}"
-            )
-        dtype = _product_dtype(hidden, weight)
-        flat = hidden.detach().reshape(-1, hidden.shape[-1])
-        weight = weight.detach()[:vocab_size].to(dtype)
-        bias = None if bias is None else bias.detach()[:vocab_size].to(dtype)
-        return cls(flat, hidden.shape, weight, bias)
-
-    @property
-    def dtype(self) -> torch.dtype:
-        return self.weight.dtype
-
-    @property
-    def vocabulary(self) -> int:
-        return len(self.weight)
-
-    def buffer(self, positions: int) -> Tensor:
-        """Return room for the logits ``(n, V)`` of so many positions.
-
-        On a GPU rows begin at multiples of 64 elements: matrix products with rows of an odd
-        length, such as 50,257, are slow.
-        """
-        width = self.vocabulary
-        if self.weight.device.type == "cuda":
-            width = math.ceil(width / 64) * 64
-        buffer = torch.empty(positions, width, dtype=self.dtype, device=self.weight.device)
-        return buffer[:, : self.vocabulary]
-
-    def project(self, rows: Tensor, buffer: Tensor) -> Tensor:
-        """Return the logits ``(n, V)`` of ``rows`` ``(n, E)``, held in ``buffer``."""
-        out = buffer[: len(rows)]
-        if self.bias is None:
-            return torch.mm(rows.to(self.dtype), self.weight.t(), out=out)
-        return torch.addmm(self.bias, rows.to(self.dtype), self.weight.t(), out=out)
-
-
-def _product_dtype(hidden: Tensor, weight: Tensor) -> torch.dtype:
-    """Return the dtype in which a linear layer would multiply these, autocast respected."""
-    if torch.float64 in (hidden.dtype, weight.dtype):
-        return torch.float64
-    if torch.is_autocast_enabled(hidden.device.type):
-        return torch.get_autocast_dtype(hidden.device.type)
-    for dtype in (hidden.dtype, weight.dtype):
-        if dtype in (torch.bfloat16, torch.float16):
-            return dtype
-    return torch.float32
-
-
-def _math_dtype(dtype: torch.dtype) -> torch.dtype:
-    return torch.float64 if dtype == torch.float64 else torch.float32
-
-
-def _check_inputs(heads: Sequence[_Head], labels: Tensor) -> None:
-    for head in heads:
-        check_vocabularies(heads[0].vocabulary, head.vocabulary)
-        if head.shape[:-1] != labels.shape:
-            raise ValueError(
-                f"hidden states of shape {tuple(head.shape)} do not fit labels of shape "
-                f"{tuple(labels.shape)}"
-            )
-
-
-@dataclass
-class _Plan:
-    """The valid positions of a batch, sequence by sequence, and the chunks they are taken in."""
-
-    index: Tensor  # (N,) position in the flattened (B, T)
-    targets: Tensor  # (N,) token to predict
-    sequence: Tensor  # (N,) number of the sequence, ascending
-    chunks: list[tuple[int, int]]
-    whole: bool  # whether each sequence lies in one chunk
-
-    @classmethod
-    def make(
-        cls,
-        valid: Tensor,
-        labels: Tensor,
-        segments: Tensor | None,
-        vocabulary: int,
-        chunk_tokens: int | None,
-    ) -> _Plan:
-        """Plan a batch. A plan depends on the batch alone, never on a student's settings."""
-        row, column = valid.nonzero(as_tuple=True)
-        sequence = row
-        if segments is not None:
-            within = segments[row, column].clamp(min=0).long()
-            widest = int(within.max()) + 1 if len(within) else 1
-            sequence, order = (row * widest + within).sort(stable=True)
-            row, column = row[order], column[order]
-        _, sequence, counts = sequence.unique_consecutive(return_inverse=True, return_counts=True)
-        targets = labels[row, column + 1]
-        if len(targets) and not 0 <= int(targets.min()) <= int(targets.max()) < vocabulary:
-            raise ValueError(
-                f"a label is outside the vocabulary of {vocabulary:,} tokens (-100 marks what is "
-                "not to be predicted)"
-            )
-        lengths: list[int] = counts.tolist()
-        longest = max(lengths, default=0)
-        capacity = limit = chunk_tokens or usual_chunk(vocabulary, labels.device)
-        if chunk_tokens is None and longest <= LONG_SEQUENCE * capacity:
-            limit = max(capacity, longest)
-        whole = longest <= limit
-        chunks = _whole_chunks(lengths, limit) if whole else _even_chunks(len(row), capacity)
-        return cls(row * labels.shape[1] + column, targets, sequence, chunks, whole)
-
-    @property
-    def largest(self) -> int:
-        """Positions of the largest chunk."""
-        return max((stop - start for start, stop in self.chunks), default=0)
-
-
-def _whole_chunks(lengths: Sequence[int], limit: int) -> list[tuple[int, int]]:
-    """Return bounds of chunks of consecutive whole sequences, at most ``limit`` positions each."""
-    chunks = []
-    start = stop = 0
-    for length in lengths:
-        if stop > start and stop + length - start > limit:
-            chunks.append((start, stop))
-            start = stop
-        stop += length
-    return [*chunks, (start, stop)] if stop > start else chunks
-
-
-def _even_chunks(count: int, capacity: int) -> list[tuple[int, int]]:
-    """Return bounds of the fewest chunks of at most ``capacity``, as even as can be."""
-    number = math.ceil(count / capacity)
-    bounds = [count * i // number for i in range(number + 1)] if number else []
-    return list(itertools.pairwise(bounds))
-
-
-def _at_positions(values: Tensor | None, plan: _Plan, valid: Tensor) -> Tensor | None:
-    """Return ``(B, T)`` or ``(B, T-1)`` figures at the plan's positions, ``(N,)``."""
+def _at_positions(values: Tensor | None, plan: Plan, valid: Tensor) -> Tensor | None:
+    """Return the values ``(B, T)`` or ``(B, T-1)`` at the plan's positions, ``(N,)``."""
     if values is None:
         return None
     rows, length = valid.shape[0], valid.shape[1] + 1
@@ -520,39 +252,63 @@ def _at_positions(values: Tensor | None, plan: _Plan, valid: Tensor) -> Tensor |
             f"teacher entropies of shape {tuple(values.shape)} do not fit a batch of shape "
             f"{(rows, length)}"
         )
-    found = values[plan.index // length, plan.index % length]
-    return found.to(_math_dtype(values.dtype))
-
-
-# The teacher's side --------------------------------------------------------------------------
+    picked = values[plan.index // length, plan.index % length]
+    return picked.to(torch.promote_types(values.dtype, torch.float32))
 
 
 class _TeacherPass:
-    """The teacher's logits, chunk by chunk, and what the students must know of them.
+    """The teacher's logits, entropies and weights, chunk by chunk.
 
-    Where a student needs a figure of the whole batch, or of a sequence that is longer than a
-    chunk, all chunks are looked at once before the students' turn.
+    Where a student needs a mean over the whole batch, or the entropies of a sequence that is longer
+    than a chunk, a first pass over all chunks computes them.
     """
 
     def __init__(
         self,
-        head: _Head,
-        plan: _Plan,
+        head: Head,
+        plan: Plan,
         entropy: Tensor | None,
         weight_mean: Tensor | float | None,
-        students: Sequence[Student],
+        students: Sequence[StudentStates],
     ) -> None:
         self._head, self._plan, self._weight_mean = head, plan, weight_mean
         self._buffer = head.buffer(plan.largest)
         self._held: tuple[int, int] | None = None
         self._scratch = Scratch()
-        self._entropy = entropy  # (N,), or None where it is found chunk by chunk
+        self._entropy = entropy  # (N,), or None where it is computed chunk by chunk
+        self._chunk_entropy: tuple[tuple[int, int], Tensor] | None = None
         self._weights: dict[str, Tensor] = {}  # (N,) by kind
-        self._doubt: dict[float, Tensor] = {}  # mean of 1 - max p by temperature
-        self._survey(students)
+        self._uncertainty: dict[float, Tensor] = {}  # mean of 1 - max p by temperature
+        self._first_pass([s for s in students if s.settings.alpha < 1.0])
+
+    def _first_pass(self, students: Sequence[StudentStates]) -> None:
+        """Compute what the students need of all chunks at once, if anything."""
+        needs_entropy = self._entropy is None and any(
+            (s.settings.use_uncertainty_weighting and not self._plan.whole)
+            or (s.settings.needs_weight_mean and self._weight_mean is None)
+            for s in students
+        )
+        temperatures = sorted(
+            {
+                s.settings.temperature
+                for s in students
+                if s.settings.needs_uncertainty_mean and s.uncertainty_mean is None
+            }
+        )
+        if not self._plan.chunks or not (needs_entropy or temperatures):
+            return
+        statistics = [
+            [self._statistics(chunk, temperature) for temperature in temperatures or [1.0]]
+            for chunk in self._plan.chunks
+        ]
+        if needs_entropy:
+            self._entropy = torch.cat([of_chunk[0].entropy for of_chunk in statistics])
+        for number, temperature in enumerate(temperatures):
+            total = sum((1.0 - of_chunk[number].max_prob).sum() for of_chunk in statistics)
+            self._uncertainty[temperature] = torch.as_tensor(total) / len(self._plan.index)
 
     def logits(self, chunk: tuple[int, int]) -> Tensor:
-        """Return the logits ``(n, V)`` of a chunk. Those asked for last are kept."""
+        """Return the logits ``(n, V)`` of a chunk; those of the last chunk are kept."""
         start, stop = chunk
         if self._held != chunk:
             rows = self._head.hidden.index_select(0, self._plan.index[start:stop])
@@ -560,18 +316,21 @@ class _TeacherPass:
             self._held = chunk
         return self._buffer[: stop - start]
 
+    def _statistics(self, chunk: tuple[int, int], temperature: float) -> TeacherStatistics:
+        logits = self.logits(chunk)
+        return elementwise_for(logits).distribution_statistics(logits, temperature, self._scratch)
+
     def entropy(self, chunk: tuple[int, int]) -> Tensor:
-        """Return entropies ``(n,)`` at T = 1."""
+        """Return entropies ``(n,)`` at T = 1; those of the last chunk are kept."""
         if self._entropy is not None:
             return self._entropy[slice(*chunk)]
-        return self._figures(chunk, 1.0).entropy
+        if self._chunk_entropy is None or self._chunk_entropy[0] != chunk:
+            self._chunk_entropy = (chunk, self._statistics(chunk, 1.0).entropy)
+        return self._chunk_entropy[1]
 
-    def _figures(self, chunk: tuple[int, int], temperature: float) -> elementwise.Figures:
-        logits = self.logits(chunk)
-        return elementwise_for(logits).distribution_figures(logits, temperature, self._scratch)
-
-    def weights(self, settings: LossSettings, chunk: tuple[int, int], entropy: Tensor) -> Tensor:
-        """Return the weights ``(n,)`` of a chunk's positions, given its entropies."""
+    def weights(self, settings: LossSettings, chunk: tuple[int, int]) -> Tensor:
+        """Return the weights ``(n,)`` of a chunk's positions."""
+        entropy = self.entropy(chunk)
         if not settings.use_uncertainty_weighting:
             return torch.ones_like(entropy)
         kind = settings.weighting
@@ -581,123 +340,70 @@ class _TeacherPass:
             self._weights[kind] = self._weigh(self._entropy, self._plan.sequence, kind)
         return self._weights[kind][slice(*chunk)]
 
-    def uncertainty_mean(self, student: Student) -> Tensor | float | None:
+    def _weigh(self, entropy: Tensor, sequence: Tensor, kind: str) -> Tensor:
+        valid = torch.ones_like(sequence, dtype=torch.bool)
+        segments = sequence - sequence[:1]
+        entropies, valid, segments = (t.unsqueeze(0) for t in (entropy, valid, segments))
+        return position_weights(entropies, valid, kind, segments, self._weight_mean).squeeze(0)
+
+    def uncertainty_mean(self, student: StudentStates) -> Tensor | float | None:
         """Return the mean of 1 - max p that a student's ``matched`` smoothing refers to."""
         if student.uncertainty_mean is not None:
             return student.uncertainty_mean
-        return self._doubt.get(student.settings.temperature)
-
-    def _weigh(self, entropy: Tensor, sequence: Tensor, kind: str) -> Tensor:
-        everything = torch.ones_like(sequence, dtype=torch.bool)
-        number = sequence - sequence[:1]
-        one_row = (t.unsqueeze(0) for t in (entropy, everything, number))
-        entropies, valid, segments = one_row
-        return position_weights(entropies, valid, kind, segments, self._weight_mean).squeeze(0)
-
-    def _survey(self, students: Sequence[Student]) -> None:
-        """Look at all chunks for what is needed of all of them at once, if anything is."""
-        means = ("mean_one", "matched")
-        settings = [s.settings for s in students if s.settings.alpha < 1.0]
-        entropies = self._entropy is None and any(
-            s.use_uncertainty_weighting
-            and (not self._plan.whole or (s.weighting in means and self._weight_mean is None))
-            for s in settings
-        )
-        temperatures = {
-            student.settings.temperature
-            for student in students
-            if student.settings.alpha < 1.0
-            and student.settings.use_calibration_smoothing
-            and student.settings.smoothing == "matched"
-            and student.uncertainty_mean is None
-        }
-        if not entropies and not temperatures:
-            return
-        found = []
-        doubt: dict[float, Any] = dict.fromkeys(temperatures, 0.0)
-        for chunk in self._plan.chunks:
-            figures = None
-            for temperature in sorted(temperatures) or [1.0]:
-                figures = self._figures(chunk, temperature)
-                if temperature in doubt:
-                    doubt[temperature] = doubt[temperature] + (1.0 - figures.max_prob).sum()
-            assert figures is not None
-            found.append(figures.entropy)
-        if not found:
-            return
-        if entropies:
-            self._entropy = torch.cat(found)
-        positions = len(self._plan.index)
-        self._doubt = {t: torch.as_tensor(value) / positions for t, value in doubt.items()}
+        return self._uncertainty.get(student.settings.temperature)
 
 
 # The students' side --------------------------------------------------------------------------
 
 
-def _wanted_gradients(student: Student) -> tuple[bool, bool, bool]:
-    """Return whether hidden states, head and bias need a gradient."""
-    tensors = (student.hidden, student.weight, student.bias)
-    wanted = [torch.is_grad_enabled() and t is not None and t.requires_grad for t in tensors]
-    return wanted[0], wanted[1], wanted[2]
+class _StudentPass:
+    """Sums and gradients of one student over the chunks.
 
-
-class _Job:
-    """One student's sums and gradients while the chunks go by.
-
-    Gradients are those of N times the loss until a chunk is added, and of the loss itself then:
-    dividing late keeps small probabilities from vanishing in half precision.
+    The logits' gradients are those of N times the loss; the division by N follows the products
+    with them, so that small probabilities do not vanish in half precision.
     """
 
     def __init__(
-        self,
-        student: Student,
-        head: _Head,
-        rows: Tensor,
-        wanted: tuple[bool, bool, bool],
-        count: float,
+        self, student: StudentStates, head: Head, rows: Tensor, with_grad: bool, count: float
     ) -> None:
-        self.student, self.head, self._rows, self._count = student, head, rows.detach(), count
-        self._dtype = _math_dtype(head.dtype)
+        self.student, self.head, self._rows, self._count = student, head, rows, count
+        self._dtype = torch.promote_types(head.dtype, torch.float32)
         self._sums = torch.zeros(5, dtype=wide(rows[:0]).dtype, device=rows.device)
-        self._with_gradient = any(wanted)
-        like = (rows, student.weight, student.bias)
-        self.d_rows, self.d_weight, self.d_bias = (
-            torch.empty(tensor.shape, dtype=self._dtype, device=rows.device)
-            if want and tensor is not None
-            else None
-            for want, tensor in zip(wanted, like, strict=True)
-        )
-        if self.d_weight is not None:
-            self.d_weight[head.vocabulary :].zero_()
-        if self.d_bias is not None:
-            self.d_bias.zero_()
         self._first = True
+        self._gradients = [
+            torch.empty(tensor.shape, dtype=self._dtype, device=rows.device)
+            if with_grad and tensor is not None and tensor.requires_grad
+            else None
+            for tensor in (rows, student.weight, student.bias)
+        ]
+        self._with_gradient = any(gradient is not None for gradient in self._gradients)
+        if self._gradients[2] is not None:
+            self._gradients[2].zero_()
 
-    def take(
+    def add_chunk(
         self,
         chunk: tuple[int, int],
-        targets: Tensor,
+        plan: Plan,
         teacher: _TeacherPass | None,
-        entropy: Tensor | None,
         buffer: Tensor,
         scratch: Scratch,
     ) -> None:
-        """Add one chunk's losses and gradients."""
+        """Add one chunk's losses and gradients; ``buffer`` has room for its logits."""
         settings = self.student.settings
-        rows = self._rows[slice(*chunk)].to(self.head.dtype)
+        rows = self._rows.detach()[slice(*chunk)].to(self.head.dtype)
         logits = self.head.project(rows, buffer)
-        weights = torch.ones(len(rows), dtype=self._dtype, device=rows.device)
-        mean = teacher_logits = None
-        if settings.alpha == 1.0 or teacher is None or entropy is None:
+        mean = teacher_logits = divergence = None
+        if settings.alpha == 1.0 or teacher is None:
+            weights = torch.ones(len(rows), dtype=self._dtype, device=rows.device)
             entropy = torch.zeros_like(weights)
         else:
-            weights = teacher.weights(settings, chunk, entropy)
-            mean = teacher.uncertainty_mean(self.student)
-            teacher_logits = teacher.logits(chunk)
-        losses = elementwise_for(logits, teacher_logits).chunk_losses(
+            weights, entropy = teacher.weights(settings, chunk), teacher.entropy(chunk)
+            mean, teacher_logits = teacher.uncertainty_mean(self.student), teacher.logits(chunk)
+            divergence = settings.divergence
+        losses = elementwise_for(logits, teacher_logits, divergence=divergence).chunk_losses(
             logits,
             teacher_logits,
-            targets,
+            plan.targets[slice(*chunk)],
             weights,
             settings,
             mean,
@@ -711,73 +417,53 @@ class _Job:
 
     def _add_gradients(self, dz: Tensor, rows: Tensor, chunk: tuple[int, int]) -> None:
         """Add the products of ``dz`` ``(n, V)`` with the head and with ``rows`` ``(n, E)``."""
-        each = 1.0 / self._count
-        if self.d_rows is not None:
-            d_rows = self.d_rows[slice(*chunk)]
+        scale = 1.0 / self._count
+        d_rows, d_weight, d_bias = self._gradients
+        if d_rows is not None:
+            own = d_rows[slice(*chunk)]
             if dz.dtype == self._dtype:
-                torch.addmm(d_rows, dz, self.head.weight, beta=0, alpha=each, out=d_rows)
+                torch.addmm(own, dz, self.head.weight, beta=0, alpha=scale, out=own)
             else:
-                d_rows.copy_(torch.mm(dz, self.head.weight)).mul_(each)
-        if self.d_weight is not None:
-            d_weight = self.d_weight[: self.head.vocabulary]
+                own.copy_(torch.mm(dz, self.head.weight)).mul_(scale)
+        if d_weight is not None:
             if dz.dtype == self._dtype:
-                d_weight.addmm_(dz.t(), rows, beta=0 if self._first else 1, alpha=each)
+                beta = 0 if self._first else 1
+                d_weight.addmm_(dz.t(), rows, beta=beta, alpha=scale)
             else:
-                self._add_half(d_weight, dz, rows, each)
-        if self.d_bias is not None:
-            d_bias = self.d_bias[: self.head.vocabulary]
-            d_bias.add_(dz.sum(0, dtype=self._dtype), alpha=each)
+                self._add_half(d_weight, dz, rows, scale)
+        if d_bias is not None:
+            d_bias.add_(dz.sum(0, dtype=self._dtype), alpha=scale)
         self._first = False
 
-    def _add_half(self, d_weight: Tensor, dz: Tensor, rows: Tensor, each: float) -> None:
-        """Add ``each`` · dzᵀ rows to a float32 gradient, some of the vocabulary at a time."""
+    def _add_half(self, d_weight: Tensor, dz: Tensor, rows: Tensor, scale: float) -> None:
+        """Add ``scale`` · dzᵀ rows to a float32 gradient, part of the vocabulary at a time."""
         elements = HEAD_TILE_ELEMENTS.get(dz.device.type, HEAD_TILE_ELEMENTS["cuda"])
         step = max(1, elements // rows.shape[1])
         for start in range(0, len(d_weight), step):
             part = torch.mm(dz[:, start : start + step].t(), rows)
             tile = d_weight[start : start + step]
             if self._first:
-                torch.mul(part, each, out=tile)
+                torch.mul(part, scale, out=tile)
             else:
-                tile.add_(part, alpha=each)
+                tile.add_(part, alpha=scale)
 
-    def parts(self, rows: Tensor, here: Tensor) -> LossParts:
-        """Return the loss, tied to ``rows`` and the head in autograd's graph, and its parts."""
+    def parts(self, here: Tensor) -> LossParts:
+        """Return the loss, with its place in autograd's graph, and its parts."""
         settings, positions = self.student.settings, here.clamp(min=1)
         sums = self._sums.to(self._dtype)
         hard, soft = (self._sums[:2] / self._count).to(self._dtype)
         loss = settings.alpha * hard + (1.0 - settings.alpha) * settings.temperature**2 * soft
-        if self._first and self.d_weight is not None:
-            self.d_weight.zero_()
         if self._with_gradient:
-            loss = _Loss.apply(
-                loss,
-                rows,
-                self.student.weight,
-                self.student.bias,
-                self.d_rows,
-                self.d_weight,
-                self.d_bias,
-            )
+            d_weight = self._gradients[1]
+            if self._first and d_weight is not None:
+                d_weight.zero_()
+            inputs = (self._rows, self.student.weight, self.student.bias)
+            loss = _Loss.apply(loss, *inputs, *self._gradients)
         return LossParts(loss, hard, soft, *(sums[2:] / positions), positions=here)
 
 
-def _run(jobs: Sequence[_Job], plan: _Plan, teacher: _TeacherPass | None) -> None:
-    """Take all chunks, each student in turn."""
-    scratch = Scratch()
-    buffers: dict[torch.dtype, Tensor] = {}
-    for chunk in plan.chunks:
-        entropy = None if teacher is None else teacher.entropy(chunk)
-        for job in jobs:
-            dtype = job.head.dtype
-            if dtype not in buffers:
-                buffers[dtype] = job.head.buffer(plan.largest)
-            targets = plan.targets[slice(*chunk)]
-            job.take(chunk, targets, teacher, entropy, buffers[dtype], scratch)
-
-
 class _Loss(torch.autograd.Function):
-    """A loss whose gradients are known already; backward scales them."""
+    """A loss whose gradients are already computed; backward scales them."""
 
     @staticmethod
     def forward(ctx: Any, loss: Tensor, *tensors: Tensor | None) -> Tensor:
@@ -790,10 +476,10 @@ class _Loss(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, ...]:
         """Return the gradients times ``grad_output``."""
-        # Not looking at a number on a GPU saves waiting for it.
-        as_it_is = grad_output.device.type == "cpu" and grad_output.item() == 1.0
+        # Reading the number on a GPU would wait for it.
+        unscaled = grad_output.device.type == "cpu" and grad_output.item() == 1.0
         scaled = (
-            None if g is None else (g if as_it_is else g * grad_output).to(dtype)
+            None if g is None else (g if unscaled else g * grad_output).to(dtype)
             for g, dtype in zip(ctx.saved_tensors, ctx.dtypes, strict=True)
         )
         return (None, *scaled, None, None, None)

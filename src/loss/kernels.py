@@ -1,22 +1,21 @@
 """The element-wise part of the fused loss as Triton kernels: ``src.loss.elementwise`` on a GPU.
 
-Importing this module imports Triton; ``src.loss.fused`` does so where it chooses it. The two functions
-are those of ``src.loss.elementwise``, with the same arguments and the same results.
+Importing this module imports Triton, so ``src.loss.fused`` imports it only where it is used. Both
+public functions take the arguments and return the results of those in ``src.loss.elementwise``.
 
-One program takes one position and goes over its vocabulary in blocks: first for the sums behind
-all softmaxes, of student and teacher, at T and at 1, shifting what was summed whenever a larger
-logit turns up (online softmax: Milakov and Gimelshein 2018, arXiv:1805.02867); then for the
-gradient, written over the student's logits. KL(p‖q) is summed on the first way too, as
-Σ exp(y) (y - x) with both shifted by their running maxima; where the target is smoothed it needs
-the first way's results and is summed on the second. The divergences whose gradient holds a sum of
-its own (reverse KL, JSD, skew KL) take a third way between the two. Logits may be bfloat16,
-float16 or float32; all that is summed is float32, and the last differences between log-sum-exps
-are taken in float64, a few for each position.
+One program works on one position and reads its vocabulary in blocks, up to three times. The first
+pass computes the sums of all softmaxes, of student and teacher, at T and at 1, and rescales them
+whenever a larger logit appears (online softmax: Milakov and Gimelshein 2018, arXiv:1805.02867). It
+also sums KL(p‖q), as Σ exp(y) (y - x) with both shifted by their running maxima, unless the target
+is smoothed. The second pass computes the sums in the gradients of reverse KL, JSD and skew KL. The
+last pass writes the gradient over the student's logits, and sums the KL of smoothed targets. Logits
+may be bfloat16, float16 or float32; sums are float32, and the last differences between
+log-sum-exps, a few for each position, are float64.
 """
 
 from __future__ import annotations
 
-# Triton is optional, and compiles its own dialect of Python, which a type checker misreads.
+# Triton is optional, and its dialect of Python confuses the type checker.
 # pyright: reportMissingImports=false, reportIndexIssue=false, reportOperatorIssue=false
 import contextlib
 import math
@@ -29,31 +28,32 @@ import triton.language as tl
 from torch import Tensor
 
 from src.common.settings import LossSettings
-from src.loss import elementwise
-from src.loss.elementwise import ChunkLosses, Figures, Scratch
+from src.loss import divergences, elementwise
+from src.loss.elementwise import ChunkLosses, Scratch, TeacherStatistics
+from src.loss.reference import SMOOTHING_SHARES
 
 INTERPRETED = bool(triton.knobs.runtime.interpret)
-"""Whether Triton interprets the kernels, on any device (``TRITON_INTERPRET=1``): for tests."""
+"""Whether Triton interprets the kernels, on any device (``TRITON_INTERPRET=1``); for tests."""
 BLOCK = 4096
-"""Logits that a program holds at a time, at most: 16 for each thread of 8 warps."""
+"""Most logits that a program holds at a time: 16 for each thread of 8 warps."""
 LOGITS_DTYPES = (torch.bfloat16, torch.float16, torch.float32)
-KINDS = {"hard": 0, "forward_kl": 1, "reverse_kl": 2, "jsd": 3, "skew_kl": 4}
 
-# Stands for -∞: its exponential is 0 as well, and 0 times it is a number.
+# Replaces -∞: its exponential is 0 too, and 0 times it is 0.
 LOW = tl.constexpr(-1e30)
 TINY = tl.constexpr(1.1754943508222875e-38)  # smallest normal float32
-HARD = tl.constexpr(KINDS["hard"])
-FORWARD = tl.constexpr(KINDS["forward_kl"])
-REVERSE = tl.constexpr(KINDS["reverse_kl"])
-JSD = tl.constexpr(KINDS["jsd"])
-SKEW = tl.constexpr(KINDS["skew_kl"])
+# Numbers of the divergences; the kernel relies on HARD < FORWARD < the others.
+HARD = tl.constexpr(0)
+FORWARD = tl.constexpr(divergences.TABLE["forward_kl"].kernel)
+REVERSE = tl.constexpr(divergences.TABLE["reverse_kl"].kernel)
+JSD = tl.constexpr(divergences.TABLE["jsd"].kernel)
+SKEW = tl.constexpr(divergences.TABLE["skew_kl"].kernel)
 
 
 @triton.jit
 def _load(row, at, vocabulary, width):
     """Load logits in float32, ``LOW`` outside the vocabulary.
 
-    A mask that ends at a multiple of 16 (``width``) lets several be loaded at once.
+    Several are loaded at once where the mask ends at a multiple of 16 (``width``).
     """
     z = tl.load(row + at, mask=at < width, other=0.0).to(tl.float32)
     return tl.where(at < vocabulary, z, LOW)
@@ -74,8 +74,15 @@ def _log_target(y, log_rest, log_uniform, SMOOTH: tl.constexpr):
 
 
 @triton.jit
-def _figures(
-    logits_ptr, stride, width, figures_ptr, rows, vocabulary, per_temperature, BLOCK: tl.constexpr
+def _statistics(
+    logits_ptr,
+    stride,
+    width,
+    statistics_ptr,
+    rows,
+    vocabulary,
+    per_temperature,
+    BLOCK: tl.constexpr,
 ):
     """Write entropy, largest logit, log-sum-exp and max softmax(z / T): ``(4, rows)``."""
     number = tl.program_id(0)
@@ -98,10 +105,10 @@ def _figures(
         tempered = tempered * tl.exp(drop * per_temperature) + tl.exp(shifted * per_temperature)
     sum_e = tl.sum(total, 0).to(tl.float64)
     log_sum = tl.log(sum_e)
-    tl.store(figures_ptr + number, (log_sum - tl.sum(inner, 0) / sum_e).to(tl.float32))
-    tl.store(figures_ptr + rows + number, top)
-    tl.store(figures_ptr + 2 * rows + number, (top + log_sum).to(tl.float32))
-    tl.store(figures_ptr + 3 * rows + number, 1.0 / tl.sum(tempered, 0))
+    tl.store(statistics_ptr + number, (log_sum - tl.sum(inner, 0) / sum_e).to(tl.float32))
+    tl.store(statistics_ptr + rows + number, top)
+    tl.store(statistics_ptr + 2 * rows + number, (top + log_sum).to(tl.float32))
+    tl.store(statistics_ptr + 3 * rows + number, 1.0 / tl.sum(tempered, 0))
 
 
 @triton.jit
@@ -139,7 +146,7 @@ def _losses(
     target = tl.load(targets_ptr + number)
     aim = tl.load(student + target).to(tl.float32)
 
-    # First way: maxima and sums. With x and y the logits less their maxima, over T, these are
+    # First pass: maxima and sums. With x and y the logits less their maxima, over T, these are
     # Σ exp x, Σ exp(T x), Σ exp y and Σ exp(y) (y - x).
     top_x = LOW
     top_y = LOW
@@ -197,7 +204,7 @@ def _losses(
         per_x = log_q.to(tl.float32)
         per_y = log_p.to(tl.float32)
 
-    # Second way, where the gradient holds a sum of its own.
+    # Second pass, where the gradient holds a sum of its own.
     middle = 0.0
     if KIND > FORWARD:
         ahead = tl.zeros((BLOCK,), tl.float32)
@@ -226,7 +233,7 @@ def _losses(
         else:
             soft += tl.sum(ahead, 0)
 
-    # Last way: the gradient, and the forward KL of a smoothed target.
+    # Last pass: the gradient, and the forward KL of a smoothed target.
     if GRADIENT or (KIND == FORWARD and SMOOTH):
         value = tl.zeros((BLOCK,), tl.float32)
         scale = weight * (1.0 - alpha) * temperature
@@ -263,7 +270,7 @@ def _losses(
                     dz += scale * (1.0 - share) * q * g
             if GRADIENT:
                 dz -= tl.where(at == target, alpha, 0.0)
-                # What lies between vocabulary and width is given back as it was.
+                # The columns between vocabulary and width keep their content.
                 dz = tl.where(inside, dz.to(student_ptr.dtype.element_ty), logits)
                 tl.store(student + at, dz, mask=at < student_width)
         if KIND == FORWARD and SMOOTH:
@@ -272,27 +279,24 @@ def _losses(
     tl.store(losses_ptr + 2 * rows + number, epsilon)
 
 
-def distribution_figures(logits: Tensor, temperature: float, scratch: Scratch) -> Figures:
-    """Return figures at each position; see :func:`src.loss.elementwise.distribution_figures`."""
+def distribution_statistics(
+    logits: Tensor, temperature: float, scratch: Scratch
+) -> TeacherStatistics:
+    """Return :func:`src.loss.elementwise.distribution_statistics`."""
     del scratch
-    _check(logits)
     rows, vocabulary = logits.shape
-    figures = torch.empty(4, rows, dtype=torch.float32, device=logits.device)
+    statistics = torch.empty(4, rows, dtype=torch.float32, device=logits.device)
     if rows:
-        block, warps = _shape(vocabulary)
         with _on(logits.device):
-            _figures[(rows,)](
-                logits,
-                logits.stride(0),
-                _width(logits),
-                figures,
+            _statistics[(rows,)](
+                *_row_arguments(logits),
+                statistics,
                 rows,
                 vocabulary,
                 1.0 / temperature,
-                BLOCK=block,  # type: ignore[arg-type]
-                num_warps=warps,
+                **_shape(vocabulary),
             )
-    return Figures(*figures.unbind())
+    return TeacherStatistics(*statistics.unbind())
 
 
 def chunk_losses(
@@ -305,29 +309,34 @@ def chunk_losses(
     with_gradient: bool,
     scratch: Scratch,
 ) -> ChunkLosses:
-    """Return a chunk's losses and write its gradient; see :func:`src.loss.elementwise.chunk_losses`."""
+    """Return :func:`src.loss.elementwise.chunk_losses`, and write the gradient as it does.
+
+    Raises:
+        ValueError: the divergence is unknown, or has no kernel.
+    """
     del scratch
     hard_only = teacher_logits is None
+    kind = HARD.value if hard_only else _kernel_number(settings.divergence)
     teacher = student_logits if teacher_logits is None else teacher_logits
-    _check(student_logits)
-    _check(teacher)
     rows, vocabulary = student_logits.shape
     device = student_logits.device
     losses = torch.empty(3, rows, dtype=torch.float32, device=device)
     if rows:
         temperature = 1.0 if hard_only else settings.temperature
         smooth = settings.use_calibration_smoothing and not hard_only
-        base, slope = _smoothing(settings, uncertainty_mean)
+        base, slope = _smoothing(settings, uncertainty_mean) if smooth else (0.0, 0.0)
         other = settings.divergence_weight
-        block, warps = _shape(vocabulary)
+        constants: dict[str, Any] = {
+            "KIND": kind,
+            "SMOOTH": smooth,
+            "GRADIENT": with_gradient,
+            "POWER": int(temperature) if temperature in (1.0, 2.0) else 0,
+            **_shape(vocabulary),
+        }
         with _on(device):
             _losses[(rows,)](
-                student_logits,
-                student_logits.stride(0),
-                _width(student_logits),
-                teacher,
-                teacher.stride(0),
-                _width(teacher),
+                *_row_arguments(student_logits),
+                *_row_arguments(teacher),
                 targets,
                 weights.float(),
                 torch.as_tensor(base, dtype=torch.float32).to(device),
@@ -341,71 +350,69 @@ def chunk_losses(
                 other,
                 math.log(other),
                 math.log1p(-other),
-                KIND=KINDS["hard" if hard_only else settings.divergence],  # type: ignore[arg-type]
-                SMOOTH=smooth,  # type: ignore[arg-type]
-                GRADIENT=with_gradient,  # type: ignore[arg-type]
-                POWER=int(temperature) if temperature in (1.0, 2.0) else 0,  # type: ignore[arg-type]
-                BLOCK=block,  # type: ignore[arg-type]
-                num_warps=warps,
+                **constants,
             )
     return ChunkLosses(*losses.unbind())
 
 
 def check_against_torch(device: torch.device) -> None:
-    """Compile the kernels, and compare them with ``src.loss.elementwise`` on a few small logits.
+    """Compile the kernels, and compare them with ``src.loss.elementwise`` on a few logits.
 
     Raises:
-        RuntimeError: they differ. Whatever a compiler or a driver raises passes through.
+        RuntimeError: they differ. Errors of compilers and drivers pass through.
     """
     random = torch.Generator().manual_seed(0)
     logits = torch.randn(2, 4, 336, generator=random).bfloat16().to(device)[..., :323]
     targets = torch.arange(4, device=device)
     settings = LossSettings(use_calibration_smoothing=True)
-    found = []
+    results = []
     for module in (elementwise, sys.modules[__name__]):
         student, teacher = logits.clone(memory_format=torch.preserve_format)
         options = (targets, torch.ones(4, device=device), settings, None, True, Scratch())
         losses = module.chunk_losses(student, teacher, *options)
-        figures = module.distribution_figures(teacher, 2.0, Scratch())
-        found.append(torch.cat([*losses, *figures, student.float().flatten()]))
-    if not torch.allclose(*found, rtol=1e-2, atol=1e-4):
+        statistics = module.distribution_statistics(teacher, 2.0, Scratch())
+        results.append(torch.cat([*losses, *statistics, student.float().flatten()]))
+    if not torch.allclose(*results, rtol=1e-2, atol=1e-4):
         raise RuntimeError("their results differ from plain PyTorch's")
 
 
+def _kernel_number(divergence: str) -> int:
+    number = divergences.named(divergence).kernel
+    if number is None:
+        raise ValueError(f"the divergence {divergence} has no Triton kernel")
+    assert number in (FORWARD.value, REVERSE.value, JSD.value, SKEW.value)
+    return number
+
+
 def _smoothing(settings: LossSettings, mean: Tensor | float | None) -> tuple[Tensor | float, float]:
-    """Return base and slope of ε as a function of max p (``src.loss.reference.smoothing_epsilon``)."""
-    factor = settings.smoothing_factor
-    if settings.smoothing == "published":
-        return factor, -factor
-    if settings.smoothing == "confident":
-        return 0.0, factor
-    if settings.smoothing == "matched" and settings.use_calibration_smoothing:
-        assert mean is not None, "matched smoothing refers to a mean over more than a chunk"
-        return factor * mean, 0.0
-    return factor, 0.0
+    """Return base and slope of ε as a linear function of max p."""
+    share = SMOOTHING_SHARES[settings.smoothing]
+    assert mean is not None or not settings.needs_uncertainty_mean
+    base = settings.smoothing_factor * share(0.0, mean)
+    # The mean changes no slope; reading it here would wait for the GPU.
+    slope = settings.smoothing_factor * (share(1.0, 0.0) - share(0.0, 0.0))
+    return base, float(slope)
 
 
-def _width(logits: Tensor) -> int:
-    """Return up to which column a row may be read: a multiple of 16 where there is room.
+def _row_arguments(logits: Tensor) -> tuple[Tensor, int, int]:
+    """Return logits, the stride of their rows, and the column up to which a row may be read.
 
-    On a GPU ``src.loss.fused`` leaves room behind each row.
+    That is a multiple of 16 where there is room; on a GPU ``src.loss.fused`` leaves it.
     """
-    rows, vocabulary = logits.shape
-    width = -(-vocabulary // 16) * 16
-    stop = logits.storage_offset() + (rows - 1) * logits.stride(0) + width
-    room = logits.untyped_storage().nbytes() // logits.element_size()
-    return width if width <= logits.stride(0) and stop <= room else vocabulary
-
-
-def _shape(vocabulary: int) -> tuple[int, int]:
-    """Return the block of logits, and the warps that share it."""
-    block = min(BLOCK, triton.next_power_of_2(vocabulary))
-    return block, max(1, block // 512)
-
-
-def _check(logits: Tensor) -> None:
     assert logits.dtype in LOGITS_DTYPES
     assert logits.stride(-1) == 1
+    rows, vocabulary = logits.shape
+    stride = logits.stride(0)
+    width = -(-vocabulary // 16) * 16
+    stop = logits.storage_offset() + (rows - 1) * stride + width
+    room = logits.untyped_storage().nbytes() // logits.element_size()
+    return logits, stride, width if width <= stride and stop <= room else vocabulary
+
+
+def _shape(vocabulary: int) -> dict[str, Any]:
+    """Return the block of logits that a program holds, and the warps that share it."""
+    block = min(BLOCK, triton.next_power_of_2(vocabulary))
+    return {"BLOCK": block, "num_warps": max(1, block // 512)}
 
 
 def _on(device: torch.device) -> Any:

@@ -17,22 +17,25 @@ and its test. The functions work in log space and in float32 (float64 stays floa
 
 from __future__ import annotations
 
+import hashlib
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from src.common.settings import DIVERGENCES, SMOOTHINGS, WEIGHTINGS, LossSettings
+from src.common.settings import SMOOTHINGS, WEIGHTINGS, LossSettings, require_choice
+from src.loss import divergences
 
 IGNORED_LABEL = -100
 CONSTANT_ENTROPY = 1e-6
-"""Nats. A row whose entropies differ by no more has no uncertain positions to single out."""
+"""Nats. A sequence whose entropies differ by no more counts as constant."""
 
 
 @dataclass
 class LossParts:
-    """A loss and what it is made of: scalars, ``loss`` alone with a gradient.
+    """A loss and its parts: scalars, of which ``loss`` alone has a gradient.
 
     ``hard`` and ``soft`` are divided by the same N as ``loss``; the means of weight, ε and teacher
     entropy (nats, T = 1) are over the ``positions`` valid positions of this batch.
@@ -53,7 +56,7 @@ def valid_positions(
     """Return which positions are trained on: those that predict a real next token.
 
     Args:
-        labels: ``(B, T)`` token ids, -100 where a token is not to be predicted.
+        labels: ``(B, T)`` token ids, -100 where there is nothing to predict.
         attention_mask: ``(B, T)``, 0 at padding; None means that nothing is padding.
         segments: ``(B, T)`` number of the protein that each token of a packed row belongs to.
 
@@ -132,41 +135,43 @@ def position_weights(
     Raises:
         ValueError: ``kind`` is unknown.
     """
+    require_choice("weighting", kind, _WEIGHTING_RULES)
     weights = published_weights(entropies, valid, segments)
-    if kind == "published":
-        return weights
-    if kind == "inverse":
-        return torch.where(valid, 1.5 - weights, 0.0)
-    if kind == "permuted":
-        return _permute_within_sequences(weights, entropies, valid, segments)
-    if kind not in WEIGHTINGS:
-        raise ValueError(f"weighting must be one of {', '.join(WEIGHTINGS)}, got {kind!r}")
     if mean is None:
         mean = weights.sum() / valid.sum().clamp(min=1)
     mean = torch.as_tensor(mean, dtype=weights.dtype, device=weights.device)
-    if kind == "mean_one":
-        return weights / torch.where(mean > 0, mean, 1.0)
-    return torch.where(valid, mean, 0.0)
+    return torch.where(valid, _WEIGHTING_RULES[kind](weights, mean, valid, segments), 0.0)
 
 
-def _permute_within_sequences(
-    weights: Tensor, entropies: Tensor, valid: Tensor, segments: Tensor | None
-) -> Tensor:
-    """Shuffle each sequence's weights among its valid positions, the same way for the same data.
+def _permuted(weights: Tensor, mean: Tensor, valid: Tensor, segments: Tensor | None) -> Tensor:
+    """Return each sequence's weights, shuffled among its valid positions.
 
-    The order is drawn from a generator seeded by the sequence's valid count and rank of its
-    weights, not from the global one: a resumed run and every arm that shares a batch see the same.
+    The order depends on the number of positions and the ranks of their weights alone, not on the
+    global generator: a resumed run, and every arm that shares a batch, get the same order.
     """
     permuted = weights.clone()
     sequence = torch.zeros_like(valid, dtype=torch.long) if segments is None else segments
     for row in range(weights.shape[0]):
         for number in sequence[row][valid[row]].unique().tolist():
             where = (valid[row] & (sequence[row] == number)).nonzero().squeeze(-1)
-            seed = int((weights[row, where].double().sum() * 1e6).round().item())
+            own = weights[row, where]
+            ranking = own.cpu().argsort(stable=True).numpy().tobytes()
+            seed = int.from_bytes(hashlib.sha256(ranking).digest()[:8], "little")
             generator = torch.Generator().manual_seed(seed)
             order = torch.randperm(len(where), generator=generator).to(where.device)
-            permuted[row, where] = weights[row, where[order]]
+            permuted[row, where] = own[order]
     return permuted
+
+
+_WEIGHTING_RULES: dict[str, Callable[[Tensor, Tensor, Tensor, Tensor | None], Tensor]] = {
+    "published": lambda weights, mean, valid, segments: weights,
+    "mean_one": lambda weights, mean, *_: weights / torch.where(mean > 0, mean, 1.0),
+    "inverse": lambda weights, mean, valid, segments: 1.5 - weights,
+    "permuted": _permuted,
+    "matched": lambda weights, mean, valid, segments: mean,
+}
+"""Published weights, their mean, valid positions and segments → weights, by name."""
+assert tuple(_WEIGHTING_RULES) == WEIGHTINGS
 
 
 def smoothing_epsilon(
@@ -183,7 +188,7 @@ def smoothing_epsilon(
         valid: ``(B, T)`` bool.
         factor: λ in [0, 1).
         kind: ``published`` λ(1 - max p), which smooths uncertain targets; ``confident`` λ max p,
-            which smooths confident ones; ``constant`` λ, plain label smoothing of the teacher;
+            which smooths confident targets; ``constant`` λ, plain label smoothing of the teacher;
             ``matched`` the mean of the published ε at every position.
         mean: mean of 1 - max p over the whole optimiser step; None: over this batch.
 
@@ -193,20 +198,22 @@ def smoothing_epsilon(
     Raises:
         ValueError: ``kind`` is unknown.
     """
-    if kind == "published":
-        epsilon = factor * (1.0 - max_prob)
-    elif kind == "confident":
-        epsilon = factor * max_prob
-    elif kind == "constant":
-        epsilon = torch.full_like(max_prob, factor)
-    elif kind == "matched":
-        if mean is None:
-            mean = torch.where(valid, 1.0 - max_prob, 0.0).sum() / valid.sum().clamp(min=1)
-        epsilon = factor * torch.as_tensor(mean, dtype=max_prob.dtype).to(max_prob.device)
-        epsilon = epsilon.expand_as(max_prob)
-    else:
-        raise ValueError(f"smoothing must be one of {', '.join(SMOOTHINGS)}, got {kind!r}")
-    return torch.where(valid, epsilon, 0.0)
+    require_choice("smoothing", kind, SMOOTHING_SHARES)
+    if mean is None and kind == "matched":
+        mean = torch.where(valid, 1.0 - max_prob, 0.0).sum() / valid.sum().clamp(min=1)
+    share = torch.as_tensor(SMOOTHING_SHARES[kind](max_prob, mean), dtype=max_prob.dtype)
+    return torch.where(valid, factor * share.to(max_prob.device), 0.0)
+
+
+SMOOTHING_SHARES: dict[str, Callable[..., Tensor | float]] = {
+    "published": lambda max_prob, mean: 1.0 - max_prob,
+    "confident": lambda max_prob, mean: max_prob,
+    "constant": lambda max_prob, mean: 1.0,
+    "matched": lambda max_prob, mean: mean,
+}
+"""Largest probability and mean of 1 - max p → ε / λ, by name. The kernels need each to be linear in
+max p."""
+assert tuple(SMOOTHING_SHARES) == SMOOTHINGS
 
 
 def smooth_log_probs(log_probs: Tensor, epsilon: Tensor) -> Tensor:
@@ -235,10 +242,10 @@ def divergence(
     Args:
         target_log_probs: ``(..., V)`` log p.
         student_log_probs: ``(..., V)`` log q.
-        kind: ``forward_kl`` KL(p‖q); ``reverse_kl`` KL(q‖p); ``jsd`` the generalised
-            Jensen-Shannon divergence β KL(p‖m) + (1-β) KL(q‖m) with m = βp + (1-β)q (Agarwal et
-            al. 2024, arXiv:2306.13649, eq. 1); ``skew_kl`` KL(p‖λp + (1-λ)q) (Ko et al. 2024,
-            arXiv:2402.03898, eq. 4).
+        kind: a name of :data:`src.loss.divergences.TABLE`: ``forward_kl`` KL(p‖q);
+            ``reverse_kl`` KL(q‖p); ``jsd`` the generalised Jensen-Shannon divergence
+            β KL(p‖m) + (1-β) KL(q‖m) with m = βp + (1-β)q (Agarwal et al. 2024, arXiv:2306.13649,
+            eq. 1); ``skew_kl`` KL(p‖λp + (1-λ)q) (Ko et al. 2024, arXiv:2402.03898, eq. 4).
         weight: β of ``jsd`` or λ of ``skew_kl``, in (0, 1).
 
     Returns:
@@ -247,25 +254,7 @@ def divergence(
     Raises:
         ValueError: ``kind`` is unknown.
     """
-    if kind == "forward_kl":
-        return _kl(target_log_probs, student_log_probs)
-    if kind == "reverse_kl":
-        return _kl(student_log_probs, target_log_probs)
-    if kind not in DIVERGENCES:
-        raise ValueError(f"divergence must be one of {', '.join(DIVERGENCES)}, got {kind!r}")
-    mixture = torch.logaddexp(
-        target_log_probs + math.log(weight), student_log_probs + math.log1p(-weight)
-    )
-    forward = _kl(target_log_probs, mixture)
-    if kind == "skew_kl":
-        return forward
-    return weight * forward + (1.0 - weight) * _kl(student_log_probs, mixture)
-
-
-def _kl(log_p: Tensor, log_q: Tensor) -> Tensor:
-    """Return KL(p‖q) = Σ p (log p - log q) over the last dimension; a p of 0 adds 0."""
-    p = log_p.exp()
-    return torch.where(p > 0, p * (log_p - log_q), 0.0).sum(-1)
+    return divergences.named(kind).value(target_log_probs, student_log_probs, weight)
 
 
 def hard_loss(student_logits: Tensor, targets: Tensor) -> Tensor:
@@ -300,12 +289,12 @@ def distillation_loss(
     weight_mean: Tensor | float | None = None,
     uncertainty_mean: Tensor | float | None = None,
 ) -> LossParts:
-    """Return the loss of a batch from full logits: the plain form that the fused one must equal.
+    """Return the loss of a batch from full logits. The fused form must equal it.
 
     Args:
         student_logits: ``(B, T, V)``.
         teacher_logits: ``(B, T, V)``, taken as constants.
-        labels: ``(B, T)`` token ids, -100 where not to be predicted; not shifted.
+        labels: ``(B, T)`` token ids, not shifted; -100 where there is nothing to predict.
         attention_mask: ``(B, T)``, 0 at padding.
         settings: temperature, α, weighting, smoothing, divergence.
         segments: ``(B, T)`` protein number within packed rows.
@@ -325,7 +314,7 @@ def distillation_loss(
     shifted_segments = None if segments is None else segments[:, :-1]
     student = at_least_float32(student_logits[:, :-1])  # (B, T-1, V)
     teacher = at_least_float32(teacher_logits[:, :-1].detach())
-    # A masked position may hold anything, NaN included; it must not reach the gradient.
+    # A masked position may hold anything, even NaN, which must not reach the gradient.
     student = torch.where(valid.unsqueeze(-1), student, 0.0)
     teacher = torch.where(valid.unsqueeze(-1), teacher, 0.0)
     targets = labels[:, 1:].masked_fill(~valid, IGNORED_LABEL)
@@ -353,8 +342,8 @@ def distillation_loss(
     here = valid.sum()
     count = here if num_positions is None else torch.as_tensor(num_positions, device=here.device)
     count = count.clamp(min=1)
-    soft_each = divergence(log_p, log_q, settings.divergence, settings.divergence_weight)
-    soft = (weights * soft_each).sum() / count
+    distances = divergence(log_p, log_q, settings.divergence, settings.divergence_weight)
+    soft = (weights * distances).sum() / count
     hard = hard_loss(student, targets).sum() / count
     loss = settings.alpha * hard + (1.0 - settings.alpha) * temperature**2 * soft
     return LossParts(
@@ -383,10 +372,10 @@ def check_vocabularies(student: int, teacher: int) -> None:
 
 
 def segments_from_positions(position_ids: Tensor) -> Tensor:
-    """Return the number, from 0, of the protein each token of a packed row belongs to.
+    """Return the number, from 0, of the protein that each token of a packed row belongs to.
 
     Args:
-        position_ids: ``(B, T)``, beginning again at 0 with each protein.
+        position_ids: ``(B, T)``, starting at 0 with each protein.
 
     Returns:
         ``(B, T)``.

@@ -21,7 +21,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from src.common.settings import LossSettings
-from src.loss.fused import fused_distillation_loss
+from src.loss.fused import StudentStates, fused_distillation_losses
 from src.loss.reference import distillation_loss
 from src.proteins.batching import PaddingCollator
 
@@ -103,17 +103,16 @@ class LossBench:
 
     def fused(self, rows: slice, tokens: slice) -> Tensor:
         """Return ours."""
-        return fused_distillation_loss(
-            self.hidden[rows, tokens],
-            self.weight,
-            None,
+        student = StudentStates(self.hidden[rows, tokens], self.weight, None, self.case.settings)
+        (parts,) = fused_distillation_losses(
+            [student],
             self.teacher_hidden[rows, tokens],
             self.teacher_weight,
             None,
             self.labels[rows, tokens],
             self.mask[rows, tokens],
-            self.case.settings,
-        ).loss
+        )
+        return parts.loss
 
     def liger(self, rows: slice, tokens: slice) -> Tensor:
         """Return Liger's chunked loss; it knows neither weights nor smoothing."""
