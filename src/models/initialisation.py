@@ -1,10 +1,10 @@
-"""Starts a small GPT-2 from the weights of a larger one: layers picked, widths cut down.
+"""Initialise a small GPT-2 from a larger one: pick layers, and reduce widths.
 
-The idea of weight subcloning (Samragh et al. 2023, arXiv:2312.09299): keep the features and neurons
-that matter most and copy their weights. What enters attention only as a product is cut down as a
-product: a head's W_q W_kᵀ and W_v W_o are replaced by their best approximations of lower rank
-(Eckart and Young 1936, Psychometrika 1:211), biases included, so that a student of the larger
-model's own shape computes exactly what it computes.
+This is weight subcloning (Samragh et al. 2023, arXiv:2312.09299): keep the most important features
+and neurons, and copy their weights. Attention depends only on the products W_q W_kᵀ and W_v W_o of
+each head, so these are replaced by their best approximations of lower rank (Eckart and Young 1936,
+Psychometrika 1:211), biases included. A student of the larger model's shape computes exactly the
+same function.
 """
 
 from __future__ import annotations
@@ -22,8 +22,7 @@ def check_can_shrink(large: Any, small: Any) -> None:
     """Raise ``ValueError`` unless a GPT-2 configuration is nowhere larger than another."""
     for name in ("n_layer", "n_head", "n_embd", "vocab_size", "n_positions"):
         have, want = getattr(large, name), getattr(small, name)
-        equal = name == "vocab_size"
-        if want > have or (equal and want != have):
+        if want > have or (name == "vocab_size" and want != have):
             raise ValueError(
                 f"--init_from: its {name} is {have}, the student's {want}: a student can be cut "
                 "from a model that is nowhere smaller and has the same vocabulary"
@@ -32,10 +31,10 @@ def check_can_shrink(large: Any, small: Any) -> None:
 
 @torch.no_grad()
 def subclone(large: GPT2LMHeadModel, small: GPT2LMHeadModel) -> None:
-    """Overwrite a student's weights with what is cut from a larger model's.
+    """Overwrite a student's weights with a part of a larger model's.
 
     Args:
-        large: the model to start from; left as it is.
+        large: the model to start from; not changed.
         small: the student, nowhere larger; changed in place.
 
     Raises:
@@ -67,19 +66,20 @@ def largest(importance: Tensor, count: int) -> Tensor:
 
 
 def feature_importance(embedding: Tensor, blocks: list[Any]) -> Tensor:
-    """Return the squared weights that read and write each feature of the residual stream, ``(E,)``.
+    """Return the importance of each feature of the residual stream, ``(E,)``.
 
-    Each matrix counts by its share, so that none decides alone.
+    It is the sum of the squared weights that read or write the feature, each matrix normalised to
+    a sum of 1, so that all matrices count equally.
     """
     importance = torch.zeros(embedding.shape[1])
-    pieces = [embedding.pow(2).sum(0)]
+    squares = [embedding.pow(2).sum(0)]
     for block in blocks:
-        pieces.append((block.attn.c_attn.weight * block.ln_1.weight[:, None]).pow(2).sum(1))
-        pieces.append((block.mlp.c_fc.weight * block.ln_2.weight[:, None]).pow(2).sum(1))
-        pieces.append(block.attn.c_proj.weight.pow(2).sum(0))
-        pieces.append(block.mlp.c_proj.weight.pow(2).sum(0))
-    for piece in pieces:
-        importance += piece / piece.sum().clamp(min=torch.finfo(piece.dtype).tiny)
+        squares.append((block.attn.c_attn.weight * block.ln_1.weight[:, None]).pow(2).sum(1))
+        squares.append((block.mlp.c_fc.weight * block.ln_2.weight[:, None]).pow(2).sum(1))
+        squares.append(block.attn.c_proj.weight.pow(2).sum(0))
+        squares.append(block.mlp.c_proj.weight.pow(2).sum(0))
+    for square in squares:
+        importance += square / square.sum().clamp(min=torch.finfo(square.dtype).tiny)
     return importance
 
 
@@ -92,7 +92,7 @@ def _cut_block(source: Any, target: Any, keep: Tensor, have: int, want: int) -> 
     _cut_norm(source.ln_1, target.ln_1, keep)
     _cut_norm(source.ln_2, target.ln_2, keep)
     _cut_attention(source.attn, target.attn, keep, have, want)
-    # A neuron matters by what it reads times what it writes.
+    # A neuron's importance is the norm of its input weights times that of its output weights.
     reads = source.mlp.c_fc.weight[keep]
     writes = source.mlp.c_proj.weight[:, keep]
     neurons = largest(reads.norm(dim=0) * writes.norm(dim=1), target.mlp.c_fc.weight.shape[1])
@@ -103,9 +103,9 @@ def _cut_block(source: Any, target: Any, keep: Tensor, have: int, want: int) -> 
 
 
 def _cut_attention(source: Any, target: Any, keep: Tensor, have: int, want: int) -> None:
-    """Cut an attention layer: the heads that write most, each at the student's width of a head."""
+    """Copy the heads with the largest output, each reduced to the student's width of a head."""
     wide, narrow = source.c_proj.weight.shape[0] // have, target.c_proj.weight.shape[0] // want
-    # Each (E+1, heads, d): the last row is the bias, read from a feature that is always 1.
+    # Each (E+1, heads, d); the last row is the bias, the weights of a constant feature 1.
     query, key, value = (
         torch.cat([weight[keep], bias[None]]).unflatten(1, (have, wide))
         for weight, bias in zip(
@@ -115,7 +115,7 @@ def _cut_attention(source: Any, target: Any, keep: Tensor, have: int, want: int)
     output = source.c_proj.weight[:, keep].unflatten(0, (have, wide))  # (heads, d, E)
     strength = torch.stack([(value[:, h] @ output[h]).norm() for h in range(have)])
     queries, keys, values, outputs = [], [], [], []
-    # Scores are divided by the root of a head's width, which differs.
+    # Attention scores are divided by the root of the head's width, which differs.
     scale = (narrow / wide) ** 0.25
     for head in largest(strength, want).tolist():
         left, right = low_rank(query[:, head], key[:, head].t(), narrow)
@@ -132,13 +132,13 @@ def _cut_attention(source: Any, target: Any, keep: Tensor, have: int, want: int)
 
 
 def low_rank(left: Tensor, right: Tensor, rank: int) -> tuple[Tensor, Tensor]:
-    """Return factors of the best approximation of ``left`` ``(m, d)`` @ ``right`` ``(d, n)``.
+    """Return factors of the best approximation to ``left`` ``(m, d)`` @ ``right`` ``(d, n)``.
 
     Returns:
-        ``(m, rank)`` and ``(rank, n)``, the singular values shared between them. With ``rank`` d
-        their product is that of the inputs.
+        ``(m, rank)`` and ``(rank, n)``; each carries the root of the singular values. With
+        ``rank`` d their product equals that of the inputs.
     """
-    # The product has rank d at most: QR keeps the decomposition small.
+    # The product has at most rank d, so QR makes the decomposition small.
     q_left, r_left = torch.linalg.qr(left.double())
     q_right, r_right = torch.linalg.qr(right.double().t())
     u, s, v = torch.linalg.svd(r_left @ r_right.t())

@@ -1,4 +1,4 @@
-"""Estimates what a run needs before it starts: parameters, memory, steps."""
+"""Parameters, memory and steps of a run, estimated before it starts."""
 
 from __future__ import annotations
 
@@ -19,9 +19,9 @@ PROTGPT2 = {
     "bos_token_id": 0,
     "eos_token_id": 0,
 }
-"""The default teacher's shape (its config.json on the hub), for planning without a network."""
+"""Shape of the default teacher, from its config.json on the hub: planning needs no network."""
 THRESHOLDS = ((0.05, 3.0), (0.11, 2.5), (0.27, 2.0))
-"""Shares of the teacher's parameters, and the perplexity ratio that each must stay below."""
+"""A student's share of the teacher's parameters → the perplexity ratio it must stay below."""
 
 
 def gpt2_parameters(n_layer: int, n_embd: int, vocab_size: int, n_positions: int) -> int:
@@ -35,8 +35,8 @@ def gpt2_parameters(n_layer: int, n_embd: int, vocab_size: int, n_positions: int
 
 
 @dataclass(frozen=True)
-class Estimate:
-    """What a student costs. Bytes where not said otherwise."""
+class RunCost:
+    """Size of a student, and memory in bytes and optimiser steps of its training."""
 
     parameters: int
     share_of_teacher: float
@@ -51,33 +51,33 @@ def estimate(
     teacher_config: Any,
     teacher_parameters: int,
     training_rows: int | None,
-) -> Estimate:
-    """Estimate a student's size, peak training memory and steps.
+) -> RunCost:
+    """Return a student's size, peak training memory and steps.
 
     Memory counts the teacher's weights (2 bytes a parameter in half precision, else 4), the
     student's weights, gradients and two AdamW moments (16 bytes a parameter), the student's
     activations (about 34 E + 5 H L bytes for each token and block in half precision: Korthikanti
     et al. 2022, arXiv:2205.05198, eq. 1 less what recomputing attention saves), and the loss's
-    chunk of logits. It is a plan, not a measurement: a run records its true peak.
+    chunk of logits. This is an estimate; a run records its measured peak.
 
     Args:
         student: the student's shape.
         settings: batch, length, precision, epochs.
         teacher_config: with ``vocab_size`` and the longest input.
         teacher_parameters: how many the teacher has.
-        training_rows: rows of an epoch, or None where the data is not at hand.
+        training_rows: rows of an epoch, or None where the data is not available.
 
     Returns:
-        The estimate; ``steps`` is None where neither data nor ``max_steps`` tells.
+        The cost; ``steps`` is None where neither the data nor ``max_steps`` determines it.
     """
     vocabulary, positions = teacher_config.vocab_size, teacher_config.n_positions
     parameters = gpt2_parameters(student.n_layer, student.n_embd, vocabulary, positions)
-    half = settings.precision != "fp32"  # auto: such runs are planned for a GPU
+    half = settings.precision != "fp32"  # with ``auto`` a GPU is assumed
     tokens = settings.batch_size * settings.max_length
     activations = tokens * student.n_layer * 34 * student.n_embd * (1 if half else 2)
     chunk = 3 * min(tokens, 1024) * vocabulary * 4
     memory = teacher_parameters * (2 if half else 4) + 16 * parameters + activations + chunk
-    return Estimate(
+    return RunCost(
         parameters=parameters,
         share_of_teacher=parameters / teacher_parameters,
         compression=teacher_parameters / parameters,
@@ -94,22 +94,22 @@ def total_steps(
     Args:
         settings: batches, accumulation, epochs.
         training_rows: rows of an epoch.
-        processes: which share the batches of a step.
+        processes: how many share the batches of a step.
     """
     if settings.max_steps > 0:
         return settings.max_steps
     if training_rows is None:
         return None
     batches = math.ceil(training_rows / settings.batch_size)
-    each_epoch = math.ceil(batches / (settings.gradient_accumulation_steps * processes))
-    return max(1, math.ceil(each_epoch * settings.num_train_epochs))
+    steps_per_epoch = math.ceil(batches / (settings.gradient_accumulation_steps * processes))
+    return max(1, math.ceil(steps_per_epoch * settings.num_train_epochs))
 
 
 def threshold_for(share_of_teacher: float) -> float:
-    """Return the perplexity ratio that a student of some size must stay below.
+    """Return the perplexity ratio that a student of a given size must stay below.
 
-    5 % of the teacher's parameters: 3.0; 11 %: 2.5; 27 %: 2.0. Between these sizes the bound is
-    interpolated linearly in the share; beyond the ends it is the nearest one.
+    The bound is 3.0 at 5 % of the teacher's parameters, 2.5 at 11 % and 2.0 at 27 %. It is linear
+    in the share between these sizes, and constant beyond them.
     """
     shares, ratios = zip(*THRESHOLDS, strict=True)
     return float(np.interp(share_of_teacher, shares, ratios))
