@@ -1,9 +1,9 @@
-"""Runs a grid of trainings that share students, data order and teacher, and measures every cell.
+"""Runs a grid of trainings that share initial weights, data order and teacher; measures every cell.
 
-The cells of one group (a size and a seed) are trained together (:mod:`src.training.cohort`) and evaluated
-together. A grid that was stopped goes on where it was: finished cells are known by their results
-files and never run again, and a group under way goes on from its last checkpoint. Several
-processes may work on one grid; each group is locked by the one that runs it.
+The cells of one group (a size and a seed) are trained (:mod:`src.training.cohort`) and evaluated
+together. A stopped grid resumes: a cell with a results file is never run again, and an unfinished
+group goes on from its last checkpoint. Several processes may work on one grid; each locks the group
+that it runs.
 """
 
 from __future__ import annotations

@@ -1,6 +1,7 @@
-"""Draws the controlled experiment: effects of the arms, the interaction, curves, calibration.
+"""Draws the experiment's figures: effects of the arms, quality over sizes, curves, calibration.
 
-As in :mod:`src.publishing.plots`, every function takes what stands in the results' files and returns a figure.
+Every function takes numbers from results files and returns a figure, as in
+:mod:`src.publishing.plots`.
 """
 
 from __future__ import annotations

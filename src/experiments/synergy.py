@@ -18,7 +18,7 @@ from src.common.files import read_json
 from src.common.tables import markdown_lines
 from src.evaluation.results import check_figures
 from src.evaluation.statistics import Estimate, contrast, equivalence, holm, seeds_for_half_width
-from src.experiments.grids import ARMS, RECIPES
+from src.experiments.grids import ARMS, RECIPE_ARMS
 
 MARGIN = 0.02
 """Nats per residue: a contrast within ±0.02 of 0 is equivalent to none."""
@@ -140,7 +140,7 @@ def _read_table(path: Path) -> Any:
 
 
 def _runs(size: str, cells: Mapping[tuple[str, int], Mapping[str, np.ndarray]]) -> Runs:
-    known = list({**ARMS, **RECIPES})
+    known = list({**ARMS, **RECIPE_ARMS})
     place = {arm: number for number, arm in enumerate(known)}
     arms = sorted({arm for arm, _ in cells}, key=lambda arm: (place.get(arm, len(known)), arm))
     everywhere = [{seed for a, seed in cells if a == arm} for arm in arms]
