@@ -66,7 +66,7 @@ BOOTSTRAP = 1000
 
 
 class GridRun:
-    """A grid being run: what is shared by its groups is loaded once, when first needed.
+    """Runs a grid. The teacher and the proteins are loaded once, when they are first needed.
 
     Args:
         grid: what to run.
@@ -74,10 +74,11 @@ class GridRun:
         work: directory of checkpoints and students; may be deleted when the grid is done.
         device: ``auto``, ``cpu`` or ``cuda``.
         cache_dir: where tokenised proteins are kept.
+        max_proteins: measure on the first so many proteins; None: on all.
         announce: called with each line for a person.
 
     Raises:
-        ValueError: learning rates are to be read and were not written yet, or are none.
+        ValueError: the grid reads tuned learning rates, and their file is missing or broken.
     """
 
     def __init__(
@@ -88,9 +89,10 @@ class GridRun:
         *,
         device: str = "auto",
         cache_dir: str | None = None,
+        max_proteins: int | None = None,
         announce: Callable[[str], None] = say,
     ) -> None:
-        self.grid = grid
+        self.grid, self.max_proteins = grid, max_proteins
         self.results, self.work = results, work
         self.device, self.cache_dir, self.announce = device, cache_dir, announce
         tuned = read_rates(results)["rates"] if grid.tuned else None
@@ -319,6 +321,7 @@ class GridRun:
             longest(student, teacher, settings),
             self.cache_dir,
             long_proteins="drop",
+            max_proteins=self.max_proteins,
             quiet=True,
         )
 
