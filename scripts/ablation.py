@@ -1,10 +1,11 @@
 #!/usr/bin/env python3
-"""Run a declared grid of trainings against one teacher, and measure every cell.
+"""Train every cell of a grid of experiments against one teacher, and measure it.
 
-The cells of a group share the initial student, the data order and the teacher. A grid that was
-stopped goes on where it was when the same command is given again; several processes may run it at
-once. --list shows the grids. To choose T or alpha for one preset with its own data and teacher, and
-have the best named, run scripts/pipeline.py --sweep.
+The cells of a group share the initial weights, the data order and the teacher, and are trained
+together. The same command resumes a stopped grid, which several processes may run at once. --list
+shows the grids. With flags of train.py after --, the grids temperature, alpha and smoothing sweep
+one setting around that run, at its seed and learning rate; scripts/pipeline.py --sweep does this
+and names the best value.
 
 Examples:
   python scripts/ablation.py --list
@@ -14,12 +15,14 @@ Examples:
   python scripts/ablation.py --grid synergy --results results/synergy
   python scripts/ablation.py --grid temperature
   python scripts/ablation.py --grid temperature --choose
+  python scripts/ablation.py --grid alpha --values 0.1 0.5 --max_proteins 5000 -- --preset tiny
 """
 
 from __future__ import annotations
 
 import argparse
 import sys
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -27,29 +30,38 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from src.common.cli import HelpFormatter, folder, positive_int, run_script, say, share
 from src.common.settings import PRESETS
-from src.experiments.grids import GRIDS, RATES_FILE
+from src.experiments.grids import GRIDS, RATES_FILE, SWEPT, Grid, sweep_of_run
+
+RUN_FLAGS = (
+    "output_dir", "resume", "report_to", "device", "cache_dir", "teacher_cache", "shard_teacher",
+    "num_workers", "compile", "dry_run",
+)  # fmt: skip
+"""Flags of scripts/train.py that say how one run is done, not what is trained."""
 
 
 def build_parser() -> argparse.ArgumentParser:
     """Return the parser of this script."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=HelpFormatter)
+    parser.add_argument("train_args", nargs="*", metavar="-- ...", help="a run to sweep around")
     add = parser.add_argument_group("what to run").add_argument
     add("--grid", choices=sorted(GRIDS), help="which grid")
     add("--list", action="store_true", help="show the grids and stop")
-    add("--status", action="store_true", help="show what is done and stop")
+    add("--status", action="store_true", help="show how many cells are done and stop")
     add("--choose", action="store_true", help="write the best rates and arm of a finished grid")
-    add("--seeds", type=int, nargs="+", help="these instead of the grid's own")
-    add("--sizes", nargs="+", help="these sizes: of the grid, or presets of train.py")
+    add("--seeds", type=int, nargs="+", help="seeds instead of the grid's own")
+    add("--sizes", nargs="+", help="sizes: of the grid, or presets of train.py")
     add("--arms", nargs="+", help="only these of the grid's arms")
-    add("--rates", type=float, nargs="+", help="these learning rates instead of the grid's own")
+    add("--rates", type=float, nargs="+", help="learning rates instead of the grid's own")
+    add("--values", type=float, nargs="+", help="of a sweep around a run, instead of the usual")
     add("--teacher_model", help="(default: the bundled teacher)")
     add("--data", help="(default: the bundled proteins)")
     add("--train_size_prop", type=share, help="share of the training proteins (default: all)")
     add("--max_steps", type=positive_int, help="of every cell (default: the grid's)")
+    add("--max_proteins", type=positive_int, help="measure on the first so many (default: all)")
 
     add = parser.add_argument_group("where").add_argument
-    add("--results", type=Path, help="directory of results (default: results/<grid>)")
-    add("--work", type=Path, help="directory of checkpoints (default: models/<grid>)")
+    add("--results", type=Path, help="directory of results (default: results/GRID)")
+    add("--work", type=Path, help="directory of checkpoints (default: models/GRID)")
     add("--device", default="auto", help="auto, cpu or cuda")
     add("--cache_dir", type=folder, help="where tokenised proteins are kept")
     add("--threads", type=positive_int, help="CPU threads (default: PyTorch's choice)")
@@ -57,7 +69,7 @@ def build_parser() -> argparse.ArgumentParser:
 
 
 def run(args: argparse.Namespace) -> dict:
-    """Run the grid, or show what there is. Returns counts, choices or names."""
+    """Run the grid, or show it, or choose from it. Returns counts, choices or names."""
     if args.list:
         for grid in GRIDS.values():
             cells = len(grid.arms) * len(grid.sizes) * len(grid.seeds)
@@ -70,23 +82,22 @@ def run(args: argparse.Namespace) -> dict:
     results = args.results or Path("results") / grid.name
     work = args.work or Path("models") / grid.name
 
-    from src.common.files import write_json
-    from src.experiments.ablation import GridRun, tuned_rates
+    from src.experiments.ablation import GridRun
 
     if args.choose:
-        record = tuned_rates(results, grid)
-        write_json(results / RATES_FILE, record)
-        for size, arm in record["best_arm"].items():
-            say(f"best on validation at {size}: {arm}")
-        for edge in record["at_edge"]:
-            say(f"at an end of the range: {edge}")
-        say(f"written: {results / RATES_FILE}")
-        return record
+        return choose(results, grid)
     if args.threads:
         import torch
 
         torch.set_num_threads(args.threads)
-    job = GridRun(grid, results, work, device=args.device, cache_dir=args.cache_dir)
+    job = GridRun(
+        grid,
+        results,
+        work,
+        device=args.device,
+        cache_dir=args.cache_dir,
+        max_proteins=args.max_proteins,
+    )
     if args.status:
         for line in job.status_lines():
             say(line)
@@ -96,19 +107,39 @@ def run(args: argparse.Namespace) -> dict:
     return done
 
 
-def chosen(args: argparse.Namespace):
-    """Return the grid with what the arguments change of it."""
-    grid = GRIDS[args.grid]
+def choose(results: Path, grid: Grid) -> dict:
+    """Write and print the best learning rates and arms of a finished grid."""
+    from src.common.files import write_json
+    from src.experiments.ablation import tuned_rates
+
+    record = tuned_rates(results, grid)
+    write_json(results / RATES_FILE, record)
+    say(f"written: {results / RATES_FILE}")
+    for size, arms in record["nats_per_residue"].items():
+        for arm, by_rate in arms.items():
+            say(f"{size} {arm}: {min(by_rate.values()):.4f} nats per residue on validation")
+    for edge in record["at_edge"]:
+        say(f"at an end of the range: {edge}")
+    for size, arm in record["best_arm"].items():
+        say(f"best on validation at {size}: {arm}")
+    return record
+
+
+def chosen(args: argparse.Namespace) -> Grid:
+    """Return the grid with the changes that the arguments ask for."""
+    grid = sweep_around(args) if args.train_args else GRIDS[args.grid]
+    if args.values and not args.train_args:
+        raise ValueError("--values: needs the flags of a run after --, such as -- --preset tiny")
     presets = {name: preset.student for name, preset in PRESETS.items()}
-    for name, there in (("sizes", {**grid.sizes, **presets}), ("arms", grid.arms)):
+    for name, known in (("sizes", {**grid.sizes, **presets}), ("arms", grid.arms)):
         wanted = getattr(args, name)
         if wanted:
-            unknown = [each for each in wanted if each not in there]
+            unknown = [key for key in wanted if key not in known]
             if unknown:
                 raise ValueError(
-                    f"--{name} {unknown[0]}: the grid {grid.name} has {', '.join(there)}"
+                    f"--{name} {unknown[0]}: the grid {grid.name} has {', '.join(known)}"
                 )
-            grid = replace(grid, **{name: {each: there[each] for each in wanted}})
+            grid = replace(grid, **{name: {key: known[key] for key in wanted}})
     names = ("teacher_model", "data", "train_size_prop", "max_steps")
     shared = {k: v for k in names if (v := getattr(args, k)) is not None}
     if args.teacher_model and grid.shared.init_from == grid.shared.teacher_model:
@@ -120,6 +151,35 @@ def chosen(args: argparse.Namespace):
         if getattr(args, name):
             grid = replace(grid, **{name: tuple(getattr(args, name))})
     return grid
+
+
+def sweep_around(args: argparse.Namespace) -> Grid:
+    """Return the sweep of a setting around the run whose flags stand after ``--``."""
+    from scripts import train
+
+    if args.grid not in SWEPT:
+        raise ValueError(f"flags after --: only with --grid {', '.join(SWEPT)}")
+    parser = train.build_parser()
+    words = train.recipe_first(args.train_args)
+    parsed = parse_for(parser, words, "scripts/train.py")
+    swept = SWEPT[args.grid][0]
+    for name in (*RUN_FLAGS, swept):
+        if getattr(parsed, name) != parser.get_default(name):
+            raise ValueError(f"--{name} after --: does not apply to a sweep of {swept}")
+    size = parsed.preset or "student"
+    return sweep_of_run(args.grid, train.build_settings(parsed), size, args.values or ())
+
+
+def parse_for(
+    parser: argparse.ArgumentParser, argv: Sequence[str], script: str
+) -> argparse.Namespace:
+    """Parse another script's flags. Raises ``ValueError`` where that script would refuse them."""
+
+    def refuse(message: str) -> None:
+        raise ValueError(f"{script} would refuse its arguments: {message}")
+
+    parser.error = refuse  # type: ignore[assignment,method-assign]
+    return parser.parse_args(list(argv))
 
 
 def main(argv: list[str] | None = None) -> int:

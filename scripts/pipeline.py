@@ -1,12 +1,11 @@
 #!/usr/bin/env python3
-r"""Train and evaluate presets one after another, unattended, and go on where it stopped.
+r"""Train and evaluate presets one after another, unattended.
 
-Arguments after -- go to every training as they are. Started again, the same command skips what is
-finished and resumes what was cut off. logs/pipeline-NAME/pipeline.status tells what happened.
-Evaluations have --num_samples 100 --compute_ece, and --max_proteins 5000 where the data is on a
-hub, unless --evaluate_args says otherwise; a sweep is judged on validation proteins. It trains one
-value after another with any teacher; scripts/ablation.py --grid temperature trains all values at
-once, and two seeds, against the bundled teacher or --teacher_model.
+The first failure stops it. The same command again skips what is finished and resumes the rest.
+logs/pipeline-NAME/pipeline.status says what happened, pipeline.log has all output. Arguments after
+-- go to every training. Evaluations have --num_samples 100 --compute_ece, and --max_proteins 5000
+where the data is on a hub, unless --evaluate_args says otherwise. --sweep trains one student for
+each value, all together (scripts/ablation.py), and chooses the best on validation proteins.
 
 Examples:
   bash scripts/pipeline.sh
@@ -23,16 +22,26 @@ from __future__ import annotations
 import argparse
 import shlex
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from scripts import evaluate, train
+from scripts import ablation, evaluate, train
 from src.common.cli import HelpFormatter, folder, run_script, say
+from src.common.runs import claim_folder
+from src.common.settings import PRESETS, PUBLISHED_STUDENTS, TrainSettings, as_recorded
+from src.experiments.pipeline import Pipeline, Stage, evaluation_state, shown_command
 
-HUB_PROTEINS = 5000
+SCRIPTS = Path(__file__).resolve().parent
+HUB_PROTEINS = "5000"
 """Proteins of a hub data set's held-out part that are evaluated: it may have millions."""
+ENHANCED = ("hf-tiny", "hf-small", "hf-medium")
+BASELINES = ("xs", "tiny", "small", "medium")
+ENHANCEMENTS = ("--use_uncertainty_weighting", "--use_calibration_smoothing")
+OWN_TRAIN_FLAGS = ("--preset", "--output_dir", "--dry_run")
+OWN_EVALUATE_FLAGS = ("--student_model", "--output", "--per_protein", "--overwrite")
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -42,14 +51,13 @@ def build_parser() -> argparse.ArgumentParser:
     add = parser.add_argument_group("what to run").add_argument
     add("--presets", nargs="+", metavar="PRESET", help="(default: hf-tiny hf-small hf-medium)")
     add("--name", help="models/NAME-tiny, results/eval_NAME_tiny.json (default: synergy)")
-    add("--baselines", action="store_true", help="xs tiny small medium, without enhancements")
-    add("--sweep", choices=("temperature", "alpha"), help="train at each value, choose the best")
-    add("--values", nargs="+", type=float, help="instead of 1 2 4 6 8 10, or 0.1 to 0.9")
     add(
-        "--enhancements",
-        choices=("both", "uncertainty", "calibration", "none"),
-        help="(default: both; none with --baselines)",
+        "--baselines",
+        action="store_true",
+        help="without enhancements (default presets: xs tiny small medium)",
     )
+    add("--sweep", choices=("temperature", "alpha"), help="train at each value, choose the best")
+    add("--values", nargs="+", metavar="VALUE", help="instead of 1 2 4 6 8 10, or 0.1 to 0.9")
     add("--references", action="store_true", help="evaluate the published students too; needs hub")
 
     add = parser.add_argument_group("for all stages").add_argument
@@ -60,98 +68,157 @@ def build_parser() -> argparse.ArgumentParser:
     add("--evaluate_args", default="", metavar="'...'", help="flags of scripts/evaluate.py")
     add("--models_dir", type=Path, default=Path("models"), help="where the students go")
     add("--results_dir", type=Path, default=Path("results"), help="where the results go")
-    add("--overwrite", action="store_true", help="replace results of something else; never models")
+    add("--overwrite", action="store_true", help="replace results of other runs; never models")
 
     add = parser.add_argument_group("how").add_argument
-    add("--log_dir", type=Path, help="log, state and status (default: logs/pipeline-NAME)")
+    add("--log_dir", type=Path, help="log and status (default: logs/pipeline-NAME)")
     add("--on_success", metavar="CMD", help="shell command after all stages succeeded")
-    add("--on_exit", metavar="CMD", help="the same after success or failure, not after Ctrl-C")
-    add("--dry_run", action="store_true", help="print the stages and where they stand, and stop")
+    add("--dry_run", action="store_true", help="print the stages and their state, and stop")
     return parser
 
 
-def train_settings(argv: Any) -> Any:
-    """Return the settings that scripts/train.py would read."""
-    return train.build_settings(parse(train.build_parser(), argv, "scripts/train.py"))
+def train_settings(argv: Sequence[str]) -> TrainSettings:
+    """Return the settings that scripts/train.py would read. Raises ``ValueError``."""
+    words = train.recipe_first(argv)
+    return train.build_settings(ablation.parse_for(train.build_parser(), words, "scripts/train.py"))
 
 
-def evaluate_arguments(argv: Any) -> dict[str, Any]:
-    """Return the arguments that scripts/evaluate.py would record."""
-    return evaluate.recorded(parse(evaluate.build_parser(), argv, "scripts/evaluate.py"))
+def evaluate_arguments(argv: Sequence[str]) -> dict[str, Any]:
+    """Return the arguments that scripts/evaluate.py would record. Raises ``ValueError``."""
+    parser = evaluate.build_parser()
+    return evaluate.recorded(ablation.parse_for(parser, argv, "scripts/evaluate.py"))
 
 
-def parse(parser: argparse.ArgumentParser, argv: Any, name: str) -> argparse.Namespace:
-    """Parse another script's arguments; what is wrong with them is this script's user's error."""
-
-    def refuse(message: str) -> None:
-        raise ValueError(f"{name} would refuse its arguments: {message}")
-
-    parser.error = refuse  # type: ignore[assignment,method-assign]
-    return parser.parse_args(list(argv))
+def command(script: str, *arguments: object) -> tuple[str, ...]:
+    """Return the command of one of our scripts under this interpreter."""
+    return (sys.executable, str(SCRIPTS / script), *map(str, arguments))
 
 
-def refuse_reserved(args: argparse.Namespace, evaluate_args: list[str]) -> None:
-    """Stop where the user sets what the pipeline sets. Raises ``ValueError``."""
-    given = parse(train.build_parser(), args.train_args, "scripts/train.py")
-    for name in ("preset", "output_dir", "dry_run", *([args.sweep] if args.sweep else [])):
-        if getattr(given, name) != train.build_parser().get_default(name):
-            raise ValueError(f"--{name} after --: the pipeline sets it itself (see --help)")
-    needed = ["--student_model", "", "--output", "results"]
-    given = parse(evaluate.build_parser(), [*needed, *evaluate_args], "scripts/evaluate.py")
-    own = {"student_model": "", "output": Path("results"), "per_protein": None, "overwrite": False}
-    for name, value in (own | ({"split": None} if args.sweep else {})).items():
-        if getattr(given, name) != value:
-            raise ValueError(f"--evaluate_args --{name}: the pipeline sets it itself (see --help)")
+def given(args: argparse.Namespace, *names: str) -> list[str]:
+    """Return those of the named flags that the user gave, as typed."""
+    pairs = [(f"--{name}", getattr(args, name)) for name in names]
+    return [word for flag, value in pairs if value for word in (flag, str(value))]
 
 
-def build_plan(args: argparse.Namespace) -> Any:
-    """Return the stages that the arguments ask for. Raises ``ValueError``."""
-    from src.experiments import pipeline as p
+def require_free(words: Sequence[str], own: Sequence[str], where: str) -> None:
+    """Raise ``ValueError`` where the user gives a flag that the pipeline sets itself."""
+    for word in words:
+        if word.partition("=")[0] in own:
+            raise ValueError(f"{word} {where}: the pipeline sets it itself (see --help)")
 
-    if args.sweep and (args.baselines or args.references):
-        raise ValueError("--sweep: without --baselines and --references")
+
+def preset_stages(args: argparse.Namespace, name: str) -> list[Stage]:
+    """Return trainings and evaluations of the presets, then of the published students."""
+    presets = args.presets or (BASELINES if args.baselines else ENHANCED)
+    sizes = [preset.removeprefix("hf-") for preset in presets]
+    for preset in presets:
+        if preset not in PRESETS:
+            raise ValueError(f"--presets {preset}: choose among {', '.join(sorted(PRESETS))}")
+        if args.references and preset not in PUBLISHED_STUDENTS:
+            raise ValueError(f"--references: no published student has the shape of {preset}")
+    if len(set(sizes)) < len(sizes):
+        raise ValueError("--presets: two of them would be written to the same directory")
+    both = given(args, "device", "cache_dir")
+    train_args = [*given(args, "teacher_model", "data"), *both, *args.train_args]
+    settings = train_settings(train_args)
+    on_hub = not Path(settings.data).exists()
+    evaluate_args = ["--num_samples", "100", "--compute_ece"]
+    evaluate_args += ["--max_proteins", HUB_PROTEINS] if on_hub else []
+    evaluate_args += [*both, *shlex.split(args.evaluate_args)]
+
+    def evaluation(title: str, student: Path | str, output: Path, *more: object) -> Stage:
+        words = ["--student_model", student, *more, *evaluate_args, "--output", output]
+        words = [str(w) for w in (*words, "--per_protein", output.with_suffix(".parquet"))]
+        expected = evaluate_arguments(words)
+        return Stage(
+            title,
+            command("evaluate.py", *words),
+            lambda: evaluation_state(output, expected, student, args.overwrite),
+            output,
+            optional=student in PUBLISHED_STUDENTS.values(),
+        )
+
+    def training(preset: str, output: Path) -> Stage:
+        words = [*train_args, "--preset", preset, *(() if args.baselines else ENHANCEMENTS)]
+        words += ["--output_dir", str(output)]
+        recorded = as_recorded(train_settings(words))
+        return Stage(
+            f"train {preset}",
+            command("train.py", *words, "--resume"),
+            lambda: claim_folder(output, recorded, resume=True, flag="--name or --models_dir"),
+            output,
+        )
+
+    stages, references = [], []
+    for preset, size in zip(presets, sizes, strict=True):
+        model, output = args.models_dir / f"{name}-{size}", result_file(args, name, size)
+        stages += [training(preset, model), evaluation(f"evaluate {preset}", model, output)]
+        if args.references:
+            reference = result_file(args, "hf", f"{size}_old")
+            student = PUBLISHED_STUDENTS[preset]
+            same = ("--data", settings.data, "--teacher_model", settings.teacher_model)
+            compare = command("compare.py", output, "--reference", reference)
+            references += [
+                evaluation(f"evaluate the published {size}", student, reference, *same),
+                Stage(f"compare {size}", compare, optional=True),
+            ]
+    return stages + references
+
+
+def result_file(args: argparse.Namespace, name: str, size: str) -> Path:
+    """Return where the results of one student go."""
+    return args.results_dir / f"eval_{name}_{size}.json"
+
+
+def sweep_stages(args: argparse.Namespace, name: str) -> list[Stage]:
+    """Return the sweep's training, its choice, and a table of all values with intervals."""
+    presets = args.presets or ["tiny"]
+    if len(presets) > 1:
+        raise ValueError("--sweep: takes one preset")
+    run_args = [*given(args, "teacher_model", "data"), *args.train_args, "--preset", presets[0]]
+    run_args += () if args.baselines else ENHANCEMENTS
+    words = ["--grid", args.sweep, *(["--values", *args.values] if args.values else [])]
+    words += ["--results", str(args.results_dir / name), "--work", str(args.models_dir / name)]
+    words += given(args, "device", "cache_dir")
+    if not Path(train_settings(run_args).data).exists():
+        words += ["--max_proteins", HUB_PROTEINS]
+    parsed = ablation.parse_for(
+        ablation.build_parser(), [*words, "--", *run_args], "scripts/ablation.py"
+    )
+    grid = ablation.chosen(parsed)
+    files = [parsed.results / grid.file_of(cell) for cell in grid.cells()]
+    return [
+        Stage(f"sweep {args.sweep}", command("ablation.py", *words, "--", *run_args)),
+        Stage("choose", command("ablation.py", *words, "--choose", "--", *run_args)),
+        Stage("compare", command("compare.py", *files)),
+    ]
+
+
+def build_stages(args: argparse.Namespace) -> tuple[str, list[Stage]]:
+    """Return the pipeline's name and its stages. Raises ``ValueError``."""
+    if args.sweep and (args.references or args.evaluate_args or args.overwrite):
+        raise ValueError("--sweep: without --references, --evaluate_args and --overwrite")
     if args.values and not args.sweep:
         raise ValueError("--values: only with --sweep")
-    evaluate_args = shlex.split(args.evaluate_args)
-    refuse_reserved(args, evaluate_args)
-    defaults = ["--compute_ece"] if args.sweep else ["--num_samples", "100", "--compute_ece"]
-    both = [x for n in ("device", "cache_dir") if (v := getattr(args, n)) for x in (f"--{n}", v)]
-    own = [x for n in ("teacher_model", "data") if (v := getattr(args, n)) for x in (f"--{n}", v)]
-    train_args = [*own, *both, *args.train_args]
-    if not Path(train_settings(train_args).data).exists():
-        defaults += ["--max_proteins", str(HUB_PROTEINS)]
-    choices = p.Choices(
-        train_args,
-        [*defaults, *both, *evaluate_args],
-        args.models_dir,
-        args.results_dir,
-        args.overwrite,
-    )
-    parsers = p.Parsers(train_settings, evaluate_arguments)
-    enhancements = args.enhancements or ("none" if args.baselines else "both")
+    require_free(args.train_args, OWN_TRAIN_FLAGS, "after --")
+    require_free(shlex.split(args.evaluate_args), OWN_EVALUATE_FLAGS, "in --evaluate_args")
     if args.sweep:
-        presets = args.presets or ["tiny"]
-        if len(presets) != 1:
-            raise ValueError("--sweep: takes one preset")
-        values = args.values or p.SWEEPS[args.sweep]
-        return p.sweep_plan(args.sweep, values, presets[0], enhancements, choices, parsers)
-    presets = args.presets or (p.BASELINES if args.baselines else p.SYNERGY)
+        name = args.name or f"sweep_{args.sweep}"
+        return name, sweep_stages(args, name)
     name = args.name or ("baseline" if args.baselines else "synergy")
-    return p.presets_plan(name, presets, enhancements, choices, parsers, args.references)
+    return name, preset_stages(args, name)
 
 
 def run(args: argparse.Namespace) -> dict:
-    """Run the stages. Returns nothing of interest; a failure leaves with its exit status."""
-    from src.experiments import pipeline as p
-
-    plan = build_plan(args)
+    """Run the stages, or print them. A failure leaves with its exit status."""
+    name, stages = build_stages(args)
     if args.dry_run:
-        for number, stage in enumerate(plan.stages, start=1):
-            say(f"[{number}/{len(plan.stages)}] {stage.title}: {stage.standing()}")
-            say(f"    {shlex.join(p.shown_command(stage.command))}")
+        for number, stage in enumerate(stages, start=1):
+            say(f"[{number}/{len(stages)}] {stage.title}: {stage.state()}")
+            say(f"    {shown_command(stage.command)}")
         return {}
-    folder = args.log_dir or Path("logs") / f"pipeline-{plan.name}"
-    status = p.Runner(plan, folder).run(args.on_success, args.on_exit)
+    log_dir = args.log_dir or Path("logs") / f"pipeline-{name}"
+    status = Pipeline(name, stages, log_dir).run(args.on_success)
     if status:
         raise SystemExit(status)
     return {}

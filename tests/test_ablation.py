@@ -298,7 +298,7 @@ def test_learning_rates_are_chosen_on_validation(finished, grid, world, tmp_path
             arm: min(tried.values()) for arm, tried in chosen["nats_per_residue"][size].items()
         }
         assert lowest[chosen["best_arm"][size]] == min(lowest.values())
-    with pytest.raises(ValueError, match="nothing is chosen by those"):
+    with pytest.raises(ValueError, match="choose on validation only"):
         tuned_rates(finished / "results", replace(grid, split="test"))
     (tmp_path / "results").mkdir()
     write_json(tmp_path / "results" / RATES_FILE, chosen)

@@ -1,9 +1,9 @@
-"""Runs a grid of trainings that share students, data order and teacher, and measures every cell.
+"""Runs a grid of trainings that share initial weights, data order and teacher; measures every cell.
 
-The cells of one group (a size and a seed) are trained together (:mod:`src.training.cohort`) and evaluated
-together. A grid that was stopped goes on where it was: finished cells are known by their results
-files and never run again, and a group under way goes on from its last checkpoint. Several
-processes may work on one grid; each group is locked by the one that runs it.
+The cells of one group (a size and a seed) are trained (:mod:`src.training.cohort`) and evaluated
+together. A stopped grid resumes: a cell with a results file is never run again, and an unfinished
+group goes on from its last checkpoint. Several processes may work on one grid; each locks the group
+that it runs.
 """
 
 from __future__ import annotations
@@ -66,7 +66,7 @@ BOOTSTRAP = 1000
 
 
 class GridRun:
-    """A grid being run: what is shared by its groups is loaded once, when first needed.
+    """Runs a grid. The teacher and the proteins are loaded once, when they are first needed.
 
     Args:
         grid: what to run.
@@ -74,10 +74,11 @@ class GridRun:
         work: directory of checkpoints and students; may be deleted when the grid is done.
         device: ``auto``, ``cpu`` or ``cuda``.
         cache_dir: where tokenised proteins are kept.
+        max_proteins: measure on the first so many proteins; None: on all.
         announce: called with each line for a person.
 
     Raises:
-        ValueError: learning rates are to be read and were not written yet, or are none.
+        ValueError: the grid reads tuned learning rates, and their file is missing or broken.
     """
 
     def __init__(
@@ -88,9 +89,10 @@ class GridRun:
         *,
         device: str = "auto",
         cache_dir: str | None = None,
+        max_proteins: int | None = None,
         announce: Callable[[str], None] = say,
     ) -> None:
-        self.grid = grid
+        self.grid, self.max_proteins = grid, max_proteins
         self.results, self.work = results, work
         self.device, self.cache_dir, self.announce = device, cache_dir, announce
         tuned = read_rates(results)["rates"] if grid.tuned else None
@@ -102,14 +104,14 @@ class GridRun:
     # What stands on disk ------------------------------------------------------------------------
 
     def file_of(self, cell: Cell) -> Path:
-        """Return where a cell's results stand."""
+        """Return the path of a cell's results."""
         return self.results / self.grid.file_of(cell)
 
     def done(self, cell: Cell) -> bool:
         """Return whether a cell was finished.
 
         Raises:
-            ValueError: its file is there but of other settings: nothing is overwritten.
+            ValueError: its file was made with other settings; nothing is overwritten.
         """
         path = self.file_of(cell)
         if not path.exists():
@@ -122,13 +124,13 @@ class GridRun:
         return True
 
     def groups(self) -> list[tuple[str, list[Cell]]]:
-        """Return the cells of each group, in the order in which they are run."""
+        """Return each group's name and cells, in the order in which they are run."""
         group_of = self.grid.group_of
         ordered = sorted(self.cells, key=lambda cell: (cell.seed, cell.size, group_of(cell)))
         return [(name, list(cells)) for name, cells in groupby(ordered, group_of)]
 
     def status_lines(self) -> list[str]:
-        """Return how many cells are done, for each group and in all, and the time that remains."""
+        """Return how many cells are done, in all and by group, and the time that remains."""
         lines = []
         left = 0
         for name, cells in self.groups():
@@ -138,18 +140,18 @@ class GridRun:
         total = sum(self.done(cell) for cell in self.cells)
         line = f"{self.grid.name}: {total} of {len(self.cells)} cells done"
         if left and self._seconds:
-            each = sum(self._seconds) / len(self._seconds)
-            line += f", about {duration(each * left)} left for one process"
+            mean = sum(self._seconds) / len(self._seconds)
+            line += f", about {duration(mean * left)} left for one process"
         return [line, *lines]
 
     # Running ------------------------------------------------------------------------------------
 
     @stops_on_signals
     def run(self) -> dict[str, Any]:
-        """Run every group that is not done, and return how many cells are.
+        """Run every unfinished group, and return how many cells there are and are done.
 
-        A group that another process is running is left to it. SIGTERM and SIGINT leave a checkpoint
-        of the group under way.
+        Groups that another process runs are skipped. SIGTERM and SIGINT leave a checkpoint of the
+        running group.
 
         Raises:
             ValueError: the data lacks the part that the cells are measured on.
@@ -169,15 +171,15 @@ class GridRun:
                     self._run_group(name, cells)
                     self._seconds.append(time.monotonic() - started)
             except InUseError:
-                self.announce(f"{name}: left to the process that is running it")
+                self.announce(f"{name}: skipped, because another process is running it")
                 continue
             self.announce(self.status_lines()[0])
         return {"cells": len(self.cells), "done": sum(self.done(cell) for cell in self.cells)}
 
     def _require_parts(self) -> None:
-        """Stop before the first training where there is nothing to measure its students on."""
+        """Raise ``ValueError`` before the first training if the part to measure on is missing."""
         source, split = self.grid.shared.data, self.grid.split
-        # A hub data set is asked for its parts when they are read: here there may be no network.
+        # A hub data set is not asked here, because there may be no network yet.
         if Path(source).exists() and not has_split(source, split):
             raise ValueError(
                 f"--data {source} has no {split} part, which the grid {self.grid.name} is measured "
@@ -319,6 +321,7 @@ class GridRun:
             longest(student, teacher, settings),
             self.cache_dir,
             long_proteins="drop",
+            max_proteins=self.max_proteins,
             quiet=True,
         )
 
@@ -381,10 +384,10 @@ class GridRun:
 
 
 def write_table(path: Path, tables: Sequence[tuple[Cell, Mapping[str, Any]]], split: str) -> None:
-    """Write what was measured on single proteins for some cells of a group.
+    """Write the measurements on single proteins of some cells of a group.
 
-    Rows of other cells that the file has already are kept. Sums are in nats, rounded to float32;
-    arms stand in the order of their names, each with its learning rates from the lowest.
+    Rows of other cells in the file are kept. Sums are in nats, rounded to float32. Rows are ordered
+    by arm, then by learning rate.
     """
     import pyarrow as pa
     import pyarrow.parquet as pq
@@ -404,7 +407,7 @@ def write_table(path: Path, tables: Sequence[tuple[Cell, Mapping[str, Any]]], sp
         keys = list(zip(*(old[c].to_pylist() for c in ("arm", "learning_rate")), strict=True))
         for key in dict.fromkeys(keys):
             if key not in parts:
-                parts[key] = old.filter(pa.array([each == key for each in keys]))
+                parts[key] = old.filter(pa.array([other == key for other in keys]))
     with atomic_write(path, "wb") as handle:
         pq.write_table(
             pa.concat_tables([parts[k] for k in sorted(parts)]), handle, compression="zstd"
@@ -412,36 +415,35 @@ def write_table(path: Path, tables: Sequence[tuple[Cell, Mapping[str, Any]]], sp
 
 
 def curve_of(history: Sequence[Mapping[str, Any]], name: str) -> list[dict[str, Any]]:
-    """Return one student's figures from a cohort's log: a record for each line that has some."""
+    """Return the points of one student's learning curve from a cohort's log."""
     curve = []
     for record in history:
-        for key in ("students", "eval_students"):
-            figures = record.get(key, {}).get(name)
-            if figures:
-                prefix = "eval_" if key == "eval_students" else ""
-                own = {f"{prefix}{k}": v for k, v in figures.items()}
-                curve.append({"step": record["step"], **own})
+        for key, prefix in (("students", ""), ("eval_students", "eval_")):
+            values = record.get(key, {}).get(name)
+            if values:
+                point = {f"{prefix}{k}": v for k, v in values.items()}
+                curve.append({"step": record["step"], **point})
     return curve
 
 
 def tuned_rates(results: Path, grid: Grid) -> dict[str, Any]:
-    """Choose each arm's learning rate, and the best arm, by a grid's validation perplexities.
+    """Return each arm's best learning rate, and the best arm, by nats per residue on validation.
 
     Args:
         results: directory of the cells.
-        grid: with several learning rates, measured on validation proteins. Cells of other rates
-            that stand in the directory (``--rates``) are taken in.
+        grid: measured on validation proteins. Cells of other learning rates in the directory
+            (``--rates``) count, too.
 
     Returns:
-        ``rates`` by size and arm, ``best_arm`` by size, and ``nats_per_residue`` of every rate
-        tried, the mean over the seeds; ``at_edge`` names choices at an end of the range.
+        ``rates`` by size and arm; ``best_arm`` by size; ``nats_per_residue`` of every rate, the
+        mean over seeds; ``at_edge``, the choices at an end of the range.
 
     Raises:
         ValueError: the grid was measured on test proteins, or a cell is missing.
     """
     if grid.split != "validation":
         raise ValueError(
-            f"the grid {grid.name} is measured on {grid.split} proteins: nothing is chosen by those"
+            f"the grid {grid.name} is measured on {grid.split} proteins: choose on validation only"
         )
     rates: dict[str, dict[str, float]] = {}
     tried: dict[str, dict[str, dict[str, float]]] = {}
@@ -474,7 +476,6 @@ def tuned_rates(results: Path, grid: Grid) -> dict[str, Any]:
 
 
 def _rates_beyond(results: Path, grid: Grid, arm: str, size: str) -> set[float]:
-    """Return the learning rates of an arm's cells on disk, the grid's own or not."""
+    """Return the learning rates of all of an arm's cells on disk."""
     start = f"{arm}-{size}-seed{grid.seeds[0]}-lr"
-    found = (path.stem.removeprefix(start) for path in results.glob(f"{start}*.json"))
-    return {float(rate) for rate in found}
+    return {float(path.stem.removeprefix(start)) for path in results.glob(f"{start}*.json")}

@@ -1,7 +1,6 @@
-"""Makes the project's figures and tables from ``results/`` alone.
+"""Makes the project's figures and tables from the files in ``results/``.
 
-Each maker reads the files that it needs and says what is missing where they are not there; what can
-be made is made.
+A figure or table whose files are missing is left out, with the command that makes them.
 """
 
 from __future__ import annotations
@@ -23,19 +22,19 @@ from src.experiments.synergy import EXPLANATIONS, MARGIN, shown
 from src.publishing import plots
 
 STRATA = {"cut": ("synergy", "synergy"), "random": ("synergy_random", "synergy-random")}
-"""Of the experiment: directory and grid by name of the stratum."""
+"""Directory and grid of each stratum of the experiment."""
 SIZE_NAMES = {"s27": "27 %", "s11": "11 %", "s05": "5 %"}
-FOUR = ("baseline", "uncertainty", "calibration", "both")
+PUBLISHED_ARMS = ("baseline", "uncertainty", "calibration", "both")
 GENERATION = "generation"
 """Directory of evaluations with generated proteins."""
-CONTROLS = ("teacher", "natural", "shuffled")
-"""What generated proteins of students are read beside."""
+COMPARED_SETS = ("teacher", "natural", "shuffled")
+"""Sets of proteins that the students' generated ones are compared with."""
 SWEEPS = ("temperature", "alpha", "smoothing")
-"""Grids of one setting each, and directories of their results."""
+"""Grids that sweep one setting; the directories of their results have the same names."""
 SECTION = "experiment tables"
-"""Of docs/RESULTS.md: what stands between its marks is generated."""
+"""Name of the generated section of docs/RESULTS.md."""
 
-CELL = {
+CELL_KINDS = {
     **{f"settings.{name}": "text" for name in ("arm", "size")},
     **{f"settings.{name}": "number" for name in ("seed", "learning_rate", "train.max_steps")},
     "training.curve": "objects",
@@ -46,48 +45,48 @@ CELL = {
     "floors.unigram.nats_per_residue": "number",
     **{f"{m}_ece.{k}": t for m in MODELS for k, t in (("ece", "share"), ("reliability", "object"))},
 }
-"""What the figures and tables need of a cell beside what all results files have."""
-POINT = {"step": "number", "eval_hard_loss": "number", "grad_norm": "number"}
-"""What they take of a point of a learning curve; all but the step may be missing."""
+"""Values that figures and tables need of a cell, beside those of all results files."""
+POINT_KINDS = {"step": "number", "eval_hard_loss": "number", "grad_norm": "number"}
+"""Values of a point of a learning curve; all but the step may be missing."""
 
 Cells = list[dict[str, Any]]
 Table = tuple[list[str], list[list[str]]]
 
 
 class Missing(Exception):
-    """What a figure needs is not there; the message says how to make it."""
+    """Results that a figure needs are missing; the message says how to make them."""
 
 
 def read_cells(folder: Path, grid: str) -> Cells:
     """Return the results of a grid's finished cells.
 
     Raises:
-        Missing: there are none.
-        ValueError: one lacks what every cell has.
+        Missing: there are no such cells.
+        ValueError: a cell lacks a value that figures need.
     """
-    found = []
-    way_out = "move it away and run scripts/ablation.py again"
+    cells = []
+    advice = "move it away and run scripts/ablation.py again"
     for path in sorted(folder.glob("*-seed*-lr*.json")):
         results = read_results(path)
         if figure(results, "settings.grid") != grid:
             continue
-        check_figures(results, CELL, path, needed=True, way_out=way_out)
+        check_figures(results, CELL_KINDS, path, needed=True, way_out=advice)
         for number, point in enumerate(results["training"]["curve"]):
             where = f"{path}: training.curve[{number}]"
-            check_figures(point, {"step": "number"}, where, needed=True, way_out=way_out)
-            check_figures(point, POINT, where, way_out=way_out)
-        found.append(results)
-    if not found:
+            check_figures(point, {"step": "number"}, where, needed=True, way_out=advice)
+            check_figures(point, POINT_KINDS, where, way_out=advice)
+        cells.append(results)
+    if not cells:
         raise Missing(f"{folder}: no cells of {grid}: python scripts/ablation.py --grid {grid}")
-    return found
+    return cells
 
 
 def read_analysis(folder: Path, grid: str) -> dict[str, Any]:
     """Return the sizes' records of a grid's analysis.
 
     Raises:
-        Missing: it was not analysed yet.
-        ValueError: what is there is no analysis.
+        Missing: the grid was not analysed yet.
+        ValueError: the file is broken.
     """
     path = folder / "analysis.json"
     if not path.exists():
@@ -99,15 +98,15 @@ def read_analysis(folder: Path, grid: str) -> dict[str, Any]:
 
 def _strata(results: Path) -> dict[str, tuple[Path, str]]:
     """Return folder and grid of the strata that were analysed."""
-    found = {
+    analysed = {
         name: (results / folder, grid)
         for name, (folder, grid) in STRATA.items()
         if (results / folder / "analysis.json").exists()
     }
-    if not found:
+    if not analysed:
         folder, grid = STRATA["cut"]
-        read_analysis(results / folder, grid)
-    return found
+        read_analysis(results / folder, grid)  # raises Missing
+    return analysed
 
 
 def _title(size: str, stratum: str) -> str:
@@ -118,7 +117,7 @@ def _title(size: str, stratum: str) -> str:
 
 
 def effects(results: Path) -> Any:
-    """Figure 1: every arm's effect and the interaction."""
+    """Return figure 1: the effect of every arm, and the interaction."""
     sizes = {
         _title(size, stratum): record
         for stratum, (folder, grid) in _strata(results).items()
@@ -128,7 +127,7 @@ def effects(results: Path) -> Any:
 
 
 def scaling(results: Path) -> Any:
-    """Figure 2: quality over sizes."""
+    """Return figure 2: quality over sizes."""
     series: dict[str, list[tuple[float, float, float, float]]] = {}
     lines: dict[str, float] = {}
     for stratum, (folder, grid) in _strata(results).items():
@@ -139,39 +138,40 @@ def scaling(results: Path) -> Any:
         shares = {c["settings"]["size"]: figure(c, "share_of_teacher") for c in cells}
         for arm in ("baseline", "both"):
             series[f"{arm}, {stratum}"] = [
-                (shares[size], found["estimate"], *found["interval"])
+                (shares[size], entry["estimate"], *entry["interval"])
                 for size, record in analysis.items()
-                if size in shares and (found := record["arms"].get(arm))
+                if size in shares and (entry := record["arms"].get(arm))
             ]
     return experiment_plots.scaling_figure(series, lines)
 
 
 def curves(results: Path) -> Any:
-    """Figure 3: learning curves of the four arms."""
+    """Return figure 3: learning curves of the four published arms."""
     panels: dict[str, dict[str, tuple[list[float], list[list[float]]]]] = {}
     for stratum, (folder, grid) in _strata(results).items():
-        for results_of in read_cells(folder, grid):
-            about = results_of["settings"]
-            if about["arm"] not in FOUR:
+        for cell in read_cells(folder, grid):
+            arm, size, seed = (cell["settings"][name] for name in ("arm", "size", "seed"))
+            if arm not in PUBLISHED_ARMS:
                 continue
-            curve = [r for r in results_of["training"]["curve"] if "eval_hard_loss" in r]
-            panel = panels.setdefault(_title(about["size"], stratum), {})
-            here = [r["step"] for r in curve]
-            steps, values = panel.setdefault(about["arm"], (here, []))
-            if here != steps:
+            curve = [point for point in cell["training"]["curve"] if "eval_hard_loss" in point]
+            panel = panels.setdefault(_title(size, stratum), {})
+            own_steps = [point["step"] for point in curve]
+            steps, values = panel.setdefault(arm, (own_steps, []))
+            if own_steps != steps:
                 raise ValueError(
-                    f"{folder}: {about['arm']} at {about['size']}: seed {about['seed']} was "
-                    "validated at other steps than the seed before: run its cells again"
+                    f"{folder}: {arm} at {size}: seed {seed} was validated at other steps than the "
+                    "seed before: run its cells again"
                 )
-            values.append([r["eval_hard_loss"] for r in curve])
+            values.append([point["eval_hard_loss"] for point in curve])
     ordered = {
-        title: {arm: arms[arm] for arm in FOUR if arm in arms} for title, arms in panels.items()
+        title: {arm: arms[arm] for arm in PUBLISHED_ARMS if arm in arms}
+        for title, arms in panels.items()
     }
     return experiment_plots.arm_curves(ordered, "validation hard loss, nats per token")
 
 
 def composition(results: Path) -> Any:
-    """Figure 4: amino acids of generated proteins."""
+    """Return figure 4: amino acids of generated proteins."""
     sets: dict[str, Mapping[str, float]] = {}
     for path in sorted((results / GENERATION).glob("*.json")):
         found = read_results(path)
@@ -188,36 +188,36 @@ def composition(results: Path) -> Any:
 
 
 def calibration(results: Path) -> Any:
-    """Figure 5: reliability of the teacher and the four arms at the larger size."""
+    """Return figure 5: reliability of the teacher and the published arms at the larger size."""
     folder, grid = STRATA["cut"]
-    models: dict[str, list[dict[str, Any]]] = {"teacher": [], **{arm: [] for arm in FOUR}}
-    for found in read_cells(results / folder, grid):
-        about = found["settings"]
-        if about["size"] != "s27" or about["arm"] not in FOUR:
+    models: dict[str, list[dict[str, Any]]] = {"teacher": [], **{arm: [] for arm in PUBLISHED_ARMS}}
+    for cell in read_cells(results / folder, grid):
+        arm = cell["settings"]["arm"]
+        if cell["settings"]["size"] != "s27" or arm not in PUBLISHED_ARMS:
             continue
-        models[about["arm"]].append(_calibration_of(found, "student"))
+        models[arm].append(_calibration_of(cell, "student"))
         if not models["teacher"]:
-            models["teacher"].append(_calibration_of(found, "teacher"))
+            models["teacher"].append(_calibration_of(cell, "teacher"))
     return experiment_plots.calibration_figure({n: m for n, m in models.items() if m})
 
 
-def _calibration_of(found: Mapping[str, Any], model: str) -> dict[str, Any]:
-    record = found[f"{model}_ece"]
+def _calibration_of(cell: Mapping[str, Any], model: str) -> dict[str, Any]:
+    record = cell[f"{model}_ece"]
     return {
         "ece": record["ece"],
-        "interval": found["intervals"].get(f"{model}_ece.ece"),
+        "interval": cell["intervals"].get(f"{model}_ece.ece"),
         "reliability": record["reliability"],
     }
 
 
 def compression(results: Path) -> Any:
-    """Figure 6: quality against compression, of one seed."""
+    """Return figure 6: quality against compression, of one seed."""
     kinds: dict[str, list[dict[str, Any]]] = {}
     for arm in ("baseline", "both"):
         paths = [results / f"first_{size}_{arm}.json" for size in ("27", "11")]
-        found = [read_results(path) for path in paths if path.exists()]
-        if found:
-            kinds[f"{arm}, random, 1,200 steps of 32"] = found
+        first = [read_results(path) for path in paths if path.exists()]
+        if first:
+            kinds[f"{arm}, random, 1,200 steps of 32"] = first
     for stratum, (folder, grid) in _strata(results).items():
         cells = [c for c in read_cells(folder, grid) if c["settings"]["seed"] == 1]
         steps = {c["settings"]["train"]["max_steps"] for c in cells}
@@ -228,10 +228,10 @@ def compression(results: Path) -> Any:
 
 
 def recipes(results: Path) -> Any:
-    """Figure 7: what was tried beside the claim, less the same student with plain distillation."""
+    """Return figure 7: each recipe less plain distillation of the same student."""
     sizes = {}
     for size, record in read_analysis(results / "recipe", "recipe").items():
-        # Plain distillation from random weights is so far off that the others would not be seen.
+        # Random weights are so much worse that the differences of the others would not show.
         arms = {arm: entry for arm, entry in record["arms"].items() if arm != "baseline"}
         sizes[_title(size, "cut")] = record | {"arms": arms}
     return experiment_plots.effects_figure(sizes, MARGIN, "cut")
@@ -251,7 +251,7 @@ FIGURES: dict[str, Callable[[Path], Any]] = {
 
 
 def arms_tables(results: Path) -> Iterator[tuple[str, Table]]:
-    """Each arm's figures, means over seeds; the interval of nats is that of the analysis."""
+    """Yield a table of every arm: means over seeds, with the analysis' interval of nats."""
     for stratum, (folder, grid) in _strata(results).items():
         analysis = read_analysis(folder, grid)
         cells = read_cells(folder, grid)
@@ -260,7 +260,7 @@ def arms_tables(results: Path) -> Iterator[tuple[str, Table]]:
 
 
 def recipe_tables(results: Path) -> Iterator[tuple[str, Table]]:
-    """Each recipe's figures, and its differences from plain distillation and from ``cut``."""
+    """Yield a table of every recipe, and of its differences from ``baseline`` and ``cut``."""
     folder = results / "recipe"
     cells = read_cells(folder, "recipe")
     for size, record in read_analysis(folder, "recipe").items():
@@ -275,7 +275,7 @@ def recipe_tables(results: Path) -> Iterator[tuple[str, Table]]:
 
 
 def contrast_tables(results: Path) -> Iterator[tuple[str, Table]]:
-    """The contrasts of both designs with their verdicts, and the explanations."""
+    """Yield the contrasts of both designs with their verdicts, and the exploratory contrasts."""
     for stratum, (folder, grid) in _strata(results).items():
         rows: list[list[str]] = []
         explained: list[list[str]] = []
@@ -303,15 +303,15 @@ GENERATED = (
     ("KL from natural", "kl_from_natural", ".4f"),
     ("teacher's perplexity per residue", "teacher_perplexity_per_residue", ".2f"),
 )
-"""Columns of the table of generated proteins: heading, figure, format."""
+"""Columns of the table of generated proteins: heading, name of the value, format."""
 
 
 def generation_tables(results: Path) -> Iterator[tuple[str, Table]]:
-    """Generated proteins of students and teacher beside natural and shuffled ones."""
+    """Yield a table of generated proteins of students and teacher, natural and shuffled ones."""
     rows: dict[str, list[str]] = {}
     for path in sorted((results / GENERATION).glob("*.json")):
         found = read_results(path)
-        for name, key in ((path.stem, "student"), *((k, k) for k in CONTROLS)):
+        for name, key in ((path.stem, "student"), *((k, k) for k in COMPARED_SETS)):
             if name in rows or not figure(found, f"generation.{key}"):
                 continue
             values = [figure(found, f"generation.{key}.{column}") for _, column, _ in GENERATED]
@@ -322,13 +322,13 @@ def generation_tables(results: Path) -> Iterator[tuple[str, Table]]:
     if not rows:
         raise Missing(_how_to_generate(results))
     headings = ["proteins of", *(heading for heading, _, _ in GENERATED)]
-    last = [name for name in CONTROLS if name in rows]
+    last = [name for name in COMPARED_SETS if name in rows]
     ordered = [name for name in rows if name not in last] + last
     yield "generated", (headings, [[name, *rows[name]] for name in ordered])
 
 
 def sweep_tables(results: Path) -> Iterator[tuple[str, Table]]:
-    """The sweeps of temperature, alpha and the smoothing factor, on validation proteins."""
+    """Yield a table of each sweep of one setting, on validation proteins."""
     for grid in SWEEPS:
         folder = results / grid
         rows = []
@@ -347,7 +347,7 @@ def sweep_tables(results: Path) -> Iterator[tuple[str, Table]]:
 
 
 def _value_of(arm: str) -> float:
-    """Return the number at the end of a sweep's arm."""
+    """Return the value in the name of a sweep's arm."""
     return float(arm.lstrip("abcdefghijklmnopqrstuvwxyz_"))
 
 
@@ -373,8 +373,8 @@ def arms_table(record: Mapping[str, Any], cells: Cells) -> Table:
     """Return a row for each arm of one size.
 
     Args:
-        record: of the analysis.
-        cells: results of the same size.
+        record: the size's record in the analysis.
+        cells: the size's results.
     """
     headings = [
         "arm", "learning rate", "nats per residue [95 %]", "KL per residue", "ECE",
@@ -422,9 +422,9 @@ def make_all(
     """Write every figure (PNG and PDF) and table (Markdown and LaTeX) that can be made.
 
     Args:
-        results: where results stand.
-        output: directory to write to; what stands there under the same names is replaced.
-        page: a document whose generated section gets the tables.
+        results: directory of results.
+        output: directory to write to; files of the same names are replaced.
+        page: a document whose generated section is replaced by the tables.
         announce: called with each line for a person.
 
     Returns:

@@ -1,14 +1,14 @@
-"""The grids of experiments as tables: which arms, sizes, learning rates and seeds are run together.
+"""Tables of the experiments: the arms, sizes, learning rates and seeds of each grid.
 
-Light to import. ``docs/EXPERIMENT.md`` says what each is for and was written before the
-confirmatory runs; ``scripts/ablation.py --grid NAME`` runs one.
+``scripts/ablation.py --grid NAME`` runs one. ``docs/EXPERIMENT.md``, which was written before the
+confirmatory runs, says what each is for.
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -17,6 +17,7 @@ from src.common.files import read_json
 from src.common.settings import (
     BUNDLED_DATA,
     BUNDLED_TEACHER,
+    DEFAULTS,
     LossSettings,
     StudentSettings,
     TrainSettings,
@@ -30,7 +31,7 @@ PUBLISHED = {
     "calibration": LossSettings(use_calibration_smoothing=True),
     "both": LossSettings(use_uncertainty_weighting=True, use_calibration_smoothing=True),
 }
-"""The owner's four arms, as published."""
+"""The four arms as published."""
 
 CONTROLLED = {
     "uncertainty_mean_one": LossSettings(use_uncertainty_weighting=True, weighting="mean_one"),
@@ -42,7 +43,7 @@ CONTROLLED = {
         smoothing="confident",
     ),
 }
-"""Weights that leave the share of the hard loss alone, and smoothing of confident targets."""
+"""Weights with mean one, which keep the share of the hard loss; smoothing of confident targets."""
 
 CONTROLS = {
     "weight_matched": LossSettings(use_uncertainty_weighting=True, weighting="matched"),
@@ -52,19 +53,19 @@ CONTROLS = {
     "hard_only": LossSettings(alpha=1.0),
     "soft_only": LossSettings(alpha=0.0),
 }
-"""What tells a change of α from emphasis, and emphasis from which positions get it."""
+"""Control arms that separate the effect of α, of weighting, and of which positions are weighted."""
 
 SIZES = {
     "s27": StudentSettings(4, 4, 128),
     "s11": StudentSettings(2, 4, 104),
     "s05": StudentSettings(2, 4, 64),
 }
-"""About 27, 11 and 5 % of the bundled teacher."""
+"""Students of about 27, 11 and 5 % of the bundled teacher's parameters."""
 
 RATES_FILE = "learning_rates.json"
-"""What a tuning grid or a sweep chose, beside its results."""
+"""File with the choice of a tuning grid or a sweep, in the directory of its results."""
 RATES = (2e-3, 4e-3, 8e-3)
-"""Learning rates that every arm is tuned over."""
+"""Learning rates that are tried for every arm."""
 
 SHARED = TrainSettings(
     data=BUNDLED_DATA,
@@ -79,10 +80,10 @@ SHARED = TrainSettings(
     cached_teacher=True,
     init_from=BUNDLED_TEACHER,
 )
-"""What all cells of the bundled grids have in common: students are cut from the teacher."""
+"""Settings of all grids whose students are cut from the bundled teacher."""
 
 RANDOM = replace(SHARED, init_from=None, max_steps=300, eval_steps=60, save_steps=60)
-"""The same for students that start from random weights, as the published ones did."""
+"""Settings of all grids whose students start from random weights, as the published ones did."""
 
 
 @dataclass(frozen=True)
@@ -102,20 +103,20 @@ class Cell:
 
 @dataclass(frozen=True)
 class Grid:
-    """Arms × sizes × seeds × learning rates, and the settings that all share.
+    """Arms × sizes × seeds × learning rates, and the settings that all cells share.
 
     Attributes:
-        name: how it is asked for.
-        purpose: a line for a person.
+        name: value of ``--grid``.
+        purpose: one line for ``--list``.
         arms: loss settings by name.
-        sizes: shapes by name.
-        seeds: of weights and data order.
-        rates: learning rates that every arm is run with.
-        tuned: instead of ``rates``, read each arm's from the file that tuning wrote.
-        split: the part that is measured: ``validation`` to choose, ``test`` to confirm.
-        shared: every other setting.
-        cell_files: file name of a cell where it is not the cell's own name.
-        changes: settings other than the loss that an arm changes, by arm.
+        sizes: student shapes by name.
+        seeds: seeds of the initial weights and the data order.
+        rates: learning rates of every arm.
+        tuned: read each arm's learning rate from the file that tuning wrote, not from ``rates``.
+        split: the part that cells are measured on: ``validation`` to choose, ``test`` to confirm.
+        shared: all other settings.
+        cell_files: name of an arm's results file where it is not the cell's name.
+        changes: settings beside the loss that an arm changes, by arm.
     """
 
     name: str
@@ -131,21 +132,21 @@ class Grid:
     changes: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
 
     def cells(self, tuned: Mapping[str, Mapping[str, float]] | None = None) -> list[Cell]:
-        """Return all cells, group by group.
+        """Return all cells, ordered by seed, size and arm.
 
         Args:
-            tuned: learning rate by size and arm, for a grid that reads them.
+            tuned: learning rate by size and arm; needed if the grid is ``tuned``.
 
         Raises:
-            ValueError: a learning rate is wanted and missing.
+            ValueError: a tuned learning rate is missing.
         """
-        cells = []
-        for seed in self.seeds:
-            for size in self.sizes:
-                for arm in self.arms:
-                    for rate in self._rates(size, arm, tuned):
-                        cells.append(Cell(arm, size, seed, rate))
-        return cells
+        return [
+            Cell(arm, size, seed, rate)
+            for seed in self.seeds
+            for size in self.sizes
+            for arm in self.arms
+            for rate in self._rates(size, arm, tuned)
+        ]
 
     def _rates(
         self, size: str, arm: str, tuned: Mapping[str, Mapping[str, float]] | None
@@ -172,14 +173,14 @@ class Grid:
         )
 
     def group_of(self, cell: Cell) -> str:
-        """Return the name of a cell's group: what is trained together, on the same batches.
+        """Return the name of a cell's group, whose students are trained together.
 
-        Students of one group differ in what a cohort's members may differ in: loss, learning rate
-        and initial weights. An arm that changes more is trained in a group of its own.
+        Students of one group share their batches and differ only in loss, learning rate and
+        initial weights. An arm that changes more is trained in a group of its own.
         """
-        own = self.changes.get(cell.arm, {})
-        apart = [f"-{name}{own[name]}" for name in sorted(own) if name != "init_from"]
-        return f"{cell.size}-seed{cell.seed}{''.join(apart)}"
+        changed = self.changes.get(cell.arm, {})
+        suffixes = [f"-{name}{changed[name]}" for name in sorted(changed) if name != "init_from"]
+        return f"{cell.size}-seed{cell.seed}{''.join(suffixes)}"
 
     def file_of(self, cell: Cell) -> str:
         """Return the name of a cell's results file."""
@@ -187,40 +188,93 @@ class Grid:
 
 
 def read_rates(folder: Path) -> dict[str, Any]:
-    """Read what a tuning grid or a sweep chose: ``rates`` by size and arm, ``best_arm`` by size.
+    """Return what a tuning grid or a sweep chose: ``rates`` by size and arm, ``best_arm`` by size.
 
     Raises:
-        ValueError: it is not there, or not what was written.
+        ValueError: the file is missing or broken.
     """
     path = folder / RATES_FILE
     record = read_json(path)
-    way_out = "choose again (scripts/ablation.py --grid NAME --choose)"
+    advice = "choose again (scripts/ablation.py --grid NAME --choose)"
     kinds = {"rates": "object", "best_arm": "names"}
-    check_figures(record, kinds, path, needed=True, way_out=way_out)
+    check_figures(record, kinds, path, needed=True, way_out=advice)
     sizes = dict.fromkeys(record["rates"], "rates")
-    check_figures(record["rates"], sizes, f"{path}: rates", needed=True, way_out=way_out)
+    check_figures(record["rates"], sizes, f"{path}: rates", needed=True, way_out=advice)
     return record
 
 
 def settings_key(settings: TrainSettings) -> str:
-    """Return a short hash of everything that decides a cell's outcome."""
+    """Return a short hash of all settings that decide a cell's outcome."""
     text = json.dumps(as_recorded(settings), sort_keys=True)
     return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 
-def _sweep(name: str, values: tuple[float, ...], title: str) -> Grid:
-    def loss(value: float) -> LossSettings:
-        changed: dict[str, Any] = {name: value}
-        if name == "smoothing_factor":
-            changed["use_calibration_smoothing"] = True
-        return replace(LossSettings(), **changed)
+SWEPT = {
+    "temperature": ("temperature", (1, 2, 4, 6, 8, 10)),
+    "alpha": ("alpha", (0.1, 0.3, 0.5, 0.7, 0.9)),
+    "smoothing": ("smoothing_factor", (0.01, 0.05, 0.1, 0.2)),
+}
+"""Setting and values of each sweep, by the name of its grid."""
 
+
+def sweep_arms(name: str, loss: LossSettings, values: Sequence[float] = ()) -> dict[str, Any]:
+    """Return the arms of a sweep: a loss with one of its settings changed.
+
+    Args:
+        name: a key of ``SWEPT``.
+        loss: the other settings of the loss.
+        values: instead of those in ``SWEPT``.
+
+    Raises:
+        ValueError: a value is given twice or is out of range.
+    """
+    setting, usual = SWEPT[name]
+    values = values or usual
+    if len(set(values)) < len(values):
+        raise ValueError("--values: the same value twice")
+    smoothed = {"use_calibration_smoothing": True} if setting == "smoothing_factor" else {}
+    changes: list[dict[str, Any]] = [{setting: value, **smoothed} for value in values]
+    return {f"{setting}{change[setting]:g}": replace(loss, **change) for change in changes}
+
+
+def sweep_of_run(
+    name: str, settings: TrainSettings, size: str, values: Sequence[float] = ()
+) -> Grid:
+    """Return the sweep of one setting around a run, at the run's seed and learning rate.
+
+    Args:
+        name: a key of ``SWEPT``.
+        settings: of the run, as scripts/train.py would train it.
+        size: name of the student's shape.
+        values: instead of those in ``SWEPT``.
+
+    Raises:
+        ValueError: a setting does not apply to students that are trained together.
+    """
+    for other in (
+        "early_stopping", "loss_impl", "optimizer", "other_learning_rate", "skip_loss_spikes",
+        "tokenizer",
+    ):  # fmt: skip
+        if getattr(settings, other) != getattr(DEFAULTS, other):
+            raise ValueError(f"--{other}: not in a sweep, whose students are trained together")
     return Grid(
-        name=name.removesuffix("_factor"),
-        purpose=f"{title}; the best is chosen on validation",
-        arms={f"{name}{value:g}": loss(value) for value in values},
-        sizes={"s11": SIZES["s11"]},
-        seeds=(42, 43),
+        f"sweep_{name}",
+        f"{name} around a run of scripts/train.py; the best is chosen on validation",
+        sweep_arms(name, settings.loss, values),
+        {size: settings.student},
+        (settings.seed,),
+        rates=(settings.learning_rate,),
+        shared=settings,
+    )
+
+
+def _bundled_sweep(name: str, title: str) -> Grid:
+    return Grid(
+        name,
+        f"{title}; the best is chosen on validation",
+        sweep_arms(name, LossSettings()),
+        {"s11": SIZES["s11"]},
+        (42, 43),
         rates=(4e-3,),
     )
 
@@ -234,10 +288,10 @@ def _tuned_and_confirmed(
     changes: Mapping[str, Mapping[str, Any]] | None = None,
     seeds: tuple[int, ...] = (1, 2, 3, 4, 5),
 ) -> tuple[Grid, Grid]:
-    """Return the two grids of an experiment: every arm's rate is tuned, then it is confirmed."""
+    """Return the two grids of an experiment: one tunes every arm's rate, one confirms on test."""
     tuning = Grid(
         f"{name}-tuning",
-        f"{purpose}: every arm's learning rate, on validation proteins and a seed of its own",
+        f"{purpose}: tune every arm's learning rate, on validation proteins, at a separate seed",
         arms,
         sizes,
         (1000,),
@@ -257,7 +311,7 @@ def _tuned_and_confirmed(
     return tuning, confirm
 
 
-RECIPES = {
+RECIPE_ARMS = {
     "baseline": LossSettings(),
     "cut": LossSettings(),
     "temperature_1": LossSettings(temperature=1.0),
@@ -274,7 +328,7 @@ RECIPES = {
     "skew_kl": LossSettings(divergence="skew_kl", divergence_weight=0.1),
     "long_warmup": LossSettings(),
 }
-"""What might beat plain distillation. All but ``baseline`` start from the teacher's weights.
+"""Candidates to beat plain distillation. All but ``baseline`` start from the teacher's weights.
 
 Skew 0.1: Ko et al. 2024 (arXiv:2402.03898), whose skew KL mixes that share of the teacher's
 distribution into the student's.
@@ -288,7 +342,7 @@ GRIDS = {
     for grid in (
         Grid(
             "owner",
-            "the owner's four arms at one seed: results/ablation_<arm>.json",
+            "the four published arms at one seed: results/ablation_<arm>.json",
             PUBLISHED,
             {"s27": SIZES["s27"]},
             (42,),
@@ -305,15 +359,15 @@ GRIDS = {
         ),
         *_tuned_and_confirmed(
             "recipe",
-            "what might beat plain distillation",
+            "candidates to beat plain distillation",
             SHARED,
-            RECIPES,
+            RECIPE_ARMS,
             {"s11": SIZES["s11"]},
             {"baseline": {"init_from": None}, "long_warmup": {"warmup_steps": 36}},
             (11, 12, 13, 14, 15),
         ),
-        _sweep("temperature", (1, 2, 4, 6, 8, 10), "temperature of the soft loss"),
-        _sweep("alpha", (0.1, 0.3, 0.5, 0.7, 0.9), "share of the hard loss"),
-        _sweep("smoothing_factor", (0.01, 0.05, 0.1, 0.2), "largest share of the uniform"),
+        _bundled_sweep("temperature", "temperature of the soft loss"),
+        _bundled_sweep("alpha", "weight of the hard loss"),
+        _bundled_sweep("smoothing", "largest share of the uniform distribution in a target"),
     )
 }

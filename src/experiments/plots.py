@@ -1,6 +1,7 @@
-"""Draws the controlled experiment: effects of the arms, the interaction, curves, calibration.
+"""Draws the experiment's figures: effects of the arms, quality over sizes, curves, calibration.
 
-As in :mod:`src.publishing.plots`, every function takes what stands in the results' files and returns a figure.
+Every function takes numbers from results files and returns a figure, as in
+:mod:`src.publishing.plots`.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ from matplotlib.ticker import MaxNLocator
 from src.publishing.plots import COLOURS, FAINT, INK, series_look, styled
 
 SHIFT = 0.16
-"""Rows of a forest plot: how far the seeds' points lie below the estimate."""
+"""Distance of the seeds' points below the estimate in a forest plot, in rows."""
 
 
 @styled
@@ -26,13 +27,13 @@ def effects_figure(
     """Draw every arm's effect and the published design's contrasts, with intervals and seeds.
 
     Args:
-        sizes: a record of ``analysis.json`` by the title of its column.
-        margin: half-width of the band in which a difference counts as none.
-        reference: the arm that effects are measured from.
+        sizes: records of ``analysis.json`` by title of the column.
+        margin: half-width of the band of differences that count as none.
+        reference: the arm that is subtracted.
 
     Returns:
-        The figure: a column for each size; above, each arm less the reference, below, the contrasts
-        U, C, B and I of the claim. Small points are single seeds.
+        The figure, one column for each size: each arm less the reference above, the contrasts U, C,
+        B and I of the claim below. Small marks are single seeds.
 
     Raises:
         ValueError: there is nothing to draw, or the sizes were not analysed alike.
@@ -63,9 +64,9 @@ def effects_figure(
     )
     for column, (title, record) in enumerate(sizes.items()):
         base = np.asarray(record["arms"][reference]["by_seed"])
-        found = record["against"][reference]
+        others = record["against"][reference]
         seeds = {a: np.asarray(record["arms"][a]["by_seed"]) - base for a in arms}
-        _forest(grid[0, column], [(a, found[a]["nats"], seeds[a]) for a in arms], margin)
+        _forest(grid[0, column], [(a, others[a]["nats"], seeds[a]) for a in arms], margin)
         grid[0, column].set_title(title)
         if designs:
             design = record["designs"]["published"]
@@ -131,8 +132,8 @@ def scaling_figure(
     """Draw nats for each residue against the student's share of the teacher's parameters.
 
     Args:
-        series: by name, points (share, value, low, high).
-        lines: values of models without a size here: the teacher, the unigram floor.
+        series: points (share, value, low, high) by name.
+        lines: values of models that are drawn as horizontal lines: the teacher, the unigram floor.
 
     Returns:
         The figure.
@@ -183,10 +184,10 @@ def arm_curves(
     panels: Mapping[str, Mapping[str, tuple[Sequence[float], Sequence[Sequence[float]]]]],
     label: str,
 ) -> Figure:
-    """Draw a validation figure against optimiser steps, each arm's mean over seeds and its range.
+    """Draw validation values against optimiser steps: each arm's mean over seeds and its range.
 
     Args:
-        panels: by title of a column, by arm: steps (K,) and values (seeds, K).
+        panels: by title of the panel and arm, steps (K,) and values (seeds, K).
         label: of the vertical axis.
 
     Returns:
@@ -221,12 +222,12 @@ def calibration_figure(models: Mapping[str, Sequence[Mapping[str, Any]]]) -> Fig
     """Draw reliability curves of several models, their confidences, and their ECE with intervals.
 
     Args:
-        models: by name, for each seed ``ece``, ``interval`` and ``reliability`` (edges, count,
-            confidence and accuracy of each bin); the curve drawn is of all seeds together.
+        models: by name, ``ece``, ``interval`` and ``reliability`` (edges, count, confidence and
+            accuracy of each bin) of each seed. The curve pools all seeds.
 
     Returns:
-        The figure: left, accuracy less confidence in each bin that holds at least one token in a
-        thousand; below it the share of tokens in each bin; right, ECE with each seed's interval.
+        The figure: on the left, accuracy less confidence of each bin with at least one token in a
+        thousand, and the share of tokens in each bin; on the right, the ECE of each seed.
 
     Raises:
         ValueError: there is nothing to draw.
@@ -244,7 +245,7 @@ def calibration_figure(models: Mapping[str, Sequence[Mapping[str, Any]]]) -> Fig
     largest = 0.1
     students = [name for name in models if name not in COLOURS]
     for index, (name, seeds) in enumerate(models.items()):
-        # A student looks as in the learning curves, whether or not the teacher stands before it.
+        # Students keep the colours that they have in the learning curves.
         own = students.index(name) if name in students else len(students)
         look = series_look(own)
         look["color"] = colour = COLOURS.get(name, look["color"])
@@ -284,7 +285,7 @@ def calibration_figure(models: Mapping[str, Sequence[Mapping[str, Any]]]) -> Fig
 
 
 def _pooled(curves: Sequence[Mapping[str, Any]]) -> tuple[np.ndarray, ...]:
-    """Return counts, mean confidence, mean accuracy and edges of equal bins of several curves."""
+    """Return count, mean confidence, mean accuracy and edges of the bins of pooled curves."""
     edges = np.array(curves[0]["edges"], dtype=float)
     count = np.zeros(len(edges) - 1)
     sums = np.zeros((2, len(count)))

@@ -1,8 +1,8 @@
 """Decides the synergy claim from the experiment's tables of single proteins.
 
-The contrasts, the decision rule and the margins are those of docs/EXPERIMENT.md, which was written
-before the runs. y is ln(perplexity per residue); intervals take seeds and test clusters as crossed
-random effects (``src.evaluation.statistics.two_way_interval``), paired between arms.
+docs/EXPERIMENT.md, which was written before the runs, defines the contrasts, the decision rule and
+the margins. y is ln(perplexity per residue). Intervals take seeds and test clusters as crossed
+random effects and pair the arms (``src.evaluation.statistics.two_way_interval``).
 """
 
 from __future__ import annotations
@@ -18,13 +18,12 @@ from src.common.files import read_json
 from src.common.tables import markdown_lines
 from src.evaluation.results import check_figures
 from src.evaluation.statistics import Estimate, contrast, equivalence, holm, seeds_for_half_width
-from src.experiments.grids import ARMS, RECIPES
+from src.experiments.grids import ARMS, RECIPE_ARMS
 
 MARGIN = 0.02
-"""Nats per residue: a contrast within ±0.02 of 0 is equivalent to none."""
+"""Nats per residue: a contrast within ±0.02 of 0 counts as no effect."""
 HALF_WIDTH = 0.05
-"""Seeds are added while the interval of the published interaction is wider than ± this."""
-MOST_SEEDS = 10
+"""Seeds are added until the interval of the published interaction is at most ± this wide."""
 PUBLISHED_INTERACTION = -2.16
 
 DESIGNS = {
@@ -55,14 +54,14 @@ HOLDS, REFUTED, INCONCLUSIVE = "holds", "refuted", "inconclusive"
 
 @dataclass
 class Runs:
-    """What one size's runs say about single proteins; S seeds, P proteins.
+    """Measurements of one size's runs on single proteins; S seeds, P proteins.
 
     Attributes:
-        nll: for each arm ``(S, P)`` nats.
-        kl: for each arm ``(S, P)`` nats.
+        nll: by arm, ``(S, P)``, nats of each protein.
+        kl: by arm, ``(S, P)``, KL(teacher‖student) of each protein in nats.
         residues: ``(P,)``.
         clusters: ``(P,)``.
-        seeds: ``(S,)``, those that every arm was run with.
+        seeds: ``(S,)``, the seeds that every arm was run with.
     """
 
     nll: dict[str, np.ndarray]
@@ -73,19 +72,16 @@ class Runs:
 
 
 def read_runs(folder: str | Path, grid: str, split: str = "test") -> dict[str, Runs]:
-    """Read a grid's tables of single proteins.
+    """Return a grid's measurements of single proteins, by size.
 
     Args:
         folder: with ``per_protein-<grid>-*.parquet``.
         grid: name of the grid.
         split: the part that was measured.
 
-    Returns:
-        For each size the runs of the seeds that all of its arms have.
-
     Raises:
-        ValueError: no tables or none with rows of the split, a table that is broken or empty, an
-            arm with several learning rates, or proteins that differ.
+        ValueError: there is no table or none of the split; a table is broken or empty; an arm has
+            several learning rates; or the proteins differ between tables.
     """
     paths = sorted(Path(folder).glob(f"per_protein-{grid}-*.parquet"))
     if not paths:
@@ -111,11 +107,11 @@ def read_runs(folder: str | Path, grid: str, split: str = "test") -> dict[str, R
             }
     if not cells:
         raise ValueError(f"{folder}: no table of {grid} holds {split} proteins: pass --split")
-    return {size: _runs(size, found) for size, found in cells.items()}
+    return {size: _runs(size, by_arm) for size, by_arm in cells.items()}
 
 
 def _read_table(path: Path) -> Any:
-    """Return a table of single proteins; a ``ValueError`` says what is wrong without the name."""
+    """Return a table of single proteins. Raises ``ValueError``, whose message lacks the path."""
     import pyarrow as pa
     import pyarrow.parquet as pq
 
@@ -135,16 +131,17 @@ def _read_table(path: Path) -> Any:
         raise ValueError("a value is missing")
     frame = table.to_pandas()
     if not np.isfinite(frame[list(numbers)]).all(axis=None) or (frame["residues"] < 1).any():
-        raise ValueError("a figure is not finite, or a protein has no residues")
+        raise ValueError("a number is not finite, or a protein has no residues")
     return frame
 
 
 def _runs(size: str, cells: Mapping[tuple[str, int], Mapping[str, np.ndarray]]) -> Runs:
-    known = list({**ARMS, **RECIPES})
+    """Return one size's runs, arms in the order of the grids, with the seeds that all arms have."""
+    known = list({**ARMS, **RECIPE_ARMS})
     place = {arm: number for number, arm in enumerate(known)}
     arms = sorted({arm for arm, _ in cells}, key=lambda arm: (place.get(arm, len(known)), arm))
-    everywhere = [{seed for a, seed in cells if a == arm} for arm in arms]
-    seeds = sorted(set.intersection(*everywhere))
+    seeds_of_arms = [{seed for a, seed in cells if a == arm} for arm in arms]
+    seeds = sorted(set.intersection(*seeds_of_arms))
     first = next(iter(cells.values()))
     for (arm, seed), cell in cells.items():
         if not np.array_equal(cell["protein"], first["protein"]):
@@ -176,7 +173,7 @@ def design_contrasts(arms: Sequence[str]) -> dict[str, dict[str, float]]:
 
 
 EXPECTED_SIGN = {"U": 1, "C": 1, "B": -1, "I": -1}
-"""What the claim says of each contrast."""
+"""The claimed sign of each contrast."""
 
 
 def part_verdict(estimate: Estimate, sign: int, margin: float = MARGIN) -> str:
@@ -184,13 +181,13 @@ def part_verdict(estimate: Estimate, sign: int, margin: float = MARGIN) -> str:
 
     Args:
         estimate: of the contrast.
-        sign: what the claim says of it: above (1) or below (-1) 0.
+        sign: the claimed sign of the contrast, 1 or -1.
         margin: of equivalence.
 
     Returns:
-        ``holds`` where the interval lies on the claimed side of 0; ``refuted`` where it lies on the
-        other side, or the contrast is equivalent to 0; else ``inconclusive``. An effect that is on
-        the claimed side and within the margin is ``refuted`` as being none that matters.
+        ``refuted`` where the contrast is within the margin of 0, which is too small to matter, or
+        its interval lies on the other side of 0; ``holds`` where the interval lies on the claimed
+        side; else ``inconclusive``.
     """
     if equivalence(estimate, margin).equivalent:
         return REFUTED
@@ -201,7 +198,7 @@ def part_verdict(estimate: Estimate, sign: int, margin: float = MARGIN) -> str:
 
 
 def claim_verdict(parts: Mapping[str, str]) -> str:
-    """Return the verdict on the whole claim: it holds where all parts do, and falls with any."""
+    """Return the verdict on the claim: ``holds`` if all parts do, ``refuted`` if any part is."""
     values = set(parts.values())
     if values == {HOLDS}:
         return HOLDS
@@ -209,22 +206,22 @@ def claim_verdict(parts: Mapping[str, str]) -> str:
 
 
 def analyse(runs: Mapping[str, Runs], references: Sequence[str] = ("baseline",)) -> dict[str, Any]:
-    """Compute every contrast and verdict.
+    """Return every contrast and verdict, by size.
 
     Args:
-        runs: by size, of :func:`read_runs`.
+        runs: result of :func:`read_runs`.
         references: arms that every other arm is compared with.
 
     Returns:
-        By size: ``seeds``, ``clusters``, ``arms`` (mean y of each with its interval, and y of each
-        seed), ``designs`` (contrasts, parts, verdict, whether the published interaction is
-        excluded), ``explanations`` and ``against`` (every arm less a reference) with Holm's
-        correction, and ``seeds_needed`` for the wanted half-width.
+        For each size ``seeds``, ``clusters``, ``arms`` (mean y of each with its interval, and y of
+        each seed), ``designs`` (contrasts, parts, verdict, whether the published interaction is
+        excluded, ``seeds_needed`` for the wanted half-width), ``explanations``, and ``against``
+        (every arm less a reference) with Holm's correction.
 
     Raises:
-        ValueError: a reference is no arm.
+        ValueError: a reference is not an arm.
     """
-    return {size: _analyse_size(found, references) for size, found in runs.items()}
+    return {size: _analyse_size(of_size, references) for size, of_size in runs.items()}
 
 
 def _analyse_size(runs: Runs, references: Sequence[str]) -> dict[str, Any]:
@@ -245,33 +242,33 @@ def _analyse_size(runs: Runs, references: Sequence[str]) -> dict[str, Any]:
     for name, arms in DESIGNS.items():
         if not set(arms) <= set(runs.nll):
             continue
-        found = {key: estimate(c) for key, c in design_contrasts(arms).items()}
-        parts = {key: part_verdict(e, EXPECTED_SIGN[key]) for key, e in found.items()}
-        wide = found["I"].high - found["I"].low
+        contrasts = {key: estimate(c) for key, c in design_contrasts(arms).items()}
+        parts = {key: part_verdict(e, EXPECTED_SIGN[key]) for key, e in contrasts.items()}
+        interaction = contrasts["I"]
         record["designs"][name] = {
             "arms": list(arms),
-            "contrasts": {key: _described(e) for key, e in found.items()},
+            "contrasts": {key: _described(e) for key, e in contrasts.items()},
             "parts": parts,
             "verdict": claim_verdict(parts),
-            "interaction_half_width": wide / 2,
+            "interaction_half_width": (interaction.high - interaction.low) / 2,
             "published_interaction_excluded": not (
-                found["I"].low <= PUBLISHED_INTERACTION <= found["I"].high
+                interaction.low <= PUBLISHED_INTERACTION <= interaction.high
             ),
-            "seeds_needed": _seeds_needed(found["I"], len(runs.seeds)),
+            "seeds_needed": _seeds_needed(interaction, len(runs.seeds)),
         }
-    # Where the claim is not at stake, arms of the same names may differ in more than the loss.
+    # In other experiments, arms of the same names may differ in more than the loss.
     record["explanations"] = _explanations(runs, estimate) if record["designs"] else {}
     record["against"] = {name: against(runs, name) for name in references}
     return record
 
 
 def against(runs: Runs, reference: str) -> dict[str, Any]:
-    """Compare every arm with one of them.
+    """Return the difference of every arm from a reference.
 
     Returns:
-        For each other arm its difference in y (``nats``) and in KL(teacher‖student) for each
-        residue at T = 1 (``kl``), with intervals; ``p_value`` and ``p_holm`` are of y, corrected
-        for the number of arms.
+        For each other arm, with intervals, the difference in y (``nats``) and in
+        KL(teacher‖student) per residue at T = 1 (``kl``); ``p_value`` and ``p_holm``, Holm's
+        correction over the arms, are of y.
 
     Raises:
         ValueError: the reference is no arm.
@@ -288,13 +285,13 @@ def against(runs: Runs, reference: str) -> dict[str, Any]:
 
 
 def _p_values(family: Mapping[str, Estimate]) -> dict[str, dict[str, float]]:
-    """Return ``p_value`` and ``p_holm``, corrected for the family, of each estimate."""
+    """Return ``p_value`` and ``p_holm`` of each estimate, with Holm's correction over all."""
     adjusted = holm({name: e.p_value for name, e in family.items()}) if family else {}
     return {name: {"p_value": e.p_value, "p_holm": adjusted[name]} for name, e in family.items()}
 
 
 def _seeds_needed(interaction: Estimate, seeds: int) -> int | None:
-    """Return how many seeds the observed spread asks for, None if clusters alone are too few."""
+    """Return how many seeds the half-width needs, None if the clusters alone are too few."""
     between = (interaction.variance_seeds or 0.0) * seeds
     return seeds_for_half_width(
         HALF_WIDTH, between**0.5, max(interaction.variance_clusters or 0.0, 0.0) ** 0.5
@@ -302,14 +299,15 @@ def _seeds_needed(interaction: Estimate, seeds: int) -> int | None:
 
 
 def _explanations(runs: Runs, estimate: Any) -> dict[str, Any]:
-    found = {
+    """Return the exploratory contrasts whose arms were run."""
+    estimates = {
         name: estimate({one: 1.0, other: -1.0})
         for name, (one, other) in EXPLANATIONS.items()
         if one in runs.nll and other in runs.nll
     }
     return {
-        name: {**_described(found[name]), "arms": list(EXPLANATIONS[name]), **p_values}
-        for name, p_values in _p_values(found).items()
+        name: {**_described(estimates[name]), "arms": list(EXPLANATIONS[name]), **p_values}
+        for name, p_values in _p_values(estimates).items()
     }
 
 
@@ -322,7 +320,7 @@ def _described(estimate: Estimate) -> dict[str, Any]:
 
 
 ESTIMATE = {"estimate": "number", "interval": "interval"}
-DIFFERENCE = {f"{of}.{name}": kind for of in ("nats", "kl") for name, kind in ESTIMATE.items()}
+DIFFERENCE = {f"{unit}.{name}": kind for unit in ("nats", "kl") for name, kind in ESTIMATE.items()}
 SIZE = {
     "seeds": "numbers",
     **dict.fromkeys(("arms", "designs", "explanations", "against"), "object"),
@@ -331,55 +329,55 @@ DESIGN = {"arms": "texts", "contrasts": "object", "parts": "names", "verdict": "
 
 
 def read_analysis(path: Path) -> dict[str, Any]:
-    """Read the records of all sizes that scripts/analyse_ablation.py wrote.
+    """Return the record of each size in a file of scripts/analyse_ablation.py.
 
     Raises:
-        ValueError: the file is broken, or not such an analysis.
+        ValueError: the file is broken or not such an analysis.
     """
-    way_out = "run scripts/analyse_ablation.py again"
+    advice = "run scripts/analyse_ablation.py again"
 
     def check(record: Any, kinds: Mapping[str, str], where: str = "") -> None:
         begin = f"{path}: {where}" if where else path
-        check_figures(record, kinds, begin, needed=True, way_out=way_out)
+        check_figures(record, kinds, begin, needed=True, way_out=advice)
 
     def check_names(names: Iterable[str], expected: Iterable[str], where: str) -> None:
         if set(names) != set(expected):
             wanted = ", ".join(sorted(expected))
-            raise ValueError(f"{path}: {where} must hold {wanted:.200}: {way_out}")
+            raise ValueError(f"{path}: {where} must hold {wanted:.200}: {advice}")
 
     record = read_json(path)
     check(record, {"sizes": "object"})
-    for size, found in record["sizes"].items():
+    for size, of_size in record["sizes"].items():
         where = f"sizes.{size}"
-        check(found, SIZE, where)
-        for arm, entry in found["arms"].items():
+        check(of_size, SIZE, where)
+        for arm, entry in of_size["arms"].items():
             check(entry, {**ESTIMATE, "by_seed": "numbers"}, f"{where}.arms.{arm}")
-            if len(entry["by_seed"]) != len(found["seeds"]):
-                raise ValueError(f"{path}: {where}.arms.{arm} is not of all seeds: {way_out}")
-        for name, design in found["designs"].items():
+            if len(entry["by_seed"]) != len(of_size["seeds"]):
+                raise ValueError(f"{path}: {where}.arms.{arm} lacks seeds: {advice}")
+        for name, design in of_size["designs"].items():
             at = f"{where}.designs.{name}"
             check(design, DESIGN, at)
             if tuple(design["arms"]) != DESIGNS.get(name):
-                raise ValueError(f"{path}: {at}.arms are not those of a design: {way_out}")
-            check_names(set(design["arms"]) & set(found["arms"]), design["arms"], f"{where}.arms")
+                raise ValueError(f"{path}: {at}.arms are not those of a design: {advice}")
+            check_names(set(design["arms"]) & set(of_size["arms"]), design["arms"], f"{where}.arms")
             for part in ("contrasts", "parts"):
                 check_names(design[part], EXPECTED_SIGN, f"{at}.{part}")
             for key, entry in design["contrasts"].items():
                 check(entry, ESTIMATE, f"{at}.contrasts.{key}")
-        for name, entry in found["explanations"].items():
+        for name, entry in of_size["explanations"].items():
             check_names({name} & set(EXPLANATIONS), {name}, f"{where}.explanations")
             check(entry, {**ESTIMATE, "p_holm": "number"}, f"{where}.explanations.{name}")
-        for reference, arms in found["against"].items():
+        for reference, arms in of_size["against"].items():
             at = f"{where}.against.{reference}"
             check(arms, {}, at)
-            check_names({reference, *arms}, found["arms"], at)
+            check_names({reference, *arms}, of_size["arms"], at)
             for arm, entry in arms.items():
                 check(entry, {**DIFFERENCE, "p_holm": "number"}, f"{at}.{arm}")
     return record["sizes"]
 
 
 def analysis_lines(analysis: Mapping[str, Any]) -> list[str]:
-    """Return the analysis as Markdown, each size under a heading of its own."""
+    """Return the analysis as Markdown, one section for each size."""
     lines = []
     for size, record in analysis.items():
         lines += [
@@ -388,52 +386,32 @@ def analysis_lines(analysis: Mapping[str, Any]) -> list[str]:
             f"{len(record['seeds'])} seeds, {record['proteins']:,} proteins in "
             f"{record['clusters']:,} clusters; 95 % intervals.",
             "",
-            *markdown_lines(
-                ["arm", "ln(perplexity per residue)"],
-                [[arm, shown(e)] for arm, e in record["arms"].items()],
-            ),
-            "",
         ]
+        arms = [[arm, shown(e)] for arm, e in record["arms"].items()]
+        lines += [*markdown_lines(["arm", "ln(perplexity per residue)"], arms), ""]
         for name, design in record["designs"].items():
-            lines += [
-                f"### {name}: the claim {_says(design['verdict'])}",
-                "",
-                *markdown_lines(
-                    ["contrast", "estimate", "the claim's part"],
-                    [
-                        [key, shown(e), design["parts"][key]]
-                        for key, e in design["contrasts"].items()
-                    ],
-                ),
-                "",
-            ]
+            rows = [[key, shown(e), design["parts"][key]] for key, e in design["contrasts"].items()]
+            title = f"{name}: the claim {_says(design['verdict'])}"
+            lines += _section(title, ["contrast", "estimate", "the claim's part"], rows)
         if record["explanations"]:
-            lines += [
-                "### What explains it (exploratory)",
-                "",
-                *markdown_lines(
-                    ["contrast", "estimate", "p (Holm)"],
-                    [
-                        [f"{name}: {' − '.join(e['arms'])}", shown(e), f"{e['p_holm']:.2g}"]
-                        for name, e in record["explanations"].items()
-                    ],
-                ),
-                "",
+            rows = [
+                [f"{name}: {' − '.join(e['arms'])}", shown(e), f"{e['p_holm']:.2g}"]
+                for name, e in record["explanations"].items()
             ]
-        for reference, arms in record["against"].items():
-            lines += [
-                f"### Every arm less {reference}",
-                "",
-                *markdown_lines(
-                    ["arm", "ln(perplexity per residue)", "p (Holm)", "KL, nats per residue"],
-                    [
-                        [arm, shown(e["nats"]), f"{e['p_holm']:.2g}", shown(e["kl"])]
-                        for arm, e in arms.items()
-                    ],
-                ),
-                "",
+            headings = ["contrast", "estimate", "p (Holm)"]
+            lines += _section("What explains it (exploratory)", headings, rows)
+        for reference, others in record["against"].items():
+            rows = [
+                [arm, shown(e["nats"]), f"{e['p_holm']:.2g}", shown(e["kl"])]
+                for arm, e in others.items()
             ]
+            headings = ["arm", "ln(perplexity per residue)", "p (Holm)", "KL, nats per residue"]
+            lines += _section(f"Every arm less {reference}", headings, rows)
     return lines
+
+
+def _section(title: str, headings: list[str], rows: list[list[str]]) -> list[str]:
+    return [f"### {title}", "", *markdown_lines(headings, rows), ""]
 
 
 def _says(verdict: str) -> str:
@@ -443,6 +421,6 @@ def _says(verdict: str) -> str:
 
 
 def shown(entry: Mapping[str, Any]) -> str:
-    """Return a described estimate with its interval, four digits and signs."""
+    """Return an estimate with its interval as text, with signs and four digits."""
     low, high = entry["interval"]
     return f"{entry['estimate']:+.4f} [{low:+.4f}, {high:+.4f}]"
