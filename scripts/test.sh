@@ -16,7 +16,7 @@ if [ $# -eq 0 ]; then
     echo "== pyright"
     .venv/bin/pyright
     echo "== runs killed and resumed"
-    .venv/bin/python tools/crash_test.py --kills 20 --stops 5 --seed 1
+    .venv/bin/python tests/stress/crash.py --kills 20 --stops 5 --seed 1
 fi
 echo "== pytest"
 .venv/bin/python -m pytest -n 2 --dist loadfile "$@"

@@ -1,4 +1,4 @@
-"""tools/crash_test.py: what it compares, and a session of it."""
+"""tests/stress/crash.py: what it compares, and a session of it."""
 
 from __future__ import annotations
 
@@ -11,8 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.stress import crash_testing
-from tools import crash_test as tool
+from tests.stress import crash
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -20,13 +19,13 @@ ROOT = Path(__file__).resolve().parents[1]
 def test_differing_bytes_are_counted():
     one = {"same": b"abc", "changed": b"abcd", "longer": b"ab", "missing": b"abc"}
     other = {"same": b"abc", "changed": b"xbcy", "longer": b"abcde", "new": b"a"}
-    assert crash_testing.differing_bytes(one, other) == {
+    assert crash.differing_bytes(one, other) == {
         "changed": 2,
         "longer": 3,
         "missing": 3,
         "new": 1,
     }
-    assert crash_testing.differing_bytes(one, dict(one)) == {}
+    assert crash.differing_bytes(one, dict(one)) == {}
 
 
 def finished_run(folder: Path, **changes) -> Path:
@@ -51,14 +50,14 @@ def finished_run(folder: Path, **changes) -> Path:
 
 
 def test_times_may_differ_and_nothing_else(tmp_path):
-    one = crash_testing.outcome_of_training(finished_run(tmp_path / "one"))
-    later = crash_testing.outcome_of_training(finished_run(tmp_path / "later", seconds=4.0))
-    assert crash_testing.differing_bytes(one, later) == {}
+    one = crash.outcome_of_training(finished_run(tmp_path / "one"))
+    later = crash.outcome_of_training(finished_run(tmp_path / "later", seconds=4.0))
+    assert crash.differing_bytes(one, later) == {}
     for number, change in enumerate(
         ({"loss": 1.5000000000000002}, {"weights": b"w" * 49 + b"x"}, {"random": b"r" * 19})
     ):
-        other = crash_testing.outcome_of_training(finished_run(tmp_path / str(number), **change))
-        assert crash_testing.differing_bytes(one, other)
+        other = crash.outcome_of_training(finished_run(tmp_path / str(number), **change))
+        assert crash.differing_bytes(one, other)
 
 
 def test_points_end_the_process_and_cost_nothing_otherwise():
@@ -68,9 +67,9 @@ def test_points_end_the_process_and_cost_nothing_otherwise():
         "    crash_point('other'); crash_point('here'); print(i, flush=True)\n"
     )
     for wanted, lines in (("here", 0), ("here#3", 2), ("nowhere", 5), (None, 5)):
-        environment = {k: v for k, v in os.environ.items() if k != crash_testing.VARIABLE}
+        environment = {k: v for k, v in os.environ.items() if k != crash.VARIABLE}
         if wanted:
-            environment[crash_testing.VARIABLE] = wanted
+            environment[crash.VARIABLE] = wanted
         done = subprocess.run(
             [sys.executable, "-c", code], cwd=ROOT, env=environment, capture_output=True, text=True
         )
@@ -79,8 +78,8 @@ def test_points_end_the_process_and_cost_nothing_otherwise():
 
 
 def test_every_point_of_a_scenario_is_in_the_code():
-    code = "".join(path.read_text() for path in (ROOT / "src").glob("*.py"))
-    for scenario in crash_testing.SCENARIOS.values():
+    code = "".join(path.read_text() for path in (ROOT / "src").rglob("*.py"))
+    for scenario in crash.SCENARIOS.values():
         for point in scenario.points:
             assert point.startswith("write:") or f'crash_point("{point}")' in code, point
 
@@ -95,7 +94,7 @@ def test_every_point_of_a_scenario_is_in_the_code():
 )
 def test_user_errors_are_one_line(arguments, message, capsys):
     try:
-        status = tool.main(arguments)
+        status = crash.main(arguments)
     except SystemExit as stop:
         status = stop.code
     assert status == 2
@@ -105,7 +104,7 @@ def test_user_errors_are_one_line(arguments, message, capsys):
 @pytest.mark.slow
 def test_kills_and_stops_leave_no_trace(tmp_path):
     record = tmp_path / "record.json"
-    command = [sys.executable, "tools/crash_test.py", "--kills", "10", "--stops", "3"]
+    command = [sys.executable, "tests/stress/crash.py", "--kills", "10", "--stops", "3"]
     for seed in ("0", "1"):
         done = subprocess.run(
             [*command, "--seed", seed, "--record", str(record), "--work_dir", str(tmp_path)],
@@ -126,10 +125,10 @@ def test_what_is_no_record_is_refused_before_the_first_kill(tmp_path, monkeypatc
     def session(*arguments):
         raise AssertionError("a run was killed")
 
-    monkeypatch.setattr(crash_testing, "session", session)
+    monkeypatch.setattr(crash, "session", session)
     path = tmp_path / "record.json"
     path.write_text(content)
-    assert tool.main(["--record", str(path), "--work_dir", str(tmp_path)]) == 2
+    assert crash.main(["--record", str(path), "--work_dir", str(tmp_path)]) == 2
     error = capsys.readouterr().err
     assert f"{path}: " in error
     assert error.count("\n") == 1

@@ -25,7 +25,7 @@ from transformers import GPT2Config, GPT2LMHeadModel, TrainerCallback
 from src.common.cli import USER_ERROR
 from src.trainer.interruption import stops_on_signals
 from src.trainer.safeguards import NotFinite
-from tests.stress.crash_testing import make_inputs
+from tests.stress.crash import make_inputs
 
 
 def tiny_lm(n_layer: int = 2, n_embd: int = 16, seed: int = 0, **config):

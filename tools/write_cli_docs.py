@@ -21,7 +21,7 @@ sys.path.insert(0, str(ROOT))
 from src.common.cli import HelpFormatter, run_script, say
 from src.common.files import write_text
 
-FOLDERS = ("scripts", "tools")
+PATTERNS = ("scripts/*.py", "tests/stress/*.py", "tools/*.py", "tools/benchmark/run.py")
 HEAD = """# Command line
 
 Every flag of every script. This file is generated from the parsers by
@@ -41,8 +41,10 @@ def build_parser() -> argparse.ArgumentParser:
 
 def parsers(root: Path = ROOT) -> Iterator[tuple[str, argparse.ArgumentParser]]:
     """Yield each script's path and parser, in the order of their names."""
-    for folder in FOLDERS:
-        for path in sorted((root / folder).glob("*.py")):
+    for pattern in PATTERNS:
+        for path in sorted(root.glob(pattern)):
+            if "def build_parser(" not in path.read_text(encoding="utf-8"):
+                continue
             spec = importlib.util.spec_from_file_location(f"documented_{path.stem}", path)
             assert spec is not None
             assert spec.loader is not None
@@ -50,8 +52,7 @@ def parsers(root: Path = ROOT) -> Iterator[tuple[str, argparse.ArgumentParser]]:
             # Dataclasses look their own module up.
             sys.modules[spec.name] = module
             spec.loader.exec_module(module)
-            if hasattr(module, "build_parser"):
-                yield path.relative_to(root).as_posix(), module.build_parser()
+            yield path.relative_to(root).as_posix(), module.build_parser()
 
 
 def document(name: str, parser: argparse.ArgumentParser) -> str:

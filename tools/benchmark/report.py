@@ -1,4 +1,4 @@
-"""What a benchmark's results say: their record, their tables in a page, their figure."""
+"""Reads the results of a benchmark and writes their tables into a page."""
 
 from __future__ import annotations
 
@@ -16,7 +16,6 @@ SECTIONS = (
     "students",
     "generation",
     "evaluation",
-    "evaluation_ways",
     "trl",
     "liger",
 )
@@ -43,32 +42,9 @@ FIGURES = {
     "liger_loss_time": "loss against Liger's, time",
     "liger_loss_memory": "loss against Liger's, peak memory",
 }
-"""Every ratio, and what it is about."""
-GOALS = {
-    "cpu": {
-        "loss_memory": 8.0,
-        "loss_time_fp32": 1.2,
-        "loss_time_bf16": 1.7,
-        "cached_step_4l512": 3.0,
-        "cached_step_6l768": 2.5,
-        "cached_step_12l1024": 1.8,
-        "three_students_three_epochs": 2.2,
-        "generation_100": 4.0,
-        "evaluation_1000": 3.0,
-    },
-    "cuda": {
-        "loss_memory_bf16": 20.0,
-        "loss_time_bf16": 4.0,
-        "liger_loss_time": 1.3,
-        "liger_loss_memory": 1.0,
-        "cached_step_4l512": 5.0,
-        "cached_step_6l768": 3.5,
-        "cached_step_12l1024": 2.2,
-    },
-}
-"""Ratios that were aimed at before anything was measured."""
+"""Labels of the ratios, those of earlier results (evaluation_...) included."""
 SECTION = "benchmark tables"
-"""Of docs/PERFORMANCE.md: what stands between its marks is generated."""
+"""The generated section of docs/PERFORMANCE.md."""
 
 
 def read_benchmark(path: str | Path) -> dict[str, Any]:
@@ -79,7 +55,7 @@ def read_benchmark(path: str | Path) -> dict[str, Any]:
     """
     results = read_json(path)
     if not isinstance(results, dict) or results.get("kind") != KIND or "ratios" not in results:
-        raise ValueError(f"{path}: not the results of scripts/benchmark.py")
+        raise ValueError(f"{path}: not the results of tools/benchmark/run.py")
     if results.get("schema_version") != SCHEMA_VERSION:
         raise ValueError(f"{path}: of another version: measure again")
     return results
@@ -100,26 +76,24 @@ def fill_page(page: str | Path, results: Sequence[str | Path]) -> None:
         ValueError: the page has no such section, or there are no results.
     """
     if not results:
-        raise ValueError("results/: no benchmark_*.json; run scripts/benchmark.py first")
+        raise ValueError("results/: no benchmark_*.json; run tools/benchmark/run.py first")
     replace_section(page, SECTION, "\n\n".join(table(path) for path in results))
 
 
 def table(path: str | Path) -> str:
     """Return the tables of one results file, in Markdown."""
     results = read_benchmark(path)
-    goals = GOALS.get(results["device"]["type"], {})
     lines = [
         f"From `{Path(path).as_posix()}`: {device_line(results)}.",
         "",
-        "| what | plain way | ours | ratio (lowest to highest round) | aim |",
-        "|---|---|---|---|---|",
+        "| what | plain way | ours | ratio (lowest to highest round) |",
+        "|---|---|---|---|",
     ]
     for name, each in measures(results).items():
-        goal = f"{goals[name]:g}" if name in goals else ""
         low, high = each["lowest"], each["highest"]
         spread = f" ({low:.2f} to {high:.2f})" if len(each["ours"]) > 1 else ""
         values = (quantity(name, each, side) for side in ("reference", "ours"))
-        row = " | ".join([FIGURES[name], *values, f"**{each['ratio']:.2f}**{spread}", goal])
+        row = " | ".join([FIGURES[name], *values, f"**{each['ratio']:.2f}**{spread}"])
         lines.append(f"| {row} |")
     for name, section in results["sections"].items():
         if "skipped" in section:
@@ -162,55 +136,3 @@ def quantity(name: str, measured: Mapping[str, Any], side: str) -> str:
     if measured.get("unit") == "seconds for each token":
         return f"{middle * 1e3:.2f} ms a token"
     return f"{middle:.2f} s" if middle >= 1 else f"{middle * 1e3:.1f} ms"
-
-
-def draw(results: Mapping[str, Any], path: str | Path) -> None:
-    """Draw every ratio as a bar with its range over rounds, and what was aimed at."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-    from matplotlib.ticker import FuncFormatter, NullFormatter
-
-    from src.common.files import atomic_write
-
-    found = measures(results)
-    goals = GOALS.get(results["device"]["type"], {})
-    figure, axes = pyplot.subplots(
-        figsize=(9, 1.4 + 0.38 * max(len(found), 1)), layout="constrained"
-    )
-    aim: dict[str, Any] = {
-        "marker": "|", "linestyle": "", "color": "#d08a00", "markersize": 13, "markeredgewidth": 2
-    }  # fmt: skip
-    for place, (name, each) in enumerate(reversed(found.items())):
-        value, low, high = each["ratio"], each["lowest"], each["highest"]
-        axes.barh(
-            place, value - 1, left=1, height=0.62, color="#3b6ea5" if value >= 1 else "#b5523b"
-        )
-        axes.plot([low, high], [place, place], color="black", linewidth=1)
-        axes.annotate(
-            f"{value:.1f}", (max(value, high, 1), place), xytext=(5, 0), textcoords="offset points",
-            va="center", fontsize=9, zorder=3,
-            bbox={"facecolor": "white", "edgecolor": "none", "pad": 0.5},
-        )  # fmt: skip
-        if name in goals:
-            axes.plot(goals[name], place, **aim)
-    axes.set_yticks(range(len(found)), [FIGURES[name] for name in reversed(found)])
-    axes.set_xscale("log", base=2)
-    axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
-    axes.xaxis.set_minor_formatter(NullFormatter())
-    low, high = axes.get_xlim()
-    axes.set_xlim(min(low, 0.9), max(high * 1.15, 2.2))
-    axes.axvline(1, color="black", linewidth=0.8)
-    figure.supxlabel(
-        "what the plain way takes, by what ours takes; thin lines: range over rounds", fontsize=9
-    )
-    figure.suptitle(device_line(results), fontsize=9)
-    axes.spines[["top", "right", "left"]].set_visible(False)
-    axes.tick_params(axis="y", length=0)
-    if any(name in goals for name in found):
-        axes.plot([], [], label="aimed at", **aim)
-        axes.legend(loc="lower right", frameon=False)
-    with atomic_write(path, "wb") as handle:
-        figure.savefig(handle, dpi=150, format="png")
-    pyplot.close(figure)

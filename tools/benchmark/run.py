@@ -1,14 +1,14 @@
 #!/usr/bin/env python3
-"""Time ours beside the plain way, TRL and Liger, in turn on this machine, and write the ratios.
+"""Time this project beside the plain way, TRL and Liger on this machine, and write the ratios.
 
-A ratio is what the other way takes, in time or memory, by what ours takes: 2 means half. The
-machine should do nothing else meanwhile. docs/PERFORMANCE.md tells what each figure is.
+A ratio is the time or memory of the other way divided by ours: 2 means that ours takes half. The
+machine should be idle otherwise. docs/PERFORMANCE.md explains each ratio.
 
 Examples:
-  python scripts/benchmark.py                      # everything: about a quarter of an hour
-  python scripts/benchmark.py --only loss,evaluation --output /tmp/loss.json
-  python scripts/benchmark.py --quick --output /tmp/quick.json
-  python scripts/benchmark.py --tables docs/PERFORMANCE.md   # from results/benchmark_*.json
+  python tools/benchmark/run.py              # everything: about a quarter of an hour
+  python tools/benchmark/run.py --only loss,evaluation --output /tmp/loss.json
+  python tools/benchmark/run.py --quick --output /tmp/quick.json
+  python tools/benchmark/run.py --tables docs/PERFORMANCE.md   # from results/benchmark_*.json
 """
 
 from __future__ import annotations
@@ -18,12 +18,12 @@ import sys
 from pathlib import Path
 from typing import Any
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 from src.common import settings as s
 from src.common.cli import HelpFormatter, folder, positive_int, run_script, say
 from src.common.files import check_outputs
-from tools.benchmark.report import SECTIONS, draw, fill_page
+from tools.benchmark.report import SECTIONS, fill_page
 
 
 def sections(text: str) -> list[str]:
@@ -50,13 +50,18 @@ def build_parser() -> argparse.ArgumentParser:
 
     add = parser.add_argument_group("output").add_argument
     add("--output", type=Path, help="results, JSON (default: results/benchmark_<device>.json)")
-    add("--overwrite", action="store_true", help="replace the results and the figure beside them")
-    add("--tables", type=Path, metavar="FILE", help="measure nothing: put results into this page")
+    add("--overwrite", action="store_true", help="replace the results")
+    add(
+        "--tables",
+        type=Path,
+        metavar="FILE",
+        help="measure nothing: write the tables of the results into this page",
+    )
     return parser
 
 
 def run(args: argparse.Namespace) -> dict[str, Any]:
-    """Measure and write results and figure, or write the tables of a page. Returns the results."""
+    """Measure and write the results, or write the tables of a page. Returns the results."""
     if args.tables:
         pages = [args.output] if args.output else sorted(Path("results").glob("benchmark_*.json"))
         fill_page(args.tables, pages)
@@ -68,15 +73,15 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
 
     device = choose_device(args.device)
     output = args.output or Path("results") / f"benchmark_{device.type}.json"
-    figure = output.with_suffix(".png")
-    check_outputs(output, figure, overwrite=args.overwrite)
+    check_outputs(output, overwrite=args.overwrite)
     if args.threads:
         torch.set_num_threads(args.threads)
 
     from src.common.cli import quiet_libraries
     from src.common.files import write_json
     from src.common.runs import provenance
-    from tools.benchmark.sections import open_workbench, run_benchmark
+    from tools.benchmark.sections import run_benchmark
+    from tools.benchmark.workbench import open_workbench
 
     quiet_libraries()
     record = provenance()
@@ -85,9 +90,7 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
     )
     results = run_benchmark(bench, args.only or SECTIONS) | {"run": record}
     write_json(output, results)
-    draw(results, figure)
-    for path in (output, figure):
-        say(f"written: {path}")
+    say(f"written: {output}")
     return results
 
 
