@@ -18,7 +18,6 @@ from __future__ import annotations
 import argparse
 import contextlib
 import csv
-import gc
 import gzip
 import hashlib
 import importlib
@@ -131,11 +130,12 @@ def stopped_at(step: int) -> Iterator[None]:
             if state.global_step == step:
                 os.kill(os.getpid(), signal.SIGTERM)
 
-    trainer.DEFAULT_CALLBACKS.append(Stop)
+    callbacks: list[Any] = trainer.DEFAULT_CALLBACKS
+    callbacks.append(Stop)
     try:
         yield
     finally:
-        trainer.DEFAULT_CALLBACKS.remove(Stop)
+        callbacks.remove(Stop)
 
 
 def execute(command: str) -> None:
@@ -157,7 +157,6 @@ def execute(command: str) -> None:
             status = main(arguments)
         except SystemExit as ended:
             status = ended.code
-    gc.collect()
     if status != (128 + signal.SIGTERM if stop else 0):
         raise RuntimeError(f"exit status {status} of {command}\n{output.getvalue()[-2000:]}")
 
