@@ -269,9 +269,14 @@ def make_inputs(work: Path) -> None:
         (work / "parts" / f"{part}.fasta.gz").write_bytes(gzip.compress("".join(some).encode()))
     tokenizer = load_tokenizer(str(ROOT / BUNDLED_TEACHER))
     tokenizer.model_max_length = 64
-    end = tokenizer.eos_token_id
+    end: Any = tokenizer.eos_token_id
     torch.manual_seed(0)
-    shape = {"vocab_size": len(tokenizer), "n_positions": 64, "n_layer": 1, "n_head": 2}
+    shape: dict[str, Any] = {
+        "vocab_size": len(tokenizer),
+        "n_positions": 64,
+        "n_layer": 1,
+        "n_head": 2,
+    }
     teacher = GPT2LMHeadModel(GPT2Config(**shape, n_embd=16, bos_token_id=end, eos_token_id=end))
     teacher.save_pretrained(work / "teacher")
     tokenizer.save_pretrained(work / "teacher")
@@ -298,7 +303,7 @@ def run_in_child(scenario: Scenario, work: Path, out: Path, point: str | None) -
 
 def start(scenario: Scenario, work: Path, out: Path, point: str | None = None) -> Any:
     """Start a scenario in a process of a process group of its own, and return the process."""
-    process = FORK.Process(target=run_in_child, args=(scenario, work, out, point))
+    process: Any = FORK.Process(target=run_in_child, args=(scenario, work, out, point))
     process.start()
     with suppress(OSError):  # here too, or a kill could come before the child has its group
         os.setpgid(process.pid, process.pid)
@@ -459,7 +464,7 @@ def session(
         say(f"{len(names)} undisturbed runs")
         pending: dict[Any, tuple[str, Counter[str]]] = {}
         # A new Python process does not know the grid above.
-        script = next((name for name in names if SCENARIOS[name].script == "scripts.train"), None)
+        script = next((name for name in names if SCENARIOS[name].script == "scripts.train"), "")
         afresh = script and pool.submit(undisturbed, script, work, True)
         while left.total() or pending:
             while left.total() and len(pending) < jobs:

@@ -355,7 +355,7 @@ def evaluation_section(bench: Workbench) -> dict[str, Any]:
             ids = torch.as_tensor(np.asarray(proteins[index], dtype=np.int64))[None]
             ids = ids.to(bench.device)
             logits = [model(ids).logits[0, :-1].float() for model in (student, teacher)]  # type: ignore[operator]
-            for name, values in metrics.token_statistics(*logits, ids[0, 1:]).items():
+            for name, values in metrics.token_statistics(logits[0], logits[1], ids[0, 1:]).items():
                 sums.setdefault(name, []).append(float(values.double().sum()))
         return {name: np.array(values) for name, values in sums.items()}
 
