@@ -79,7 +79,7 @@ def test_points_end_the_process_and_cost_nothing_otherwise():
 
 
 def test_every_point_of_a_scenario_is_in_the_code():
-    code = "".join(path.read_text() for path in (ROOT / "src").glob("*.py"))
+    code = "".join(path.read_text() for path in (ROOT / "src").rglob("*.py"))
     for scenario in crash_testing.SCENARIOS.values():
         for point in scenario.points:
             assert point.startswith("write:") or f'crash_point("{point}")' in code, point
