@@ -14,8 +14,8 @@ In a notebook::
 
 from __future__ import annotations
 
-import time
 from collections.abc import Mapping
+from itertools import islice
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -47,8 +47,9 @@ from src.loss.reference import (
 from src.models.loading import accepts, final_hidden_states, has_dropout, model_inputs, output_head
 from src.models.sharding import in_step
 from src.proteins.batching import EpochSampler, PackedDataset, ProteinDataset
+from src.trainer.adapter import TrainerAdapter
+from src.trainer.interval import LogInterval, LossSums
 from src.trainer.optimizers import muon_with_adamw
-from src.trainer.safeguards import GuardedTrainer
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -78,7 +79,7 @@ __all__ = [
 ]
 
 
-class DistillationTrainer(GuardedTrainer):
+class DistillationTrainer(TrainerAdapter):
     """A ``transformers.Trainer`` whose loss compares the student with a teacher.
 
     The teacher is kept beside the model, not inside it: in eval mode, without gradients, in its
@@ -156,9 +157,7 @@ class DistillationTrainer(GuardedTrainer):
         self.model_accepts_loss_kwargs = True
         self.loss_is_scaled_for_ga = True
         self._can_skip_head = accepts(student, "logits_to_keep")
-        self._tallies = [PartsTally() for _ in self.all_settings]
-        self._waited = 0.0
-        self._micro_batch = (-1, 0)
+        self.interval = LogInterval(len(self.all_settings))
 
     def _adopt_teacher(
         self, teacher: PreTrainedModel | None, student: PreTrainedModel
@@ -188,36 +187,30 @@ class DistillationTrainer(GuardedTrainer):
         assert isinstance(self.model, nn.Module)
         return model_inputs(self.model, input_ids, mask, positions), labels, segments
 
-    def _valid(self, inputs: Mapping[str, Any]) -> Tensor:
-        _, labels, segments = self._split_inputs(inputs)
-        return valid_positions(labels, inputs.get("attention_mask"), segments)
-
-    def _get_num_items_in_batch(self, batch_samples: list, device: torch.device) -> Tensor:
-        """Return N: valid positions of all accumulated batches, over all processes."""
-        counts = [self._valid(batch).sum() for batch in batch_samples]
-        total = torch.stack(counts).sum().to(device) if counts else torch.zeros((), device=device)
-        return self._sum_over_processes(total)
-
-    def _sum_over_processes(self, value: Tensor) -> Tensor:
-        if self.args.world_size > 1:
-            return self.accelerator.reduce(value, reduction="sum")  # type: ignore[return-value]
-        return value
+    def count_positions(self, batches: list[Any]) -> Tensor:
+        """Return N: the valid positions of some batches, over all processes."""
+        total = torch.zeros((), dtype=torch.long, device=self.args.device)
+        for batch in batches:
+            _, labels, segments = self._split_inputs(batch)
+            valid = valid_positions(labels, batch.get("attention_mask"), segments)
+            total = total + valid.sum().to(total.device)
+        return self.sum_over_processes(total)
 
     def get_batch_samples(self, epoch_iterator: Any, num_batches: int, device: torch.device) -> Any:
-        """Collect the batches of one optimiser step, with the means that span all of them."""
-        started = time.monotonic()
-        batches, count = super().get_batch_samples(epoch_iterator, num_batches, device)
-        self._waited += time.monotonic() - started
+        """Return the batches of one optimiser step, with the means that span them, and N."""
+        with self.interval.fetching(self.state.global_step):
+            batches = list(islice(epoch_iterator, num_batches))
+        count = self.count_positions(batches)
+        self.guard.keep_batches(batches, count)
         if batches and any(settings.needs_batch_means for settings in self.all_settings):
             temperatures = sorted({settings.temperature for settings in self.all_settings})
-            batches = [self._prepare_inputs(batch) for batch in batches]
-            each = [self._uncertainty_sums(batch, temperatures) for batch in batches]
-            sums = self._sum_over_processes(torch.stack(each).sum(0))
-            positions = sums[1].clamp(min=1)
+            batches = [self.on_device(batch) for batch in batches]
+            per_batch = [self._uncertainty_sums(batch, temperatures) for batch in batches]
+            sums = self.sum_over_processes(torch.stack(per_batch).sum(0))
+            means = sums / sums[1].clamp(min=1)
             for batch in batches:
-                batch["weight_mean"] = sums[0] / positions
-                doubts = sums[2:] / positions
-                batch["uncertainty_means"] = dict(zip(temperatures, doubts, strict=True))
+                batch["weight_mean"] = means[0]
+                batch["uncertainty_means"] = dict(zip(temperatures, means[2:], strict=True))
         return batches, count
 
     @property
@@ -258,22 +251,15 @@ class DistillationTrainer(GuardedTrainer):
                 inputs.get("position_ids"),
             )
 
-    def training_step(self, model: nn.Module, inputs: dict[str, Any], *more: Any) -> Tensor:
-        """Do one batch's forward and backward pass, knowing which batch of its step it is."""
-        step, number = self._micro_batch
-        here = self.state.global_step
-        self._micro_batch = (here, number + 1 if step == here else 0)
-        return super().training_step(model, inputs, *more)
+    def seed_dropout(self, student: nn.Module) -> None:
+        """Make a student's dropout depend on seed, step, batch and process alone.
 
-    def _seed_dropout(self, student: nn.Module) -> None:
-        """Let a student's dropout depend on seed, step, batch and process alone.
-
-        So a resumed run draws what an undisturbed one draws, and a student of several in one
-        process what it would draw alone.
+        So a resumed run draws what an undisturbed one draws, and each of several students draws
+        what it would draw alone.
         """
         if student.training and has_dropout(student):
-            state = [self.args.seed, max(self._micro_batch[0], 0), self._micro_batch[1]]
-            sequence = np.random.SeedSequence([*state, self.args.process_index])
+            state = [self.args.seed, *self.micro_batch, self.args.process_index]
+            sequence = np.random.SeedSequence(state)
             torch.manual_seed(int(sequence.generate_state(1, np.uint64)[0]))
 
     def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
@@ -287,11 +273,10 @@ class DistillationTrainer(GuardedTrainer):
             )
         return self.optimizer or super().create_optimizer(model)
 
-    def _get_train_sampler(self, train_dataset: Any = None) -> Any:
-        """Return an order that depends on seed and epoch alone for our datasets."""
-        dataset = self.train_dataset if train_dataset is None else train_dataset
+    def train_sampler(self, dataset: Any) -> Any:
+        """Return an order that depends on seed and epoch alone for our datasets, else None."""
         if not isinstance(dataset, (ProteinDataset, PackedDataset)):
-            return super()._get_train_sampler(train_dataset)
+            return None
         seed = self.args.seed if self.args.data_seed is None else self.args.data_seed
         return EpochSampler(
             dataset.lengths,
@@ -320,26 +305,23 @@ class DistillationTrainer(GuardedTrainer):
             num_items_in_batch: N of the whole optimiser step; None: the positions of this batch.
         """
         if return_outputs or self.loss_impl == "reference":
-            parts, outputs = self._reference_parts(model, inputs, num_items_in_batch)
+            parts, outputs = self.reference_parts(model, inputs, num_items_in_batch)
         else:
             parts, outputs = self._fused_parts(model, inputs, num_items_in_batch), None
         if model.training:
-            for tally, each in zip(self._tallies, parts, strict=True):
-                if not tally.started:
-                    tally.start(self.state.global_step)
-                tally.add(each)
+            self.interval.sums.add(parts)
         loss = parts[0].loss if len(parts) == 1 else torch.stack([p.loss for p in parts]).sum()
         if self.args.world_size > 1 and num_items_in_batch is not None:
             # Gradients are averaged over processes, while N already counts all their positions.
             loss = loss * self.args.world_size
         return (loss, outputs) if return_outputs else loss
 
-    def _reference_parts(
+    def reference_parts(
         self, model: nn.Module, inputs: Mapping[str, Any], count: Tensor | int | None
     ) -> tuple[list[LossParts], Any]:
         """Return the loss from full logits, and the student's outputs."""
         forward, labels, segments = self._split_inputs(inputs)
-        self._seed_dropout(model)
+        self.seed_dropout(model)
         outputs = model(**forward, use_cache=False)
         teacher_logits = outputs.logits.detach()  # α = 1: anything of the right shape will do
         if self.teacher_model is not None:
@@ -367,7 +349,7 @@ class DistillationTrainer(GuardedTrainer):
     ) -> list[LossParts]:
         """Return each student's loss from hidden states, chunk by chunk."""
         forward, labels, segments = self._split_inputs(inputs)
-        states = self._hidden_states_and_heads(model, forward)
+        states = self.hidden_states_and_heads(model, forward)
         teacher_hidden = teacher_weight = teacher_bias = None
         if self.teacher_model is not None and any(s.alpha < 1.0 for s in self.all_settings):
             teacher_hidden = self._teacher_hidden(inputs)
@@ -388,7 +370,7 @@ class DistillationTrainer(GuardedTrainer):
             teacher_entropy=inputs.get("teacher_entropy"),
         )
 
-    def _hidden_states_and_heads(
+    def hidden_states_and_heads(
         self, model: nn.Module, forward: Mapping[str, Tensor]
     ) -> list[tuple[Tensor, Head]]:
         """Run the student up to its head and return hidden states ``(B, T, E)`` and the head.
@@ -397,7 +379,7 @@ class DistillationTrainer(GuardedTrainer):
         in any Trainer; a hook takes the hidden states, and the head is asked for no position.
         """
         student = self.accelerator.unwrap_model(model)
-        self._seed_dropout(student)
+        self.seed_dropout(student)
         captured: list[Tensor] = []
         hook = student.base_model.register_forward_hook(
             lambda module, arguments, output: captured.append(output[0])
@@ -407,9 +389,9 @@ class DistillationTrainer(GuardedTrainer):
             model(**forward, use_cache=False, **(options if self._can_skip_head else {}))
         finally:
             hook.remove()
-        return [self._in_product_dtype(captured[0], output_head(student))]
+        return [self.in_product_dtype(captured[0], output_head(student))]
 
-    def _in_product_dtype(self, hidden: Tensor, head: Head) -> tuple[Tensor, Head]:
+    def in_product_dtype(self, hidden: Tensor, head: Head) -> tuple[Tensor, Head]:
         """Return hidden states and head in the dtype in which they are to be multiplied."""
         weight, bias = head
         dtype = torch.bfloat16 if self.args.bf16 else at_least_float32(hidden[:0]).dtype
@@ -447,133 +429,51 @@ class DistillationTrainer(GuardedTrainer):
             return super().evaluation_loop(
                 dataloader, description, prediction_loss_only, ignore_keys, metric_key_prefix
             )
-        assert isinstance(self.model, nn.Module)
-        model = self._wrap_model(self.model, training=False)
-        if not self.accelerator._models and model is self.model:
-            # Evaluated before any training: autocast is still to be set up, as the Trainer does it.
-            model = self.accelerator.prepare_model(model, evaluation_mode=True)
+        model = self.model_for_evaluation()
         was_training = model.training
         model.eval()
-        tallies = [PartsTally() for _ in self.all_settings]
+        sums = LossSums(len(self.all_settings))
         rows = 0
         one = torch.ones((), device=self.args.device)
         # Processes validate different numbers of batches, so that each protein counts once.
         with torch.no_grad(), in_step(self.teacher_model, len(dataloader)):
             for batch in dataloader:
-                inputs = self._prepare_inputs(batch)
+                inputs = self.on_device(batch)
                 rows += len(inputs["input_ids"])
                 with self.compute_loss_context_manager():
                     if self.loss_impl == "reference":
-                        parts, _ = self._reference_parts(model, inputs, one)
+                        parts, _ = self.reference_parts(model, inputs, one)
                     else:
                         parts = self._fused_parts(model, inputs, one)
-                for tally, each in zip(tallies, parts, strict=True):
-                    tally.add(each)
+                sums.add(parts)
                 self.control = self.callback_handler.on_prediction_step(
                     self.args, self.state, self.control
                 )
         model.train(was_training)
-        found = []
-        for tally, settings in zip(tallies, self.all_settings, strict=True):
-            sums = self._sum_over_processes(tally.sums.to(self.args.device))
-            means = PartsTally.means(sums, steps=None)
-            means["loss"] = (
-                settings.alpha * means["hard_loss"]
-                + (1.0 - settings.alpha) * settings.temperature**2 * means["soft_loss"]
+        records = LossSums.means(self.sum_over_processes(sums.values.to(self.args.device)))
+        for record, settings in zip(records, self.all_settings, strict=True):
+            soft_weight = (1.0 - settings.alpha) * settings.temperature**2
+            record["loss"] = (
+                settings.alpha * record["hard_loss"] + soft_weight * record["soft_loss"]
             )
-            found.append(means)
-        metrics = {f"{metric_key_prefix}_{k}": v for k, v in self._join(found, "eval").items()}
+        joined = self.joined(records, "eval")
+        metrics = {f"{metric_key_prefix}_{name}": value for name, value in joined.items()}
         return EvalLoopOutput(None, None, metrics, rows)  # type: ignore[arg-type]
 
-    def _join(self, records: list[dict[str, float]], when: str) -> dict[str, Any]:
-        """Return one record of the figures of all students, of ``train`` or ``eval``."""
+    def joined(self, records: list[dict[str, float]], when: str) -> dict[str, Any]:
+        """Return one record for the log from those of all students, of ``train`` or ``eval``."""
         return records[0]
 
-    def interval_tensors(self) -> dict[str, Tensor]:
-        """Return also the sums of the losses' parts since the last record, ``(students, 6)``."""
-        sums = torch.stack([tally.sums for tally in self._tallies])
-        return {**super().interval_tensors(), "parts": sums}
-
-    def plain_state(self) -> dict[str, Any]:
-        """Return also where and for how long the losses' parts have been summed."""
-        first = self._tallies[0]
-        times = {"seconds": time.monotonic() - first.since, "waited": self._waited}
-        since = {"started": first.started, "first_step": first.first_step, **times}
-        return {**super().plain_state(), "tally": since}
-
-    def restore_state(self, tensors: Mapping[str, Tensor], plain: Mapping[str, Any]) -> None:
-        """Set also the sums of the losses' parts."""
-        super().restore_state(tensors, plain)
-        since = plain["tally"]
-        for tally, sums in zip(self._tallies, tensors["parts"], strict=True):
-            tally.sums, tally.started = sums.clone(), since["started"]
-            tally.first_step = since["first_step"]
-            tally.since = time.monotonic() - since["seconds"]
-        self._waited = since["waited"]
-
-    def merge_intervals(self, parts: list[dict[str, Tensor]]) -> dict[str, Tensor]:
-        """Return the sums for another number of processes: the first takes them all."""
-        sums = torch.stack([part["parts"] for part in parts]).sum(0)
-        sums = sums if self.args.process_index == 0 else torch.zeros_like(sums)
-        return {**super().merge_intervals(parts), "parts": sums}
-
-    def number_micro_batch(self, step: int, number: int) -> None:
-        """Note which batch of which step is done next."""
-        self._micro_batch = (step, number)
-
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
-        """Add the parts of the training loss since the last record, and the rate, to ``logs``.
+        """Log also the parts of the training loss since the last record, and the rate.
 
-        ``data_wait_share`` is the share of that time in which the step waited for its batches.
+        ``data_wait_share`` is the share of that time in which steps waited for their batches.
         """
-        first = self._tallies[0]
-        if "loss" in logs and first.started:
-            steps = self.state.global_step - first.first_step
-            sums = [self._sum_over_processes(t.sums.to(self.args.device)) for t in self._tallies]
-            logs.update(self._join([PartsTally.means(each, steps=steps) for each in sums], "train"))
-            seconds = max(time.monotonic() - first.since, 1e-9)
-            logs["tokens_per_second"] = round(float(sums[0][-1]) / seconds, 1)
-            logs["data_wait_share"] = round(min(self._waited / seconds, 1.0), 4)
-            self._tallies = [PartsTally() for _ in self.all_settings]
-            self._waited = 0.0
+        interval = self.interval
+        if "loss" in logs and interval.started:
+            steps = self.state.global_step - interval.first_step
+            sums = self.sum_over_processes(interval.sums.values.to(self.args.device))
+            logs.update(self.joined(LossSums.means(sums, steps), "train"))
+            logs.update(interval.rates(float(sums[0, -1])))
+            interval.restart()
         super().log(logs, start_time)
-
-
-class PartsTally:
-    """Sums of loss parts over batches, kept on the device so that adding never waits for it."""
-
-    NAMES = ("hard_loss", "soft_loss", "mean_weight", "mean_epsilon", "teacher_entropy")
-
-    def __init__(self) -> None:
-        self.sums = torch.zeros(len(self.NAMES) + 1, dtype=torch.float64)
-        self.started = False
-        self.first_step = 0
-        self.since = 0.0
-
-    def start(self, step: int) -> None:
-        """Note that the sums begin after ``step`` optimiser steps, now."""
-        self.started, self.first_step, self.since = True, step, time.monotonic()
-
-    def add(self, parts: LossParts) -> None:
-        """Add one batch: losses as they are, means weighted by their positions."""
-        each = parts.positions.double()
-        losses = torch.stack([parts.hard.double(), parts.soft.double()])
-        means = torch.stack([parts.mean_weight, parts.mean_epsilon, parts.teacher_entropy])
-        new = torch.cat([losses, means.double() * each, each.reshape(1)])
-        self.sums = self.sums.to(new.device) + new
-
-    @classmethod
-    def means(cls, sums: Tensor, steps: int | None) -> dict[str, float]:
-        """Return the named means of ``sums`` ``(6,)``.
-
-        Args:
-            sums: what :meth:`add` summed.
-            steps: optimiser steps, where the losses were divided by their step's N; None where
-                they are sums over positions.
-        """
-        values = sums.tolist()
-        positions = max(values[-1], 1.0)
-        losses = [value / (steps or positions) for value in values[:2]]
-        return dict(
-            zip(cls.NAMES, losses + [value / positions for value in values[2:-1]], strict=True)
-        )

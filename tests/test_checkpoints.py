@@ -16,14 +16,12 @@ from transformers import TrainerCallback
 from src.common.files import remove_temporaries_of, remove_unfinished
 from src.trainer.checkpoints import (
     NEEDED_FILES,
-    as_json,
     checkpoints_of,
     fault_of,
     newest_valid,
-    random_states,
-    restore_random_states,
     write_manifest,
 )
+from src.trainer.states import as_json, random_states, restore_random_states
 
 
 @pytest.mark.parametrize(
@@ -144,15 +142,15 @@ def test_a_checkpoint_of_a_step_can_be_made_again(tiny_lm, tmp_path):
     trainer.train()
     final = tmp_path / "checkpoint-2"
     before = final.stat().st_ino
-    trainer._save_checkpoint(trainer.model, None)
+    trainer.save_checkpoint()
     assert final.stat().st_ino != before
     assert fault_of(final) is None
     (final / "config.json").write_text("{}")
-    trainer._save_checkpoint(trainer.model, None)
+    trainer.save_checkpoint()
     assert fault_of(final) is None
     # The whole one was replaced; the broken one is kept for a look.
     (final / "config.json").write_text("{}")
-    trainer._save_checkpoint(trainer.model, None)
+    trainer.save_checkpoint()
     kept = {path.name for path in tmp_path.glob("checkpoint*")}
     assert kept == {"checkpoint-2", "checkpoint-2.broken-1", "checkpoint-2.broken-2"}
 
@@ -217,15 +215,15 @@ def test_a_full_disk_leaves_the_last_checkpoint_and_a_clear_line(tiny_lm, tmp_pa
     run = small_disk / "run"
     fill = small_disk / "other data"
     trainer = make_trainer(tiny_lm, run)
-    save = trainer._save_checkpoint
+    save = trainer.save_checkpoint
 
-    def save_on_a_full_disk(model, trial):
+    def save_on_a_full_disk():
         if trainer.state.global_step == 6:
             free = shutil.disk_usage(small_disk).free
             fill.write_bytes(bytes(max(0, free - 40_000)))
-        save(model, trial)
+        save()
 
-    trainer._save_checkpoint = save_on_a_full_disk
+    trainer.save_checkpoint = save_on_a_full_disk
     with pytest.raises(ValueError, match="no space left on the disk; checkpoint-4 is whole"):
         trainer.train()
     assert [path.name for path in checkpoints_of(run)] == ["checkpoint-4", "checkpoint-2"]

@@ -185,3 +185,5 @@ def test_cohorts_that_make_no_sense_are_refused(parts, tiny_lm, tmp_path):
         CohortTrainer([one], args=args, **{**options(False), "teacher_model": None})
     with pytest.raises(ValueError, match="loss_impl must be 'fused'"):
         CohortTrainer([one], args=args, loss_impl="reference", **options(False))
+    with pytest.raises(ValueError, match="optimizer must be 'adamw'"):
+        CohortTrainer([one], args=args, optimizer="muon", **options(False))

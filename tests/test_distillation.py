@@ -159,7 +159,7 @@ def test_order_within_a_step_and_padding_side_change_nothing(trainer, impl):
         ordered = [rows[i] for i in order]
         collate = PaddingCollator(0, side)
         batches = [collate(ordered[i : i + size]) for i in range(0, 12, size)]
-        count = ours._get_num_items_in_batch(batches, torch.device("cpu"))
+        count = ours.count_positions(batches)
         ours.model.zero_grad()
         losses = [
             ours.compute_loss(ours.model, batch, num_items_in_batch=count) for batch in batches

@@ -13,8 +13,9 @@ from transformers import AutoModelForCausalLM, TrainerCallback
 from src.common.settings import TrainSettings
 from src.models.loading import model_fingerprint
 from src.trainer.callbacks import read_metrics
-from src.trainer.checkpoints import checkpoints_of, read_tensors, restore_random_states, with_prefix
-from src.trainer.safeguards import SPIKE_MINIMUM, SPIKE_WINDOW, NotFinite
+from src.trainer.checkpoints import checkpoints_of, read_tensors, with_prefix
+from src.trainer.safeguards import SPIKE_MINIMUM, SPIKE_WINDOW, NotFinite, SpikeGuard
+from src.trainer.states import restore_random_states
 
 
 class Poison(TrainerCallback):
@@ -128,7 +129,7 @@ def test_judging_a_step_late_keeps_the_weights(tiny_lm, tmp_path, monkeypatch, s
         wrapped = trainer.optimizer
         return getattr(wrapped, "optimizer", wrapped)
 
-    monkeypatch.setattr(trainer, "_optimizer_that_can_hold_still", optimizer)
+    monkeypatch.setattr(trainer.guard, "optimizer_that_can_hold_still", optimizer)
     before = []
     spoil = KINDS["gradient"][0]
 
@@ -149,7 +150,9 @@ def test_judging_late_changes_nothing_in_a_good_run(tiny_lm, tmp_path, monkeypat
         trainer = make_trainer(tiny_lm, tmp_path / str(late), optim="adamw_torch_fused")
         if late:
             monkeypatch.setattr(
-                trainer, "_optimizer_that_can_hold_still", lambda t=trainer: t.optimizer.optimizer
+                trainer.guard,
+                "optimizer_that_can_hold_still",
+                lambda t=trainer: t.optimizer.optimizer,
             )
         trainer.train()
         runs.append(trainer)
@@ -158,8 +161,14 @@ def test_judging_late_changes_nothing_in_a_good_run(tiny_lm, tmp_path, monkeypat
 
 def test_a_validation_that_is_not_finite_stops_the_run(tiny_lm, tmp_path):
     trainer = make_trainer(tiny_lm, tmp_path)
-    evaluate = trainer.evaluate
-    trainer.evaluate = lambda *a, **k: {**evaluate(*a, **k), "eval_loss": float("nan")}
+    measured = trainer.evaluation_loop
+
+    def spoiled(*arguments, **options):
+        output = measured(*arguments, **options)
+        output.metrics["eval_loss"] = float("nan")
+        return output
+
+    trainer.evaluation_loop = spoiled
     with pytest.raises(NotFinite, match="step 3: eval_loss is nan"):
         trainer.train()
 
@@ -222,19 +231,19 @@ def test_spikes_are_skipped_alike_after_resuming(tiny_lm, tmp_path):
     with pytest.raises(RuntimeError, match="lost"):
         cut.train()
     again = resume(spiked(tiny_lm, tmp_path / "cut", spikes))
-    assert again._skipped_steps == 3
+    assert again.spikes.skipped == 3
     assert_same_bits(whole, again, step=30)
 
 
-def test_early_steps_are_never_spikes_and_lasting_ones_end(tiny_lm, tmp_path):
-    trainer = make_trainer(tiny_lm, tmp_path, loss={"skip_loss_spikes": 2.0})
-    trainer._spike_losses.extend([1.0] * (SPIKE_MINIMUM - 1))
-    assert not trainer.is_spike(1000.0)
-    trainer._spike_losses.append(1.0)
-    assert trainer.is_spike(2.1)
-    assert not trainer.is_spike(2.0)
-    trainer._spike_losses.extend([3.0] * (SPIKE_WINDOW // 2 + SPIKE_MINIMUM))
-    assert not trainer.is_spike(3.0)
+def test_early_steps_are_never_spikes_and_lasting_ones_end():
+    spikes = SpikeGuard(2.0)
+    spikes.losses.extend([1.0] * (SPIKE_MINIMUM - 1))
+    assert not spikes.is_spike(1000.0)
+    spikes.losses.append(1.0)
+    assert spikes.is_spike(2.1)
+    assert not spikes.is_spike(2.0)
+    spikes.losses.extend([3.0] * (SPIKE_WINDOW // 2 + SPIKE_MINIMUM))
+    assert not spikes.is_spike(3.0)
 
 
 @pytest.mark.parametrize("factor", [1.0, 0.5, float("inf"), float("nan")])

@@ -54,6 +54,7 @@ def whole(tmp_path_factory):
     [
         ("on_substep_end", 1, 0),  # in the middle of the first step: there is nothing to keep
         ("on_substep_end", 4, 3),  # in the middle of a step's accumulation
+        ("on_substep_end", 7, 6),  # in the middle of an epoch's first step
         ("on_step_end", 5, 5),  # after a step that neither logs nor saves
         ("on_step_end", 4, 4),  # after a step that saves anyway
         ("on_step_end", 6, 6),  # after a step that logs, validates and saves; an epoch ends

@@ -13,7 +13,7 @@ import shutil
 import tempfile
 from collections.abc import Iterable, Iterator
 from pathlib import Path
-from typing import IO, Any
+from typing import IO, Any, TypeGuard
 
 from src.common.crash_points import crash_point
 
@@ -274,6 +274,11 @@ def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     if len(found) != len(pairs):
         raise ValueError("a key stands in an object twice")
     return found
+
+
+def is_number(value: Any) -> TypeGuard[int | float]:
+    """Return whether a value of JSON is a number; true and false are not."""
+    return isinstance(value, int | float) and not isinstance(value, bool)
 
 
 def is_plain_name(name: Any) -> bool:

@@ -12,10 +12,17 @@ import math
 import sys
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeGuard
+from typing import TYPE_CHECKING, Any
 
 from src.common.cli import printable
-from src.common.files import MAX_JSON_DEPTH, check_outputs, is_nested_beyond, read_json, write_json
+from src.common.files import (
+    MAX_JSON_DEPTH,
+    check_outputs,
+    is_nested_beyond,
+    is_number,
+    read_json,
+    write_json,
+)
 from src.common.privacy import publishable
 
 if TYPE_CHECKING:
@@ -205,11 +212,6 @@ def _fault(record: Mapping[str, Any], name: str, kind: str, needed: bool) -> str
             return None
     problem = _problem(value, kind)
     return f"{name} {problem}" if problem else None
-
-
-def is_number(value: Any) -> TypeGuard[int | float]:
-    """Return whether a value of JSON is a number; true and false are none."""
-    return isinstance(value, int | float) and not isinstance(value, bool)
 
 
 def _is_interval(value: Any) -> bool:

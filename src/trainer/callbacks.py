@@ -12,8 +12,7 @@ from typing import Any
 from transformers import TrainerCallback
 
 from src.common.cli import duration, say
-from src.common.files import atomic_write, read_json_lines
-from src.evaluation.results import is_number
+from src.common.files import atomic_write, is_number, read_json_lines
 
 METRICS_FILE = "metrics.jsonl"
 LOSSES = ("loss", "hard_loss", "soft_loss")

@@ -1,8 +1,8 @@
-"""SIGTERM and SIGINT while training: a checkpoint first, then the exit status that belongs to them.
+"""SIGTERM and SIGINT while training: write a checkpoint, then end with the signal's exit status.
 
-A signal that arrives before or after the training loop ends the program at once, because nothing
-would be lost. Inside the loop it is noted, and the Trainer leaves at the next place from which the
-run resumes to the same bits. A second signal ends the process at once.
+Outside the training loop a signal ends the program at once, because nothing would be lost. Inside
+the loop the first signal is noted, and the Trainer leaves at the next place from which the run
+resumes to the same bits. A second signal ends the process at once.
 """
 
 from __future__ import annotations
@@ -22,14 +22,15 @@ R = TypeVar("R")
 SIGNALS = (signal.SIGTERM, signal.SIGINT)
 
 
-class _Standing:
-    """What this process knows of signals: whether they wait for a checkpoint, and which came."""
+class LeaveNow(Exception):  # noqa: N818
+    """A signal came: leave the step or the validation unfinished."""
+
+
+class _Signals:
+    """The signal this process received, and whether a checkpoint is to be written first."""
 
     deferred = False
     received: int | None = None
-
-
-_standing = _Standing()
 
 
 def exit_status(number: int) -> int:
@@ -39,23 +40,23 @@ def exit_status(number: int) -> int:
 
 def requested() -> int | None:
     """Return the signal that asked this process to stop, or None."""
-    return _standing.received
+    return _Signals.received
 
 
 @contextlib.contextmanager
 def deferred() -> Iterator[None]:
-    """Let a first signal wait: the body looks at :func:`requested` and leaves by itself."""
-    before, _standing.deferred = _standing.deferred, True
+    """Let a first signal wait: the body checks :func:`requested` and leaves by itself."""
+    before, _Signals.deferred = _Signals.deferred, True
     try:
         yield
     finally:
-        _standing.deferred = before
+        _Signals.deferred = before
 
 
 def stops_on_signals(function: Callable[P, R]) -> Callable[P, R]:
-    """Decorate a function so that SIGTERM and SIGINT end it as this module says.
+    """Decorate a function so that SIGTERM and SIGINT end it as this module describes.
 
-    Outside the main thread, where Python takes no signals, it changes nothing.
+    Outside the main thread, where Python handles no signals, the function is not changed.
     """
 
     @functools.wraps(function)
@@ -66,40 +67,43 @@ def stops_on_signals(function: Callable[P, R]) -> Callable[P, R]:
 
         def handle(number: int, frame: FrameType | None) -> None:
             if os.getpid() != owner:
-                return  # a forked worker: the process that made it decides
-            if _standing.received is not None:
+                return  # a forked worker: its parent decides
+            if _Signals.received is not None:
                 signal.signal(number, signal.SIG_DFL)
                 os.kill(owner, number)
                 return
-            _standing.received = number
+            _Signals.received = number
             name = signal.Signals(number).name
-            if not _standing.deferred:
+            if not _Signals.deferred:
                 print(f"stopped by {name}", file=sys.stderr, flush=True)
                 raise SystemExit(exit_status(number))
-            print(
-                f"{name}: stopping after a checkpoint; a second signal ends at once",
-                file=sys.stderr,
-                flush=True,
-            )
+            line = f"{name}: stopping after a checkpoint; a second signal ends at once"
+            print(line, file=sys.stderr, flush=True)
 
-        _standing.received = None
+        _Signals.received = None
         before = {number: signal.signal(number, handle) for number in SIGNALS}
         try:
             return function(*args, **kwargs)
         finally:
-            _standing.received = None
+            _Signals.received = None
             for number, handler in before.items():
                 signal.signal(number, handler)
 
     return wrapped
 
 
-def leave_signals_to_parent(initialise: Callable[[int], Any] | None, worker: int) -> None:
-    """Start a DataLoader worker that ignores signals, then do what it would have done at its start.
+def quiet_workers(loader: Any) -> Any:
+    """Return a DataLoader whose workers ignore signals.
 
-    Ctrl-C and many schedulers reach every process of a run. A worker that died of it would take the
-    step down with it, and with the step the checkpoint.
+    Ctrl-C and many schedulers signal every process of a run. A worker that died of it would end
+    the step, and the checkpoint could not be written.
     """
+    if getattr(loader, "num_workers", 0):
+        loader.worker_init_fn = functools.partial(_start_worker, loader.worker_init_fn)
+    return loader
+
+
+def _start_worker(initialise: Callable[[int], Any] | None, worker: int) -> None:
     for number in SIGNALS:
         signal.signal(number, signal.SIG_IGN)
     if initialise is not None:

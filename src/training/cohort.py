@@ -1,11 +1,10 @@
-"""Trains several students in one process: batches and the teacher's logits are shared by all.
+"""Trains several students in one process; they share batches and the teacher's logits.
 
-A sweep asks one teacher the same questions again and again: for every arm, learning rate, size and
-temperature. Here all students of a cohort see each batch together; the teacher runs once for it (or
-not at all, from its cache), and its logits of a chunk are computed once for all
+All students of a cohort see each batch together. The teacher runs once for it (or not at all, from
+its cache), and its logits of a chunk are computed once for all
 (``src.loss.fused.fused_distillation_losses``). Parameters, gradients, clipping, learning rates and
-dropout are each student's own, so that on a CPU every student ends in the bits that training it
-alone with the same seed would give.
+dropout are each student's own, so on a CPU every student ends in the bits of training it alone
+with the same seed.
 """
 
 from __future__ import annotations
@@ -33,7 +32,7 @@ STUDENTS_FILE = "students.safetensors"
 
 @dataclass
 class Member:
-    """A student of a cohort: its name, its weights, its loss and its learning rate."""
+    """A student of a cohort."""
 
     name: str
     model: PreTrainedModel
@@ -42,7 +41,7 @@ class Member:
 
 
 class Cohort(nn.Module):
-    """The students of a cohort as one module, so that a Trainer holds them like a model."""
+    """The students of a cohort as one module, which a Trainer treats like a model."""
 
     def __init__(self, students: Sequence[PreTrainedModel]) -> None:
         super().__init__()
@@ -71,13 +70,13 @@ class CohortTrainer(DistillationTrainer):
     """A :class:`DistillationTrainer` for several students.
 
     Args:
-        members: the students. Names are free, but no two may be equal.
+        members: the students, each with a name of its own.
         teacher_model: the teacher of all.
         **kwargs: everything that :class:`DistillationTrainer` takes but the loss and the model.
 
     Raises:
-        ValueError: no members, two of one name, vocabularies that differ, or the reference loss,
-            which knows one student only.
+        ValueError: no members, two of one name, vocabularies that differ, the reference loss or
+            Muon, which are for one student only.
     """
 
     def __init__(
@@ -91,13 +90,15 @@ class CohortTrainer(DistillationTrainer):
             raise ValueError("a cohort needs students, each with a name of its own")
         if kwargs.get("loss_impl", "fused") != "fused":
             raise ValueError("several students share the fused loss: loss_impl must be 'fused'")
+        if kwargs.get("optimizer", "adamw") != "adamw":
+            raise ValueError("several students are trained with AdamW: optimizer must be 'adamw'")
         if len({member.model.config.vocab_size for member in members}) > 1:
             raise ValueError("the students of a cohort need one vocabulary")
         self.members = list(members)
         self._norms: list[Tensor] = []
         cohort = Cohort([member.model for member in members])
-        cohort.before_each = self._seed_dropout
-        # α = 0 of the nominal loss asks for a teacher exactly where one is given.
+        cohort.before_each = self.seed_dropout
+        # The nominal loss, used for nothing else, asks for a teacher only if one is given.
         super().__init__(
             model=cohort,  # type: ignore[arg-type]
             teacher_model=teacher_model,
@@ -112,16 +113,18 @@ class CohortTrainer(DistillationTrainer):
         """The loss settings of each student."""
         return [member.loss for member in self.members]
 
-    def _hidden_states_and_heads(
+    def hidden_states_and_heads(
         self, model: nn.Module, forward: Mapping[str, Tensor]
     ) -> list[tuple[Tensor, Head]]:
+        """Return the hidden states ``(B, T, E)`` and the head of each student."""
         states = model(**forward)
         return [
-            self._in_product_dtype(hidden, output_head(member.model))
+            self.in_product_dtype(hidden, output_head(member.model))
             for hidden, member in zip(states, self.members, strict=True)
         ]
 
-    def _reference_parts(self, *arguments: Any) -> tuple[list[LossParts], Any]:
+    def reference_parts(self, *arguments: Any) -> tuple[list[LossParts], Any]:
+        """Raise ``ValueError``: there is no single student whose outputs could be returned."""
         raise ValueError("a cohort has no outputs to return: ask each student for its own")
 
     def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
@@ -143,7 +146,7 @@ class CohortTrainer(DistillationTrainer):
             self.optimizer = kind(groups, **options)
         return self.optimizer
 
-    def _clip_grad_norm(self, model: nn.Module) -> Tensor:
+    def clip_gradients(self, model: nn.Module) -> Tensor:
         """Clip each student's gradients by themselves, and return the largest norm."""
         limit = self.args.max_grad_norm
         norms = [
@@ -153,10 +156,10 @@ class CohortTrainer(DistillationTrainer):
         self._norms = [torch.as_tensor(norm).detach() for norm in norms]
         return torch.stack(self._norms).max()
 
-    def _join(self, records: list[dict[str, float]], when: str) -> dict[str, Any]:
-        """Return the mean of every figure, and each student's own under ``students``.
+    def joined(self, records: list[dict[str, float]], when: str) -> dict[str, Any]:
+        """Return the mean of every value, and each student's own under ``students``.
 
-        While training a student's own figures hold its last gradient norm before clipping.
+        A student's own training record holds its last gradient norm before clipping.
         """
         joined: dict[str, Any] = {
             key: sum(record[key] for record in records) / len(records) for key in records[0]
@@ -169,14 +172,13 @@ class CohortTrainer(DistillationTrainer):
         return joined
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
-        """Log as ever, with the mean of the students' losses instead of their sum."""
+        """Log the mean of the students' losses instead of their sum."""
         if "loss" in logs:
             logs["loss"] = logs["loss"] / len(self.members)
         super().log(logs, start_time)
 
-    def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:
+    def write_model(self, folder: Path) -> None:
         """Write all students to one file."""
-        folder = Path(output_dir if output_dir is not None else str(self.args.output_dir))
         tensors = {
             f"{number}.{name}": parameter.detach().cpu().contiguous()
             for number, member in enumerate(self.members)
@@ -184,9 +186,9 @@ class CohortTrainer(DistillationTrainer):
         }
         save_file(tensors, folder / STUDENTS_FILE)
 
-    def _load_from_checkpoint(self, checkpoint: str, model: nn.Module | None = None) -> None:
-        """Restore all students from a checkpoint."""
-        tensors = read_tensors(Path(checkpoint) / STUDENTS_FILE)
+    def read_model(self, folder: Path) -> None:
+        """Load the weights of all students."""
+        tensors = read_tensors(folder / STUDENTS_FILE)
         with torch.no_grad():
             for number, member in enumerate(self.members):
                 for name, parameter in member.model.named_parameters():

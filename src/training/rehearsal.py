@@ -18,10 +18,11 @@ import torch
 
 from src.common.cli import duration, size
 from src.common.devices import peak_memory
-from src.distillation import DistillationTrainer, PartsTally
+from src.distillation import DistillationTrainer
 from src.models.loading import count_parameters
 from src.proteins.batching import POOL_BATCHES
-from src.trainer.checkpoints import random_states, restore_random_states
+from src.trainer.interval import LogInterval
+from src.trainer.states import random_states, restore_random_states
 
 REHEARSED_FROM = 50
 """Steps from which a run is rehearsed: a shorter one is over before an estimate helps."""
@@ -162,7 +163,7 @@ def without_trace(trainer: DistillationTrainer) -> Iterator[None]:
     training = student.training
     student.train()
     # Sums are added to in place: the run's own stay out of it.
-    trainer._tallies = [PartsTally() for _ in trainer._tallies]
+    trainer.interval = LogInterval(trainer.interval.students)
     try:
         yield
     finally:
