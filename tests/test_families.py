@@ -77,7 +77,7 @@ PINNED = ["s0f0m4", "s0f0m5", "s0f1m0", "s0f1m1", "s0f2m2", "s0f2m3"]
 def test_relatives_of_training_proteins_are_left_out(made_up_search, monkeypatch):
     proteins, families = members(2, 10)
     monkeypatch.setattr(
-        fam, "covering_identities", lambda p, names, *more: dict(zip(names, (0.5, 0.49), strict=False))
+        fam, "covering_identities", lambda p, names, *more: {names[0]: 0.5, names[1]: 0.49}
     )  # fmt: skip
     settings = FamilySplitSettings(validation_per_family=2, test_per_family=2, largest_share=0.4)
     split = split_within_families(proteins, families, settings)

@@ -13,7 +13,6 @@ import pytest
 import torch
 
 from src.evaluation import scoring as evaluation
-from src.models import loading as models
 from src.models.loading import load_causal_lm, load_tokenizer, shape_of
 from src.proteins.layouts import END_OF_TEXT
 from src.trainer.checkpoints import MANIFEST, NEEDED_FILES, fault_of, newest_valid, write_manifest
@@ -200,53 +199,6 @@ def with_rules(folder: Path, change: dict, name: str = "tokenizer.json") -> None
 
 def replacing(pattern: str, content: str) -> dict:
     return {"type": "Replace", "pattern": {"String": pattern}, "content": content}
-
-
-@pytest.mark.parametrize("name", ["tokenizer.json", "tokenizer.5.0.0.json"])
-@pytest.mark.parametrize(
-    ("change", "message"),
-    [
-        (
-            {"normalizer": {"type": "Sequence", "normalizers": [replacing("A", "AA")] * 33}},
-            "normalizer has over 8 rules",
-        ),
-        (
-            {"decoder": {"type": "Sequence", "decoders": [replacing("A", "AA")]}},
-            "decoder lengthens texts",
-        ),
-        (
-            {"normalizer": {**replacing("", "AA"), "pattern": {"Regex": "AA*"}}},
-            "normalizer lengthens texts",
-        ),
-        (
-            {
-                "post_processor": {
-                    "type": "TemplateProcessing",
-                    "single": [{"Sequence": {"id": "A", "type_id": 0}}] * 2,
-                    "pair": [],
-                    "special_tokens": {},
-                }
-            },
-            "post_processor lengthens texts",
-        ),
-        ({"normalizer": {"normalizers": 3}}, ""),
-    ],
-)
-def test_a_tokenizer_that_lengthens_texts_is_never_built(model_folder, name, change, message):
-    """33 rules A -> AA, 2 kB in all, made the process run out of memory and abort."""
-    with_rules(model_folder, change, name)
-    if message or name == "tokenizer.json":
-        assert message in refused(load_tokenizer, model_folder)
-
-
-def test_rules_of_published_models_pass(model_folder):
-    """SentencePiece's, as in Llama: both parts give the text back."""
-    blank = "\u2581"
-    before = [{"type": "Prepend", "prepend": blank}, replacing(" ", blank)]
-    after = [replacing(blank, " "), {"type": "ByteFallback"}, {"type": "Fuse"}]
-    after.append({"type": "Strip", "content": " ", "start": 1, "stop": 0})
-    assert not any(map(models._lengthens, [*before, *after]))
-    assert len(list(models._rules({"type": "Sequence", "decoders": after}))) <= models.MAX_RULES
 
 
 @pytest.mark.parametrize("content", ["", "A"])

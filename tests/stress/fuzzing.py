@@ -35,6 +35,7 @@ from pathlib import Path
 from typing import Any
 
 from src.common.cli import one_line
+from src.common.manifest import signature
 from src.proteins.fasta import FastaRecord, fasta_text
 
 SECONDS = 10
@@ -572,13 +573,11 @@ def read_store(folder: Path, files: Files) -> None:
 
 def signed_manifest(raw: bytes, rng: random.Random) -> bytes:
     """Return a store's manifest, spoiled and signed anew: an attacker can sign, too."""
-    from src.proteins.tokens import _manifest_check
-
     spoiled = spoiled_json(raw, rng)
     with suppress(ValueError, RecursionError):
         value = json.loads(spoiled)
         if isinstance(value, dict):
-            value["check"] = _manifest_check(value)
+            value["check"] = signature(value)
             spoiled = json.dumps(value).encode("utf-8", errors="surrogatepass")
     return spoiled
 
