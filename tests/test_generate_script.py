@@ -9,7 +9,6 @@ import pytest
 import torch
 
 from scripts.generate import main
-from src.proteins.fasta import parse_header
 from src.proteins.sources import read_proteins
 
 
@@ -30,7 +29,8 @@ def run(folder, *options, name="new.fasta"):
 
 
 def headers(path):
-    return [parse_header(line) for line in path.read_text().splitlines() if line[0] == ">"]
+    entries = [line[1:].split() for line in path.read_text().splitlines() if line[0] == ">"]
+    return [(name, dict(word.split("=", 1) for word in words)) for name, *words in entries]
 
 
 def test_a_run(folder, capsys):

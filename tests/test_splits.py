@@ -14,6 +14,7 @@ import pytest
 
 from src.proteins import splits
 from src.proteins.fasta import FastaRecord, fasta_text
+from src.proteins.sources import read_proteins
 from src.proteins.splits import (
     SplitSettings,
     check_split,
@@ -30,7 +31,6 @@ from src.proteins.splits import (
     write_packed,
     write_split,
 )
-from src.proteins.tokens import read_proteins
 
 LETTERS = "ACDEFGHIKLMNPQRSTVWY"
 needs_mmseqs = pytest.mark.skipif(shutil.which("mmseqs") is None, reason="MMseqs2 is not on PATH")

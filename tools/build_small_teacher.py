@@ -64,7 +64,7 @@ def run(args: argparse.Namespace) -> dict:
 
     from src.common.files import write_json
     from src.proteins.layouts import END_OF_TEXT, layout
-    from src.proteins.tokens import read_proteins
+    from src.proteins.sources import read_proteins
     from src.training.pretraining import PretrainSettings, pretrain, train_tokenizer
 
     if args.threads:

@@ -40,7 +40,8 @@ def run(args: argparse.Namespace) -> dict:
     from src.common.runs import provenance
     from src.evaluation.scoring import FLOOR_PROTEINS, EvaluationSettings, clusters_of, evaluate
     from src.models.loading import load_causal_lm, load_tokenizer, max_positions, model_fingerprint
-    from src.proteins.tokens import has_split, read_proteins, tokenise
+    from src.proteins.sources import has_split, read_proteins
+    from src.proteins.tokens import tokenise
     from src.training.pretraining import teacher_card
 
     quiet_libraries()

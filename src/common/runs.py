@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import fcntl
-import functools
 import os
 import platform
 import re
@@ -14,7 +12,9 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from importlib import metadata
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
+
+from filelock import FileLock, Timeout
 
 from src.common import processes
 from src.common.cli import printable
@@ -47,32 +47,12 @@ class InUseError(ValueError):
     """Another process holds a directory."""
 
 
-_held: set[IO] = set()
-"""Lock files that this process holds open."""
-
-
-@functools.cache
-def _leave_locks_to_parent() -> None:
-    """Let processes forked from now on, as data workers are, close their copies of our locks.
-
-    A lock belongs to the open file: workers that outlive a killed run by some seconds would hold it
-    for so long.
-    """
-
-    def close() -> None:
-        for handle in _held:
-            handle.close()
-        _held.clear()
-
-    os.register_at_fork(after_in_child=close)
-
-
 @contextmanager
 def locked(folder: Path, flag: str = "--output_dir") -> Iterator[None]:
     """Hold a run directory for this process alone.
 
-    The lock belongs to the process, so the system frees it however the process ends: a lock file
-    left by a killed run does not stand in the way.
+    The system frees the lock however the process ends, so the lock file of a killed run can be
+    locked again. Forked data workers do not inherit it.
 
     Args:
         folder: what to hold; made where it is not there.
@@ -83,28 +63,22 @@ def locked(folder: Path, flag: str = "--output_dir") -> Iterator[None]:
         ValueError: what has the name of its lock file was not written by us.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    _leave_locks_to_parent()
     path = folder / LOCK_FILE
     if not _may_be_lock(path):
         raise ValueError(f"{path} is no lock that we wrote: choose another {flag}")
-    with path.open("a+") as handle:
-        try:
-            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
-            handle.seek(0)
-            holder = handle.read().strip() or "another process"
-            raise InUseError(
-                f"{folder} is in use by {holder}: wait for it, or choose another {flag}"
-            ) from None
-        handle.seek(0)
-        handle.truncate()
-        handle.write(f"process {os.getpid()} on {platform.node()}")
-        handle.flush()
-        _held.add(handle)
-        try:
-            yield
-        finally:
-            _held.discard(handle)
+    lock = FileLock(path)
+    try:
+        lock.acquire(timeout=0)
+    except Timeout:
+        holder = path.read_text(encoding="utf-8").strip() or "another process"
+        raise InUseError(
+            f"{folder} is in use by {holder}: wait for it, or choose another {flag}"
+        ) from None
+    try:
+        path.write_text(f"process {os.getpid()} on {platform.node()}", encoding="utf-8")
+        yield
+    finally:
+        lock.release()
 
 
 def _may_be_lock(path: Path) -> bool:

@@ -47,8 +47,9 @@ from src.models.sizes import threshold_for
 from src.proteins.batching import TokenSequences
 from src.proteins.layouts import residues_of, shuffled
 from src.proteins.ngrams import UNIFORM_NATS, NgramModel, fit_ngrams
+from src.proteins.sources import has_split
 from src.proteins.splits import CLUSTERS_FILE, read_clusters
-from src.proteins.tokens import encode, has_split, tokenizer_fingerprint
+from src.proteins.tokens import encode, tokenizer_fingerprint
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel

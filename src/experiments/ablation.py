@@ -41,8 +41,8 @@ from src.experiments.grids import Cell, Grid, read_rates, settings_key
 from src.models.loading import count_parameters, load_causal_lm, model_fingerprint, output_head
 from src.models.sizes import total_steps
 from src.models.teacher_cache import TeacherCache
-from src.proteins.sources import has_split
-from src.proteins.tokens import TokenisedProteins, read_proteins, tokenise
+from src.proteins.sources import has_split, read_proteins
+from src.proteins.tokens import TokenisedProteins, tokenise
 from src.trainer.callbacks import ConsoleProgress
 from src.trainer.checkpoints import newest_valid
 from src.trainer.interruption import stops_on_signals

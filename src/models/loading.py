@@ -33,11 +33,6 @@ MAX_CONFIG_NUMBER = 1 << 20
 260,000 tokens, and the longest inputs of protein models are far below."""
 MAX_LABELS = 10_000
 """Of a classifier's; a language model has none. transformers makes two names for each."""
-MAX_RULES = 8
-"""Of a tokenizer's normalizer, or another of its parts: those of published models have one to four.
-It bounds what rules can do together that each lengthen a text a little, such as Unicode's."""
-RULE_LISTS = ("normalizers", "pretokenizers", "processors", "decoders")
-
 if TYPE_CHECKING:
     from transformers import GPT2Config, GPT2LMHeadModel, PreTrainedModel
     from transformers.tokenization_utils_base import PreTrainedTokenizerBase
@@ -98,11 +93,11 @@ def _keep_no_words(tokenizer: PreTrainedTokenizerBase) -> None:
 
 
 def _check_tokenizer_files(folder: Path) -> None:
-    """Look at what transformers would make a tokenizer of, whatever it holds.
+    """Check the files of a tokenizer before transformers reads them.
 
     Raises:
-        ValueError: there is no vocabulary, a file is broken or brings code, or the rules of one may
-            lengthen a text without bounds.
+        NoTokenizerError: there is no vocabulary.
+        ValueError: a file is broken or brings code.
     """
     path = folder / "tokenizer_config.json"
     _refuse_code(read_json(path) if path.is_file() else {}, path)
@@ -112,7 +107,7 @@ def _check_tokenizer_files(folder: Path) -> None:
     # tokenizer_config.json may name a tokenizer.VERSION.json to be read instead.
     for path in sorted(folder.glob("tokenizer*.json")):
         if path.name != "tokenizer_config.json":
-            _refuse_growing(read_json(path), path)
+            read_json(path)
     # Of nothing transformers makes an empty GPT-2 tokenizer.
     vocabularies = ("tokenizer.*json", "vocab.*", "*.model")
     if not any(path.is_file() for pattern in vocabularies for path in folder.glob(pattern)):
@@ -120,40 +115,6 @@ def _check_tokenizer_files(folder: Path) -> None:
             f"no tokenizer in {folder}: copy tokenizer.json and tokenizer_config.json there from "
             "the model that it was made from"
         )
-
-
-def _refuse_growing(tokenizer: Any, path: Path) -> None:
-    """Refuse rules that can make a short text very long, which no memory might hold."""
-    if not isinstance(tokenizer, dict):
-        raise ValueError(f"{path}: expected an object at the top")
-    for part in ("normalizer", "pre_tokenizer", "post_processor", "decoder"):
-        rules = list(_rules(tokenizer.get(part)))
-        if len(rules) > MAX_RULES:
-            raise ValueError(f"{path}: its {part} has over {MAX_RULES} rules: no model needs them")
-        if any(map(_lengthens, rules)):
-            raise ValueError(f"{path}: its {part} lengthens texts: no model of proteins needs that")
-
-
-def _rules(part: Any) -> Iterator[dict[str, Any]]:
-    """Yield the rules of a part of a tokenizer, those inside sequences of rules too."""
-    if isinstance(part, dict):
-        yield part
-        for key in RULE_LISTS:
-            if isinstance(inner := part.get(key), list):
-                yield from (rule for each in inner for rule in _rules(each))
-
-
-def _lengthens(rule: dict[str, Any]) -> bool:
-    """Return whether a rule puts a longer text in place of another, or a text several times."""
-    if isinstance(content := rule.get("content"), str):
-        pattern = rule.get("pattern")
-        # What an expression matches may be as short as one character.
-        replaced = pattern.get("String") if isinstance(pattern, dict) else None
-        return len(content) > (len(replaced) if isinstance(replaced, str) else 1)
-    template = rule.get("single")
-    if not isinstance(template, list):
-        return False
-    return sum("Sequence" in piece for piece in template if isinstance(piece, dict)) > 1
 
 
 def _try_out(tokenizer: PreTrainedTokenizerBase) -> str:

@@ -27,18 +27,17 @@ from src.common import processes
 from src.common.cli import one_line, progress, say, size
 from src.common.files import (
     atomic_write,
-    is_plain_name,
     names_full_disk,
     read_json,
     remove_unfinished,
-    sha256_file,
     write_json,
 )
+from src.common.manifest import first_fault, is_record
 from src.common.runs import locked
 from src.loss.fused import teacher_statistics
 from src.models.loading import final_hidden_states, model_fingerprint, output_head
 from src.models.sharding import in_step
-from src.proteins.batching import PaddingCollator
+from src.proteins.batching import PaddingCollator, cut_batches
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -124,10 +123,7 @@ class TeacherCache:
         self.proteins = self.shards[-1]["first"] + len(self.shards[-1]["lengths"])
         self._maps: dict[int, tuple[np.ndarray, np.ndarray, np.ndarray]] = {}
         for shard in self.shards:
-            for name, expected in shard["files"].items():
-                path = self.folder / name
-                if not path.is_file() or path.stat().st_size != expected["bytes"]:
-                    raise BrokenCacheError(f"{path}: missing or cut short; {WAY_OUT}")
+            self._require_whole(shard, hashes=False)
 
     def _check(self, manifest: Mapping[str, Any], teacher: str, data: str) -> None:
         for key, expected, what in (
@@ -157,14 +153,16 @@ class TeacherCache:
             states = states.view(torch.bfloat16)
         return states, torch.from_numpy(np.array(figures[place]))
 
+    def _require_whole(self, shard: Mapping[str, Any], hashes: bool) -> None:
+        if fault := first_fault(self.folder, shard["files"], hashes):
+            raise BrokenCacheError(f"{fault}; {WAY_OUT}")
+
     def _mapped(self, number: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         if number not in self._maps:
             shard = self.shards[number]
             hidden_file, figures_file = (self.folder / name for name in shard["files"])
             if self.verify:
-                for name, expected in shard["files"].items():
-                    if sha256_file(self.folder / name) != expected["sha256"]:
-                        raise BrokenCacheError(f"{self.folder / name}: altered; {WAY_OUT}")
+                self._require_whole(shard, hashes=True)
             kind = np.dtype("<u2") if self.dtype == torch.bfloat16 else numpy_dtype(self.dtype)
             self._maps[number] = (
                 np.memmap(hidden_file, kind, "r").reshape(-1, self.width),
@@ -193,10 +191,10 @@ def shards_problem(shards: Any, width: Any, dtype: torch.dtype) -> str | None:
             return f"lengths of shard {number}"
         tokens = sum(lengths)
         sizes = [tokens * width * dtype.itemsize, tokens * 4 * len(STATISTICS)]
-        if not all(map(is_plain_name, files)) or len(files) != len(sizes):
+        if not is_record(files) or len(files) != len(sizes):
             return f"files of shard {number}"
         for entry, size_ in zip(files.values(), sizes, strict=True):
-            if entry["bytes"] != size_ or not isinstance(entry["sha256"], str):
+            if entry["bytes"] != size_:
                 return f"sizes of shard {number}"
         first += len(lengths)
     return None
@@ -255,7 +253,7 @@ def capture(
         except BrokenCacheError:
             return None
         whole = cache.proteins == len(lengths) and (
-            not thorough or all(_is_unaltered(folder, shard) for shard in cache.shards)
+            not thorough or not any(first_fault(folder, shard["files"]) for shard in cache.shards)
         )
         return cache if whole else None
 
@@ -331,14 +329,6 @@ def _record_name(number: int) -> str:
     return f"shard-{number:05d}.json"
 
 
-def _is_unaltered(folder: Path, shard: Mapping[str, Any]) -> bool:
-    """Return whether a shard's files have the hashes of its record."""
-    return all(
-        sha256_file(folder / name) == expected["sha256"]
-        for name, expected in shard["files"].items()
-    )
-
-
 def _shard_record(
     folder: Path, number: int, first: int, lengths: list[int], thorough: bool
 ) -> dict[str, Any] | None:
@@ -347,11 +337,8 @@ def _shard_record(
         record = read_json(folder / _record_name(number))
         whole = (
             (record["first"], record["lengths"]) == (first, lengths)
-            and all(
-                (folder / name).stat().st_size == expected["bytes"]
-                for name, expected in record["files"].items()
-            )
-            and (not thorough or _is_unaltered(folder, record))
+            and is_record(record["files"])
+            and first_fault(folder, record["files"], hashes=thorough) is None
         )
     except (ValueError, OSError, KeyError, TypeError, AttributeError):
         return None
@@ -360,15 +347,7 @@ def _shard_record(
 
 def _batches(lengths: np.ndarray, batch_tokens: int) -> list[np.ndarray]:
     """Return the rows of each batch: by rising length, as many as the padded tokens allow."""
-    order = np.argsort(lengths, kind="stable")
-    batches, start = [], 0
-    while start < len(order):
-        stop = start + 1
-        while stop < len(order) and (stop - start + 1) * lengths[order[stop]] <= batch_tokens:
-            stop += 1
-        batches.append(order[start:stop])
-        start = stop
-    return batches
+    return cut_batches(lengths, np.argsort(lengths, kind="stable"), tokens=batch_tokens)
 
 
 @torch.no_grad()

@@ -10,8 +10,8 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset, Sampler
 
-from src.loss.reference import IGNORED_LABEL
-
+IGNORED_LABEL = -100
+"""The label that PyTorch's cross entropy and src.loss.reference leave out."""
 POOL_BATCHES = 50
 """Batches whose proteins are sorted together: little padding, and still a random order."""
 
@@ -130,6 +130,36 @@ def pack(
     return rows
 
 
+def cut_batches(
+    lengths: np.ndarray, order: np.ndarray, rows: int | None = None, tokens: int | None = None
+) -> list[np.ndarray]:
+    """Cut an order of sequences into consecutive batches that are as large as allowed.
+
+    Args:
+        lengths: ``(sequences,)``.
+        order: indices into ``lengths``; sorted by length, batches hold little padding.
+        rows: most sequences of a batch.
+        tokens: most padded tokens of a batch, rows × longest; a longer sequence stands alone.
+
+    Returns:
+        The indices of each batch.
+    """
+    most = len(order) if rows is None else rows
+    if tokens is None:
+        return [order[i : i + most] for i in range(0, len(order), max(1, most))]
+    batches, start = [], 0
+    while start < len(order):
+        stop, longest = start + 1, int(lengths[order[start]])
+        while stop < len(order) and stop - start < most:
+            longest = max(longest, int(lengths[order[stop]]))
+            if (stop - start + 1) * longest > tokens:
+                break
+            stop += 1
+        batches.append(order[start:stop])
+        start = stop
+    return batches
+
+
 def length_grouped_order(lengths: np.ndarray, batch_size: int, seed: int, epoch: int) -> np.ndarray:
     """Return a random order in which every ``batch_size`` neighbours have similar lengths.
 
@@ -151,7 +181,7 @@ def length_grouped_order(lengths: np.ndarray, batch_size: int, seed: int, epoch:
     for start in range(0, len(order), pool):
         chunk = order[start : start + pool]
         chunk = chunk[np.argsort(lengths[chunk], kind="stable")]
-        batches.extend(chunk[i : i + batch_size] for i in range(0, len(chunk), batch_size))
+        batches += cut_batches(lengths, chunk, rows=batch_size)
     ragged = [batch for batch in batches if len(batch) < batch_size]
     whole = [batch for batch in batches if len(batch) == batch_size]
     shuffled = [whole[i] for i in rng.permutation(len(whole))]
@@ -187,6 +217,31 @@ class EpochSampler(Sampler[int]):
         yield from order.tolist()
 
 
+def padded(
+    sequences: Sequence[np.ndarray | Sequence[int]],
+    pad_token_id: int = 0,
+    side: str = "right",
+    multiple_of: int = 1,
+) -> tuple[Tensor, Tensor]:
+    """Return token ids and attention mask ``(B, T)`` of sequences padded to the longest.
+
+    Args:
+        sequences: token ids of each.
+        pad_token_id: id at padding.
+        side: ``right`` or ``left``.
+        multiple_of: T is rounded up to a multiple of this number.
+    """
+    width = -(-max(map(len, sequences)) // multiple_of) * multiple_of
+    ids = torch.full((len(sequences), width), pad_token_id, dtype=torch.long)
+    mask = torch.zeros_like(ids)
+    for row, sequence in enumerate(sequences):
+        first = 0 if side == "right" else width - len(sequence)
+        place = slice(first, first + len(sequence))
+        ids[row, place] = torch.as_tensor(np.asarray(sequence, dtype=np.int64))
+        mask[row, place] = 1
+    return ids, mask
+
+
 class PaddingCollator:
     """Pads the proteins of a batch to its longest one.
 
@@ -203,22 +258,11 @@ class PaddingCollator:
 
     def __call__(self, rows: Sequence[Mapping[str, Any]]) -> dict[str, Tensor]:
         """Return the batch of some rows of :class:`ProteinDataset`."""
-        sequences = [torch.as_tensor(np.asarray(row["input_ids"], dtype=np.int64)) for row in rows]
-        width = max(len(sequence) for sequence in sequences)
-        width = -(-width // self.multiple_of) * self.multiple_of
-        shape = (len(sequences), width)
-        batch = {
-            "input_ids": torch.full(shape, self.pad_token_id),
-            "attention_mask": torch.zeros(shape, dtype=torch.long),
-            "labels": torch.full(shape, IGNORED_LABEL),
-        }
-        for row, sequence in enumerate(sequences):
-            first = 0 if self.side == "right" else width - len(sequence)
-            place = slice(first, first + len(sequence))
-            batch["input_ids"][row, place] = sequence
-            batch["attention_mask"][row, place] = 1
-            batch["labels"][row, place] = sequence
-        return batch
+        ids, mask = padded(
+            [row["input_ids"] for row in rows], self.pad_token_id, self.side, self.multiple_of
+        )
+        labels = ids.masked_fill(mask == 0, IGNORED_LABEL)
+        return {"input_ids": ids, "attention_mask": mask, "labels": labels}
 
 
 class PackingCollator:
@@ -263,8 +307,6 @@ def padding_share(lengths: np.ndarray, batch_size: int, by_length: bool) -> floa
         order = length_grouped_order(lengths, batch_size, 0, 0)
     else:
         order = np.random.default_rng(0).permutation(len(lengths))
-    padded = sum(
-        int(lengths[order[i : i + batch_size]].max()) * len(order[i : i + batch_size])
-        for i in range(0, len(order), batch_size)
-    )
-    return 1.0 - float(lengths.sum()) / padded
+    batches = cut_batches(lengths, order, rows=batch_size)
+    tokens = sum(int(lengths[batch].max()) * len(batch) for batch in batches)
+    return 1.0 - float(lengths.sum()) / tokens

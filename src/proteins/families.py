@@ -1,8 +1,8 @@
 """Splits proteins within their families: held-out members are new, their families are known.
 
-A split by homology (:mod:`src.proteins.splits`) asks what a model knows of proteins without any relative in
-training. Here every family is in training, and whole clusters of its members are held out: this
-asks what the model has learnt of the families themselves.
+A split by homology (:mod:`src.proteins.splits`) measures a model on proteins without any relative
+in training. Here every family is in training and whole clusters of its members are held out, which
+measures how well the model has learnt the families themselves.
 """
 
 from __future__ import annotations
@@ -10,18 +10,18 @@ from __future__ import annotations
 import random
 from collections import Counter, defaultdict
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 
+from src.proteins.sources import ReadReport, guarded_lines
 from src.proteins.splits import (
+    FAMILY_KEY,
     Split,
     SplitSettings,
     covering_identities,
     homology_clusters,
-    split_hash,
 )
 
-FAMILY_KEY = "family"
 NEW_FAMILIES = "test_new"
 
 
@@ -35,9 +35,9 @@ class FamilySplitSettings:
     validation_per_family: int = 6
     test_per_family: int = 16
     largest_share: float = 0.2
-    """Of a family's members: at most so many are held out."""
+    """Share of a family's members that is held out at most."""
     spare_factor: float = 1.5
-    """Members drawn for each wanted: some are lost to the search for relatives."""
+    """Members drawn for each one wanted; some are lost to the search for relatives."""
 
     def __post_init__(self) -> None:
         """Check every setting. Raises ``ValueError``."""
@@ -59,8 +59,6 @@ def read_families(path: str | Path, names: Mapping[str, str]) -> dict[str, str]:
     Raises:
         ValueError: a protein has no family in its header.
     """
-    from src.proteins.sources import ReadReport, guarded_lines
-
     families: dict[str, str] = {}
     for _number, line in guarded_lines(Path(path), ReadReport()):
         if line.startswith(">"):
@@ -88,11 +86,10 @@ def split_within_families(
 ) -> Split:
     """Divide the members of each family into train, validation and test by identity clusters.
 
-    Clusters (connected components at ``identity`` over ``coverage`` of both) are drawn at random,
-    small ones first within a draw of equal chance; whole clusters are held out, so that a family
-    whose members are all alike may give none. A held-out protein with a local alignment at
-    ``identity`` over ``coverage`` of its own length to a training protein, or of a test protein to
-    a validation protein, is left out.
+    Clusters are connected components at ``identity`` over ``coverage`` of both proteins. They are
+    drawn at random, and whole clusters are held out: a family whose members are all alike may give
+    none. A held-out protein is left out if a local alignment over ``coverage`` of its own length
+    reaches ``identity`` to a training protein, or that of a test protein to a validation protein.
 
     Args:
         proteins: residues for each name.
@@ -106,18 +103,58 @@ def split_within_families(
     Raises:
         ValueError: MMseqs2 is missing or fails.
     """
-    search = SplitSettings(
+    search = _search_settings(settings)
+    announce(f"clustering {len(proteins):,} proteins at {settings.identity:.0%}")
+    clusters = homology_clusters(proteins, search, connected=True)
+    drawn = _drawn_parts(proteins, families, clusters, settings)
+    announce(
+        f"searching {len(drawn['test']) + len(drawn['validation']):,} held-out proteins "
+        f"in {len(drawn['train']):,}"
+    )
+    left_out: Counter[str] = Counter()
+    parts: dict[str, list[str]] = {"train": drawn["train"]}
+    against = list(drawn["train"])
+    for part, count in (
+        ("validation", settings.validation_per_family),
+        ("test", settings.test_per_family),
+    ):
+        best = covering_identities(proteins, drawn[part], against, search)
+        clean = [n for n in drawn[part] if best.get(n, 0.0) < settings.identity]
+        left_out[f"{part}: relative in train or validation"] = len(drawn[part]) - len(clean)
+        parts[part] = _at_most(clean, families, count)
+        against += parts[part]
+    announce("searching for leaks once more, for the report")
+    report = {
+        "left_out": dict(left_out),
+        "all_clusters": len(set(clusters.values())),
+        "leakage": {
+            part: family_leakage(proteins, parts[part], parts["train"], search)
+            for part in ("validation", "test")
+        },
+        "families": {part: len({families[n] for n in names}) for part, names in parts.items()},
+    }
+    return Split(parts, dict(families), report, within_families=True)
+
+
+def _search_settings(settings: FamilySplitSettings) -> SplitSettings:
+    return SplitSettings(
         seed=settings.seed,
         cluster_identity=settings.identity,
         cluster_coverage=settings.coverage,
         leak_identity=settings.identity,
     )
-    announce(f"clustering {len(proteins):,} proteins at {settings.identity:.0%}")
-    clusters = homology_clusters(proteins, search, connected=True)
+
+
+def _drawn_parts(
+    proteins: Mapping[str, str],
+    families: Mapping[str, str],
+    clusters: Mapping[str, str],
+    settings: FamilySplitSettings,
+) -> dict[str, list[str]]:
+    """Draw whole clusters of each family for test and validation, and leave the rest to train."""
     members: dict[str, dict[str, list[str]]] = defaultdict(lambda: defaultdict(list))
     for name in sorted(proteins):
         members[families[name]][clusters[name]].append(name)
-
     rng = random.Random(settings.seed)
     drawn: dict[str, list[str]] = {"train": [], "validation": [], "test": []}
     wanted = {"test": settings.test_per_family, "validation": settings.validation_per_family}
@@ -133,39 +170,49 @@ def split_within_families(
             for part, count in wanted.items()
         }
         for group in groups:
-            fits = [part for part in wanted if len(group) <= room[part]]
-            part = fits[0] if fits else "train"
+            part = next((part for part in wanted if len(group) <= room[part]), "train")
             drawn[part] += group
-            if fits:
+            if part != "train":
                 room[part] -= len(group)
     rng.shuffle(drawn["train"])
+    return drawn
 
-    announce(
-        f"searching {len(drawn['test']) + len(drawn['validation']):,} held-out proteins "
-        f"in {len(drawn['train']):,}"
+
+def add_new_families(
+    split: Split,
+    proteins: Mapping[str, str],
+    new: Mapping[str, str],
+    families: Mapping[str, str],
+    settings: FamilySplitSettings,
+) -> dict[str, str]:
+    """Add a part ``test_new`` to a split: all proteins of families that are in no other part.
+
+    Args:
+        split: from :func:`split_within_families`; changed in place.
+        proteins: residues for each name of the split.
+        new: residues for each name of the new families.
+        families: family for each name in ``new``.
+        settings: what the split was made with.
+
+    Returns:
+        Residues for each name of both.
+
+    Raises:
+        ValueError: a name or a family is in the split already.
+    """
+    known = set(split.clusters.values())
+    for name in new:
+        if name in proteins or families[name] in known:
+            what = name if name in proteins else f"the family {families[name]}"
+            raise ValueError(f"--new_families: {what} is among the proteins of --data, too")
+    together = {**proteins, **new}
+    split.parts[NEW_FAMILIES] = list(new)
+    split.clusters.update(families)
+    split.report["families"][NEW_FAMILIES] = len(set(families.values()))
+    split.report["leakage"][NEW_FAMILIES] = family_leakage(
+        together, list(new), split.parts["train"], _search_settings(settings)
     )
-    left_out: Counter[str] = Counter()
-    kept: dict[str, list[str]] = {"train": drawn["train"]}
-    against = list(drawn["train"])
-    for part in ("validation", "test"):
-        found = covering_identities(proteins, drawn[part], against, search)
-        clean = [n for n in drawn[part] if found.get(n, 0.0) < settings.identity]
-        left_out[f"{part}: relative in train or validation"] = len(drawn[part]) - len(clean)
-        kept[part] = _at_most(clean, families, wanted[part])
-        against += kept[part]
-    announce("searching for leaks once more, for the report")
-    report = {
-        "settings": asdict(settings),
-        "left_out": dict(left_out),
-        "all_clusters": len(set(clusters.values())),
-        "leakage": {
-            part: family_leakage(proteins, kept[part], kept["train"], search)
-            for part in ("validation", "test")
-        },
-        "families": {part: len({families[n] for n in names}) for part, names in kept.items()},
-        "split_hash": split_hash({p: [proteins[n] for n in ns] for p, ns in kept.items()}),
-    }
-    return Split(kept, dict(families), report)
+    return together
 
 
 def _at_most(names: Sequence[str], families: Mapping[str, str], count: int) -> list[str]:

@@ -1,4 +1,4 @@
-"""Writes FASTA with figures in the headers, and reads such a header back."""
+"""Writes FASTA with values in the headers: ``>name key=value``."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from src.proteins.layouts import lines_of
 
 
 class FastaRecord(NamedTuple):
-    """An entry: its name, its residues, and what the header says beside the name."""
+    """A FASTA entry: name, residues, and the ``key=value`` fields of its header."""
 
     name: str
     residues: str
@@ -38,26 +38,13 @@ def _word(text: str) -> str:
     return "_".join(text.split()) or "_"
 
 
-def parse_header(line: str) -> tuple[str, dict[str, str]]:
-    """Read a header line: the inverse of :func:`format_header`, values as text.
-
-    Args:
-        line: with or without ``>`` and line end.
-
-    Returns:
-        The name, and the value of each ``key=value``; other words are left out.
-    """
-    name, *words = line.strip().removeprefix(">").split() or [""]
-    return name, dict(word.split("=", 1) for word in words if "=" in word)
-
-
 def fasta_text(record: FastaRecord) -> str:
     """Return the entry: its header, then the residues in lines of 60."""
     return "".join(f"{line}\n" for line in (format_header(record), *lines_of(record.residues)))
 
 
 def write_fasta(path: str | Path, records: Iterable[FastaRecord]) -> None:
-    """Write entries to a file, atomically; what stood there is replaced."""
+    """Write entries to a file atomically, replacing an older one."""
     with atomic_write(path) as handle:
         for record in records:
             handle.write(fasta_text(record))

@@ -49,7 +49,7 @@ import zlib
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import IO, Any, NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -70,10 +70,11 @@ MAX_ROW_TOKENS = 1 << 20
 MAX_ROW_BYTES = 1 << 22
 MAX_NAME = 200
 ROWS_TOGETHER = 512
-MAX_ROWS_BYTES = 1 << 28
 MAX_EXPANSION = 200
-"""Proteins shrink two- to fivefold; deflate can reach 1,032-fold only on what says nothing."""
+"""Compression shrinks proteins two- to fivefold; larger factors mean a decompression bomb."""
 FREE_EXPANSION_BYTES = 1 << 24
+LINES_A_CHECK = 1024
+BOMB = "refused as a decompression bomb"
 
 FASTA, TEXT, CSV, TSV, PARQUET = "FASTA", "text", "CSV", "TSV", "parquet"
 SUFFIXES = {
@@ -346,7 +347,6 @@ def guarded_lines(path: Path, report: ReadReport) -> Iterator[tuple[int, str]]:
         if packed:
             stream = io.BufferedReader(gzip.GzipFile(fileobj=raw, mode="rb"), 1 << 18)  # type: ignore[arg-type]
         number = unpacked = 0
-        checked = FREE_EXPANSION_BYTES
         while True:
             number += 1
             try:
@@ -364,10 +364,14 @@ def guarded_lines(path: Path, report: ReadReport) -> Iterator[tuple[int, str]]:
                     "a file of proteins?"
                 )
             unpacked += len(line)
-            if packed and unpacked > checked:
-                _require_bounded_expansion(path, number, unpacked, raw)
-                checked = unpacked + (1 << 16)
-            # Blank lines are what a bomb has most of.
+            if (
+                packed
+                and number % LINES_A_CHECK == 0
+                and unpacked > max(FREE_EXPANSION_BYTES, MAX_EXPANSION * raw.tell())
+            ):
+                raise ValueError(
+                    f"{path}:{number}: unpacks to more than {MAX_EXPANSION} times its size: {BOMB}"
+                )
             yield number, "" if line == b"\n" else _text_of_line(path, number, line, report)
 
 
@@ -390,14 +394,6 @@ def _text_of_line(path: Path, number: int, line: bytes, report: ReadReport) -> s
     if number == 1 and line.startswith(b"\xef\xbb\xbf"):
         line = line[3:]
     return line.decode("utf-8", errors="replace")
-
-
-def _require_bounded_expansion(path: Path, number: int, unpacked: int, raw: IO[bytes]) -> None:
-    if unpacked > MAX_EXPANSION * max(1, raw.tell()):
-        raise ValueError(
-            f"{path}:{number}: unpacks to more than {MAX_EXPANSION} times its size, which proteins "
-            "never do: refused as a decompression bomb"
-        )
 
 
 def _reason(error: BaseException) -> str:
@@ -548,8 +544,9 @@ def parquet_records(path: Path) -> Iterator[Record]:
         wanted = [columns.data] + ([] if columns.name is None else [columns.name])
         _require_type(pa, schema.field(columns.data).type, columns.kind, path)
         try:
-            rows = _rows_together(file.metadata, [schema.names[i] for i in wanted], columns.kind)
-            batches = file.iter_batches(batch_size=rows, columns=[schema.names[i] for i in wanted])
+            _require_bounded_expansion(file.metadata, path)
+            names = [schema.names[i] for i in wanted]
+            batches = file.iter_batches(batch_size=ROWS_TOGETHER, columns=names)
         except broken as error:
             raise problem(error) from None
         while True:
@@ -557,14 +554,12 @@ def parquet_records(path: Path) -> Iterator[Record]:
                 batch = next(batches, None)
                 if batch is None:
                     return
-                if batch.nbytes > MAX_ROWS_BYTES:
-                    raise ValueError(f"{rows} rows take {batch.nbytes:,} bytes")
-                cells, names = _batch_cells(batch, [schema.names[i] for i in wanted], columns.kind)
+                cells, titles = _batch_cells(batch, names, columns.kind)
             except broken as error:
                 raise problem(error) from None
-            for cell, given in zip(cells, names, strict=True):
+            for cell, title in zip(cells, titles, strict=True):
                 row += 1
-                place, name = f"{path.name} row {row}", given or f"row_{row}"
+                place, name = f"{path.name} row {row}", title or f"row_{row}"
                 if columns.kind == "input_ids":
                     if len(cell) > MAX_ROW_TOKENS:
                         raise ValueError(f"{path}: row {row}: over {MAX_ROW_TOKENS:,} tokens")
@@ -573,31 +568,11 @@ def parquet_records(path: Path) -> Iterator[Record]:
                     yield from _text_cell(cell, name, place, columns.kind, f"{path}: row {row}")
 
 
-def _rows_together(metadata: Any, names: Sequence[str], kind: str) -> int:
-    """Return how many rows of a parquet file can be in memory together, from its own figures.
-
-    A page unpacks as a whole, and a value of the dictionary may stand in every row. Raises
-    ``ValueError`` where that is out of all proportion to the size of the file.
-    """
-    largest = 1
-    for number in range(metadata.num_row_groups):
-        group = metadata.row_group(number)
-        for index in range(group.num_columns):
-            chunk = group.column(index)
-            if chunk.path_in_schema.split(".")[0] not in names:
-                continue
-            packed, unpacked = max(1, chunk.total_compressed_size), chunk.total_uncompressed_size
-            if unpacked > FREE_EXPANSION_BYTES and unpacked > MAX_EXPANSION * packed:
-                raise ValueError(
-                    f"unpacks to more than {MAX_EXPANSION} times its size, which proteins never "
-                    "do: a decompression bomb"
-                )
-            if kind == "input_ids" and chunk.num_values > max(FREE_EXPANSION_BYTES, 8 * unpacked):
-                raise ValueError("more tokens than bits: a decompression bomb")
-            if chunk.has_dictionary_page:
-                dictionary = max(0, chunk.data_page_offset - chunk.dictionary_page_offset)
-                largest = max(largest, dictionary * -(-unpacked // packed))
-    return max(1, min(ROWS_TOGETHER, MAX_ROWS_BYTES // largest))
+def _require_bounded_expansion(metadata: Any, path: Path) -> None:
+    groups = (metadata.row_group(number) for number in range(metadata.num_row_groups))
+    unpacked = max((group.total_byte_size for group in groups), default=0)
+    if unpacked > FREE_EXPANSION_BYTES and unpacked > MAX_EXPANSION * path.stat().st_size:
+        raise ValueError(f"unpacks to more than {MAX_EXPANSION} times its size: {BOMB}")
 
 
 def _batch_cells(batch: Any, names: Sequence[str], kind: str) -> tuple[list, list]:

@@ -33,6 +33,8 @@ CLUSTERS_HEADER = ("protein", "cluster")
 SCHEMA_VERSION = 1
 SPLITS = ("train", "validation", "test")
 IN_FAMILY = "test_in_family"
+FAMILY_KEY = "family"
+"""Key of a protein's family in a FASTA header: ``>name family=PF00001``."""
 
 
 @dataclass(frozen=True)
@@ -71,6 +73,8 @@ class Split:
     parts: dict[str, list[str]]
     clusters: dict[str, str]
     report: dict = field(default_factory=dict)
+    within_families: bool = False
+    """The clusters are families, and families are in train and in the held-out parts alike."""
 
 
 def find_mmseqs() -> str:
@@ -515,7 +519,7 @@ def write_split(
     folder: Path,
     proteins: Mapping[str, str],
     split: Split,
-    settings: SplitSettings,
+    settings: Any,
     train_proteins: int | None = None,
     source: Mapping[str, Any] | None = None,
 ) -> dict[str, Any]:
@@ -524,7 +528,8 @@ def write_split(
     Args:
         folder: missing or empty; appears complete or not at all.
         proteins: residues for each name.
-        split: from :func:`split_by_homology`.
+        split: from :func:`split_by_homology`, or
+            :func:`src.proteins.families.split_within_families`.
         settings: what it was made with.
         train_proteins: sample the training part down (:func:`sample_train`); the leakage of the
             smaller part is then reported beside that of the whole one.
@@ -542,11 +547,14 @@ def write_split(
         "schema_version": SCHEMA_VERSION,
         "settings": {**asdict(settings), "train_proteins": train_proteins},
         "source": dict(source or {}),
-        "leakage": split.report["leakage"],
-        "left_out": split.report["left_out"],
-        "drawn": split.report["drawn"],
-        "all_clusters": split.report["all_clusters"],
+        **{
+            key: split.report[key]
+            for key in ("leakage", "left_out", "drawn", "all_clusters", "families")
+            if key in split.report
+        },
     }
+    if split.within_families:
+        record["within_families"] = True
     if train_proteins is not None and train_proteins < len(parts["train"]):
         record["full_train"] = {
             **describe_parts(proteins, {"train": parts["train"]}, split.clusters)["train"],
@@ -565,7 +573,7 @@ def write_split(
     work = Path(tempfile.mkdtemp(prefix=f".{folder.name}.", suffix=".tmp", dir=folder.parent))
     try:
         for part, names in parts.items():
-            entries = (fasta_text(FastaRecord(n, proteins[n])) for n in names)
+            entries = (_fasta_entry(n, proteins[n], split) for n in names)
             write_packed(work / f"{part}.fasta.gz", entries)
         members = sorted({name for names in parts.values() for name in names})
         rows = ["\t".join(CLUSTERS_HEADER)] + [f"{n}\t{split.clusters[n]}" for n in members]
@@ -581,6 +589,11 @@ def write_split(
         shutil.rmtree(work, ignore_errors=True)
         raise
     return record
+
+
+def _fasta_entry(name: str, residues: str, split: Split) -> str:
+    fields = {FAMILY_KEY: split.clusters[name]} if split.within_families else {}
+    return fasta_text(FastaRecord(name, residues, fields))
 
 
 def read_split(folder: Path) -> dict[str, Any]:
@@ -607,6 +620,8 @@ def read_split(folder: Path) -> dict[str, Any]:
     )
     if not problem and not isinstance(record.get("split_hash"), str):
         problem = "split_hash is no text"
+    if not problem and not isinstance(record.get("within_families", False), bool):
+        problem = "within_families is neither true nor false"
     if problem:
         raise ValueError(f"{path}: not the record of a split ({printable(problem)})")
     return record
@@ -649,7 +664,8 @@ def check_split(folder: Path) -> dict[str, Any]:
 
     Raises:
         ValueError: a part, its hash or its clusters differ from the record; a protein is in two
-            parts; or a held-out cluster is among the training clusters.
+            parts; or a held-out cluster is among the training clusters (unless the split is within
+            families).
     """
     record = read_split(folder)
     clusters = read_clusters(folder / CLUSTERS_FILE)
@@ -672,6 +688,8 @@ def check_split(folder: Path) -> dict[str, Any]:
     whole = split_hash({p: [proteins[n] for n in ns] for p, ns in parts.items()})
     if whole != record["split_hash"]:
         raise ValueError(f"{folder}: the parts are not those of {SPLIT_FILE}")
+    if record.get("within_families"):
+        return record
     training = {clusters[name] for name in parts.get("train", [])}
     for part in ("validation", "test"):
         shared = training & {clusters[name] for name in parts.get(part, [])}
@@ -682,9 +700,10 @@ def check_split(folder: Path) -> dict[str, Any]:
 
 def record_lines(record: Mapping[str, Any]) -> list[str]:
     """Return a split's record for a person: the parts, then the leakage of each held-out one."""
+    groups = "families" if record.get("within_families") else "clusters"
     lines = [
         f"{part}: {entry['proteins']:,} proteins, {entry['residues']:,} residues, "
-        f"{entry['clusters']:,} clusters"
+        f"{entry['clusters']:,} {groups}"
         for part, entry in record["parts"].items()
     ]
     for title, leaks in (

@@ -18,45 +18,30 @@ Sources and the treatment of what is wrong with them: :mod:`src.proteins.sources
 from __future__ import annotations
 
 import contextlib
-import fcntl
 import hashlib
 import json
 import os
 import shutil
 import tempfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+from filelock import FileLock, Timeout
 
 from src.common.cli import one_line, progress, say
 from src.common.files import names_full_disk, read_json, sha256_file, sync_folder, write_json
+from src.common.manifest import file_entry, first_fault, is_record, signature
 from src.proteins.layouts import layout
 from src.proteins.sources import (
     CUT_IN_SOURCE,
     DUPLICATE,
     Entry,
-    Protein,
     ReadReport,
-    has_split,
     local_files,
     read_entries,
-    read_proteins,
 )
-
-__all__ = [
-    "Protein",
-    "ReadReport",
-    "TokenisedProteins",
-    "chosen",
-    "data_summary",
-    "has_split",
-    "read_proteins",
-    "sequence_hash",
-    "tokenise",
-    "tokenizer_fingerprint",
-]
 
 FORMAT = "protein-lm-distill tokens"
 FORMAT_VERSION = 1
@@ -356,7 +341,7 @@ def open_store(folder: Path, thorough: bool | None = None) -> TokenisedProteins:
         raise ValueError(
             f"{folder}: of version {manifest.get('version')!r:.40}, not {FORMAT_VERSION}"
         )
-    if manifest.get("check") != _manifest_check(manifest):
+    if manifest.get("check") != signature(manifest):
         raise ValueError(f"{folder / MANIFEST}: was altered")
     try:
         _require_consistent(manifest)
@@ -365,12 +350,8 @@ def open_store(folder: Path, thorough: bool | None = None) -> TokenisedProteins:
     sizes = sum(entry["bytes"] for entry in manifest["files"].values())
     if thorough is None:
         thorough = sizes <= CHECKED_BYTES
-    for name, entry in manifest["files"].items():
-        path = folder / name
-        if not path.is_file() or path.stat().st_size != entry["bytes"]:
-            raise ValueError(f"{path}: is missing or has the wrong size")
-        if thorough and sha256_file(path) != entry["sha256"]:
-            raise ValueError(f"{path}: was altered")
+    if fault := first_fault(folder, manifest["files"], hashes=thorough):
+        raise ValueError(fault)
     return TokenisedProteins(folder, manifest)
 
 
@@ -393,17 +374,11 @@ def _require_consistent(manifest: dict[str, Any]) -> None:
         raise ValueError(f"the size of {wrong[0]}" if wrong else "its files are others")
     if not all(isinstance(count, int) and count > 0 for count in (proteins, tokens)):
         raise ValueError("it counts nothing")
-    for entry in manifest["files"].values():
-        if type(entry["bytes"]) is not int or not isinstance(entry["sha256"], str):
-            raise ValueError("a size or hash is missing")
+    if not is_record(manifest["files"]):
+        raise ValueError("a size or hash is missing")
     ReadReport.from_dict(manifest["report"])
     if not isinstance(manifest["fingerprint"], str):
         raise ValueError("the fingerprint is missing")
-
-
-def _manifest_check(manifest: dict[str, Any]) -> str:
-    state = {key: value for key, value in manifest.items() if key != "check"}
-    return hashlib.sha256(json.dumps(state, sort_keys=True).encode()).hexdigest()
 
 
 class _StoreWriter:
@@ -555,21 +530,21 @@ def tokenise(
     key = hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()[:32]
     root = Path(cache_dir).expanduser() if cache_dir is not None else default_cache_dir()
     folder = root / key
-    tell = (lambda line: None) if quiet else say
+    announce = (lambda line: None) if quiet else say
     with contextlib.suppress(ValueError):
         return open_store(folder)
     root.mkdir(parents=True, exist_ok=True)
-    way_out = "make space, or choose another --cache_dir"
-    with names_full_disk(root, way_out), _only_builder(folder, tell) as alone:
+    advice = "make space, or choose another --cache_dir"
+    with names_full_disk(root, advice), _only_builder(folder, announce):
         if folder.exists():
             try:
                 return open_store(folder)  # another process has built it meanwhile
             except ValueError as error:
-                tell(f"tokenised proteins in the cache are damaged ({error}): building them anew")
-        if alone:
-            # No other process builds this key: what lies here was left by one that was killed.
-            for stale in root.glob(f".{key}.*.tmp"):
-                shutil.rmtree(stale, ignore_errors=True)
+                announce(
+                    f"tokenised proteins in the cache are damaged ({error}): building them anew"
+                )
+        for stale in root.glob(f".{key}.*.tmp"):  # left by a killed process: none builds this key
+            shutil.rmtree(stale, ignore_errors=True)
         temporary = Path(tempfile.mkdtemp(prefix=f".{key}.", suffix=".tmp", dir=root))
         try:
             os.chmod(temporary, 0o755)
@@ -581,7 +556,10 @@ def tokenise(
                 keep_ambiguous=keep_ambiguous,
             )
             _build(temporary, entries, report, tokenizer, settings, quiet)
-            _put_in_place(temporary, folder)
+            if folder.exists():
+                shutil.rmtree(folder)  # damaged, as read above
+            os.rename(temporary, folder)
+            sync_folder(root)
         except BaseException:
             shutil.rmtree(temporary, ignore_errors=True)
             raise
@@ -589,39 +567,18 @@ def tokenise(
 
 
 @contextlib.contextmanager
-def _only_builder(folder: Path, tell: Any) -> Iterator[bool]:
-    """Hold the right to build a store; yield False where the file system has no locks."""
-    with (folder.parent / f".{folder.name}.lock").open("a") as handle:
-        try:
-            try:
-                fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError:
-                tell("another process tokenises the same proteins: waiting for it")
-                fcntl.flock(handle, fcntl.LOCK_EX)
-        except OSError:
-            yield False
-        else:
-            yield True
-
-
-def _put_in_place(temporary: Path, folder: Path) -> None:
-    """Rename a finished store; one that another process finished first stays."""
-    if folder.exists():
-        with contextlib.suppress(ValueError):
-            open_store(folder)
-            shutil.rmtree(temporary)
-            return
-        damaged = Path(
-            tempfile.mkdtemp(prefix=f".{folder.name}.", suffix=".tmp", dir=folder.parent)
-        )
-        os.replace(folder, damaged)
-        shutil.rmtree(damaged, ignore_errors=True)
+def _only_builder(folder: Path, announce: Callable[[str], None]) -> Iterator[None]:
+    """Hold the lock of a store, waiting for a process that is building it."""
+    lock = FileLock(folder.parent / f".{folder.name}.lock")
     try:
-        os.rename(temporary, folder)
-    except OSError:
-        open_store(folder)
-        shutil.rmtree(temporary)
-    sync_folder(folder.parent)
+        lock.acquire(timeout=0)
+    except Timeout:
+        announce("another process tokenises the same proteins: waiting for it")
+        lock.acquire()
+    try:
+        yield
+    finally:
+        lock.release()
 
 
 def _build(
@@ -651,10 +608,7 @@ def _build(
     finally:
         writer.abandon()
     (folder / "letters.json").write_text(json.dumps(letters))
-    files["letters.json"] = {
-        "bytes": (folder / "letters.json").stat().st_size,
-        "sha256": sha256_file(folder / "letters.json"),
-    }
+    files["letters.json"] = file_entry(folder / "letters.json")
     report.kept, report.residues = writer.proteins, writer.residues
     content = [dtype.str, *(files[n]["sha256"] for n in ("tokens.bin", *sorted(ARRAYS)[:-1]))]
     manifest: dict[str, Any] = {
@@ -670,7 +624,7 @@ def _build(
         "files": files,
         "fingerprint": hashlib.sha256("\n".join(content).encode()).hexdigest(),
     }
-    manifest["check"] = _manifest_check(manifest)
+    manifest["check"] = signature(manifest)
     write_json(folder / MANIFEST, manifest)
 
 
