@@ -1,4 +1,4 @@
-"""The Trainer that distils, and the loss it minimises (its pure functions live in ``src.loss.reference``).
+"""The Trainer that distils; the pure functions of its loss are in ``src.loss.reference``.
 
 In a notebook::
 
@@ -27,21 +27,13 @@ from transformers.trainer_utils import EvalLoopOutput
 from src.common.settings import LOSS_IMPLEMENTATIONS, OPTIMIZERS, LossSettings
 from src.loss.fused import StudentStates, fused_distillation_losses, teacher_statistics
 from src.loss.reference import (
-    CONSTANT_ENTROPY,
     IGNORED_LABEL,
     LossParts,
     at_least_float32,
     check_vocabularies,
     distillation_loss,
-    divergence,
-    entropy,
-    hard_loss,
-    masked_mean,
-    position_weights,
     published_weights,
     segments_from_positions,
-    smooth_log_probs,
-    smoothing_epsilon,
     valid_positions,
 )
 from src.models.loading import accepts, final_hidden_states, has_dropout, model_inputs, output_head
@@ -56,27 +48,6 @@ if TYPE_CHECKING:
 
 Head = tuple[Tensor, Tensor | None]
 """Weight ``(V, E)`` and bias ``(V,)`` or None of an output head."""
-
-__all__ = [
-    "DistillationTrainer",
-    "LossSettings",
-    "CONSTANT_ENTROPY",
-    "IGNORED_LABEL",
-    "LossParts",
-    "at_least_float32",
-    "check_vocabularies",
-    "distillation_loss",
-    "divergence",
-    "entropy",
-    "hard_loss",
-    "masked_mean",
-    "position_weights",
-    "published_weights",
-    "segments_from_positions",
-    "smooth_log_probs",
-    "smoothing_epsilon",
-    "valid_positions",
-]
 
 
 class DistillationTrainer(TrainerAdapter):
@@ -162,7 +133,7 @@ class DistillationTrainer(TrainerAdapter):
     def _adopt_teacher(
         self, teacher: PreTrainedModel | None, student: PreTrainedModel
     ) -> PreTrainedModel | None:
-        """Freeze the teacher and move it to the device, having checked that it fits."""
+        """Check the teacher against the student, freeze it, and move it to the device."""
         if teacher is None:
             if self.loss_settings.alpha < 1.0:
                 raise ValueError("teacher_model is needed unless alpha is 1 (hard loss alone)")
@@ -231,12 +202,12 @@ class DistillationTrainer(TrainerAdapter):
         inputs["teacher_hidden_states"] = hidden  # type: ignore[index]
         weight, bias = output_head(self.teacher_model)
         shifted = None if segments is None else segments[:, :-1]
-        doubts = []
+        uncertainties = []
         for temperature in temperatures:
-            figures = teacher_statistics(hidden[:, :-1], weight, bias, valid, temperature)
-            doubts.append(torch.where(valid, 1.0 - figures.max_prob, 0.0).sum())
-        weights = published_weights(figures.entropy, valid, shifted)
-        return torch.stack([weights.sum(), valid.sum().to(weights.dtype), *doubts])
+            teacher = teacher_statistics(hidden[:, :-1], weight, bias, valid, temperature)
+            uncertainties.append(torch.where(valid, 1.0 - teacher.max_prob, 0.0).sum())
+        weights = published_weights(teacher.entropy, valid, shifted)
+        return torch.stack([weights.sum(), valid.sum().to(weights.dtype), *uncertainties])
 
     def _teacher_hidden(self, inputs: Mapping[str, Any]) -> Tensor:
         """Return the teacher's final hidden states ``(B, T, E)``: the batch's, if it has them."""
@@ -263,7 +234,7 @@ class DistillationTrainer(TrainerAdapter):
             torch.manual_seed(int(sequence.generate_state(1, np.uint64)[0]))
 
     def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
-        """Return the optimiser, made at the first call."""
+        """Return the optimiser; the first call makes it."""
         if self.optimizer is None and self._optimizer_name == "muon":
             self.optimizer = muon_with_adamw(
                 self.model,  # type: ignore[arg-type]
@@ -400,10 +371,10 @@ class DistillationTrainer(TrainerAdapter):
     # Evaluation and logging --------------------------------------------------------------------
 
     def get_eval_dataloader(self, eval_dataset: Any = None) -> Any:
-        """Return the batches of this process, each protein in one process only.
+        """Return the validation batches of this process, each protein in one process only.
 
-        By default proteins are repeated until all processes have equally many batches, which would
-        count them twice.
+        The Trainer repeats proteins until all processes have equally many batches, which would
+        count some twice.
         """
         config = self.accelerator.dataloader_config
         before = config.even_batches

@@ -12,7 +12,8 @@ from torch.utils.data import Dataset
 from transformers import TrainingArguments
 
 from src.common.settings import LossSettings, StudentSettings
-from src.distillation import DistillationTrainer, distillation_loss
+from src.distillation import DistillationTrainer
+from src.loss.reference import distillation_loss
 from src.models.loading import build_student, model_fingerprint, student_config
 from src.proteins.batching import PackedDataset, PackingCollator, PaddingCollator, ProteinDataset
 

@@ -21,7 +21,7 @@ def model(request, tiny_lm) -> Any:
     if request.param == "gpt2":
         return tiny_lm()
     torch.manual_seed(0)
-    shape = {"num_hidden_layers": 2, "num_attention_heads": 2, "hidden_size": 16}
+    shape: dict[str, Any] = {"num_hidden_layers": 2, "num_attention_heads": 2, "hidden_size": 16}
     return LlamaForCausalLM(LlamaConfig(vocab_size=64, intermediate_size=24, **shape))
 
 

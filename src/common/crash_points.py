@@ -1,8 +1,8 @@
-"""Named moments at which a test may kill this process, to prove that nothing is lost there.
+"""Named points at which a test can kill this process, to prove that nothing is lost there.
 
-``DISTILL_FAIL_AT=checkpoint:after_manifest`` ends the process with SIGKILL, as on a lost machine,
-when it reaches that point; ``DISTILL_FAIL_AT=checkpoint:after_manifest#3`` when it does for the
-third time. Points stand where files are written, never in a step, so that they cost nothing.
+``DISTILL_FAIL_AT=checkpoint:after_manifest`` ends the process with SIGKILL when it reaches that
+point; ``DISTILL_FAIL_AT=checkpoint:after_manifest#3`` when it reaches it for the third time. The
+points are where files are written, never in a step, so they cost nothing.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ _passed: Counter[str] = Counter()
 
 
 def crash_point(name: str) -> None:
-    """Kill this process where the environment says that it shall die at the point ``name``."""
+    """Kill this process if the environment names this point."""
     wanted = os.environ.get(VARIABLE)
     if wanted is None:
         return

@@ -1,4 +1,4 @@
-"""What watches a run: the file of metrics and the lines or the bar that a person sees."""
+"""Callbacks that report a run: the file of metrics, and the lines or the bar that a person sees."""
 
 from __future__ import annotations
 
@@ -17,23 +17,23 @@ from src.common.files import atomic_write, is_number, read_json_lines
 METRICS_FILE = "metrics.jsonl"
 LOSSES = ("loss", "hard_loss", "soft_loss")
 DRAWN = (*LOSSES, *(f"eval_{name}" for name in LOSSES), "tokens_per_second")
-"""Figures of a record that are shown of a run that is over."""
+"""Values of a record that are plotted after a run."""
 LARGEST = 1e100
-"""Of a figure: axes of larger ones overflow."""
+"""The largest value that is plotted: axes of larger ones overflow."""
 
 
 class MetricsFile(TrainerCallback):
     """Appends every record of the Trainer to ``metrics.jsonl``, one JSON object a line.
 
-    A resumed run first writes the file anew from the records in its checkpoint, so that it reads as
-    if nothing had happened, whatever was lost or half-written.
+    A resumed run first rewrites the file from the records in its checkpoint, so no record is lost,
+    doubled or half-written.
     """
 
     def __init__(self, folder: Path) -> None:
         self.path = folder / METRICS_FILE
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Begin with the records up to the step from which training goes on."""
+        """Write the records up to the step from which training goes on."""
         if state.is_world_process_zero and (self.path.exists() or state.log_history):
             with atomic_write(self.path) as handle:
                 handle.writelines(map(_line, state.log_history))
@@ -46,15 +46,15 @@ class MetricsFile(TrainerCallback):
 
 
 def _line(record: dict[str, Any]) -> str:
-    """Return a record as a line of the file: the step first."""
+    """Return a record as a line of the file, with the step first."""
     return json.dumps({"step": record["step"], **record}) + "\n"
 
 
 def read_metrics(folder: str | Path) -> list[dict[str, Any]]:
-    """Read a run's records, oldest first, leaving out a half-written last line.
+    """Return a run's records, oldest first, without a half-written last line.
 
     Raises:
-        ValueError: as in :func:`src.common.files.read_json_lines`, or a figure that is drawn is wrong.
+        ValueError: as in :func:`src.common.files.read_json_lines`, or a value is no number.
     """
     path = Path(folder) / METRICS_FILE
     if not path.exists():
@@ -63,7 +63,7 @@ def read_metrics(folder: str | Path) -> list[dict[str, Any]]:
     for number, record in enumerate(records, start=1):
         for name in ("step", *DRAWN):
             value = record.get(name)
-            # A loss may be no finite number: where a run diverged, that is what it logged.
+            # None: a run that diverged logs a loss that is not finite.
             missing = value is None and name != "step"
             if not missing and not (is_number(value) and not LARGEST < abs(value) < math.inf):
                 raise ValueError(
@@ -74,7 +74,7 @@ def read_metrics(folder: str | Path) -> list[dict[str, Any]]:
 
 
 class ConsoleProgress(TrainerCallback):
-    """Shows where training is: a bar on a terminal, a line at each record elsewhere."""
+    """Shows progress: a bar on a terminal, else a line for each record."""
 
     def __init__(self) -> None:
         self.bar: Any = None
@@ -98,7 +98,7 @@ class ConsoleProgress(TrainerCallback):
             self.bar.update(state.global_step - self.bar.n)
 
     def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **kwargs: Any) -> None:
-        """Show the newest figures."""
+        """Show the newest record."""
         if not logs or not state.is_world_process_zero:
             return
         if self.bar is not None and "loss" in logs:

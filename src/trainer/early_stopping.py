@@ -1,10 +1,9 @@
 """Stops a training whose validation loss improves no more, and finds its best step.
 
-The Trainer's own ``EarlyStoppingCallback`` counts evaluations in itself. A resumed run would begin
-to count anew, or restore with the count every flag of the loop; and it asks that every evaluation
-be saved. Here everything is read from the log, which each checkpoint holds: an interrupted run
-stops where an undisturbed one does. The best step is noted in the Trainer's state, where pruning
-finds it (:mod:`src.trainer.checkpoints`).
+The count of validations is read from the log, which each checkpoint holds, so an interrupted run
+stops where an undisturbed one does. (The Trainer's own ``EarlyStoppingCallback`` keeps the count in
+itself, and loses it on resuming.) The best step is kept in the Trainer's state, where pruning reads
+it (:mod:`src.trainer.checkpoints`).
 """
 
 from __future__ import annotations
@@ -20,7 +19,7 @@ WATCHED = "eval_loss"
 
 @dataclass(frozen=True)
 class Standing:
-    """How a run's validation stands: its best record, and how many came after it."""
+    """A run's best validation record, and how many validations came after it."""
 
     best: Mapping[str, Any]
     since_best: int
@@ -32,10 +31,10 @@ class Standing:
 
 
 def validation_standing(history: Iterable[Mapping[str, Any]]) -> Standing:
-    """Return the standing of a log; of equal losses the first counts.
+    """Return the best validation of a log, the first of equal ones, and how many came after it.
 
     Args:
-        history: records of the log, oldest first; those without a validation are passed over.
+        history: records of the log, oldest first; those without a validation are skipped.
 
     Raises:
         ValueError: nothing was validated.
@@ -48,13 +47,13 @@ def validation_standing(history: Iterable[Mapping[str, Any]]) -> Standing:
 
 
 class EarlyStopping(TrainerCallback):
-    """Saves at each new best validation, and ends training after ``patience`` without one."""
+    """Saves at each new best validation; stops after ``patience`` validations without one."""
 
     def __init__(self, patience: int) -> None:
         self.patience = patience
 
     def on_evaluate(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Judge the validation that was just logged."""
+        """Save or stop, as the validation that was just logged requires."""
         now = validation_standing(state.log_history)
         state.best_global_step = now.best_step
         state.best_metric = now.best[WATCHED]
@@ -65,12 +64,12 @@ class EarlyStopping(TrainerCallback):
 
 
 def outcome(history: Iterable[Mapping[str, Any]], last_step: int, planned: int) -> dict[str, Any]:
-    """Return what a finished run's record says: the best step, the last, and why it was the last.
+    """Return the best step, the last step, and why it was the last, for a finished run's record.
 
     Args:
         history: records of the whole log.
-        last_step: steps that were made.
-        planned: steps that there would have been.
+        last_step: steps that were done.
+        planned: steps that were planned.
     """
     now = validation_standing(history)
     return {
@@ -81,9 +80,9 @@ def outcome(history: Iterable[Mapping[str, Any]], last_step: int, planned: int) 
     }
 
 
-def outcome_line(found: Mapping[str, Any]) -> str:
-    """Return an outcome for a person."""
+def outcome_line(result: Mapping[str, Any]) -> str:
+    """Return an outcome as a line for a person."""
     return (
-        f"stopped after step {found['last_step']:,}: {found['reason']}; the weights are those of "
-        f"step {found['best_step']:,}, where the validation loss was lowest"
+        f"stopped after step {result['last_step']:,}: {result['reason']}; the weights are those of "
+        f"step {result['best_step']:,}, where the validation loss was lowest"
     )

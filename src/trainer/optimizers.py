@@ -9,11 +9,11 @@ import torch
 from torch import Tensor, nn
 
 ADAMW_BETAS = (0.9, 0.95)
-"""Of AdamW beside Muon: the second moment forgets faster, as in modded-nanogpt's recipes."""
+"""AdamW's betas beside Muon: the second moment forgets faster, as in modded-nanogpt's recipes."""
 
 
 def block_matrices(model: nn.Module) -> set[str]:
-    """Return the names of a model's matrices inside its blocks: all but embeddings and head.
+    """Return the names of the matrices inside a model's blocks: not those of embeddings and head.
 
     A block is an element of a ``ModuleList``; a matrix is a parameter with two dimensions.
     """
@@ -37,8 +37,8 @@ class MuonWithAdamW(torch.optim.Optimizer):
         matrices: groups for Muon, each with ``params``, ``lr`` and ``weight_decay``.
         others: groups for AdamW, likewise.
 
-    The state of a parameter and all groups are held here, in the order matrices, others; a state
-    dictionary is that of any optimiser.
+    This object holds the states of all parameters, and the groups in the order matrices, others, so
+    its state dictionary is like that of any optimiser.
     """
 
     def __init__(
@@ -51,11 +51,11 @@ class MuonWithAdamW(torch.optim.Optimizer):
 
     @torch.no_grad()
     def step(self, closure: Callable[[], float] | None = None) -> float | None:  # type: ignore[override]
-        """Do one step of both; ``closure`` is called once before."""
+        """Do one step of both optimisers; ``closure`` is called once before."""
         loss = closure() if closure is not None else None
         parts = (slice(self._first_other), slice(self._first_other, None))
         for part, optimizer in zip(parts, (self._muon, self._adamw), strict=True):
-            # Loading a state replaces groups and states: both are handed over at each step.
+            # Loading a state replaces groups and states, so both are passed on at each step.
             optimizer.param_groups = self.param_groups[part]
             optimizer.state = self.state
             optimizer.step()
