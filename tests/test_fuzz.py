@@ -20,7 +20,8 @@ from src.common.files import is_plain_name, read_json
 from src.common.runs import read_run
 from src.evaluation.results import read_results, summary_lines, with_interval, write_results
 from src.models.teacher_cache import TeacherCache
-from src.proteins.sources import ReadReport, read_entries
+from src.proteins.report import ReadReport
+from src.proteins.sources import read_entries
 from src.proteins.splits import read_clusters, read_split
 from tests.stress import fuzzing
 from tests.test_results import good

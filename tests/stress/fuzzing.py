@@ -416,7 +416,8 @@ def entries_in(name: str, raw: bytes) -> int | None:
 
 def read_source(folder: Path, files: Files, name: str, tokenizer: Any) -> None:
     """Read a file of proteins as training does, and account for each of them."""
-    from src.proteins.sources import ReadReport, read_entries
+    from src.proteins.report import ReadReport
+    from src.proteins.sources import read_entries
     from src.proteins.tokens import open_store, tokenise
 
     report = ReadReport()
