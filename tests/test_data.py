@@ -20,9 +20,10 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from src.proteins import sources
+from src.proteins import readers, sources
 from src.proteins.layouts import END_OF_TEXT, layout, prompt_layout, residues_of
-from src.proteins.sources import ReadReport, has_split, read_proteins
+from src.proteins.report import ReadReport
+from src.proteins.sources import has_split, read_proteins
 from src.proteins.tokens import (
     SeenHashes,
     TokenisedProteins,
@@ -227,7 +228,7 @@ def test_crlf_and_byte_order_mark(tmp_path):
     content = b"\xef\xbb\xbf" + fasta([A, B]).replace("\n", "\r\n").encode()
     found, report = read(write(tmp_path / "a.fasta", content))
     assert found == [A, B]
-    assert counts(report.fixed) == {sources.CRLF: 4}
+    assert counts(report.fixed) == {readers.CRLF: 4}
 
 
 REFUSED = {
@@ -308,7 +309,7 @@ def test_nulls_and_empty_cells_are_dropped(tmp_path):
 
 
 def test_decompression_bomb(tmp_path, monkeypatch):
-    monkeypatch.setattr(sources, "FREE_EXPANSION_BYTES", 1 << 20)
+    monkeypatch.setattr(readers, "FREE_EXPANSION_BYTES", 1 << 20)
     bomb = gzip.compress((">a\n" + ("A" * 60 + "\n") * 1000).encode() * 100)
     path = tmp_path / "bomb.fasta.gz"
     path.write_bytes(bomb)
@@ -326,7 +327,7 @@ def test_an_empty_name_is_not_the_working_directory(tmp_path, monkeypatch):
 
 
 def test_a_row_of_csv_is_bounded(tmp_path, monkeypatch):
-    monkeypatch.setattr(sources, "MAX_ROW_BYTES", 1 << 16)
+    monkeypatch.setattr(readers, "MAX_ROW_BYTES", 1 << 16)
     path = write(tmp_path / "a.csv", "sequence\n" + '"a\n",' * 50_000)
     with pytest.raises(ValueError, match="a row of over"):
         read(path)

@@ -23,20 +23,19 @@ import numpy as np
 from src.common.cli import printable
 from src.common.files import write_text
 from src.evaluation.statistics import Estimate, cluster_codes
-from src.proteins.sources import (
+from src.proteins.readers import (
     CSV,
     FASTA,
     TEXT,
     TSV,
-    ReadReport,
-    clean,
     guarded_lines,
     kind_of,
     other_divider,
-    read_proteins,
     require_cells,
     require_once,
 )
+from src.proteins.report import ReadReport
+from src.proteins.sources import clean, read_proteins
 
 SEQUENCE_COLUMNS = ("mutated_sequence", "sequence")
 SCORE_COLUMN = "DMS_score"

@@ -13,7 +13,8 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from src.proteins.sources import ReadReport, guarded_lines
+from src.proteins.readers import guarded_lines
+from src.proteins.report import ReadReport
 from src.proteins.splits import (
     FAMILY_KEY,
     Split,

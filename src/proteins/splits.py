@@ -25,7 +25,9 @@ from typing import Any
 from src.common.cli import printable
 from src.common.files import is_plain_name, read_json, sync_folder, write_json
 from src.proteins.fasta import FastaRecord, fasta_text
-from src.proteins.sources import DUPLICATE, MAX_NAME, ReadReport, guarded_lines, read_proteins
+from src.proteins.readers import guarded_lines
+from src.proteins.report import ReadReport
+from src.proteins.sources import DUPLICATE, MAX_NAME, read_proteins
 
 SPLIT_FILE = "split.json"
 CLUSTERS_FILE = "clusters.tsv.gz"

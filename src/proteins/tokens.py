@@ -34,14 +34,8 @@ from src.common.cli import one_line, progress, say
 from src.common.files import names_full_disk, read_json, sha256_file, sync_folder, write_json
 from src.common.manifest import file_entry, first_fault, is_record, signature
 from src.proteins.layouts import layout
-from src.proteins.sources import (
-    CUT_IN_SOURCE,
-    DUPLICATE,
-    Entry,
-    ReadReport,
-    local_files,
-    read_entries,
-)
+from src.proteins.report import ReadReport
+from src.proteins.sources import CUT_IN_SOURCE, DUPLICATE, SourceProtein, local_files, read_entries
 
 FORMAT = "protein-lm-distill tokens"
 FORMAT_VERSION = 1
@@ -583,7 +577,7 @@ def _only_builder(folder: Path, announce: Callable[[str], None]) -> Iterator[Non
 
 def _build(
     folder: Path,
-    entries: Iterator[Entry],
+    entries: Iterator[SourceProtein],
     report: ReadReport,
     tokenizer: Any,
     settings: dict[str, Any],
@@ -628,8 +622,8 @@ def _build(
     write_json(folder / MANIFEST, manifest)
 
 
-def _batches(entries: Iterator[Entry]) -> Iterator[list[Entry]]:
-    batch: list[Entry] = []
+def _batches(entries: Iterator[SourceProtein]) -> Iterator[list[SourceProtein]]:
+    batch: list[SourceProtein] = []
     residues = 0
     for entry in entries:
         batch.append(entry)
@@ -644,7 +638,7 @@ def _batches(entries: Iterator[Entry]) -> Iterator[list[Entry]]:
 def _append_batch(
     writer: _StoreWriter,
     seen: SeenHashes,
-    batch: list[Entry],
+    batch: list[SourceProtein],
     report: ReadReport,
     tokenizer: Any,
     counts: np.ndarray,
