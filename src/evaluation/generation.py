@@ -433,7 +433,7 @@ class _Sampler:
         for layer in self.layers:
             layer.trim(width - 1)
         at = torch.tensor(rows, device=self.device)  # (b,)
-        lengths = self.lengths.to(self.device)  # (B,)
+        lengths = self.lengths.to(self.device, copy=True)  # (B,) before this step
         newest = self.ids.gather(1, lengths[:, None] - 1)  # (B, 1)
         mask = None
         if int(self.lengths[rows].min()) < width:
@@ -445,7 +445,7 @@ class _Sampler:
         self.ids[at, lengths[at]] = chosen
         self.residues[at] += self.each_token[chosen]
         full = lengths[at] + 1 == self.room
-        self.lengths[rows] += 1  # on a CPU ``lengths`` is the same tensor: not to be read below
+        self.lengths[rows] += 1
         self.tokens += len(rows)
         ended = chosen == self.end
         done = ended | (self.residues[at] > self.longest) | full

@@ -33,7 +33,7 @@ from src.common.settings import (
     as_recorded,
     default_run_name,
 )
-from src.evaluation.results import figure, read_results, with_interval
+from src.evaluation.results import lookup, read_results, with_interval
 from src.proteins.sources import has_split
 from src.publishing import comparison
 
@@ -204,7 +204,7 @@ def results_standing(
             problem = _other_evaluation(results, expected, student)
             if problem is None:
                 # A kill between the two files leaves the first alone: it is made again.
-                half = figure(results, "run.arguments.per_protein") and not table.exists()
+                half = lookup(results, "run.arguments.per_protein") and not table.exists()
                 return REPLACE if half else FINISHED
         except ValueError:
             if not overwrite:
@@ -221,7 +221,7 @@ def _other_evaluation(
     """Return how results differ from the wanted ones, or None."""
     published = str(student) in PUBLISHED_STUDENTS.values()
     ignored = BESIDE_THE_POINT if published else (*BESIDE_THE_POINT, "student_model")
-    recorded = figure(results, "run.arguments") or {}
+    recorded = lookup(results, "run.arguments") or {}
     # As the file holds them; one written by an older version was not cleaned as much.
     wanted, found = publishable(expected), publishable(recorded)
     changed = [
@@ -235,7 +235,7 @@ def _other_evaluation(
         return None
     if not Path(student).is_dir():
         return f"is there, but its model {student} is not"
-    if figure(read_run(student), "student.fingerprint") != figure(
+    if lookup(read_run(student), "student.fingerprint") != lookup(
         results, "run.student.fingerprint"
     ):
         return f"is of other weights than {student} holds now"
@@ -394,11 +394,11 @@ def conclude_sweep(parameter: str, outputs: Mapping[str, Path], summary: Path) -
     """
     found = {value: read_results(path) for value, path in outputs.items()}
     for value, results in found.items():
-        if figure(results, "run.data.split") != "validation":
+        if lookup(results, "run.data.split") != "validation":
             raise ValueError(f"{outputs[value]}: not measured on validation proteins")
-        if figure(results, CHOSEN_BY) is None:
+        if lookup(results, CHOSEN_BY) is None:
             raise ValueError(f"{outputs[value]}: {CHOSEN_BY} is missing")
-    best = min(found, key=lambda value: figure(found[value], CHOSEN_BY))
+    best = min(found, key=lambda value: lookup(found[value], CHOSEN_BY))
     entries, _ = comparison.read_entries(list(outputs.values()))
     verdicts, _ = comparison.judge_all(entries, outputs[best])
     by_name = {verdict.candidate: verdict for verdict in verdicts}
@@ -416,8 +416,8 @@ def conclude_sweep(parameter: str, outputs: Mapping[str, Path], summary: Path) -
         rows.append(
             {
                 parameter: float(value),
-                CHOSEN_BY: figure(results, CHOSEN_BY),
-                "kl_divergence": figure(results, "kl_divergence"),
+                CHOSEN_BY: lookup(results, CHOSEN_BY),
+                "kl_divergence": lookup(results, "kl_divergence"),
                 "against_best": outcome,
                 "results": outputs[value].name,
             }
@@ -426,7 +426,7 @@ def conclude_sweep(parameter: str, outputs: Mapping[str, Path], summary: Path) -
     lines.append("  one training seed each; each is compared with the best at 95 %, not corrected")
     if close:
         lines.append(f"not shown to be worse, or within the margin: {', '.join(close)}")
-    lowest_kl = min(found, key=lambda value: figure(found[value], "kl_divergence"))
+    lowest_kl = min(found, key=lambda value: lookup(found[value], "kl_divergence"))
     if lowest_kl != best:
         lines.append(f"the KL divergence is lowest at {parameter} {lowest_kl}")
     record = {
@@ -824,7 +824,7 @@ def figures_line(path: Path) -> str:
             ("KL", "kl_divergence"),
             ("ECE", "student_ece.ece"),
         )
-        if figure(results, name) is not None
+        if lookup(results, name) is not None
     ]
     return ", ".join([*parts, f"threshold {comparison.threshold_cell(results)}"])
 

@@ -23,7 +23,7 @@ from src.common.cli import quiet_libraries, say, size
 from src.common.files import read_json, sha256_file
 from src.common.privacy import SHORTEST_SECRET, find_secrets, known_secrets, without_private_paths
 from src.common.runs import FINISHED, RUN_FILE, read_run
-from src.evaluation.results import figure, read_results
+from src.evaluation.results import lookup, read_results
 from src.proteins.layouts import layout
 from src.publishing.model_card import EXAMPLE_PROTEIN, PROJECT, build_card, chosen_licence
 
@@ -174,7 +174,7 @@ def read_student(folder: Path) -> Student:
         )
     weight_files(folder)
     model, tokens, logits = example_logits(folder)
-    if model_fingerprint(model) != figure(record, "student.fingerprint"):
+    if model_fingerprint(model) != lookup(record, "student.fingerprint"):
         raise ValueError(f"{folder}: the weights are not those that {RUN_FILE} records")
     return Student(folder, record, model.config, tokens, logits)
 
@@ -189,7 +189,7 @@ def weight_files(folder: Path) -> list[str]:
         return [WEIGHTS_FILE]
     if not (folder / INDEX_FILE).is_file():
         raise ValueError(f"{folder}: no weights in safetensors ({WEIGHTS_FILE} is missing)")
-    placed = figure(read_json(folder / INDEX_FILE), "weight_map")
+    placed = lookup(read_json(folder / INDEX_FILE), "weight_map")
     shards = sorted({str(shard) for shard in placed.values()} if isinstance(placed, dict) else ())
     if not shards:
         raise ValueError(f"{folder / INDEX_FILE}: names no weights")
@@ -267,7 +267,7 @@ def results_of(path: Path, student: Student) -> dict[str, Any]:
         ValueError: it is not a results file, or one of other weights.
     """
     results = read_results(path)
-    measured = figure(results, "run.student.fingerprint")
+    measured = lookup(results, "run.student.fingerprint")
     if measured != student.record["student"]["fingerprint"]:
         whose = "names no weights" if measured is None else "was measured on other weights"
         raise ValueError(

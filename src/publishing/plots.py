@@ -22,7 +22,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import FixedFormatter, FixedLocator, MaxNLocator, PercentFormatter
 
 from src.common.files import atomic_write
-from src.evaluation.results import figure as figure_of
+from src.evaluation.results import lookup
 from src.proteins.layouts import STANDARD_RESIDUES
 
 Parameters = ParamSpec("Parameters")
@@ -351,10 +351,10 @@ def quality_against_compression(
     )
     for axes, (key, label) in zip(grid, panels, strict=True):
         for index, (name, records) in enumerate(kinds.items()):
-            shown = [r for r in records if figure_of(r, key) is not None]
+            shown = [r for r in records if lookup(r, key) is not None]
             if not shown:
                 continue
-            values = np.array([figure_of(r, key) for r in shown], dtype=float)
+            values = np.array([lookup(r, key) for r in shown], dtype=float)
             ends = [(r.get("intervals") or {}).get(key) for r in shown]
             low, high = np.array(
                 [e or (v, v) for e, v in zip(ends, values, strict=True)], dtype=float
@@ -382,7 +382,7 @@ def quality_against_compression(
         {
             (float(record["compression_ratio"]), bound)
             for record in every
-            if (bound := figure_of(record, "threshold.perplexity_ratio_below")) is not None
+            if (bound := lookup(record, "threshold.perplexity_ratio_below")) is not None
         }
     )
     if bounds:

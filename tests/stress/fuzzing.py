@@ -443,15 +443,12 @@ def read_source(folder: Path, files: Files, name: str, tokenizer: Any) -> None:
 
 def read_results_file(folder: Path, files: Files) -> None:
     """Read a results file and show it, as every script does that compares some."""
-    from src.evaluation.results import TABLE, read_results, summary_lines, with_interval
+    from src.evaluation.results import metric_rows, read_results, summary_lines
     from src.publishing.report import build_report
 
     results = read_results(folder / "r.json")
     summary_lines(results)
-    for _, name, ratio in TABLE:
-        for key in (f"student_{name}", f"teacher_{name}", ratio):
-            if key:
-                with_interval(results, key)
+    list(metric_rows(results))
     json.dumps(results, allow_nan=False)
     build_report(None, folder / "r.json").encode("utf-8")
 
@@ -468,7 +465,7 @@ RUN_SETTINGS = {
 def read_run_record(folder: Path, files: Files) -> None:
     """Read a run's record as training, evaluation and the report do."""
     from src.common.runs import claim_folder
-    from src.evaluation.scoring import named_data, named_teacher, run_of
+    from src.evaluation.inputs import named_data, named_teacher, run_of
     from src.publishing.report import build_report
 
     record = run_of(folder)

@@ -11,7 +11,8 @@ import numpy as np
 import torch
 
 from src.common.settings import StudentSettings
-from src.evaluation.scoring import EvaluationSettings, metrics, score_students
+from src.evaluation.scoring import EvaluationSettings, score_students
+from src.evaluation.token_statistics import token_statistics
 from src.models.loading import build_student, student_config
 from src.proteins.tokens import TokenisedProteins
 
@@ -44,7 +45,7 @@ class EvaluationBench:
                 model(ids).logits[0, :-1].float()  # type: ignore[operator]
                 for model in (self.student, self.teacher)
             )
-            found = metrics.token_statistics(of_student, of_teacher, ids[0, 1:])
+            found = token_statistics(of_student, of_teacher, ids[0, 1:])
             for name, values in found.items():
                 sums.setdefault(name, []).append(float(values.double().sum()))
         return {name: np.array(values) for name, values in sums.items()}

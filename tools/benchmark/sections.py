@@ -33,7 +33,8 @@ from src.common.devices import describe_device
 from src.common.settings import LossSettings, StudentSettings, TrainSettings
 from src.distillation import DistillationTrainer
 from src.evaluation.generation import GenerationSettings, sample_proteins
-from src.evaluation.scoring import EvaluationSettings, choose_split
+from src.evaluation.inputs import choose_split
+from src.evaluation.scoring import EvaluationSettings
 from src.loss.fused import elementwise_for
 from src.models.loading import (
     build_student,
