@@ -62,6 +62,13 @@ def recorded(args: argparse.Namespace) -> dict[str, Any]:
     return {k: str(v) if isinstance(v, Path) else v for k, v in vars(args).items()}
 
 
+def described_model(name: str, model: Any) -> dict[str, Any]:
+    """Return a model's name and the fingerprint of its weights, as a results file records them."""
+    from src.models.loading import model_fingerprint
+
+    return {"name": name, "fingerprint": model_fingerprint(model)}
+
+
 def run(args: argparse.Namespace) -> dict:
     """Evaluate, write the results and print a table. Returns the results.
 
@@ -82,11 +89,11 @@ def run(args: argparse.Namespace) -> dict:
     from src.evaluation import sequence_quality as q
     from src.evaluation.measurement import evaluate, write_per_protein
     from src.evaluation.scoring import EvaluationSettings
-    from src.models.loading import load_causal_lm, model_fingerprint, require_model_directory
+    from src.models.loading import load_causal_lm, require_model_directory
     from src.proteins.tokens import read_proteins, tokenise
 
     quiet_libraries()
-    described = q.DescriptionSettings(
+    description = q.DescriptionSettings(
         args.generation_metrics, args.profiles, bootstrap=args.bootstrap, seed=args.seed
     )
     record = (
@@ -120,7 +127,7 @@ def run(args: argparse.Namespace) -> dict:
     train = None
     if has_train:
         reader = read_proteins(source, split="train", tokenizer=tokenizer)
-        count = q.NOVELTY_PROTEINS if described.thorough else gates.FLOOR_PROTEINS
+        count = q.NOVELTY_PROTEINS if description.thorough else gates.FLOOR_PROTEINS
         train = [protein.residues for protein in islice(reader, count)]
     measured = evaluate(
         student,
@@ -133,7 +140,7 @@ def run(args: argparse.Namespace) -> dict:
         announce=say,
     )
     results: dict[str, Any] = measured.results
-    samples = args.num_samples or (q.THOROUGH_SAMPLES if described.thorough else 0)
+    samples = args.num_samples or (q.THOROUGH_SAMPLES if description.thorough else 0)
     if samples:
         q.measure_generation(
             results,
@@ -141,7 +148,7 @@ def run(args: argparse.Namespace) -> dict:
             tokenizer,
             gates.residues_of_tokens(test, tokenizer),
             samples,
-            described,
+            description,
             batch_size=args.batch_size,
             train=train,
             clusters=measured.per_protein["cluster"],
@@ -149,8 +156,8 @@ def run(args: argparse.Namespace) -> dict:
     results["run"] = {
         **provenance(),
         "arguments": recorded(args),
-        "student": {"name": args.student_model, "fingerprint": model_fingerprint(student)},
-        "teacher": {"name": teacher_name, "fingerprint": model_fingerprint(teacher)},
+        "student": described_model(args.student_model, student),
+        "teacher": described_model(teacher_name, teacher),
         "data": {"source": source, "split": split, "fingerprint": test.fingerprint},
         "device": str(device),
         "seed": args.seed,

@@ -23,7 +23,7 @@ def test_lengths_composition_and_validity():
     assert (found["min"], found["median"], found["max"]) == (2, 4, 6)
     assert found["sd"] == pytest.approx(np.std([2, 4, 6]))
     assert set(quality.length_statistics([]).values()) == {None}
-    shares = quality.composition(proteins)
+    shares = quality.composition_shares(proteins)
     assert (shares["A"], shares["C"], shares["W"]) == (4 / 12, 8 / 12, 0)
     assert quality.describe(["MK", "", "MX", "WW"], ["MK"], PLAIN)["valid_share"] == 0.5
 

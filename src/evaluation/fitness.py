@@ -1,4 +1,4 @@
-"""Scores variants of proteins by their likelihood, and compares the scores with measurements.
+"""Scores variants of proteins by their likelihood and compares the scores with measurements.
 
 A protein's score is log p(tokens after the first | the first) of its layout, line breaks and end
 counted (:func:`src.evaluation.generation.score_proteins`). Variants are read from FASTA or from

@@ -32,7 +32,7 @@ def residues_of_tokens(proteins: Proteins, tokenizer: Any) -> list[str]:
     Raises:
         ValueError: the tokens are not those of a laid-out protein, as with a foreign tokenizer.
     """
-    found = []
+    sequences = []
     for index in range(len(proteins)):
         protein = proteins[index]
         if not isinstance(protein, str):
@@ -50,8 +50,8 @@ def residues_of_tokens(proteins: Proteins, tokenizer: Any) -> list[str]:
                 ) from None
             if not protein:
                 raise ValueError(f"protein {index + 1} has no residues: wrong tokenizer?")
-        found.append(protein)
-    return found
+        sequences.append(protein)
+    return sequences
 
 
 def sample(proteins: Proteins, count: int, seed: int) -> list[Any]:
@@ -103,6 +103,23 @@ def _select(items: Sequence[str], chosen: np.ndarray) -> list[str]:
     return [item for item, wanted in zip(items, chosen.tolist(), strict=True) if wanted]
 
 
+def _pairs(
+    model: PreTrainedModel, tokenizer: Any, proteins: Sequence[np.ndarray], seed: int, name: str
+) -> tuple[list[np.ndarray], list[str], list[np.ndarray]]:
+    """Return tokens and residues of the proteins that fit, and tokens of the same shuffled."""
+    limit = max_positions(model.config)
+    chosen = [ids for ids in proteins if len(ids) <= limit]
+    residues = residues_of_tokens(chosen, tokenizer)
+    mixtures = encode(tokenizer, [shuffled(r, seed) for r in residues])
+    # Shuffled proteins take more tokens: those that no longer fit are left out with their pair.
+    fit = [i for i, ids in enumerate(mixtures) if len(ids) <= limit]
+    mixtures = [np.asarray(mixtures[i]) for i in fit]
+    chosen, residues = [chosen[i] for i in fit], [residues[i] for i in fit]
+    if not chosen:
+        raise ValueError(f"all proteins are longer than the {limit} tokens that {name} takes")
+    return chosen, residues, mixtures
+
+
 def check_teacher(
     model: PreTrainedModel,
     tokenizer: Any,
@@ -117,11 +134,10 @@ def check_teacher(
 ) -> dict[str, Any]:
     """Stop unless a model prefers natural proteins to shuffled ones and beats unigram models.
 
-    A model that does not sees proteins in another layout than it was trained on, or through
-    another tokenizer, or is no model of proteins; distilling or measuring it would be worthless.
-    Two unigram models are needed: long tokens alone carry so much structure that a model which
-    ignores its input can beat the frequencies of residues, and finds shuffled proteins, which take
-    more tokens, less likely. It cannot beat the frequencies of tokens.
+    A model that fails has the wrong layout or tokenizer, or is not a model of proteins. Two unigram
+    models are needed: tokens of several residues carry so much structure that a model which ignores
+    its input can beat the frequencies of residues, and shuffled proteins take more tokens. Such a
+    model cannot beat the frequencies of tokens.
 
     Args:
         model: a causal language model.
@@ -136,7 +152,7 @@ def check_teacher(
         name: of the model, for messages.
 
     Returns:
-        ``summary`` (a line for a person); ``natural``, ``shuffled``, ``unigram`` (of residues) and
+        ``summary`` (one line of text); ``natural``, ``shuffled``, ``unigram`` (of residues) and
         ``token_unigram`` in nats for each residue; ``shuffled_minus_natural`` with ``mean``,
         ``low``, ``high``, ``p_value`` and ``pairs`` (nats for each residue, protein by protein);
         ``passed`` (always true).
@@ -146,16 +162,7 @@ def check_teacher(
     """
     if not len(proteins):
         raise ValueError("there are no proteins to check the teacher with")
-    limit = max_positions(model.config)
-    chosen = [ids for ids in sample(proteins, count, seed) if len(ids) <= limit]
-    residues = residues_of_tokens(chosen, tokenizer)
-    mixtures = encode(tokenizer, [shuffled(r, seed) for r in residues])
-    # Shuffled proteins take more tokens: those that no longer fit are left out with their pair.
-    fit = [i for i, ids in enumerate(mixtures) if len(ids) <= limit]
-    mixtures = [np.asarray(mixtures[i]) for i in fit]
-    chosen, residues = [chosen[i] for i in fit], [residues[i] for i in fit]
-    if not chosen:
-        raise ValueError(f"all proteins are longer than the {limit} tokens that {name} takes")
+    chosen, residues, mixtures = _pairs(model, tokenizer, sample(proteins, count, seed), seed, name)
     lengths = np.array([len(r) for r in residues])
     natural = protein_nll(model, chosen, settings, "natural proteins")
     mixed = protein_nll(model, mixtures, settings, "shuffled proteins")
@@ -177,7 +184,7 @@ def check_teacher(
             ("token_unigram", token_floor),
         )
     }
-    figures = (
+    values = (
         f"natural {per_residue['natural']:.3f}, shuffled {per_residue['shuffled']:.3f}, unigram "
         f"floor {per_residue['unigram']:.3f} (of tokens {per_residue['token_unigram']:.3f}) nats "
         f"per residue over {len(residues)} proteins"
@@ -187,15 +194,15 @@ def check_teacher(
     if not (test.difference > 0 and test.p_value < GATE_LEVEL):
         raise ValueError(
             f"{name} does not find natural proteins clearly more likely than shuffled ones "
-            f"({figures}; p = {test.p_value:.2g}): wrong layout or tokenizer, or no protein model"
+            f"({values}; p = {test.p_value:.2g}): wrong layout or tokenizer, or no protein model"
         )
     if per_residue["natural"] >= min(per_residue["unigram"], per_residue["token_unigram"]):
         raise ValueError(
-            f"{name} predicts proteins worse than a unigram model does ({figures}): wrong layout "
+            f"{name} predicts proteins worse than a unigram model does ({values}): wrong layout "
             "or tokenizer, or no protein model"
         )
     return {
-        "summary": f"{name} checked: {figures}",
+        "summary": f"{name} checked: {values}",
         "passed": True,
         **per_residue,
         "shuffled_minus_natural": _test_record(test),

@@ -94,7 +94,7 @@ def evaluate(
     Raises:
         ValueError: the teacher fails its checks, the vocabularies differ, or nothing can be scored.
     """
-    found = evaluate_students(
+    evaluations = evaluate_students(
         {"student": student},
         teacher,
         tokenizer,
@@ -104,7 +104,7 @@ def evaluate(
         clusters=clusters,
         announce=announce,
     )
-    return found["student"]
+    return evaluations["student"]
 
 
 def evaluate_students(
@@ -118,23 +118,9 @@ def evaluate_students(
     clusters: Mapping[str, str] | None = None,
     announce: Callable[[str], None] = lambda line: None,
 ) -> dict[str, Evaluation]:
-    """Measure several students beside one teacher, which runs once: :func:`evaluate` for each.
+    """Return the evaluation of each student by name; the teacher runs once for all of them.
 
-    Args:
-        students: causal language models by name.
-        teacher: see :func:`evaluate`, as all that follows.
-        tokenizer: see there.
-        test: see there.
-        settings: see there.
-        train: see there.
-        clusters: see there.
-        announce: see there.
-
-    Returns:
-        The evaluation of each student.
-
-    Raises:
-        ValueError: see there.
+    The other arguments and the errors are those of :func:`evaluate`.
     """
     settings = settings or EvaluationSettings()
     started = time.monotonic()
@@ -176,7 +162,7 @@ def evaluate_students(
             "fingerprint": getattr(test, "fingerprint", None),
         },
     }
-    found = {}
+    evaluations = {}
     for (name, student), scores in zip(students.items(), all_scores, strict=True):
         results = _describe_student(student, teacher, scores, sizes, floors, labels, settings)
         results["floors"] = floors_record(results.get("floors"), fitted_on, drawn)
@@ -194,8 +180,8 @@ def evaluate_students(
             "tokens": scores.tokens,
             **{key: scores.sums[key] for key in ("nll_student", "nll_teacher", "kl")},
         }
-        found[name] = Evaluation(results, table)
-    return found
+        evaluations[name] = Evaluation(results, table)
+    return evaluations
 
 
 def _describe_student(
@@ -207,7 +193,7 @@ def _describe_student(
     labels: Sequence[Any],
     settings: EvaluationSettings,
 ) -> dict[str, Any]:
-    """Return the figures of one student with their intervals."""
+    """Return the metrics of one student with their intervals."""
     arrays = {**scores.sums, "tokens": scores.tokens, "residues": sizes}
     arrays |= {f"floor_{name}": values for name, values in floors.items()}
     calibration: dict[str, CalibrationSums] = {}

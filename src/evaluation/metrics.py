@@ -188,7 +188,7 @@ METRICS: list[Metric] = [
     _calibration_metric("accuracy_floor", compute=_mean("most_frequent")),
     _calibration_metric("accuracy_over_floor", compute=_accuracy_over_floor),
     # Set elsewhere: from generated proteins and from the models' sizes.
-    Metric("kl_from_natural.{model}", "composition KL from held-out proteins", better="lower",
+    Metric("kl_from_natural.{model}", "composition KL from held-out", better="lower",
            column="KL from natural", index="kl_from_natural"),
     Metric("kl_from_natural_uniprot.{model}", "composition KL from UniProt", better="lower"),
     Metric("compression_ratio", values=Positive, column="compression", spec="{:.1f}x"),

@@ -132,12 +132,12 @@ def diversity(
     first -= first * (first - 1) // 2 > chosen  # the root may round up
     second = chosen - first * (first - 1) // 2
     aligner = local_aligner()
-    found = []
+    identity = []
     for pair in progress(range(len(chosen)), len(chosen), "aligning", "pairs"):
         left, right = proteins[int(first[pair])], proteins[int(second[pair])]
-        found.append(aligned(aligner, left, right)[0] / min(len(left), len(right)))
+        identity.append(aligned(aligner, left, right)[0] / min(len(left), len(right)))
     touched = np.concatenate([first, second])
-    identities = np.bincount(touched, weights=np.tile(found, 2), minlength=count)
+    identities = np.bincount(touched, weights=np.tile(identity, 2), minlength=count)
     return {
         "word_distance": pair_mean(distances, np.full(count, count - 1.0), level),
         "pairwise_identity": pair_mean(
@@ -213,7 +213,7 @@ def describe(
     Args:
         proteins: residues of each; empty ones count as not valid and nothing else.
         natural: natural proteins, the reference of composition.
-        settings: what is told, and the intervals.
+        settings: of the description and its intervals.
         train: training proteins, for novelty; None: leave it out.
         nll: ``(P,)`` of each protein under the teacher, in nats; NaN: not scored.
         clusters: ``(P,)`` of related proteins; None: each is a draw of its own, as samples are.
@@ -259,8 +259,8 @@ def describe(
     for name, estimate in _estimates(arrays, natural, settings, clusters).items():
         put_estimate(record, name, estimate)
     if settings.thorough and len(whole) > 1:
-        found = diversity(whole, seed=settings.seed, level=settings.level)
-        for name, estimate in found.items():
+        differences = diversity(whole, seed=settings.seed, level=settings.level)
+        for name, estimate in differences.items():
             put_estimate(record, f"diversity.{name}", estimate)
     return record
 

@@ -1,4 +1,4 @@
-"""Sets evaluations side by side, and judges a candidate against a reference by intervals.
+"""Compares evaluations in a table, and judges a candidate against a reference by intervals.
 
 The verdict asks three questions: perplexity, KL divergence, calibration error (ECE). "Lower" and
 "higher" mean that the 95 % interval of the difference excludes zero; perplexities are "equivalent"
@@ -201,11 +201,11 @@ def _cell(results: Mapping[str, Any], metric: Metric) -> str:
 
 def threshold_cell(results: Mapping[str, Any] | None) -> str:
     """Return ``pass`` or ``fail`` with the bound; with ``?`` where it is not certain."""
-    found = threshold_outcome(results or {})
-    if found is None:
+    outcome = threshold_outcome(results or {})
+    if outcome is None:
         return MISSING
-    word = "pass" if found.passed else "fail"
-    return f"{word}{'' if found.certain else '?'} (< {found.bound:.2f})"
+    word = "pass" if outcome.passed else "fail"
+    return f"{word}{'' if outcome.certain else '?'} (< {outcome.bound:.2f})"
 
 
 FOOTNOTE = (
@@ -267,8 +267,8 @@ def as_csv(
         for name in names:
             interval = interval_of(results, name) or (None, None)
             row += [lookup(results, name), *interval]
-        found = threshold_outcome(results)
-        row += [found.bound, found.passed, found.certain] if found else [None] * 3
+        outcome = threshold_outcome(results)
+        row += [outcome.bound, outcome.passed, outcome.certain] if outcome else [None] * 3
         verdict = judged.get(entry.name)
         if verdict:
             row += [verdict.reference, verdict.scenario]

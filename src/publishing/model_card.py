@@ -1,7 +1,6 @@
-"""Writes the card of a student: what it is, how to use it, what was measured, how it was made.
+"""Writes the model card of a student: use, measured quality, training.
 
-Every figure comes from the run's record or from a results file, with its interval; what was not
-measured is said to be unknown.
+Every number comes from the run's record or from a results file, with its interval.
 """
 
 from __future__ import annotations
@@ -57,13 +56,13 @@ def chosen_licence(record: Mapping[str, Any], wanted: str | None) -> str:
         ValueError: none was given and the teacher's is not known.
     """
     teacher = record["settings"]["teacher_model"]
-    found = wanted or teacher_licence(teacher)
-    if not found:
+    licence = wanted or teacher_licence(teacher)
+    if not licence:
         raise ValueError(
             f"the licence of {teacher}, from which this student was distilled, is not known: pass "
             "--license with an identifier of the hub, for example apache-2.0"
         )
-    return found
+    return licence
 
 
 def build_card(

@@ -272,12 +272,12 @@ def composition_bars(sets: Mapping[str, Mapping[str, float]], rows: int = 2) -> 
         raise ValueError("no composition of generated proteins: evaluate with --num_samples")
     guide = reference or next(iter(bars.values()))
     order = sorted(STANDARD_RESIDUES, key=lambda letter: -guide.get(letter, 0.0))
-    each = -(-len(order) // rows)
+    in_row = -(-len(order) // rows)
     figure = Figure(figsize=(WIDTH, 1.7 * rows + 0.4), layout="constrained")
     grid = figure.subplots(rows, 1, squeeze=False, sharey=True)[:, 0]
     width = 0.8 / len(bars)
     for row, axes in enumerate(grid):
-        letters = order[row * each : (row + 1) * each]
+        letters = order[row * in_row : (row + 1) * in_row]
         places = np.arange(len(letters))
         for index, (name, shares) in enumerate(bars.items()):
             axes.bar(
@@ -437,16 +437,16 @@ def holdings_over_time(
     cycles = np.array([sample["cycle"] for sample in samples], dtype=float)
     for axes, (name, (label, unit)) in zip(grid, labels.items(), strict=True):
         values = np.array([sample[name] for sample in samples], dtype=float)
-        found = growths[name]
-        warm = int(found["warm_up_cycles"])
+        growth = growths[name]
+        warm = int(growth["warm_up_cycles"])
         axes.plot(minutes, values, color=COLOURS["student"], linewidth=0.9)
-        line = found["intercept"] + found["per_cycle"] * cycles[warm:]
+        line = growth["intercept"] + growth["per_cycle"] * cycles[warm:]
         axes.plot(minutes[warm:], line, color=COLOURS["teacher"], linestyle="--")
         axes.axvspan(0, minutes[warm], color=FAINT, alpha=0.15, linewidth=0)
-        low, high = found["growth_interval"]
+        low, high = growth["growth_interval"]
         named = f"{label}, {unit}" if unit else label
-        axes.set_title(f"{named}: {found['growth']:+.2g} ({low:+.2g} to {high:+.2g})")
-        spread = max(float(np.ptp(values)), found["bound"])
+        axes.set_title(f"{named}: {growth['growth']:+.2g} ({low:+.2g} to {high:+.2g})")
+        spread = max(float(np.ptp(values)), growth["bound"])
         middle = (values.max() + values.min()) / 2
         axes.set_ylim(max(-0.5, middle - 0.75 * spread), middle + 0.75 * spread)
         if not unit:

@@ -1,4 +1,4 @@
-"""Tells the story of one run in a single HTML page that needs nothing beside itself."""
+"""Writes a report on one run as a single, self-contained HTML page."""
 
 from __future__ import annotations
 
@@ -62,14 +62,14 @@ TRAINED = {
 
 
 class Cell(NamedTuple):
-    """A figure and, where there is one, its interval."""
+    """A value and its interval, if there is one."""
 
     value: str
     interval: str = ""
 
 
 class Drawing(NamedTuple):
-    """A figure as an SVG element, and what it shows."""
+    """A drawing as an SVG element, and its caption."""
 
     svg: str
     caption: str
@@ -227,8 +227,8 @@ def _cell(results: Mapping[str, Any], name: str) -> Cell:
 
 
 def _headlines(results: Mapping[str, Any]) -> list[dict[str, Any]]:
-    """Return the figures that a hurried reader wants: label, cell, and what to hold it against."""
-    found = []
+    """Return the main metrics: label, cell, and a note on how to read the value."""
+    tiles = []
     ratio = _cell(results, "perplexity_ratio")
     if ratio.value:
         bound = lookup(results, "threshold.perplexity_ratio_below")
@@ -236,42 +236,42 @@ def _headlines(results: Mapping[str, Any]) -> list[dict[str, Any]]:
         if bound:
             verdict = "passed" if lookup(results, "threshold.passed") else "not passed"
             note += f"; below {bound:.2f} for this size: {verdict}"
-        found.append({"label": "perplexity, student / teacher", "cell": ratio, "note": note})
+        tiles.append({"label": "perplexity, student / teacher", "cell": ratio, "note": note})
     divergence = _cell(results, "kl_divergence")
     if divergence.value:
         note = "nats per token; 0 is the teacher"
-        found.append({"label": "KL(teacher‖student)", "cell": divergence, "note": note})
+        tiles.append({"label": "KL(teacher‖student)", "cell": divergence, "note": note})
     calibration = _cell(results, "student_ece.ece")
     if calibration.value:
         teacher = with_interval(results, "teacher_ece.ece")
         note = f"teacher {teacher}" if teacher else ""
-        found.append({"label": "calibration error (ECE)", "cell": calibration, "note": note})
+        tiles.append({"label": "calibration error (ECE)", "cell": calibration, "note": note})
     if results.get("compression_ratio"):
         share = results.get("share_of_teacher") or 1 / results["compression_ratio"]
         cell = Cell(f"{results['compression_ratio']:.1f} ×")
         note = f"{share:.1%} of the teacher's parameters"
-        found.append({"label": "smaller than the teacher", "cell": cell, "note": note})
-    return found
+        tiles.append({"label": "smaller than the teacher", "cell": cell, "note": note})
+    return tiles
 
 
 def _warnings(run: Mapping[str, Any], results: Mapping[str, Any]) -> list[str]:
-    """Return what a reader must know before trusting the figures."""
-    found = []
+    """Return warnings about the results: no check of the teacher, no intervals, changed code."""
+    warnings = []
     if results and not lookup(results, "gates.passed"):
-        found.append(
+        warnings.append(
             "The teacher was not checked on natural and shuffled proteins before it was measured."
         )
-    found += [f"{line[0].upper()}{line[1:]}." for line in cautions(results)]
+    warnings += [f"{line[0].upper()}{line[1:]}." for line in cautions(results)]
     if results and not any((results.get("intervals") or {}).values()):
-        found.append("These results have no intervals: differences may be chance.")
+        warnings.append("These results have no intervals: differences may be chance.")
     dirty = [
         what for what, r in (("training", run), ("evaluation", results.get("run"))) if _dirty(r)
     ]
     if dirty:
-        found.append(
+        warnings.append(
             f"The code of {' and '.join(dirty)} differed from the commit named under provenance."
         )
-    return found
+    return warnings
 
 
 def _dirty(record: Any) -> bool:
@@ -341,7 +341,7 @@ def _curves(records: Sequence[Mapping[str, Any]]) -> list[Drawing]:
         ("soft_loss", "divergence from the teacher", "Divergence from the teacher's softened "
          "distribution, before the factor T²."),
     )  # fmt: skip
-    found = []
+    drawings = []
     for key, label, caption in wanted:
         # Without a soft loss (α = 1) its records are zeros; where a run diverged, not finite.
         values = [record.get(name) or 0 for record in records for name in (key, f"eval_{key}")]
@@ -350,8 +350,8 @@ def _curves(records: Sequence[Mapping[str, Any]]) -> list[Drawing]:
             def draw(key: str = key, label: str = label) -> Figure:
                 return plots.learning_curves({"student": records}, key, label)
 
-            found.append(_drawing(draw, f"curve-{key}", caption))
-    return found
+            drawings.append(_drawing(draw, f"curve-{key}", caption))
+    return drawings
 
 
 def _drawing(draw: Callable[[], Figure], name: str, caption: str) -> Drawing:
@@ -385,7 +385,7 @@ def _evaluated(results: Mapping[str, Any]) -> str:
 
 
 def _reliability(results: Mapping[str, Any]) -> list[Drawing]:
-    found = []
+    drawings = []
     for model in MODELS:
         record = results.get(f"{model}_ece")
         if lookup(record or {}, "reliability"):
@@ -394,8 +394,8 @@ def _reliability(results: Mapping[str, Any]) -> list[Drawing]:
                 return plots.reliability_diagram({model: record})
 
             caption = f"Accuracy of the {model}'s first choice against its confidence."
-            found.append(_drawing(draw, f"reliability-{model}", caption))
-    return found
+            drawings.append(_drawing(draw, f"reliability-{model}", caption))
+    return drawings
 
 
 def _composition(results: Mapping[str, Any]) -> Drawing | None:
@@ -478,7 +478,7 @@ def _costs(
 
 def _provenance(run: Mapping[str, Any], results: Mapping[str, Any]) -> list[dict[str, Any]]:
     """Return, for training and evaluation, what made them."""
-    found = []
+    records = []
     for title, record in (("training", run), ("evaluation", results.get("run") or {})):
         if not record:
             continue
@@ -503,5 +503,5 @@ def _provenance(run: Mapping[str, Any], results: Mapping[str, Any]) -> list[dict
         versions = record.get("versions") or {}
         rows.append(("versions", ", ".join(f"{k} {v}" for k, v in versions.items())))
         kept = [(label, str(text)) for label, text in rows if text not in (None, "")]
-        found.append({"title": title, "rows": kept})
-    return found
+        records.append({"title": title, "rows": kept})
+    return records
