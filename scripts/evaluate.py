@@ -62,6 +62,13 @@ def recorded(args: argparse.Namespace) -> dict[str, Any]:
     return {k: str(v) if isinstance(v, Path) else v for k, v in vars(args).items()}
 
 
+def described_model(name: str, model: Any) -> dict[str, Any]:
+    """Return a model's name and the fingerprint of its weights, as a results file records them."""
+    from src.models.loading import model_fingerprint
+
+    return {"name": name, "fingerprint": model_fingerprint(model)}
+
+
 def run(args: argparse.Namespace) -> dict:
     """Evaluate, write the results and print a table. Returns the results.
 
@@ -78,25 +85,29 @@ def run(args: argparse.Namespace) -> dict:
     from src.common.cli import quiet_libraries
     from src.common.devices import choose_device
     from src.common.runs import provenance
-    from src.evaluation import scoring as e
+    from src.evaluation import gates, inputs
     from src.evaluation import sequence_quality as q
-    from src.models.loading import load_causal_lm, model_fingerprint, require_model_directory
+    from src.evaluation.measurement import evaluate, write_per_protein
+    from src.evaluation.scoring import EvaluationSettings
+    from src.models.loading import load_causal_lm, require_model_directory
     from src.proteins.sources import read_proteins
     from src.proteins.tokens import tokenise
 
     quiet_libraries()
-    described = q.DescriptionSettings(
+    description = q.DescriptionSettings(
         args.generation_metrics, args.profiles, bootstrap=args.bootstrap, seed=args.seed
     )
-    record = e.run_of(args.student_model) if require_model_directory(args.student_model) else {}
-    teacher_name = args.teacher_model or e.named_teacher(record) or s.DEFAULT_TEACHER
-    source = args.data or e.named_data(record) or s.DEFAULT_DATA
-    split, has_train = e.choose_split(source, args.split)
+    record = (
+        inputs.run_of(args.student_model) if require_model_directory(args.student_model) else {}
+    )
+    teacher_name = args.teacher_model or inputs.named_teacher(record) or s.DEFAULT_TEACHER
+    source = args.data or inputs.named_data(record) or s.DEFAULT_DATA
+    split, has_train = inputs.choose_split(source, args.split)
     device = choose_device(args.device)
-    tokenizer = e.shared_tokenizer(args.student_model, teacher_name)
+    tokenizer = inputs.shared_tokenizer(args.student_model, teacher_name)
     student = load_causal_lm(args.student_model, device=device)
     teacher = load_causal_lm(teacher_name, device=device)
-    settings = e.EvaluationSettings(
+    settings = EvaluationSettings(
         batch_size=args.batch_size,
         max_length=args.max_length,
         compute_ece=args.compute_ece,
@@ -108,7 +119,7 @@ def run(args: argparse.Namespace) -> dict:
         source,
         split,
         tokenizer,
-        e.longest(student, teacher, settings),
+        inputs.longest(student, teacher, settings),
         args.cache_dir,
         long_proteins="drop",
         max_proteins=args.max_proteins,
@@ -117,44 +128,44 @@ def run(args: argparse.Namespace) -> dict:
     train = None
     if has_train:
         reader = read_proteins(source, split="train", tokenizer=tokenizer)
-        count = q.NOVELTY_PROTEINS if described.thorough else e.FLOOR_PROTEINS
+        count = q.NOVELTY_PROTEINS if description.thorough else gates.FLOOR_PROTEINS
         train = [protein.residues for protein in islice(reader, count)]
-    found = e.evaluate(
+    measured = evaluate(
         student,
         teacher,
         tokenizer,
         test,
         settings,
-        train=train and train[: e.FLOOR_PROTEINS],
-        clusters=e.clusters_of(source),
+        train=train and train[: gates.FLOOR_PROTEINS],
+        clusters=inputs.clusters_of(source),
         announce=say,
     )
-    results: dict[str, Any] = found.results
-    samples = args.num_samples or (q.THOROUGH_SAMPLES if described.thorough else 0)
+    results: dict[str, Any] = measured.results
+    samples = args.num_samples or (q.THOROUGH_SAMPLES if description.thorough else 0)
     if samples:
         q.measure_generation(
             results,
             {"student": student, "teacher": teacher},
             tokenizer,
-            e.residues_of_tokens(test, tokenizer),
+            gates.residues_of_tokens(test, tokenizer),
             samples,
-            described,
+            description,
             batch_size=args.batch_size,
             train=train,
-            clusters=found.per_protein["cluster"],
+            clusters=measured.per_protein["cluster"],
         )
     results["run"] = {
         **provenance(),
         "arguments": recorded(args),
-        "student": {"name": args.student_model, "fingerprint": model_fingerprint(student)},
-        "teacher": {"name": teacher_name, "fingerprint": model_fingerprint(teacher)},
+        "student": described_model(args.student_model, student),
+        "teacher": described_model(teacher_name, teacher),
         "data": {"source": source, "split": split, "fingerprint": test.fingerprint},
         "device": str(device),
         "seed": args.seed,
     }
     write_results(args.output, results, args.overwrite)
     if args.per_protein:
-        e.write_per_protein(args.per_protein, found.per_protein)
+        write_per_protein(args.per_protein, measured.per_protein)
     print_table(results)
     for path in filter(None, (args.output, args.per_protein)):
         say(f"written: {path}")

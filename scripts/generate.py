@@ -98,16 +98,16 @@ def run(args: argparse.Namespace) -> dict:
         f"{len(result.proteins) / result.seconds:.1f} proteins/s, "
         f"{result.tokens / result.seconds:,.0f} tokens/s"
     )
-    found = list(
+    scored = list(
         zip(result.proteins, g.perplexities(scorer, scorer_tokenizer, result.proteins), strict=True)
     )
     if args.rank_by_perplexity:
-        found.sort(key=lambda pair: float("inf") if pair[1] is None else pair[1])
+        scored.sort(key=lambda pair: float("inf") if pair[1] is None else pair[1])
     names = {"model": Path(args.model).name or args.model}
     if args.scorer:
         names["scorer"] = Path(args.scorer).name or args.scorer
     with names_full_disk(args.output, "make space, or name another --output"):
-        write_fasta(args.output, g.fasta_records(found, args.seed, names))
+        write_fasta(args.output, g.fasta_records(scored, args.seed, names))
     say(f"written: {args.output}")
     return result.counts
 

@@ -18,7 +18,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from src.common.cli import HelpFormatter, natural, positive_int, run_script, say
 from src.common.files import check_outputs
-from src.evaluation.results import put_figure, with_interval
+from src.evaluation.results import put_estimate, with_interval
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -45,7 +45,7 @@ def build_parser() -> argparse.ArgumentParser:
 
 
 def run(args: argparse.Namespace) -> dict:
-    """Score, compare, write. Returns what was found."""
+    """Score, compare, write. Returns what was summary."""
     outputs = (args.output, args.correlations)
     check_outputs(*outputs, overwrite=args.overwrite, inputs=[args.input])
     from src.evaluation import fitness as f
@@ -83,29 +83,30 @@ def run(args: argparse.Namespace) -> dict:
             "does not know: their scores are empty"
         )
     say(f"written: {args.output}")
-    found: dict[str, Any] = {"proteins": len(variants.rows), "not_scored": lost}
+    summary: dict[str, Any] = {"proteins": len(variants.rows), "not_scored": lost}
     if variants.measured is None:
-        return found
+        return summary
     if sum(f.comparable(variants.measured, *columns.values())) < f.LEAST_COMPARED:
         say(f"no correlation: fewer than {f.LEAST_COMPARED} variants have measurement and score")
-        return found
+        return summary
     estimates, count = f.spearman(
         columns, variants.measured, variants.clusters, args.bootstrap, args.seed
     )
-    found |= {"compared": count, "clusters": len(set(variants.clusters)), "intervals": {}}
+    summary |= {"compared": count, "clusters": len(set(variants.clusters)), "intervals": {}}
     for name, estimate in estimates.items():
-        put_figure(found, f"spearman.{name}", estimate)
-        say(f"Spearman, {name}: {with_interval(found, f'spearman.{name}')} over {count:,} variants")
+        put_estimate(summary, f"spearman.{name}", estimate)
+        shown = with_interval(summary, f"spearman.{name}")
+        say(f"Spearman, {name}: {shown} over {count:,} variants")
     if args.correlations:
-        found["run"] = {
+        summary["run"] = {
             **provenance(),
             "models": {n: model_fingerprint(models[p][0]) for p, n in names.items()},
             "input": {"name": args.input.name, "sha256": sha256_file(args.input)},
             "device": device.type,
         }
-        write_json(args.correlations, found)
+        write_json(args.correlations, summary)
         say(f"written: {args.correlations}")
-    return found
+    return summary
 
 
 def main(argv: list[str] | None = None) -> int:

@@ -433,9 +433,9 @@ def test_the_script(grid, world, tmp_path, capsys):
         ({}, "rates is missing"),
         ([1], "must be an object"),
         ({"rates": {"s27": "x"}, "best_arm": {}}, "rates: s27 must be an object"),
-        ({"rates": {"s27": {"both": -1}}, "best_arm": {}}, "rates: s27 has a both that must be"),
+        ({"rates": {"s27": {"both": -1}}, "best_arm": {}}, "rates: s27.both must be"),
         ({"rates": {"s27": {"both": 1e400}}, "best_arm": {}}, "not a finite number"),
-        ({"rates": {}, "best_arm": {"s27": 3}}, "best_arm has a s27 that must be text"),
+        ({"rates": {}, "best_arm": {"s27": 3}}, "best_arm.s27 must be text"),
     ],
 )
 def test_learning_rates_that_are_none_are_refused_with_their_file(

@@ -55,8 +55,8 @@ def results(
     return {**record, **more}
 
 
-def entry(name="x", **figures) -> c.Entry:
-    return c.Entry(Path(f"{name}.json"), results(**figures), name)
+def entry(name="x", **figures) -> c.ResultsFile:
+    return c.ResultsFile(Path(f"{name}.json"), results(**figures), name)
 
 
 @pytest.fixture
@@ -274,7 +274,9 @@ class World:
         self.shared = self.rng.normal(0, 0.25, clusters)[self.cluster]
         self.teacher = self.tokens * (2.5 + self.rng.normal(0, 0.2, self.proteins))
 
-    def student(self, folder, name, log_ratio, kl, ece, noise=0.03, ece_error=0.004) -> c.Entry:
+    def student(
+        self, folder, name, log_ratio, kl, ece, noise=0.03, ece_error=0.004
+    ) -> c.ResultsFile:
         def around(mean):
             own = self.rng.normal(0, noise, self.proteins)
             return self.tokens * (mean + mean * self.shared + own)

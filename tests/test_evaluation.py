@@ -12,8 +12,16 @@ import numpy as np
 import pytest
 import torch
 
-from src.evaluation import scoring as e
-from src.evaluation.results import read_results, validate
+from src.evaluation.gates import check_teacher
+from src.evaluation.inputs import clusters_of
+from src.evaluation.measurement import (
+    evaluate,
+    evaluate_students,
+    protein_clusters,
+    write_per_protein,
+)
+from src.evaluation.results import lookup, read_results, validate
+from src.evaluation.scoring import EvaluationSettings, length_batches, protein_nll
 from src.models.sizes import threshold_for
 from src.proteins.layouts import STANDARD_RESIDUES, layout
 from src.proteins.ngrams import fit_ngrams
@@ -112,8 +120,8 @@ def tokens(tokenizer, proteins):
 
 @pytest.fixture(scope="module")
 def evaluation(student, teacher, tokenizer, tokens):
-    settings = e.EvaluationSettings(bootstrap=300)
-    return e.evaluate(
+    settings = EvaluationSettings(bootstrap=300)
+    return evaluate(
         student, teacher, tokenizer, tokens, settings, train=ordered_proteins(300, seed=4)
     )
 
@@ -179,11 +187,11 @@ def test_an_independent_evaluator_agrees(evaluation, student, teacher, tokens, p
 
 @pytest.mark.parametrize(("rows", "budget", "chunk"), [(1, 100, 7), (5, 150, 1024), (64, 9000, 50)])
 def test_batches_and_chunks_do_not_matter(teacher, tokens, rows, budget, chunk):
-    usual = e.protein_nll(teacher, tokens)
-    other = e.protein_nll(
+    usual = protein_nll(teacher, tokens)
+    other = protein_nll(
         teacher,
         tokens,
-        e.EvaluationSettings(batch_size=rows, batch_tokens=budget, chunk_tokens=chunk),
+        EvaluationSettings(batch_size=rows, batch_tokens=budget, chunk_tokens=chunk),
     )
     np.testing.assert_allclose(other, usual, rtol=1e-5)
     with torch.no_grad():
@@ -199,11 +207,11 @@ def test_batches_and_chunks_do_not_matter(teacher, tokens, rows, budget, chunk):
 def test_students_measured_together_are_measured_as_if_alone(
     evaluation, student, teacher, tokenizer, tokens
 ):
-    settings = e.EvaluationSettings(bootstrap=0)
+    settings = EvaluationSettings(bootstrap=0)
     students = {"teacher": teacher, "student": student}
-    together = e.evaluate_students(students, teacher, tokenizer, tokens, settings)
+    together = evaluate_students(students, teacher, tokenizer, tokens, settings)
     for name, model in students.items():
-        alone = e.evaluate(model, teacher, tokenizer, tokens, settings)
+        alone = evaluate(model, teacher, tokenizer, tokens, settings)
         mine = {k: v for k, v in together[name].results.items() if k != "performance"}
         theirs = {k: v for k, v in alone.results.items() if k != "performance"}
         assert mine == theirs
@@ -213,10 +221,10 @@ def test_students_measured_together_are_measured_as_if_alone(
 
 def test_length_batches_hold_everything_once_within_the_budget():
     lengths = np.random.default_rng(0).integers(5, 300, 200)
-    batches = e.length_batches(lengths, 16, 1000)
+    batches = length_batches(lengths, 16, 1000)
     assert sorted(np.concatenate(batches)) == list(range(200))
     assert all(len(b) <= 16 and len(b) * lengths[b].max() <= 1000 for b in batches)
-    assert [len(b) for b in e.length_batches(np.array([5000, 3]), 8, 1000)] == [1, 1]
+    assert [len(b) for b in length_batches(np.array([5000, 3]), 8, 1000)] == [1, 1]
 
 
 def test_results_fit_the_schema_and_every_figure_has_its_interval(evaluation):
@@ -224,7 +232,7 @@ def test_results_fit_the_schema_and_every_figure_has_its_interval(evaluation):
     validate(results)
     json.dumps(results, allow_nan=False)
     for name, interval in results["intervals"].items():
-        value = e.figure(results, name)
+        value = lookup(results, name)
         assert value is not None, name
         assert interval[0] <= value <= interval[1] or interval[1] - interval[0] < 1e-9, name
     for name in ("perplexity_ratio", "kl_divergence", "student_ece.ece", "kept_advantage"):
@@ -262,7 +270,7 @@ def test_single_proteins_add_up_to_the_whole(evaluation, tmp_path):
         found["student_perplexity_per_residue"]
     )
     assert table["kl"].sum() / table["tokens"].sum() == pytest.approx(found["kl_divergence"])
-    e.write_per_protein(tmp_path / "p.parquet", table)
+    write_per_protein(tmp_path / "p.parquet", table)
     import pyarrow.parquet as pq
 
     read = pq.read_table(tmp_path / "p.parquet")
@@ -273,9 +281,7 @@ def test_single_proteins_add_up_to_the_whole(evaluation, tmp_path):
 
 
 def test_a_teacher_beside_itself(teacher, tokenizer, tokens):
-    found = e.evaluate(
-        teacher, teacher, tokenizer, tokens, e.EvaluationSettings(bootstrap=50)
-    ).results
+    found = evaluate(teacher, teacher, tokenizer, tokens, EvaluationSettings(bootstrap=50)).results
     assert found["perplexity_ratio"] == pytest.approx(1)
     assert found["kl_divergence"] == pytest.approx(0, abs=1e-6)
     assert found["top1_agreement"] == 1
@@ -285,17 +291,17 @@ def test_a_teacher_beside_itself(teacher, tokenizer, tokens):
 
 
 def test_duplicates_leave_intervals_unchanged(student, teacher, tokenizer, tokens):
-    settings = e.EvaluationSettings(bootstrap=200)
+    settings = EvaluationSettings(bootstrap=200)
     train = ordered_proteins(50, seed=4)
     rows = list(tokens)
     names = [f"p{i}" for i in range(len(rows))]
     clusters = {name: f"c{i // 2}" for i, name in enumerate(names)}
-    once = e.evaluate(
+    once = evaluate(
         student, teacher, tokenizer, Tokens(rows, names), settings, train=train, clusters=clusters
     ).results
     copies = [f"copy{i}" for i in range(len(rows))]
     also = clusters | {copy: clusters[name] for copy, name in zip(copies, names, strict=True)}
-    twice = e.evaluate(
+    twice = evaluate(
         student,
         teacher,
         tokenizer,
@@ -312,13 +318,13 @@ def test_duplicates_leave_intervals_unchanged(student, teacher, tokenizer, token
 
 
 def test_exact_duplicates_share_a_cluster_without_a_table():
-    clusters = e.protein_clusters(["a", "b", "c"], ["MKV", "MKV", "AAA"])
+    clusters = protein_clusters(["a", "b", "c"], ["MKV", "MKV", "AAA"])
     assert clusters[0] == clusters[1] != clusters[2]
-    assert e.protein_clusters(["a", "b"], ["MKV", "AAA"], {"a": "x", "b": "x"}) == ["x", "x"]
+    assert protein_clusters(["a", "b"], ["MKV", "AAA"], {"a": "x", "b": "x"}) == ["x", "x"]
 
 
 def test_natural_proteins_beat_shuffled_ones(teacher, tokenizer, tokens):
-    found = e.check_teacher(teacher, tokenizer, tokens, ordered_proteins(100, seed=4))
+    found = check_teacher(teacher, tokenizer, tokens, ordered_proteins(100, seed=4))
     assert found["natural"] < found["unigram"]
     assert found["natural"] < found["shuffled"]
     assert 0 < found["shuffled_minus_natural"]["low"] < found["shuffled_minus_natural"]["high"]
@@ -328,7 +334,7 @@ def test_natural_proteins_beat_shuffled_ones(teacher, tokenizer, tokens):
 
 def test_a_random_teacher_is_stopped(tiny_lm, tokenizer, tokens):
     with pytest.raises(ValueError, match="wrong layout or tokenizer") as caught:
-        e.check_teacher(tiny_lm(), tokenizer, tokens)
+        check_teacher(tiny_lm(), tokenizer, tokens)
     assert "\n" not in str(caught.value)
 
 
@@ -343,42 +349,42 @@ def test_a_broken_layout_is_stopped(teacher, tokenizer, proteins):
     )
     for broken in (backwards, spaced):
         with pytest.raises(ValueError, match="wrong layout or tokenizer"):
-            e.evaluate(teacher, teacher, tokenizer, broken, e.EvaluationSettings(bootstrap=0))
+            evaluate(teacher, teacher, tokenizer, broken, EvaluationSettings(bootstrap=0))
 
 
 def test_foreign_tokens_are_stopped(teacher, tokenizer):
     rows = np.random.default_rng(0).integers(0, 64, (20, 30))
     rows[:, 15] = 0
     with pytest.raises(ValueError, match="wrong layout or tokenizer"):
-        e.check_teacher(teacher, tokenizer, Tokens(rows))
+        check_teacher(teacher, tokenizer, Tokens(rows))
 
 
 def test_vocabularies_must_match(teacher, tiny_lm, tokenizer, tokens):
     with pytest.raises(ValueError, match="vocabulary"):
-        e.evaluate(
-            tiny_lm(vocab_size=80), teacher, tokenizer, tokens, e.EvaluationSettings(check=False)
+        evaluate(
+            tiny_lm(vocab_size=80), teacher, tokenizer, tokens, EvaluationSettings(check=False)
         )
 
 
 def test_long_proteins_are_left_out_and_counted(student, teacher, tokenizer, tokens):
-    settings = e.EvaluationSettings(bootstrap=0, max_length=int(np.median(tokens.lengths)))
-    found = e.evaluate(student, teacher, tokenizer, tokens, settings).results
+    settings = EvaluationSettings(bootstrap=0, max_length=int(np.median(tokens.lengths)))
+    found = evaluate(student, teacher, tokenizer, tokens, settings).results
     assert found["data"]["too_long"] + found["data"]["proteins"] == 60
     assert found["data"]["too_long"] > 10
     with pytest.raises(ValueError, match="fits 3 tokens"):
-        e.evaluate(student, teacher, tokenizer, tokens, e.EvaluationSettings(max_length=3))
+        evaluate(student, teacher, tokenizer, tokens, EvaluationSettings(max_length=3))
 
 
 def test_calibration_is_measured_when_asked(student, teacher, tokenizer, tokens):
-    settings = e.EvaluationSettings(compute_ece=False, bootstrap=0)
-    found = e.evaluate(student, teacher, tokenizer, tokens, settings).results
+    settings = EvaluationSettings(compute_ece=False, bootstrap=0)
+    found = evaluate(student, teacher, tokenizer, tokens, settings).results
     assert found["student_ece"] == {}
     validate({"schema_version": 1, **found, "run": {}})
 
 
 def test_calibration_of_an_ignorant_model_is_not_meaningful(tiny_lm, teacher, tokenizer, tokens):
-    found = e.evaluate(
-        tiny_lm(initializer_range=0.02), teacher, tokenizer, tokens, e.EvaluationSettings()
+    found = evaluate(
+        tiny_lm(initializer_range=0.02), teacher, tokenizer, tokens, EvaluationSettings()
     ).results
     assert found["student_ece"]["calibration_meaningful"] is False
 
@@ -392,10 +398,10 @@ def test_threshold_depends_on_size(share, bound):
 
 
 def test_clusters_are_read_from_their_table(tmp_path):
-    assert e.clusters_of(tmp_path) is None
+    assert clusters_of(tmp_path) is None
     with gzip.open(tmp_path / "clusters.tsv.gz", "wt") as handle:
         handle.write("protein\tcluster\na\tx\nb\tx\n")
-    assert e.clusters_of(tmp_path) == {"a": "x", "b": "x"}
+    assert clusters_of(tmp_path) == {"a": "x", "b": "x"}
 
 
 @pytest.fixture(scope="module")
@@ -477,7 +483,7 @@ def test_generated_proteins_beside_their_controls(run_folders, tmp_path):
     for record in generation.values():
         assert record["novelty"]["train_proteins"] == 200
         for name, interval in record["intervals"].items():
-            value = e.figure(record, name)
+            value = lookup(record, name)
             assert interval is None or interval[0] <= value <= interval[1], name
     natural, shuffled = generation["natural"], generation["shuffled"]
     name = "teacher_perplexity_per_residue"

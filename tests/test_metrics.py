@@ -6,7 +6,8 @@ import numpy as np
 import pytest
 import torch
 
-from src.evaluation import metrics
+from src.evaluation import calibration, composition
+from src.evaluation.token_statistics import model_statistics, token_statistics
 
 
 def random_logits(rows=200, vocabulary=37, seed=0):
@@ -27,7 +28,7 @@ def outcomes(n=4000, seed=0, shift=0.1):
 
 def test_token_statistics_against_float64():
     student, teacher, targets = random_logits()
-    found = metrics.token_statistics(student, teacher, targets)
+    found = token_statistics(student, teacher, targets)
     q = np.exp(student.double().numpy())
     p = np.exp(teacher.double().numpy())
     q, p = q / q.sum(-1, keepdims=True), p / p.sum(-1, keepdims=True)
@@ -54,7 +55,7 @@ def test_token_statistics_against_float64():
 
 def test_equal_models_do_not_diverge_and_half_precision_is_raised():
     logits, _, targets = random_logits()
-    found = metrics.token_statistics(logits.bfloat16(), logits.bfloat16(), targets)
+    found = token_statistics(logits.bfloat16(), logits.bfloat16(), targets)
     for name in ("kl", "reverse_kl", "js"):
         assert found[name].dtype == torch.float32
         assert 0 <= found[name].min() <= found[name].max() < 1e-6
@@ -64,7 +65,7 @@ def test_equal_models_do_not_diverge_and_half_precision_is_raised():
 def test_impossible_tokens_do_not_give_nan():
     student, teacher, targets = random_logits(rows=5)
     teacher[:, 3] = -math.inf
-    found = metrics.token_statistics(student, teacher, torch.full((5,), 2))
+    found = token_statistics(student, teacher, torch.full((5,), 2))
     assert found.pop("reverse_kl").isinf().all()  # the student may pick what cannot be
     assert all(torch.isfinite(values).all() for values in found.values())
 
@@ -72,14 +73,14 @@ def test_impossible_tokens_do_not_give_nan():
 def test_vocabularies_must_match():
     student, teacher, targets = random_logits()
     with pytest.raises(ValueError, match="vocabulary"):
-        metrics.token_statistics(student[:, :-1], teacher, targets)
+        token_statistics(student[:, :-1], teacher, targets)
 
 
 def test_a_uniform_model_over_residues_has_perplexity_twenty_for_each_residue():
     residues = torch.randint(20, (500,))
-    found = metrics.model_statistics(torch.full((500, 20), 0.0).log_softmax(-1), residues)
+    found = model_statistics(torch.full((500, 20), 0.0).log_softmax(-1), residues)
     nll = found["nll"].double().sum().item()
-    assert 2 ** metrics.bits_per_residue(nll, 500) == pytest.approx(20, rel=1e-6)
+    assert math.exp(nll / 500) == pytest.approx(20, rel=1e-6)
     torch.testing.assert_close(found["brier"], torch.full((500,), 0.95))
 
 
@@ -87,17 +88,17 @@ def test_ece_against_torchmetrics():
     torchmetrics = pytest.importorskip("torchmetrics.functional.classification")
     student, _, targets = random_logits(rows=3000, vocabulary=6, seed=3)
     probabilities = student.softmax(-1)
-    found = metrics.model_statistics(student.log_softmax(-1), targets)
-    sums = metrics.bin_sums(
+    found = model_statistics(student.log_softmax(-1), targets)
+    sums = calibration.bin_sums(
         found["confidence"].numpy(),
         found["correct"].numpy(),
-        metrics.equal_width_edges(),
+        calibration.equal_width_edges(),
         np.zeros(3000, int),
         1,
     )[0]
     for norm, value in (
-        ("l1", metrics.calibration_error(sums)),
-        ("l2", metrics.l2_calibration_error(sums, debiased=False)),
+        ("l1", calibration.calibration_error(sums)),
+        ("l2", calibration.l2_calibration_error(sums, debiased=False)),
     ):
         expected = torchmetrics.multiclass_calibration_error(
             probabilities, targets, num_classes=6, n_bins=15, norm=norm
@@ -108,12 +109,14 @@ def test_ece_against_torchmetrics():
 def test_ece_by_hand():
     confidence = np.array([0.3, 0.3, 0.9, 0.9])
     correct = np.array([1.0, 0.0, 1.0, 1.0])
-    sums = metrics.bin_sums(confidence, correct, metrics.equal_width_edges(), np.zeros(4, int), 1)
-    assert float(metrics.calibration_error(sums[0])) == pytest.approx(0.5 * 0.2 + 0.5 * 0.1)
-    assert float(metrics.l2_calibration_error(sums[0], debiased=False)) == pytest.approx(
+    sums = calibration.bin_sums(
+        confidence, correct, calibration.equal_width_edges(), np.zeros(4, int), 1
+    )
+    assert float(calibration.calibration_error(sums[0])) == pytest.approx(0.5 * 0.2 + 0.5 * 0.1)
+    assert float(calibration.l2_calibration_error(sums[0], debiased=False)) == pytest.approx(
         math.sqrt(0.5 * 0.04 + 0.5 * 0.01)
     )
-    curve = metrics.reliability_curve(sums[0], metrics.equal_width_edges())
+    curve = calibration.reliability_curve(sums[0], calibration.equal_width_edges())
     assert sum(curve["count"]) == 4
     assert [a for a in curve["accuracy"] if a is not None] == [0.5, 1.0]
     assert [c for c in curve["confidence"] if c is not None] == pytest.approx([0.3, 0.9])
@@ -121,8 +124,8 @@ def test_ece_by_hand():
 
 def test_edges_belong_to_the_lower_bin_and_none_is_lost():
     confidence = np.array([0.0, 1 / 15, 0.5, 1.0])
-    sums = metrics.bin_sums(
-        confidence, np.ones(4), metrics.equal_width_edges(), np.zeros(4, int), 1
+    sums = calibration.bin_sums(
+        confidence, np.ones(4), calibration.equal_width_edges(), np.zeros(4, int), 1
     )[0]
     assert sums[:, 0].sum() == 4
     assert sums[0, 0] == 2
@@ -131,19 +134,19 @@ def test_edges_belong_to_the_lower_bin_and_none_is_lost():
 
 def test_equal_mass_bins_hold_equal_numbers():
     confidence, correct = outcomes()
-    edges = metrics.equal_mass_edges(confidence)
-    sums = metrics.bin_sums(confidence, correct, edges, np.zeros(len(confidence), int), 1)[0]
+    edges = calibration.equal_mass_edges(confidence)
+    sums = calibration.bin_sums(confidence, correct, edges, np.zeros(len(confidence), int), 1)[0]
     assert sums[:, 0].max() - sums[:, 0].min() <= 2
-    same = metrics.equal_mass_edges(np.full(100, 0.4))
-    lumped = metrics.bin_sums(np.full(100, 0.4), np.ones(100), same, np.zeros(100, int), 1)[0]
+    same = calibration.equal_mass_edges(np.full(100, 0.4))
+    lumped = calibration.bin_sums(np.full(100, 0.4), np.ones(100), same, np.zeros(100, int), 1)[0]
     assert lumped[:, 0].sum() == 100
 
 
 def test_sums_over_proteins_add_up_to_the_whole():
     confidence, correct = outcomes()
     groups = np.random.default_rng(1).integers(0, 30, len(confidence))
-    parts = metrics.CalibrationSums.collect(confidence, correct, groups, 30)
-    whole = metrics.CalibrationSums.collect(confidence, correct, np.zeros_like(groups), 1)
+    parts = calibration.CalibrationSums.collect(confidence, correct, groups, 30)
+    whole = calibration.CalibrationSums.collect(confidence, correct, np.zeros_like(groups), 1)
     for name, values in parts.arrays("x_").items():
         np.testing.assert_allclose(values.sum(0), whole.arrays("x_")[name][0], atol=1e-9)
 
@@ -152,11 +155,11 @@ def test_debiasing_removes_what_chance_adds_to_a_calibrated_model():
     raw, l1, l2 = [], [], []
     for seed in range(60):
         confidence, correct = outcomes(n=600, seed=seed, shift=0.0)
-        edges = metrics.equal_mass_edges(confidence)
-        sums = metrics.bin_sums(confidence, correct, edges, np.zeros(600, int), 1)[0]
-        raw.append(float(metrics.calibration_error(sums)))
-        l1.append(float(metrics.debiased_calibration_error(sums)))
-        l2.append(float(metrics.l2_calibration_error(sums)))
+        edges = calibration.equal_mass_edges(confidence)
+        sums = calibration.bin_sums(confidence, correct, edges, np.zeros(600, int), 1)[0]
+        raw.append(float(calibration.calibration_error(sums)))
+        l1.append(float(calibration.debiased_calibration_error(sums)))
+        l2.append(float(calibration.l2_calibration_error(sums)))
     assert np.mean(raw) > 0.05
     assert np.mean(l1) < 0.6 * np.mean(raw)
     assert np.mean(np.square(l2)) < 0.001
@@ -164,10 +167,10 @@ def test_debiasing_removes_what_chance_adds_to_a_calibrated_model():
 
 def test_debiasing_leaves_a_clear_error_alone():
     confidence, correct = outcomes(n=50_000, shift=0.2)
-    edges = metrics.equal_mass_edges(confidence)
-    sums = metrics.bin_sums(confidence, correct, edges, np.zeros(50_000, int), 1)[0]
-    plain = float(metrics.calibration_error(sums))
-    assert float(metrics.debiased_calibration_error(sums)) == pytest.approx(plain, rel=0.01)
+    edges = calibration.equal_mass_edges(confidence)
+    sums = calibration.bin_sums(confidence, correct, edges, np.zeros(50_000, int), 1)[0]
+    plain = float(calibration.calibration_error(sums))
+    assert float(calibration.debiased_calibration_error(sums)) == pytest.approx(plain, rel=0.01)
 
 
 def plain_smooth_error(confidence, correct, sigma):
@@ -184,8 +187,8 @@ def plain_smooth_error(confidence, correct, sigma):
 @pytest.mark.parametrize("shift", [0.3, 0.1, 0.02])
 def test_smooth_ece_is_the_fixed_point_of_its_definition(shift):
     confidence, correct = outcomes(n=1500, seed=4, shift=shift)
-    sums = metrics.residual_sums(confidence, correct, np.zeros(1500, int), 1)
-    found = float(metrics.smooth_calibration_error(sums[0], np.array(1500)))
+    sums = calibration.residual_sums(confidence, correct, np.zeros(1500, int), 1)
+    found = float(calibration.smooth_calibration_error(sums[0], np.array(1500)))
     assert plain_smooth_error(confidence, correct, found) == pytest.approx(found, rel=0.01)
 
 
@@ -193,55 +196,60 @@ def test_smooth_ece_of_a_constant_forecast_is_near_its_gap():
     confidence = np.full(10_000, 0.7)
     correct = np.zeros(10_000)
     correct[:5000] = 1
-    sums = metrics.residual_sums(confidence, correct, np.zeros(10_000, int), 1)
+    sums = calibration.residual_sums(confidence, correct, np.zeros(10_000, int), 1)
     # |∫ residual| = 0.2 whatever the width, so the fixed point is 0.2 itself.
-    found = float(metrics.smooth_calibration_error(sums[0], np.array(10_000)))
+    found = float(calibration.smooth_calibration_error(sums[0], np.array(10_000)))
     assert found == pytest.approx(0.2, abs=1e-6)
 
 
 def test_figures_work_on_many_replicates_at_once():
     confidence, correct = outcomes(n=900)
     groups = np.arange(900) % 9
-    sums = metrics.CalibrationSums.collect(confidence, correct, groups, 9).arrays("")
-    many = metrics.calibration_figures(sums)
+    sums = calibration.CalibrationSums.collect(confidence, correct, groups, 9).arrays("")
+    many = {k: f(sums, "") for k, f in calibration.MEASURES.items()}
     for group in range(9):
-        one = metrics.calibration_figures({k: v[group] for k, v in sums.items()})
+        one = {
+            k: f({n: v[group] for n, v in sums.items()}, "")
+            for k, f in calibration.MEASURES.items()
+        }
         for name, value in one.items():
             assert many[name].shape == (9,)
             assert float(many[name][group]) == pytest.approx(float(value), abs=1e-9)
 
 
 def test_published_frequencies_add_up_to_one_hundred_percent():
-    assert sum(metrics.SWISSPROT_PERCENT.values()) == pytest.approx(100, abs=0.2)
-    assert metrics.swissprot_frequencies().sum() == pytest.approx(1)
+    assert sum(composition.SWISSPROT_PERCENT.values()) == pytest.approx(100, abs=0.2)
+    assert composition.swissprot_frequencies().sum() == pytest.approx(1)
 
 
 def test_composition_kl(random_proteins):
-    counts = metrics.residue_counts(["AAC", "XA"])
+    counts = composition.residue_counts(["AAC", "XA"])
     assert counts[0] == 3
     assert counts[1] == 1
     assert counts.sum() == 4
-    natural = metrics.residue_counts(random_proteins(200))
-    assert float(metrics.composition_kl(natural, natural)) == 0.0
+    natural = composition.residue_counts(random_proteins(200))
+    assert float(composition.composition_kl(natural, natural)) == 0.0
     one_sided = np.zeros(20)
     one_sided[0] = 10_000
     expected = -math.log(natural[0] / natural.sum())
-    assert float(metrics.composition_kl(one_sided, natural)) == pytest.approx(expected, rel=0.01)
-    fresh = metrics.residue_counts(random_proteins(100, seed=9))
-    assert float(metrics.composition_kl(fresh, np.full(20, 0.05))) == pytest.approx(
+    assert float(composition.composition_kl(one_sided, natural)) == pytest.approx(
+        expected, rel=0.01
+    )
+    fresh = composition.residue_counts(random_proteins(100, seed=9))
+    assert float(composition.composition_kl(fresh, np.full(20, 0.05))) == pytest.approx(
         19 / (2 * fresh.sum()), rel=1.0
     )
 
 
 def test_low_complexity_runs_and_words():
     varied = "MKTAYIAKQRQISFVKSHFS"
-    assert metrics.low_complexity_share(varied) == 0.0
-    assert metrics.low_complexity_share("A" * 40) == 1.0
-    mixed = metrics.low_complexity_share("ACDEFGHIKLMN" * 2 + "A" * 24)
+    assert composition.low_complexity_share(varied) == 0.0
+    assert composition.low_complexity_share("A" * 40) == 1.0
+    mixed = composition.low_complexity_share("ACDEFGHIKLMN" * 2 + "A" * 24)
     assert 0.5 <= mixed < 0.7
-    assert metrics.low_complexity_share("A") == 1.0
-    assert metrics.low_complexity_share("") == 0.0
-    assert metrics.longest_run("AACCCA") == 3
-    assert metrics.longest_run("") == 0
-    assert metrics.distinct_share(["ABCD", "ABCD"]) == 0.5
-    assert metrics.distinct_share(["AB"]) == 0.0
+    assert composition.low_complexity_share("A") == 1.0
+    assert composition.low_complexity_share("") == 0.0
+    assert composition.longest_run("AACCCA") == 3
+    assert composition.longest_run("") == 0
+    assert composition.distinct_share(["ABCD", "ABCD"]) == 0.5
+    assert composition.distinct_share(["AB"]) == 0.0

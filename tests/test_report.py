@@ -290,7 +290,7 @@ def test_what_is_drawn_with_anything_wrong_is_drawn_or_refused(tmp_path, monkeyp
     [
         ({"data": {"validation": "x"}}, "data.validation must be an object"),
         ({"peak_memory_bytes": "x"}, "peak_memory_bytes must be a number"),
-        ({"command": "x"}, "command must be a list of texts"),
+        ({"command": "x"}, "command must be a list"),
         ({"teacher": {"parameters": -1}}, "teacher.parameters must be above 0"),
         ({"settings": {"loss": {"alpha": []}}}, "settings.loss.alpha must be a number"),
         ({"train_seconds": float("inf")}, "train_seconds is not a finite number"),

@@ -7,9 +7,9 @@ import json
 import numpy as np
 import pytest
 
-from src.evaluation import metrics
+from src.evaluation import composition
 from src.evaluation import sequence_quality as quality
-from src.evaluation.results import figure
+from src.evaluation.results import lookup
 from src.proteins.layouts import shuffled
 from tests.test_relatives import mutated
 
@@ -23,7 +23,7 @@ def test_lengths_composition_and_validity():
     assert (found["min"], found["median"], found["max"]) == (2, 4, 6)
     assert found["sd"] == pytest.approx(np.std([2, 4, 6]))
     assert set(quality.length_statistics([]).values()) == {None}
-    shares = quality.composition(proteins)
+    shares = quality.composition_shares(proteins)
     assert (shares["A"], shares["C"], shares["W"]) == (4 / 12, 8 / 12, 0)
     assert quality.describe(["MK", "", "MX", "WW"], ["MK"], PLAIN)["valid_share"] == 0.5
 
@@ -55,10 +55,10 @@ def test_repetitiveness_against_its_parts(random_proteins):
     total = sum(map(len, proteins))
     assert found["long_run_share"] == pytest.approx(1 / 11)
     assert found["longest_run"] == pytest.approx(
-        np.mean([metrics.longest_run(p) for p in proteins])
+        np.mean([composition.longest_run(p) for p in proteins])
     )
     assert found["tandem_repeat_share"] == pytest.approx(40 / total)
-    low = sum(metrics.low_complexity_share(p) * len(p) for p in proteins) / total
+    low = sum(composition.low_complexity_share(p) * len(p) for p in proteins) / total
     assert found["low_complexity_share"] == pytest.approx(low)
 
 
@@ -150,7 +150,7 @@ def test_a_description_by_hand(random_proteins):
     assert 0 <= fine["kl_from_natural"] < 0.02
     for record in (poor, fine):
         for name, interval in record["intervals"].items():
-            value = figure(record, name)
+            value = lookup(record, name)
             assert interval is None or interval[0] <= value <= interval[1], name
         json.dumps(record, allow_nan=False)
     assert fine["intervals"]["kl_from_natural"][1] > fine["kl_from_natural"]

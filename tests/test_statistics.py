@@ -17,9 +17,7 @@ from src.evaluation.statistics import (
     paired_test,
     power,
     seeds_for_half_width,
-    seeds_for_power,
     standard_error,
-    two_way_bootstrap,
     two_way_interval,
 )
 
@@ -142,8 +140,6 @@ def test_two_way_interval_reduces_to_clusters_where_seeds_agree():
     found = two_way_interval(np.tile(x, (5, 1)), np.ones(200), np.arange(200))
     expected = stats.t.interval(0.95, 199, x.mean(), x.std(ddof=1) / math.sqrt(200))
     assert (found.low, found.high) == pytest.approx(expected)
-    boot = two_way_bootstrap(np.tile(x, (5, 1)), np.ones(200), np.arange(200), n=4000)
-    assert boot.high - boot.low == pytest.approx(found.high - found.low, rel=0.08)
 
 
 def test_duplicates_leave_the_two_way_interval_as_it_is():
@@ -216,21 +212,17 @@ def test_coverage_of_the_two_way_interval(seeds, seed_sd, cluster_sd, both_sd):
 
 
 @pytest.mark.slow
-def test_coverage_of_the_bootstraps():
-    runs, one, two = 1000, 0, 0
+def test_coverage_of_the_bootstrap():
+    runs, hits = 1000, 0
     for seed in range(runs):
         rng = np.random.default_rng([seed, 77])
-        numerators, residues = simulate(rng)
-        two_way = two_way_bootstrap(numerators, residues, np.arange(120), n=1000, seed=seed)
-        two += two_way.low <= 0.1 <= two_way.high
         clusters = np.repeat(np.arange(120), 3)
         shared = rng.normal(0, 0.3, 120)[clusters]
         n = rng.integers(30, 300, 360).astype(float)
         x = (0.5 + shared + rng.normal(0, 0.2, 360)) * n
         plain = cluster_bootstrap(ratio, {"x": x, "n": n}, clusters, n=1000, seed=seed)["ratio"]
-        one += plain.low <= 0.5 <= plain.high
-    assert 0.93 <= one / runs <= 0.97
-    assert 0.93 <= two / runs <= 0.97
+        hits += plain.low <= 0.5 <= plain.high
+    assert 0.93 <= hits / runs <= 0.97
 
 
 @pytest.mark.slow
@@ -278,9 +270,6 @@ def test_power():
     assert power(0.2, 0.1, 0.0, 5) == pytest.approx(np.mean(np.abs(t) > bound), abs=0.01)
     assert power(0.0, 0.1, 0.0, 5) == pytest.approx(0.05, abs=1e-6)
     assert power(0.2, 0.0, 0.05, 5) == pytest.approx(stats.norm.sf(1.96 - 4), abs=1e-3)
-    seeds = seeds_for_power(0.2, 0.1, 0.01)
-    assert seeds is not None
-    assert power(0.2, 0.1, 0.01, seeds) >= 0.8 > power(0.2, 0.1, 0.01, seeds - 1)
     assert seeds_for_half_width(0.05, 0.05, 0.01) == 7
     assert seeds_for_half_width(0.05, 0.05, 1.0) is None
 

@@ -1,4 +1,4 @@
-"""The wings of ``src/``: an import may go down, never up, and src imports no script, tool or test."""
+"""The wings of ``src/``: imports go down, never up; src imports no script, tool or test."""
 
 from __future__ import annotations
 

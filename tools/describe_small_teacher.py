@@ -38,7 +38,10 @@ def run(args: argparse.Namespace) -> dict:
     from src.common.cli import quiet_libraries
     from src.common.files import read_json, write_json, write_text
     from src.common.runs import provenance
-    from src.evaluation.scoring import FLOOR_PROTEINS, EvaluationSettings, clusters_of, evaluate
+    from src.evaluation.gates import FLOOR_PROTEINS
+    from src.evaluation.inputs import clusters_of
+    from src.evaluation.measurement import evaluate
+    from src.evaluation.scoring import EvaluationSettings
     from src.models.loading import load_causal_lm, load_tokenizer, max_positions, model_fingerprint
     from src.proteins.sources import has_split, read_proteins
     from src.proteins.tokens import tokenise

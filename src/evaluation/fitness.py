@@ -1,8 +1,8 @@
-"""Scores variants of proteins by their likelihood, and compares the scores with measurements.
+"""Scores variants of proteins by their likelihood and compares the scores with measurements.
 
 A protein's score is log p(tokens after the first | the first) of its layout, line breaks and end
-counted (:func:`src.evaluation.generation.score_proteins`). Variants are read from FASTA or from a table such
-as ProteinGym's substitution benchmark (Notin et al. 2023, NeurIPS): columns ``mutant``,
+counted (:func:`src.evaluation.generation.score_proteins`). Variants are read from FASTA or from
+a table such as ProteinGym's substitution benchmark (Notin et al. 2023, NeurIPS): ``mutant``,
 ``mutated_sequence`` and ``DMS_score``. ProteinGym's own ProtGPT2 baseline scores bare sequences,
 averaged over both directions; ours are in the layout that the model was trained on, so the two are
 not to be mixed.

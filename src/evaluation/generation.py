@@ -1,8 +1,8 @@
-"""Samples proteins from a causal language model: in batches, seeded, whole.
+"""Samples whole proteins from a causal language model, in batches, reproducibly for a seed.
 
-Every attempt at a protein has a stream of random numbers of its own, keyed by seed and attempt, and
-the first good attempts are taken, in their order. So what is generated does not depend on the size
-of a batch, but for rounding, and short proteins, which end first, are not preferred.
+Every attempt at a protein has its own stream of random numbers, keyed by seed and attempt, and the
+first good attempts are taken in order. Except for rounding, the result does not depend on the batch
+size, and short proteins, which end first, are not preferred.
 
 A batch has a fixed number of slots. A protein that is done leaves its slot to the next attempt at
 once: its part of the key-value cache is overwritten with that of the prompt, which is computed once
@@ -44,7 +44,7 @@ if TYPE_CHECKING:
 
 ATTEMPTS_A_SEQUENCE = 20
 LEAST_ATTEMPTS = 200
-"""Unless told otherwise sampling gives up after 20 attempts for each protein wanted, or 200."""
+"""By default, sampling stops after 20 attempts for each wanted protein, but at least 200."""
 CACHE_BYTES = 8_000_000_000
 """Room for keys and values on a CPU; on a GPU it is a share of the memory that is free."""
 CACHE_SHARE = 0.5
@@ -52,8 +52,8 @@ SPARE_COLUMNS = 64
 """Room that the cache gets ahead, so that it is not copied for every token."""
 IDLE_SHARE = 1 / 8
 GROWTH = 1.25
-"""A batch is made smaller from this share of idle slots on, and larger by this factor at least:
-either copies the cache."""
+"""Shrink the batch when at least 1/8 of its slots are idle, and grow it by at least this factor:
+both copy the cache."""
 PRIOR_ATTEMPTS = 8
 """Good attempts assumed before any is known, when guessing how many must be begun."""
 
@@ -189,7 +189,7 @@ def sample_proteins(
         model: a causal language model; in eval mode for the while.
         tokenizer: its tokenizer.
         settings: what is wanted.
-        announce: told, once, when many attempts gave nothing that is wanted.
+        announce: called once if many attempts gave no wanted protein.
 
     Returns:
         The proteins: fewer than wanted where the attempts allowed did not suffice.
@@ -236,7 +236,7 @@ def _good_proteins(
     settings = sampler.settings
     wanted, allowed = settings.num_sequences, settings.attempts_allowed
     good: list[int] = []
-    told = False
+    announced = False
     while True:
         missing = 0
         if len(good) < wanted:
@@ -253,8 +253,8 @@ def _good_proteins(
             if isinstance(verdict, GeneratedProtein):
                 good.append(attempt)
                 yield verdict
-        if not told and not good and len(verdicts) >= LEAST_ATTEMPTS // 2:
-            told = True
+        if not announced and not good and len(verdicts) >= LEAST_ATTEMPTS // 2:
+            announced = True
             announce(
                 f"{len(verdicts)} attempts, none good so far: "
                 f"{reasons_line(discard_reasons(verdicts))}"
@@ -297,12 +297,12 @@ class _Sampler:
         self._check(vocabulary, letters)
         # Columns that pad the vocabulary stand for no token: they are never sampled.
         self.known = min(len(letters), vocabulary)
-        each = [len(text) for text in letters[: self.known]]
-        self.each_token = torch.tensor(each, device=self.device)  # (V,) residues
+        counts = [len(text) for text in letters[: self.known]]
+        self.each_token = torch.tensor(counts, device=self.device)  # (V,) residues
         # Sorting for a top k that leaves nothing out takes time and changes nothing.
         keeps_all = settings.top_k >= self.known
         self.warp = logits_warp(replace(settings, top_k=0) if keeps_all else settings)
-        self.longest = settings.max_length or self.room * max(each) + len(settings.prompt)
+        self.longest = settings.max_length or self.room * max(counts) + len(settings.prompt)
         self.cache_name = "cache" if accepts(model, "cache") else "past_key_values"
         self.gives_positions = accepts(model, "position_ids")
         self.begun = self.tokens = 0
@@ -433,7 +433,7 @@ class _Sampler:
         for layer in self.layers:
             layer.trim(width - 1)
         at = torch.tensor(rows, device=self.device)  # (b,)
-        lengths = self.lengths.to(self.device)  # (B,)
+        lengths = self.lengths.to(self.device, copy=True)  # (B,) before this step
         newest = self.ids.gather(1, lengths[:, None] - 1)  # (B, 1)
         mask = None
         if int(self.lengths[rows].min()) < width:
@@ -445,7 +445,7 @@ class _Sampler:
         self.ids[at, lengths[at]] = chosen
         self.residues[at] += self.each_token[chosen]
         full = lengths[at] + 1 == self.room
-        self.lengths[rows] += 1  # on a CPU ``lengths`` is the same tensor: not to be read below
+        self.lengths[rows] += 1
         self.tokens += len(rows)
         ended = chosen == self.end
         done = ended | (self.residues[at] > self.longest) | full

@@ -18,8 +18,9 @@ import numpy as np
 from scipy import stats
 
 from src.common.cli import progress
-from src.evaluation import metrics
-from src.evaluation.results import put_figure
+from src.evaluation import composition
+from src.evaluation.metrics import compute_generation_metrics
+from src.evaluation.results import put_estimate
 from src.evaluation.statistics import Estimate, cluster_bootstrap, plain_estimates
 from src.proteins.layouts import STANDARD_RESIDUES, shuffled
 from src.proteins.relatives import (
@@ -37,7 +38,7 @@ if TYPE_CHECKING:
 LONGEST_UNIT = 30
 """Residues of the longest unit looked for in tandem repeats."""
 LEAST_COPIES = 3
-LEAST_REPEAT = metrics.LONG_RUN
+LEAST_REPEAT = composition.LONG_RUN
 """A repeat is at least three copies of its unit and at least six residues."""
 PAIRS = 500
 """Pairs, at most, whose identity is aligned for diversity."""
@@ -68,9 +69,9 @@ def length_statistics(proteins: Sequence[str]) -> dict[str, float | None]:
     return dict(zip(names, map(float, [lengths.mean(), lengths.std(), *quartiles]), strict=True))
 
 
-def composition(proteins: Iterable[str]) -> dict[str, float]:
+def composition_shares(proteins: Iterable[str]) -> dict[str, float]:
     """Return the share of each of the 20 residues; zeros where there is none."""
-    counts = metrics.residue_counts(proteins)
+    counts = composition.residue_counts(proteins)
     return {
         letter: float(value)
         for letter, value in zip(STANDARD_RESIDUES, counts / max(1, counts.sum()), strict=True)
@@ -131,12 +132,12 @@ def diversity(
     first -= first * (first - 1) // 2 > chosen  # the root may round up
     second = chosen - first * (first - 1) // 2
     aligner = local_aligner()
-    found = []
+    identity = []
     for pair in progress(range(len(chosen)), len(chosen), "aligning", "pairs"):
         left, right = proteins[int(first[pair])], proteins[int(second[pair])]
-        found.append(aligned(aligner, left, right)[0] / min(len(left), len(right)))
+        identity.append(aligned(aligner, left, right)[0] / min(len(left), len(right)))
     touched = np.concatenate([first, second])
-    identities = np.bincount(touched, weights=np.tile(found, 2), minlength=count)
+    identities = np.bincount(touched, weights=np.tile(identity, 2), minlength=count)
     return {
         "word_distance": pair_mean(distances, np.full(count, count - 1.0), level),
         "pairwise_identity": pair_mean(
@@ -212,7 +213,7 @@ def describe(
     Args:
         proteins: residues of each; empty ones count as not valid and nothing else.
         natural: natural proteins, the reference of composition.
-        settings: what is told, and the intervals.
+        settings: of the description and its intervals.
         train: training proteins, for novelty; None: leave it out.
         nll: ``(P,)`` of each protein under the teacher, in nats; NaN: not scored.
         clusters: ``(P,)`` of related proteins; None: each is a draw of its own, as samples are.
@@ -220,9 +221,9 @@ def describe(
     Returns:
         ``sequences``; ``length`` and ``composition``; ``kl_of_an_exact_sample``, the composition
         divergence that chance alone gives; ``distinct_share`` of the proteins and
-        ``distinct_4mers`` of their words of four, which fall with the size of the set; every figure
-        of :func:`description_figures` and, thorough ones, of :func:`diversity`; beside these
-        ``novelty.train_proteins`` and the quartiles of ``novelty.nearest_identity``, and
+        ``distinct_4mers`` of their words of four, which fall with the size of the set; the
+        metrics of :data:`src.evaluation.metrics.GENERATION_METRICS` and, if thorough, of
+        :func:`diversity`; ``novelty.train_proteins``, quartiles of ``novelty.nearest_identity``,
         ``families.families``, ``.profiles`` and ``.threshold``. ``intervals`` by dotted name.
         A figure without anything to count is None.
     """
@@ -231,10 +232,10 @@ def describe(
     record: dict[str, Any] = {
         "sequences": len(proteins),
         "length": length_statistics(whole),
-        "composition": composition(whole),
-        "kl_of_an_exact_sample": 19 / (2 * max(1, int(metrics.residue_counts(whole).sum()))),
+        "composition": composition_shares(whole),
+        "kl_of_an_exact_sample": 19 / (2 * max(1, int(composition.residue_counts(whole).sum()))),
         "distinct_share": len(set(whole)) / len(whole) if whole else None,
-        "distinct_4mers": metrics.distinct_share(whole) if whole else None,
+        "distinct_4mers": composition.distinct_share(whole) if whole else None,
     }
     record["intervals"] = {}
     arrays = per_protein_sums(proteins)
@@ -256,19 +257,19 @@ def describe(
         arrays["hit"] = hits.pop("hit")
         record["families"] = hits
     for name, estimate in _estimates(arrays, natural, settings, clusters).items():
-        put_figure(record, name, estimate)
+        put_estimate(record, name, estimate)
     if settings.thorough and len(whole) > 1:
-        found = diversity(whole, seed=settings.seed, level=settings.level)
-        for name, estimate in found.items():
-            put_figure(record, f"diversity.{name}", estimate)
+        differences = diversity(whole, seed=settings.seed, level=settings.level)
+        for name, estimate in differences.items():
+            put_estimate(record, f"diversity.{name}", estimate)
     return record
 
 
 def per_protein_sums(proteins: Sequence[str]) -> dict[str, np.ndarray]:
     """Return what the cheap figures of a description are sums of, ``(P, ...)`` by name."""
     sizes = np.array([len(p) for p in proteins], dtype=np.int64)
-    counts = np.array([metrics.residue_counts([p]) for p in proteins]).reshape(-1, 20)
-    runs = np.array([metrics.longest_run(p) for p in proteins], dtype=np.int64)
+    counts = np.array([composition.residue_counts([p]) for p in proteins]).reshape(-1, 20)
+    runs = np.array([composition.longest_run(p) for p in proteins], dtype=np.int64)
     return {
         "proteins": np.ones(len(proteins), dtype=np.int64),
         "whole": sizes > 0,
@@ -276,57 +277,10 @@ def per_protein_sums(proteins: Sequence[str]) -> dict[str, np.ndarray]:
         "residues": sizes,
         "counts": counts,
         "run": runs,
-        "long_run": runs >= metrics.LONG_RUN,
+        "long_run": runs >= composition.LONG_RUN,
         "tandem": sizes * np.array([repeat_share(p) for p in proteins]),
-        "low_complexity": sizes * np.array([metrics.low_complexity_share(p) for p in proteins]),
+        "low_complexity": sizes * np.array([composition.low_complexity_share(p) for p in proteins]),
     }
-
-
-def description_figures(
-    sums: Mapping[str, np.ndarray], natural: np.ndarray
-) -> dict[str, np.ndarray]:
-    """Return every figure of a description that follows from sums over proteins.
-
-    Args:
-        sums: ``(R, ...)`` of :func:`per_protein_sums` and of what :func:`describe` adds to them.
-        natural: ``(20,)`` residue counts of natural proteins.
-
-    Returns:
-        ``(R,)`` by dotted name, NaN where there is nothing to count: ``valid_share`` (proteins
-        with residues, all of the standard 20); ``length.mean``; ``kl_from_natural`` and
-        ``kl_from_natural_uniprot`` (nats); ``repetitiveness``: ``longest_run`` (mean over proteins
-        of the longest stretch of one residue), ``long_run_share`` (proteins with six or more in a
-        row), ``tandem_repeat_share`` and ``low_complexity_share`` (of all residues;
-        :func:`repeat_share` and SEG's first pass, :func:`src.evaluation.metrics.low_complexity_share`);
-        ``teacher_perplexity_per_residue``; ``novelty.nearest_identity.mean``,
-        ``novelty.share_over_30``, ``_50``, ``_90`` (percent) and ``novelty.copied_share`` (stand
-        whole in the training protein aligned); ``families.hit_share`` of all proteins.
-    """
-    whole, residues = sums["whole"], sums["residues"]
-    published = metrics.swissprot_frequencies()
-    found = {
-        "valid_share": _ratio(sums["valid"], sums["proteins"]),
-        "length.mean": _ratio(residues, whole),
-        "repetitiveness.longest_run": _ratio(sums["run"], whole),
-        "repetitiveness.long_run_share": _ratio(sums["long_run"], whole),
-        "repetitiveness.tandem_repeat_share": _ratio(sums["tandem"], residues),
-        "repetitiveness.low_complexity_share": _ratio(sums["low_complexity"], residues),
-    }
-    for name, reference in (("", natural), ("_uniprot", published)):
-        divergence = metrics.composition_kl(sums["counts"], reference)
-        found[f"kl_from_natural{name}"] = np.where(residues > 0, divergence, np.nan)
-    if "nll" in sums:
-        found["teacher_perplexity_per_residue"] = np.exp(
-            _ratio(sums["nll"], sums["scored_residues"])
-        )
-    if "identity" in sums:
-        found["novelty.nearest_identity.mean"] = _ratio(sums["identity"], whole)
-        for level in NOVELTY_LEVELS:
-            found[f"novelty.share_over_{level * 100:.0f}"] = _ratio(sums[f"over_{level}"], whole)
-        found["novelty.copied_share"] = _ratio(sums["copied"], whole)
-    if "hit" in sums:
-        found["families.hit_share"] = _ratio(sums["hit"], sums["proteins"])
-    return found
 
 
 def _estimates(
@@ -335,11 +289,11 @@ def _estimates(
     settings: DescriptionSettings,
     clusters: Sequence[Any] | None,
 ) -> dict[str, Estimate]:
-    reference = metrics.residue_counts(natural)
+    reference = composition.residue_counts(natural)
     count = len(arrays["proteins"])
 
     def statistic(sums: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
-        return description_figures(sums, reference)
+        return compute_generation_metrics(sums, reference)
 
     if not (settings.bootstrap and count):
         return plain_estimates(statistic, arrays, settings.level)
@@ -370,12 +324,6 @@ def _without_spread(estimate: Estimate, draws: int | None) -> Estimate:
         test = stats.binomtest(round(estimate.estimate * draws), draws)
         low, high = test.proportion_ci(estimate.level, method="wilson")
     return replace(estimate, low=float(low), high=float(high))
-
-
-def _ratio(above: np.ndarray, below: np.ndarray) -> np.ndarray:
-    """Return quotients, NaN where there is nothing below the line."""
-    above, below = np.asarray(above, np.float64), np.asarray(below, np.float64)
-    return np.divide(above, below, out=np.full(above.shape, np.nan), where=below > 0)
 
 
 def _quartiles(values: np.ndarray) -> dict[str, float | None]:
@@ -450,8 +398,8 @@ def measure_generation(
     """Let each model generate proteins, and add what they show to the results of an evaluation.
 
     Args:
-        results: of :func:`src.evaluation.scoring.evaluate`; changed in place: ``generation`` (the records
-            of :func:`describe_all`, and the ``reference`` of composition), ``kl_from_natural``,
+        results: of ``src.evaluation.measurement.evaluate``; changed in place: ``generation``
+            (the records of :func:`describe_all`, and the ``reference``), ``kl_from_natural``,
             ``kl_from_natural_uniprot`` and their intervals.
         models: ``student`` and ``teacher``.
         tokenizer: of both.
@@ -491,5 +439,5 @@ def measure_generation(
         for key in ("kl_from_natural", "kl_from_natural_uniprot"):
             results[key][name] = generation[name][key]
             results["intervals"][f"{key}.{name}"] = generation[name]["intervals"][key]
-    reference = {"proteins": len(natural), "composition": composition(natural)}
+    reference = {"proteins": len(natural), "composition": composition_shares(natural)}
     results["generation"] = {**generation, "reference": reference}

@@ -27,7 +27,7 @@ Statistic = Callable[[Sums], Mapping[str, np.ndarray]]
 
 @dataclass(frozen=True)
 class Estimate:
-    """A figure with its interval; errors and variances in the figure's own unit.
+    """A value with its interval; errors and variances are in the unit of the value.
 
     ``variance_seeds``, ``variance_clusters`` and ``variance_both`` are what seeds, test clusters
     and their interplay add to the variance of the estimate; None where they were not separated.
@@ -45,7 +45,7 @@ class Estimate:
 
     @property
     def p_value(self) -> float:
-        """Two-sided p-value of the hypothesis that the figure is 0."""
+        """Two-sided p-value of the hypothesis that the value is 0."""
         if not self.standard_error > 0:
             return 1.0 if self.estimate == 0 else 0.0
         t = abs(self.estimate) / self.standard_error
@@ -64,7 +64,7 @@ def cluster_codes(clusters: Sequence[Hashable] | np.ndarray) -> tuple[np.ndarray
         clusters: ``(P,)`` label of each protein's cluster.
 
     Returns:
-        ``(P,)`` codes from 0, and how many clusters there are. Numbering by first appearance makes
+        ``(P,)`` codes from 0, and the number of clusters. Numbering by first appearance makes
         a bootstrap of duplicated data draw the same weights as one of the data itself.
     """
     codes: dict[Hashable, int] = {}
@@ -368,69 +368,6 @@ def _seed_cluster_sums(
     )
 
 
-def two_way_bootstrap(
-    numerators: np.ndarray,
-    denominators: np.ndarray,
-    clusters: Sequence[Hashable] | np.ndarray,
-    n: int = 10_000,
-    seed: int = 0,
-    level: float = 0.95,
-) -> Estimate:
-    """Bootstrap the figure of :func:`two_way_interval` over seeds × clusters.
-
-    Each replicate draws seeds and, independently, clusters with replacement. Plain percentiles
-    would be too narrow with few seeds, so they are taken further out: at Φ(±t s / s*), with s and
-    the t quantile of :func:`two_way_interval` and s* the spread of the replicates (the expanded
-    percentile interval: Hesterberg 2015, American Statistician 69:371). It keeps the bootstrap's
-    skewness; where that is nil, both intervals agree.
-
-    Args:
-        numerators: ``(S, P)``.
-        denominators: ``(P,)``.
-        clusters: ``(P,)``.
-        n: replicates.
-        seed: of the draws.
-        level: of the interval.
-
-    Returns:
-        The estimate; standard error, degrees of freedom and components as in
-        :func:`two_way_interval`.
-    """
-    plain = two_way_interval(numerators, denominators, clusters, level)
-    x, r = _seed_cluster_sums(numerators, denominators, clusters)
-    seeds, count = x.shape
-    rng = np.random.default_rng(seed)
-    replicates = []
-    step = max(1, CHUNK_CELLS // (count + seeds))
-    for start in range(0, n, step):
-        size = min(step, n - start)
-        by_seed = rng.multinomial(seeds, np.full(seeds, 1 / seeds), size=size) / seeds
-        by_cluster = rng.multinomial(count, np.full(count, 1 / count), size=size)
-        top = np.einsum("ns,nc,sc->n", by_seed, by_cluster, x, optimize=True)
-        replicates.append(top / (by_cluster @ r))
-    drawn = np.concatenate(replicates)
-    spread = float(drawn.std(ddof=1))
-    if not spread > 0:
-        return plain
-    t = stats.t.ppf(0.5 + level / 2, plain.degrees_of_freedom)
-    tail = stats.norm.cdf(-t * plain.standard_error / spread)
-    # Beyond the last replicate there is nothing to read: fall back on the t interval's reach.
-    if tail < 1 / n:
-        return plain
-    low, high = np.quantile(drawn, [tail, 1 - tail])
-    return Estimate(
-        plain.estimate,
-        float(low),
-        float(high),
-        level,
-        plain.standard_error,
-        plain.degrees_of_freedom,
-        plain.variance_seeds,
-        plain.variance_clusters,
-        plain.variance_both,
-    )
-
-
 @dataclass(frozen=True)
 class Equivalence:
     """The outcome of two one-sided tests: ``equivalent`` if both ends lie within the margin."""
@@ -530,21 +467,6 @@ def seeds_for_half_width(
     for seeds in range(2, most + 1):
         error, freedom = standard_error(seed_sd, cluster_error, seeds)
         if stats.t.ppf(0.5 + level / 2, freedom) * error <= half_width:
-            return seeds
-    return None
-
-
-def seeds_for_power(
-    effect: float,
-    seed_sd: float,
-    cluster_error: float,
-    wanted: float = 0.8,
-    alpha: float = 0.05,
-    most: int = 1000,
-) -> int | None:
-    """Return the fewest seeds with which an effect is found with the wanted chance, or None."""
-    for seeds in range(2, most + 1):
-        if power(effect, seed_sd, cluster_error, seeds, alpha) >= wanted:
             return seeds
     return None
 

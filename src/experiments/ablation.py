@@ -28,15 +28,11 @@ from src.common.files import (
 )
 from src.common.runs import InUseError, is_begun, locked, provenance
 from src.common.settings import as_recorded
-from src.evaluation.results import check_figures, figure, read_results, write_results
-from src.evaluation.scoring import (
-    FLOOR_PROTEINS,
-    Evaluation,
-    EvaluationSettings,
-    clusters_of,
-    evaluate_students,
-    longest,
-)
+from src.evaluation.gates import FLOOR_PROTEINS
+from src.evaluation.inputs import clusters_of, longest
+from src.evaluation.measurement import Evaluation, evaluate_students
+from src.evaluation.results import check_figures, lookup, read_results, write_results
+from src.evaluation.scoring import EvaluationSettings
 from src.experiments.grids import Cell, Grid, read_rates, settings_key
 from src.models.loading import count_parameters, load_causal_lm, model_fingerprint, output_head
 from src.models.sizes import total_steps
@@ -116,7 +112,7 @@ class GridRun:
         path = self.file_of(cell)
         if not path.exists():
             return False
-        key = figure(read_results(path), "settings.key")
+        key = lookup(read_results(path), "settings.key")
         if key != settings_key(self.grid.settings(cell)):
             raise ValueError(
                 f"{path} holds a cell of other settings: choose another --results, or move it away"
@@ -204,8 +200,8 @@ class GridRun:
         for cell in filter(self.done, self.cells):
             made = read_results(self.file_of(cell))
             fingerprints = {
-                "teacher": figure(made, "run.teacher.fingerprint"),
-                "data": figure(made, "run.data.train"),
+                "teacher": lookup(made, "run.teacher.fingerprint"),
+                "data": lookup(made, "run.data.train"),
             }
             self._require_inputs(fingerprints, self.file_of(cell), "--results")
         members = self._members(folder, cells)
@@ -456,7 +452,7 @@ def tuned_rates(results: Path, grid: Grid) -> dict[str, Any]:
                 missing = [path for path in files if not path.exists()]
                 if missing:
                     raise ValueError(f"{missing[0]} is missing: finish --grid {grid.name} first")
-                values = [figure(read_results(p), "student_nats_per_residue") for p in files]
+                values = [lookup(read_results(p), "student_nats_per_residue") for p in files]
                 means[rate] = sum(values) / len(values)
             best = min(means, key=lambda rate: means[rate])
             rates.setdefault(size, {})[arm] = best

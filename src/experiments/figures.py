@@ -14,7 +14,7 @@ import numpy as np
 from src.common.cli import say
 from src.common.files import replace_section, write_text
 from src.common.tables import latex_lines, markdown_lines
-from src.evaluation.results import MODELS, check_figures, figure, read_results
+from src.evaluation.results import MODELS, check_figures, lookup, read_results
 from src.experiments import plots as experiment_plots
 from src.experiments import synergy
 from src.experiments.grids import read_rates
@@ -68,7 +68,7 @@ def read_cells(folder: Path, grid: str) -> Cells:
     advice = "move it away and run scripts/ablation.py again"
     for path in sorted(folder.glob("*-seed*-lr*.json")):
         results = read_results(path)
-        if figure(results, "settings.grid") != grid:
+        if lookup(results, "settings.grid") != grid:
             continue
         check_figures(results, CELL_KINDS, path, needed=True, way_out=advice)
         for number, point in enumerate(results["training"]["curve"]):
@@ -133,9 +133,9 @@ def scaling(results: Path) -> Any:
     for stratum, (folder, grid) in _strata(results).items():
         analysis = read_analysis(folder, grid)
         cells = read_cells(folder, grid)
-        lines["teacher"] = figure(cells[0], "teacher_nats_per_residue")
-        lines["unigram"] = figure(cells[0], "floors.unigram.nats_per_residue")
-        shares = {c["settings"]["size"]: figure(c, "share_of_teacher") for c in cells}
+        lines["teacher"] = lookup(cells[0], "teacher_nats_per_residue")
+        lines["unigram"] = lookup(cells[0], "floors.unigram.nats_per_residue")
+        shares = {c["settings"]["size"]: lookup(c, "share_of_teacher") for c in cells}
         for arm in ("baseline", "both"):
             series[f"{arm}, {stratum}"] = [
                 (shares[size], entry["estimate"], *entry["interval"])
@@ -176,10 +176,10 @@ def composition(results: Path) -> Any:
     for path in sorted((results / GENERATION).glob("*.json")):
         found = read_results(path)
         for name, key in ((path.stem, "student"), ("teacher", "teacher")):
-            shares = figure(found, f"generation.{key}.composition")
+            shares = lookup(found, f"generation.{key}.composition")
             if shares and name not in sets:
                 sets[name] = shares
-        natural = figure(found, "generation.reference.composition")
+        natural = lookup(found, "generation.reference.composition")
         if natural:
             sets["natural"] = natural
     if not sets:
@@ -312,9 +312,9 @@ def generation_tables(results: Path) -> Iterator[tuple[str, Table]]:
     for path in sorted((results / GENERATION).glob("*.json")):
         found = read_results(path)
         for name, key in ((path.stem, "student"), *((k, k) for k in COMPARED_SETS)):
-            if name in rows or not figure(found, f"generation.{key}"):
+            if name in rows or not lookup(found, f"generation.{key}"):
                 continue
-            values = [figure(found, f"generation.{key}.{column}") for _, column, _ in GENERATED]
+            values = [lookup(found, f"generation.{key}.{column}") for _, column, _ in GENERATED]
             rows[name] = [
                 "---" if value is None else format(value, shape)
                 for value, (_, _, shape) in zip(values, GENERATED, strict=True)
@@ -339,7 +339,7 @@ def sweep_tables(results: Path) -> Iterator[tuple[str, Table]]:
         for arm, cells in sorted(by_arm.items(), key=lambda item: _value_of(item[0])):
             row = [f"{arm} (best)" if arm in best.values() else arm]
             for name in ("student_nats_per_residue", "kl_per_residue", "student_ece.ece"):
-                values = [figure(cell, name) for cell in cells]
+                values = [lookup(cell, name) for cell in cells]
                 row.append(f"{np.mean(values):.4f} ({', '.join(f'{v:.4f}' for v in values)})")
             rows.append(row)
         headings = ["setting", "nats per residue (each seed)", "KL per residue", "ECE"]
@@ -385,7 +385,7 @@ def arms_table(record: Mapping[str, Any], cells: Cells) -> Table:
         own = [cell for cell in cells if cell["settings"]["arm"] == arm]
 
         def mean(name: str, own: Cells = own) -> float:
-            values = [figure(cell, name) for cell in own]
+            values = [lookup(cell, name) for cell in own]
             return float(np.mean([v for v in values if v is not None]))
 
         norms = [

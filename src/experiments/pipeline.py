@@ -24,7 +24,7 @@ from src.common.files import write_text
 from src.common.privacy import known_secrets, publishable, without_secrets
 from src.common.runs import FINISHED, locked, read_run, relative_paths
 from src.common.settings import PUBLISHED_STUDENTS
-from src.evaluation.results import figure, read_results, with_interval
+from src.evaluation.results import lookup, read_results, with_interval
 from src.publishing.comparison import threshold_cell
 
 STATUS_FILE = "pipeline.status"
@@ -89,7 +89,7 @@ def evaluation_state(
         results, problem = {}, f"cannot be used ({error})"
     if problem is None:
         # The table of single proteins is written last: without it the evaluation was cut off.
-        table = figure(results, "run.arguments.per_protein")
+        table = lookup(results, "run.arguments.per_protein")
         return REPLACE if table and not Path(expected["per_protein"]).exists() else FINISHED
     if overwrite:
         return REPLACE
@@ -104,7 +104,7 @@ def _difference(
     # A local student is known by its weights, however its path is spelt.
     ignored = IGNORED if published else (*IGNORED, "student_model")
     # Results are written without private paths, so paths are compared without them.
-    recorded = publishable(figure(results, "run.arguments") or {})
+    recorded = publishable(lookup(results, "run.arguments") or {})
     changed = [
         name
         for name, value in publishable(expected).items()
@@ -116,8 +116,8 @@ def _difference(
         return None
     if not Path(student).is_dir():
         return f"exists, but its model {student} does not"
-    weights = figure(read_run(student), "student.fingerprint")
-    if weights != figure(results, "run.student.fingerprint"):
+    weights = lookup(read_run(student), "student.fingerprint")
+    if weights != lookup(results, "run.student.fingerprint"):
         return f"is of other weights than {student} holds now"
     return None
 
@@ -287,7 +287,7 @@ def numbers_line(path: Path) -> str:
     parts = [
         f"{label} {with_interval(results, name)}"
         for label, name in names.items()
-        if figure(results, name) is not None
+        if lookup(results, name) is not None
     ]
     return ", ".join([*parts, f"threshold {threshold_cell(results)}"])
 

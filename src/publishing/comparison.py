@@ -1,4 +1,4 @@
-"""Sets evaluations side by side, and judges a candidate against a reference by intervals.
+"""Compares evaluations in a table, and judges a candidate against a reference by intervals.
 
 The verdict asks three questions: perplexity, KL divergence, calibration error (ECE). "Lower" and
 "higher" mean that the 95 % interval of the difference excludes zero; perplexities are "equivalent"
@@ -25,7 +25,8 @@ import numpy as np
 from src.common.files import read_json
 from src.common.settings import PUBLISHED_STUDENTS
 from src.common.tables import latex_lines, markdown_lines
-from src.evaluation.results import figure, read_results, with_interval
+from src.evaluation.metrics import METRICS, Metric
+from src.evaluation.results import interval_of, lookup, read_results, with_interval
 from src.models.sizes import threshold_for
 
 if TYPE_CHECKING:
@@ -37,15 +38,6 @@ MARGIN = 0.02
 REPLICATES = 2000
 SAME = 1e-4
 """Relative difference up to which a figure recomputed from single proteins is the file's own."""
-
-COLUMNS = (
-    ("perplexity ratio", "perplexity_ratio"),
-    ("KL", "kl_divergence"),
-    ("ECE", "student_ece.ece"),
-    ("KL from natural", "kl_from_natural.student"),
-    ("compression", "compression_ratio"),
-)
-"""Heading and dotted name of each figure of the table."""
 
 SCENARIOS = {
     "best": "perplexity, KL and ECE lower",
@@ -59,7 +51,7 @@ UNPAIRED = "two intervals"
 
 
 @dataclass
-class Entry:
+class ResultsFile:
     """A results file in a comparison; ``results`` is None where the file is missing."""
 
     path: Path
@@ -100,7 +92,7 @@ NOT_KNOWN = Difference(math.nan, math.nan, math.nan, "unknown", "")
 # Reading
 
 
-def read_entries(paths: Sequence[str | Path]) -> tuple[list[Entry], list[str]]:
+def read_entries(paths: Sequence[str | Path]) -> tuple[list[ResultsFile], list[str]]:
     """Read the files of a comparison.
 
     Args:
@@ -113,7 +105,7 @@ def read_entries(paths: Sequence[str | Path]) -> tuple[list[Entry], list[str]]:
     Raises:
         ValueError: a file is broken, a pattern matched nothing, or none holds an evaluation.
     """
-    entries: list[Entry] = []
+    entries: list[ResultsFile] = []
     notes: list[str] = []
     for path in dict.fromkeys(map(Path, paths)):
         if path.is_dir():
@@ -121,10 +113,10 @@ def read_entries(paths: Sequence[str | Path]) -> tuple[list[Entry], list[str]]:
         if not path.exists():
             if any(sign in str(path) for sign in "*?["):
                 raise ValueError(f"no file matches {path}: evaluate a student first")
-            entries.append(Entry(path, None))
+            entries.append(ResultsFile(path, None))
             notes.append(how_to_make(path))
         elif _is_evaluation(read_json(path)):
-            entries.append(Entry(path, read_results(path)))
+            entries.append(ResultsFile(path, read_results(path)))
         else:
             notes.append(f"{path}: left out, because it holds no evaluation of a student")
     if not entries:
@@ -178,36 +170,42 @@ class Threshold:
 
 def threshold_outcome(results: Mapping[str, Any]) -> Threshold | None:
     """Compare the perplexity ratio with the bound for the student's size; None without a size."""
-    ratio, compression = figure(results, "perplexity_ratio"), figure(results, "compression_ratio")
-    share = figure(results, "share_of_teacher") or (1 / compression if compression else None)
+    ratio, compression = lookup(results, "perplexity_ratio"), lookup(results, "compression_ratio")
+    share = lookup(results, "share_of_teacher") or (1 / compression if compression else None)
     if ratio is None or share is None:
         return None
     bound = threshold_for(share)
-    interval = (results.get("intervals") or {}).get("perplexity_ratio")
+    interval = interval_of(results, "perplexity_ratio")
     certain = bool(interval) and not interval[0] < bound <= interval[1]
     return Threshold(bound, ratio < bound, certain)
 
 
-def table(entries: Sequence[Entry]) -> tuple[list[str], list[list[str]]]:
+def table(entries: Sequence[ResultsFile]) -> tuple[list[str], list[list[str]]]:
     """Return the headings and the cells of the comparison, ``---`` where there is no figure."""
-    headings = ["", *(heading for heading, _ in COLUMNS), "threshold"]
+    metrics = [metric for metric in METRICS if metric.column]
+    headings = ["", *(metric.column for metric in metrics), "threshold"]
     rows = []
     for entry in entries:
         results = entry.results or {}
-        cells = [with_interval(results, name) or MISSING for _, name in COLUMNS]
-        if figure(results, "compression_ratio"):
-            cells[-1] = f"{results['compression_ratio']:.1f}x"
+        cells = [_cell(results, metric) for metric in metrics]
         rows.append([entry.name, *cells, threshold_cell(entry.results)])
     return headings, rows
 
 
+def _cell(results: Mapping[str, Any], metric: Metric) -> str:
+    value = lookup(results, metric.key)
+    if metric.spec and value:
+        return metric.spec.format(value)
+    return with_interval(results, metric.key) or MISSING
+
+
 def threshold_cell(results: Mapping[str, Any] | None) -> str:
     """Return ``pass`` or ``fail`` with the bound; with ``?`` where it is not certain."""
-    found = threshold_outcome(results or {})
-    if found is None:
+    outcome = threshold_outcome(results or {})
+    if outcome is None:
         return MISSING
-    word = "pass" if found.passed else "fail"
-    return f"{word}{'' if found.certain else '?'} (< {found.bound:.2f})"
+    word = "pass" if outcome.passed else "fail"
+    return f"{word}{'' if outcome.certain else '?'} (< {outcome.bound:.2f})"
 
 
 FOOTNOTE = (
@@ -217,7 +215,9 @@ FOOTNOTE = (
 )
 
 
-def as_markdown(entries: Sequence[Entry], verdicts: Sequence[Verdict], notes: Sequence[str]) -> str:
+def as_markdown(
+    entries: Sequence[ResultsFile], verdicts: Sequence[Verdict], notes: Sequence[str]
+) -> str:
     """Return the comparison as a Markdown table with its verdicts."""
     headings, rows = table(entries)
     lines = [*markdown_lines(headings, rows), "", FOOTNOTE]
@@ -229,7 +229,9 @@ def as_markdown(entries: Sequence[Entry], verdicts: Sequence[Verdict], notes: Se
     return "\n".join(lines) + "\n"
 
 
-def as_latex(entries: Sequence[Entry], verdicts: Sequence[Verdict], notes: Sequence[str]) -> str:
+def as_latex(
+    entries: Sequence[ResultsFile], verdicts: Sequence[Verdict], notes: Sequence[str]
+) -> str:
     """Return the comparison as a LaTeX table (package booktabs); verdicts as comments."""
     headings, rows = table(entries)
     lines = [
@@ -241,9 +243,11 @@ def as_latex(entries: Sequence[Entry], verdicts: Sequence[Verdict], notes: Seque
     return "\n".join(lines) + "\n"
 
 
-def as_csv(entries: Sequence[Entry], verdicts: Sequence[Verdict], notes: Sequence[str]) -> str:
+def as_csv(
+    entries: Sequence[ResultsFile], verdicts: Sequence[Verdict], notes: Sequence[str]
+) -> str:
     """Return the comparison as CSV, unrounded, an empty cell where there is no figure."""
-    names = [name for _, name in COLUMNS]
+    names = [metric.key for metric in METRICS if metric.column]
     judged = {verdict.candidate: verdict for verdict in verdicts}
     header = ["name", "file", *(f"{n}{end}" for n in names for end in ("", "_low", "_high"))]
     header += ["threshold", "passed", "certain"]
@@ -261,10 +265,10 @@ def as_csv(entries: Sequence[Entry], verdicts: Sequence[Verdict], notes: Sequenc
         results = entry.results or {}
         row: list[Any] = [entry.name, entry.path]
         for name in names:
-            interval = (results.get("intervals") or {}).get(name) or (None, None)
-            row += [figure(results, name), *interval]
-        found = threshold_outcome(results)
-        row += [found.bound, found.passed, found.certain] if found else [None] * 3
+            interval = interval_of(results, name) or (None, None)
+            row += [lookup(results, name), *interval]
+        outcome = threshold_outcome(results)
+        row += [outcome.bound, outcome.passed, outcome.certain] if outcome else [None] * 3
         verdict = judged.get(entry.name)
         if verdict:
             row += [verdict.reference, verdict.scenario]
@@ -291,7 +295,7 @@ def format_of(path: Path) -> str:
 
 
 def print_comparison(
-    entries: Sequence[Entry], verdicts: Sequence[Verdict], notes: Sequence[str]
+    entries: Sequence[ResultsFile], verdicts: Sequence[Verdict], notes: Sequence[str]
 ) -> None:
     """Print the comparison for a person; as wide as it needs where the output is a file."""
     from rich import box
@@ -348,8 +352,8 @@ def outcome_of(low: float, high: float, equivalent: bool = False) -> str:
 
 
 def judge(
-    candidate: Entry,
-    reference: Entry,
+    candidate: ResultsFile,
+    reference: ResultsFile,
     margin: float = MARGIN,
     replicates: int = REPLICATES,
     seed: int = 0,
@@ -403,7 +407,7 @@ def judge(
 
 
 def judge_all(
-    entries: Sequence[Entry],
+    entries: Sequence[ResultsFile],
     reference: Path,
     margin: float = MARGIN,
     replicates: int = REPLICATES,
@@ -434,7 +438,7 @@ def judge_all(
     return verdicts, None if verdicts else f"nothing to judge against {reference}"
 
 
-def _incomparable(candidate: Entry, reference: Entry) -> str | None:
+def _incomparable(candidate: ResultsFile, reference: ResultsFile) -> str | None:
     """Return why two results cannot be compared at all, or None."""
     for entry in (candidate, reference):
         if entry.results is None:
@@ -444,7 +448,7 @@ def _incomparable(candidate: Entry, reference: Entry) -> str | None:
         ("on different proteins", ("data.fingerprint", "run.data.fingerprint")),
     ):
         for name in names:
-            ours, theirs = (figure(e.results or {}, name) for e in (candidate, reference))
+            ours, theirs = (lookup(e.results or {}, name) for e in (candidate, reference))
             if ours != theirs and None not in (ours, theirs):
                 return f"they were measured {what}: evaluate both alike"
     return None
@@ -452,7 +456,7 @@ def _incomparable(candidate: Entry, reference: Entry) -> str | None:
 
 def _calibration_meaningful(ours: Mapping[str, Any], theirs: Mapping[str, Any]) -> bool:
     return all(
-        figure(results, "student_ece.calibration_meaningful") is not False
+        lookup(results, "student_ece.calibration_meaningful") is not False
         for results in (ours, theirs)
     )
 
@@ -467,7 +471,7 @@ def _doubts(
         if difference.outcome != "unknown":
             continue
         name = names[part]
-        if None in (figure(ours, name), figure(theirs, name)):
+        if None in (lookup(ours, name), lookup(theirs, name)):
             how = ": evaluate with --compute_ece" if part == "ECE" else ""
             lines.append(f"{part} was not measured for both{how}")
         else:
@@ -477,7 +481,7 @@ def _doubts(
             "ECE means nothing where a student is right no more often than always naming the most "
             "frequent token"
         )
-    if None in (figure(ours, "data.fingerprint"), figure(theirs, "data.fingerprint")):
+    if None in (lookup(ours, "data.fingerprint"), lookup(theirs, "data.fingerprint")):
         lines.append("whether both were measured on the same proteins is not recorded")
     return lines
 
@@ -513,7 +517,7 @@ def _with_ends(
     results: Mapping[str, Any], name: str, logarithm: bool
 ) -> tuple[float, float, float] | None:
     """Return a figure and the ends of its interval, or None where any is missing."""
-    value, ends = figure(results, name), (results.get("intervals") or {}).get(name)
+    value, ends = lookup(results, name), interval_of(results, name)
     if value is None or ends is None:
         return None
     if not logarithm:
@@ -523,13 +527,13 @@ def _with_ends(
     return math.log(value), math.log(ends[0]), math.log(ends[1])
 
 
-def per_protein_path(entry: Entry) -> Path | None:
+def per_protein_path(entry: ResultsFile) -> Path | None:
     """Return where the table of single proteins of a results file stands, None without one.
 
     It is looked for beside the file, under its name with ``.parquet``, then where the evaluation
     says that it wrote it.
     """
-    recorded = figure(entry.results or {}, "run.arguments.per_protein")
+    recorded = lookup(entry.results or {}, "run.arguments.per_protein")
     named = [Path(recorded)] if isinstance(recorded, str) else []
     return next((p for p in (entry.path.with_suffix(".parquet"), *named) if p.is_file()), None)
 
@@ -558,7 +562,7 @@ def read_per_protein(path: Path) -> dict[str, np.ndarray]:
 
 
 def _paired_estimates(
-    candidate: Entry, reference: Entry, replicates: int, seed: int
+    candidate: ResultsFile, reference: ResultsFile, replicates: int, seed: int
 ) -> tuple[int | None, dict[str, Estimate], list[str]]:
     """Return clusters and paired differences of ln(perplexity) and KL, or nothing and why not."""
     tables = []
@@ -572,7 +576,7 @@ def _paired_estimates(
             ("student_perplexity", np.exp(columns["nll_student"].sum() / tokens)),
             ("kl_divergence", columns["kl"].sum() / tokens),
         ):
-            theirs = figure(entry.results or {}, name)
+            theirs = lookup(entry.results or {}, name)
             if theirs is not None and not math.isclose(mine, theirs, rel_tol=SAME, abs_tol=1e-9):
                 return None, {}, [f"{path} is of another evaluation than {entry.path}: not used"]
         tables.append(columns)

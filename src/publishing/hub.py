@@ -1,9 +1,8 @@
-"""Sends a finished student to a model hub and proves that what arrived is what was here.
+"""Uploads a finished student to a model hub, downloads it again and compares.
 
-Nothing is sent before the model was loaded and its weights agree with its record, and before every
-text was searched for secrets. Only files of known names go. The weights are stored by their hash,
-so that a broken upload goes on where it stopped, and become visible together with everything else
-in one commit.
+Before anything is sent, the model is loaded, its weights are compared with its record, and every
+text is searched for secrets. Only files of known names are sent, in one commit. The hub stores
+weights by their hash, so that an interrupted upload continues where it stopped.
 """
 
 from __future__ import annotations
@@ -23,7 +22,7 @@ from src.common.cli import quiet_libraries, say, size
 from src.common.files import read_json, sha256_file
 from src.common.privacy import SHORTEST_SECRET, find_secrets, known_secrets, without_private_paths
 from src.common.runs import FINISHED, RUN_FILE, read_run
-from src.evaluation.results import figure, read_results
+from src.evaluation.results import lookup, read_results
 from src.proteins.layouts import layout
 from src.publishing.model_card import EXAMPLE_PROTEIN, PROJECT, build_card, chosen_licence
 
@@ -70,7 +69,7 @@ def check_repo_id(repo_id: str) -> None:
 
 @dataclass(frozen=True)
 class OutgoingFile:
-    """A file that is sent: as it lies on the disk, or as the bytes that replace it."""
+    """A file to send: a file on the disk, or bytes that replace it."""
 
     name: str
     source: Path | bytes
@@ -99,8 +98,8 @@ class OutgoingFile:
 
 
 @dataclass(frozen=True)
-class Student:
-    """A finished model that was loaded and found right.
+class FinishedModel:
+    """A finished model that was loaded and checked against its record.
 
     Attributes:
         folder: its directory.
@@ -119,9 +118,9 @@ class Student:
 
 @dataclass(frozen=True)
 class Package:
-    """What an upload consists of, and what stays behind."""
+    """The files of an upload, and the names of those that are not sent."""
 
-    student: Student
+    student: FinishedModel
     files: list[OutgoingFile]
     left_behind: list[str]
     card: str
@@ -153,7 +152,7 @@ def example_logits(folder: Path) -> tuple[Any, Tensor, Tensor]:
     return model, ids, logits
 
 
-def read_student(folder: Path) -> Student:
+def read_student(folder: Path) -> FinishedModel:
     """Load a finished model and check it against its record.
 
     Raises:
@@ -174,9 +173,9 @@ def read_student(folder: Path) -> Student:
         )
     weight_files(folder)
     model, tokens, logits = example_logits(folder)
-    if model_fingerprint(model) != figure(record, "student.fingerprint"):
+    if model_fingerprint(model) != lookup(record, "student.fingerprint"):
         raise ValueError(f"{folder}: the weights are not those that {RUN_FILE} records")
-    return Student(folder, record, model.config, tokens, logits)
+    return FinishedModel(folder, record, model.config, tokens, logits)
 
 
 def weight_files(folder: Path) -> list[str]:
@@ -189,7 +188,7 @@ def weight_files(folder: Path) -> list[str]:
         return [WEIGHTS_FILE]
     if not (folder / INDEX_FILE).is_file():
         raise ValueError(f"{folder}: no weights in safetensors ({WEIGHTS_FILE} is missing)")
-    placed = figure(read_json(folder / INDEX_FILE), "weight_map")
+    placed = lookup(read_json(folder / INDEX_FILE), "weight_map")
     shards = sorted({str(shard) for shard in placed.values()} if isinstance(placed, dict) else ())
     if not shards:
         raise ValueError(f"{folder / INDEX_FILE}: names no weights")
@@ -260,14 +259,14 @@ def _json_bytes(value: Any) -> bytes:
     return (json.dumps(value, indent=2, allow_nan=False) + "\n").encode()
 
 
-def results_of(path: Path, student: Student) -> dict[str, Any]:
+def results_of(path: Path, student: FinishedModel) -> dict[str, Any]:
     """Read a results file and make sure that it was measured on this model.
 
     Raises:
         ValueError: it is not a results file, or one of other weights.
     """
     results = read_results(path)
-    measured = figure(results, "run.student.fingerprint")
+    measured = lookup(results, "run.student.fingerprint")
     if measured != student.record["student"]["fingerprint"]:
         whose = "names no weights" if measured is None else "was measured on other weights"
         raise ValueError(
@@ -282,11 +281,11 @@ def refuse_secrets(files: Iterable[OutgoingFile], known: Mapping[str, str]) -> N
     known = dict(known)
     if len(home) >= SHORTEST_SECRET:
         known.setdefault(home, "the path of the home directory")
-    found = [finding for file in files for finding in find_secrets(file.name, file.text(), known)]
-    if found:
-        more = f" and {len(found) - 5} more" if len(found) > 5 else ""
+    secrets = [finding for file in files for finding in find_secrets(file.name, file.text(), known)]
+    if secrets:
+        more = f" and {len(secrets) - 5} more" if len(secrets) > 5 else ""
         raise ValueError(
-            f"nothing was sent, because it would give away: {'; '.join(found[:5])}{more}. "
+            f"nothing was sent, because it would give away: {'; '.join(secrets[:5])}{more}. "
             "Remove it (and renew the secret, if it was ever published)"
         )
 
@@ -400,7 +399,7 @@ class Repository:
         return self._call(f"sending to {self.repo_id}", self._send_once, files, title)
 
     def _send_once(self, files: list[OutgoingFile], title: str) -> tuple[str, str | None]:
-        """Compare and commit. What an attempt before this one brought about is seen and kept."""
+        """Commit the files that the hub does not have, and count what an earlier attempt did."""
         from huggingface_hub import CommitOperationAdd
 
         target, url = self.revision, None
@@ -419,6 +418,7 @@ class Repository:
             f"sending {len(missing)} of {len(files)} files, {size(sum(f.size for f in missing))}"
             + (f"; replaced: {', '.join(replaced)}" if replaced else "")
         )
+        # Not upload_folder: it splits an upload into several commits and cannot open a pull request.
         commit = self.api.create_commit(
             self.repo_id,
             [
@@ -430,17 +430,17 @@ class Repository:
             commit_message=title,
             revision=target,
             create_pr=self.create_pr and pull_request is None,
-            # An answer that is lost must not lead to a second commit: the hub refuses it (412).
+            # If the answer to a commit is lost, the hub refuses a second one (412).
             parent_commit=info.sha,
         )
         return commit.oid, commit.pr_url or url
 
     def _own_pull_request(self, title: str) -> Any:
         """Return the user's open pull request of that title, None where there is none."""
-        found = self.api.get_repo_discussions(
+        discussions = self.api.get_repo_discussions(
             self.repo_id, discussion_type="pull_request", discussion_status="open"
         )
-        for discussion in found:
+        for discussion in discussions:
             if discussion.title == title and discussion.author == self.user:
                 return discussion
         return None
@@ -461,7 +461,7 @@ class Repository:
     def _call(
         self, what: str, function: Callable[..., Result], *arguments: Any, **options: Any
     ) -> Result:
-        """Call, and call again after a while where the fault may pass."""
+        """Call a function; repeat it with growing pauses if the fault is temporary."""
         from huggingface_hub import get_session
 
         for attempt in range(1, TRIES + 1):
@@ -511,8 +511,8 @@ class Repository:
             return f"the hub answers {status}"
         if any(isinstance(cause, json.JSONDecodeError) for cause in causes(error)):
             return "the answer is not the hub's"
-        told = next((e for e in causes(error) if _status(e) or isinstance(e, _transport())), error)
-        text = " ".join(str(told).split()) or type(told).__name__
+        shown = next((e for e in causes(error) if _status(e) or isinstance(e, _transport())), error)
+        text = " ".join(str(shown).split()) or type(shown).__name__
         text = re.sub(r"(https?://[^\s?'\"]+)\?[^\s'\"]*", r"\1", text)
         if self._token:
             text = text.replace(self._token, "(token)")
@@ -520,7 +520,7 @@ class Repository:
 
 
 def causes(error: BaseException) -> Iterator[BaseException]:
-    """Yield an error and what brought it about: the client wraps some in others."""
+    """Yield an error and its causes: the client wraps some errors in others."""
     cause: BaseException | None = error
     while cause is not None:
         yield cause
@@ -578,7 +578,7 @@ def is_there(file: OutgoingFile, remote: Any) -> bool:
 def refuse_other_weights(there: Iterable[str], files: Iterable[OutgoingFile], repo_id: str) -> None:
     """Raise ``ValueError`` where weights stand that these would not replace.
 
-    Two models in one place: which of them a loader takes depends on the loader.
+    With two models in one place, which one is loaded depends on the loader.
     """
     names = {file.name for file in files}
     others = [n for n in there if n.endswith((*WEIGHT_SUFFIXES, INDEX_FILE)) and n not in names]
@@ -654,7 +654,7 @@ def upload(
 
 
 def _quiet_client() -> None:
-    """Silence the client's warnings: they show signed addresses, and ours say the same without."""
+    """Silence the client's warnings, because they show signed addresses."""
     from huggingface_hub.utils import disable_progress_bars
     from huggingface_hub.utils import logging as hub_logging
 

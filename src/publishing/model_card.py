@@ -1,7 +1,6 @@
-"""Writes the card of a student: what it is, how to use it, what was measured, how it was made.
+"""Writes the model card of a student: use, measured quality, training.
 
-Every figure comes from the run's record or from a results file, with its interval; what was not
-measured is said to be unknown.
+Every number comes from the run's record or from a results file, with its interval.
 """
 
 from __future__ import annotations
@@ -12,7 +11,8 @@ from pathlib import Path
 from typing import Any
 
 from src.common.settings import BUNDLED_DATA, BUNDLED_TEACHER, DEFAULT_TEACHER
-from src.evaluation.results import TABLE, figure, summary_lines, with_interval
+from src.evaluation.metrics import METRICS
+from src.evaluation.results import lookup, metric_rows, summary_lines
 from src.proteins.layouts import RESIDUES_PER_LINE
 from src.trainer.early_stopping import outcome_line
 
@@ -25,20 +25,6 @@ LICENCES = {DEFAULT_TEACHER: "apache-2.0"}
 OWN_FOLDERS = {"data", "models", "results"}
 """First parts of names that are folders of the project, and no account on the hub."""
 HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
-METRICS = (
-    ("perplexity_ratio", "perplexity_ratio", "Perplexity per token, student / teacher"),
-    ("kl_divergence", "kl_divergence", "KL(teacher || student), nats per token"),
-    ("student_ece.ece", "ece", "Expected calibration error of the student"),
-    ("student_perplexity", "perplexity", "Perplexity per token of the student"),
-    (
-        "student_perplexity_per_residue",
-        "perplexity_per_residue",
-        "Perplexity per residue of the student",
-    ),
-    ("top1_agreement", "top1_agreement", "Share of tokens with the teacher's first choice"),
-    ("kl_from_natural.student", "kl_from_natural", "Composition of samples: KL from natural"),
-)
-"""Figure in the results file, metric type in the model index, and its name there."""
 
 
 def hub_id(name: str | None) -> str | None:
@@ -70,13 +56,13 @@ def chosen_licence(record: Mapping[str, Any], wanted: str | None) -> str:
         ValueError: none was given and the teacher's is not known.
     """
     teacher = record["settings"]["teacher_model"]
-    found = wanted or teacher_licence(teacher)
-    if not found:
+    licence = wanted or teacher_licence(teacher)
+    if not licence:
         raise ValueError(
             f"the licence of {teacher}, from which this student was distilled, is not known: pass "
             "--license with an identifier of the hub, for example apache-2.0"
         )
-    return found
+    return licence
 
 
 def build_card(
@@ -121,7 +107,7 @@ def build_card(
         eos_token_id=config.eos_token_id,
         example=EXAMPLE_PROTEIN,
         measured=_measured(results) if results else None,
-        validation_loss=figure(record, "final.eval_loss"),
+        validation_loss=lookup(record, "final.eval_loss"),
         data=_data(record),
         max_length=record["max_length"],
         n_positions=config.n_positions,
@@ -129,7 +115,7 @@ def build_card(
         training=training_rows(record),
         license=license,
         licence_of_teacher=license == teacher_licence(settings["teacher_model"]),
-        commit=figure(record, "git.commit"),
+        commit=lookup(record, "git.commit"),
     )
 
 
@@ -145,20 +131,21 @@ def build_metadata(
     dataset = hub_id(record["settings"]["data"])
     metrics = []
     if results:
-        source = figure(results, "run.data.source") or record["settings"]["data"]
-        for name, kind, label in METRICS:
-            value = figure(results, name)
+        source = lookup(results, "run.data.source") or record["settings"]["data"]
+        for metric in METRICS:
+            value = lookup(results, metric.key) if metric.index else None
             if value is None:
                 continue
+            label = metric.title or metric.key.replace("_", " ")
             metrics.append(
                 EvalResult(
                     task_type="text-generation",
                     task_name="Protein sequence generation",
                     dataset_type=hub_id(source) or _slug(source),
                     dataset_name=source,
-                    dataset_split=figure(results, "run.data.split"),
-                    metric_type=kind,
-                    metric_name=label,
+                    dataset_split=lookup(results, "run.data.split"),
+                    metric_type=metric.index,
+                    metric_name=f"{label}, student" if metric.per_model else label,
                     metric_value=value,
                 )
             )
@@ -230,15 +217,15 @@ def training_rows(record: Mapping[str, Any]) -> list[tuple[str, str]]:
         ("device", device.get("name") or device["type"]),
         ("time", f"{record['train_seconds']:,.0f} s"),
         ("commit", _commit(record)),
-        ("PyTorch", figure(record, "versions.torch")),
-        ("transformers", figure(record, "versions.transformers")),
+        ("PyTorch", lookup(record, "versions.torch")),
+        ("transformers", lookup(record, "versions.transformers")),
     ]
     return [(name, str(value)) for name, value in rows if value is not None]
 
 
 def _commit(record: Mapping[str, Any]) -> str | None:
-    commit = figure(record, "git.commit")
-    if commit and figure(record, "git.dirty"):
+    commit = lookup(record, "git.commit")
+    if commit and lookup(record, "git.dirty"):
         return f"{commit} with local changes"
     return commit
 
@@ -276,32 +263,21 @@ def _data(record: Mapping[str, Any]) -> str:
 
 
 def _measured(results: Mapping[str, Any]) -> dict[str, Any]:
-    rows = []
-    for label, name, ratio in TABLE:
-        cells = [with_interval(results, f"{model}_{name}") for model in ("student", "teacher")]
-        if any(cells):
-            rows.append([label, *cells, with_interval(results, ratio) if ratio else ""])
-    for key, label in (
-        ("kl_from_natural", "composition of samples, KL from held-out proteins"),
-        ("kl_from_natural_uniprot", "composition of samples, KL from UniProt"),
-    ):
-        cells = [with_interval(results, f"{key}.{model}") for model in ("student", "teacher")]
-        if any(cells):
-            rows.append([label, *cells, ""])
-    reached = figure(results, "student_perplexity_per_residue")
-    floor = figure(results, "floors.unigram.perplexity_per_residue")
-    source = figure(results, "run.data.source") or "held-out proteins"
-    split = figure(results, "run.data.split")
-    proteins = figure(results, "data.proteins")
+    rows = [[metric.title, *cells] for metric, cells in metric_rows(results)]
+    reached = lookup(results, "student_perplexity_per_residue")
+    floor = lookup(results, "floors.unigram.perplexity_per_residue")
+    source = lookup(results, "run.data.source") or "held-out proteins"
+    split = lookup(results, "run.data.split")
+    proteins = lookup(results, "data.proteins")
     data = f"`{_inline(source)}`" + (f" ({split})" if split else "")
     return {
         "rows": rows,
         "lines": summary_lines(results),
         "data": (f"{proteins:,} proteins of " if proteins else "") + data,
-        "teacher": figure(results, "run.teacher.name") or "not named",
+        "teacher": lookup(results, "run.teacher.name") or "not named",
         "intervals": any((results.get("intervals") or {}).values()),
         "no_better_than_frequencies": None not in (reached, floor) and reached >= floor,
-        "calibration_warning": figure(results, "student_ece.calibration_meaningful") is False,
+        "calibration_warning": lookup(results, "student_ece.calibration_meaningful") is False,
     }
 
 

@@ -22,7 +22,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import FixedFormatter, FixedLocator, MaxNLocator, PercentFormatter
 
 from src.common.files import atomic_write
-from src.evaluation.results import figure as figure_of
+from src.evaluation.results import lookup
 from src.proteins.layouts import STANDARD_RESIDUES
 
 Parameters = ParamSpec("Parameters")
@@ -272,12 +272,12 @@ def composition_bars(sets: Mapping[str, Mapping[str, float]], rows: int = 2) -> 
         raise ValueError("no composition of generated proteins: evaluate with --num_samples")
     guide = reference or next(iter(bars.values()))
     order = sorted(STANDARD_RESIDUES, key=lambda letter: -guide.get(letter, 0.0))
-    each = -(-len(order) // rows)
+    in_row = -(-len(order) // rows)
     figure = Figure(figsize=(WIDTH, 1.7 * rows + 0.4), layout="constrained")
     grid = figure.subplots(rows, 1, squeeze=False, sharey=True)[:, 0]
     width = 0.8 / len(bars)
     for row, axes in enumerate(grid):
-        letters = order[row * each : (row + 1) * each]
+        letters = order[row * in_row : (row + 1) * in_row]
         places = np.arange(len(letters))
         for index, (name, shares) in enumerate(bars.items()):
             axes.bar(
@@ -300,7 +300,7 @@ def composition_bars(sets: Mapping[str, Mapping[str, float]], rows: int = 2) -> 
                 label="natural",
             )
         axes.set_xticks(places, letters)
-        axes.set_xlim(-0.6, each - 0.4)
+        axes.set_xlim(-0.6, in_row - 0.4)
         axes.grid(visible=False, axis="x")
         # No step of 2.5 %: labels have no decimals.
         axes.yaxis.set_major_locator(MaxNLocator(4, steps=[1, 2, 5, 10]))
@@ -351,10 +351,10 @@ def quality_against_compression(
     )
     for axes, (key, label) in zip(grid, panels, strict=True):
         for index, (name, records) in enumerate(kinds.items()):
-            shown = [r for r in records if figure_of(r, key) is not None]
+            shown = [r for r in records if lookup(r, key) is not None]
             if not shown:
                 continue
-            values = np.array([figure_of(r, key) for r in shown], dtype=float)
+            values = np.array([lookup(r, key) for r in shown], dtype=float)
             ends = [(r.get("intervals") or {}).get(key) for r in shown]
             low, high = np.array(
                 [e or (v, v) for e, v in zip(ends, values, strict=True)], dtype=float
@@ -382,7 +382,7 @@ def quality_against_compression(
         {
             (float(record["compression_ratio"]), bound)
             for record in every
-            if (bound := figure_of(record, "threshold.perplexity_ratio_below")) is not None
+            if (bound := lookup(record, "threshold.perplexity_ratio_below")) is not None
         }
     )
     if bounds:
@@ -437,16 +437,16 @@ def holdings_over_time(
     cycles = np.array([sample["cycle"] for sample in samples], dtype=float)
     for axes, (name, (label, unit)) in zip(grid, labels.items(), strict=True):
         values = np.array([sample[name] for sample in samples], dtype=float)
-        found = growths[name]
-        warm = int(found["warm_up_cycles"])
+        growth = growths[name]
+        warm = int(growth["warm_up_cycles"])
         axes.plot(minutes, values, color=COLOURS["student"], linewidth=0.9)
-        line = found["intercept"] + found["per_cycle"] * cycles[warm:]
+        line = growth["intercept"] + growth["per_cycle"] * cycles[warm:]
         axes.plot(minutes[warm:], line, color=COLOURS["teacher"], linestyle="--")
         axes.axvspan(0, minutes[warm], color=FAINT, alpha=0.15, linewidth=0)
-        low, high = found["growth_interval"]
+        low, high = growth["growth_interval"]
         named = f"{label}, {unit}" if unit else label
-        axes.set_title(f"{named}: {found['growth']:+.2g} ({low:+.2g} to {high:+.2g})")
-        spread = max(float(np.ptp(values)), found["bound"])
+        axes.set_title(f"{named}: {growth['growth']:+.2g} ({low:+.2g} to {high:+.2g})")
+        spread = max(float(np.ptp(values)), growth["bound"])
         middle = (values.max() + values.min()) / 2
         axes.set_ylim(max(-0.5, middle - 0.75 * spread), middle + 0.75 * spread)
         if not unit:

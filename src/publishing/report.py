@@ -1,4 +1,4 @@
-"""Tells the story of one run in a single HTML page that needs nothing beside itself."""
+"""Writes a report on one run as a single, self-contained HTML page."""
 
 from __future__ import annotations
 
@@ -14,18 +14,18 @@ from matplotlib.figure import Figure
 from src.common.cli import duration, size
 from src.common.privacy import publishable
 from src.common.runs import FINISHED, RUN_FILE, read_run
+from src.evaluation.metrics import FLOORS, MODELS
 from src.evaluation.results import (
-    FLOORS,
-    MODELS,
     SAMPLING,
-    TABLE,
     cautions,
-    check_figures,
-    figure,
     generation_rows,
+    lookup,
+    metric_rows,
+    pair_rows,
     read_results,
     with_interval,
 )
+from src.evaluation.schema import NonNegative, Number, Object, Positive, check_record, record_type
 from src.proteins.layouts import lines_of
 from src.publishing import plots
 from src.trainer.callbacks import read_metrics
@@ -34,51 +34,42 @@ from src.trainer.early_stopping import outcome_line
 TEMPLATES = Path(__file__).parent / "templates"
 EXAMPLES = 3
 
-DIVERGENCES = (
-    ("KL(teacher‖student), nats per token", "kl_divergence"),
-    ("KL(teacher‖student), nats per residue", "kl_per_residue"),
-    ("KL(student‖teacher), nats per token", "reverse_kl_divergence"),
-    ("Jensen–Shannon, nats per token", "js_divergence"),
-    ("same first choice", "top1_agreement"),
-    ("kept of the teacher's advantage over unigram", "kept_advantage"),
-)
-
-MADE_BY = {"command": "texts", "git.commit": "text", "versions": "object"}
-"""Kinds of what a record says of its making, as in ``src.evaluation.results``; more is shown as it is."""
+MADE_BY = {"command": list[str], "git.commit": str, "versions": Object}
+"""Types of what is shown of a record's command, commit and versions. May be missing or null."""
 TRAINED = {
-    "name": "text",
-    "train_seconds": "at least 0",
-    "peak_memory_bytes": "at least 0",
-    "steps": "at least 0",
-    **{f"{model}.parameters": "above 0" for model in MODELS},
-    **{f"settings.student.{name}": "above 0" for name in ("n_layer", "n_head", "n_embd")},
-    **{f"settings.loss.{name}": "number" for name in ("temperature", "alpha")},
-    "settings.learning_rate": "number",
-    "settings.lr_schedule": "text",
-    "settings.batch_size": "above 0",
-    "settings.gradient_accumulation_steps": "above 0",
-    "settings.batching": "text",
+    "name": str,
+    "train_seconds": NonNegative,
+    "peak_memory_bytes": NonNegative,
+    "steps": NonNegative,
+    **{f"{model}.parameters": Positive for model in MODELS},
+    **{f"settings.student.{name}": Positive for name in ("n_layer", "n_head", "n_embd")},
+    **{f"settings.loss.{name}": Number for name in ("temperature", "alpha")},
+    "settings.learning_rate": Number,
+    "settings.lr_schedule": str,
+    "settings.batch_size": Positive,
+    "settings.gradient_accumulation_steps": Positive,
+    "settings.batching": str,
     **{
-        f"data.{part}.{count}": "at least 0"
+        f"data.{part}.{count}": NonNegative
         for part in ("train", "validation")
         for count in ("proteins", "residues")
     },
-    **{f"early_stopping.{step}": "at least 0" for step in ("best_step", "last_step")},
-    "early_stopping.reason": "text",
+    **{f"early_stopping.{step}": NonNegative for step in ("best_step", "last_step")},
+    "early_stopping.reason": str,
     **MADE_BY,
 }
-"""Kinds of what is shown of a run. May be missing or null."""
+"""Types of what is shown of a run. May be missing or null."""
 
 
 class Cell(NamedTuple):
-    """A figure and, where there is one, its interval."""
+    """A value and its interval, if there is one."""
 
     value: str
     interval: str = ""
 
 
 class Drawing(NamedTuple):
-    """A figure as an SVG element, and what it shows."""
+    """A drawing as an SVG element, and its caption."""
 
     svg: str
     caption: str
@@ -106,11 +97,11 @@ def build_report(
     run = _run(run_dir) if run_dir else {}
     results = read_results(results_path) if results_path else {}
     if results_path:
-        check_figures(results["run"], MADE_BY, f"{results_path}: run")
+        check_record(results["run"], record_type(MADE_BY), f"{results_path}: run")
     _check_same_model(run, results, run_dir, results_path)
     records = read_metrics(run_dir) if run_dir else []
     sets, rows = generation_rows(results)
-    name = run.get("name") or short_name(figure(results, "run.student.name") or results_path)
+    name = run.get("name") or short_name(lookup(results, "run.student.name") or results_path)
     content = {
         "name": name,
         "summary": _summary(run, results),
@@ -120,17 +111,17 @@ def build_report(
         "training": _training(run),
         "curves": _curves(records),
         "metrics": _metric_rows(results),
-        "divergences": [(label, _cell(results, key)) for label, key in DIVERGENCES],
+        "divergences": [(m.title, m.better, _split(cell)) for m, cell in pair_rows(results)],
         "floors": _floors(results),
         "evaluated": _evaluated(results),
         "reliability": _reliability(results),
         "composition": _composition(results),
-        "generated_sets": [(s, figure(results, f"generation.{s}.sequences")) for s in sets],
+        "generated_sets": [(s, lookup(results, f"generation.{s}.sequences")) for s in sets],
         "generated": [(label, [_split(cell) for cell in cells]) for label, *cells in rows],
         "sampling": _sampling(results),
         "examples": _examples(results, fasta),
         "costs": _costs(run, results, run_dir, records),
-        "location": short_name(run_dir or figure(results, "run.student.name")),
+        "location": short_name(run_dir or lookup(results, "run.student.name")),
         "provenance": _provenance(run, results),
         "measured": bool(results),
     }
@@ -159,7 +150,7 @@ def _run(folder: Path) -> dict[str, Any]:
     if not (folder / RUN_FILE).is_file():
         raise ValueError(f"--run {folder}: no run of ours ({RUN_FILE} is missing)")
     run = read_run(folder)
-    check_figures(run, TRAINED, folder / RUN_FILE)
+    check_record(run, record_type(TRAINED), folder / RUN_FILE)
     return run
 
 
@@ -167,7 +158,7 @@ def _check_same_model(
     run: Mapping[str, Any], results: Mapping[str, Any], run_dir: Any, results_path: Any
 ) -> None:
     """Stop where a results file names another model than the run left."""
-    left, measured = figure(run, "student.fingerprint"), figure(results, "run.student.fingerprint")
+    left, measured = lookup(run, "student.fingerprint"), lookup(results, "run.student.fingerprint")
     if left and measured and left != measured:
         raise ValueError(
             f"--results {results_path} measured another model than the one in --run {run_dir} "
@@ -187,24 +178,24 @@ def command_line(words: Sequence[str]) -> str:
 
 def _summary(run: Mapping[str, Any], results: Mapping[str, Any]) -> str:
     """Return one or two sentences on what this model is."""
-    shape = [figure(run, f"settings.student.{name}") for name in ("n_layer", "n_head", "n_embd")]
-    parameters = figure(run, "student.parameters") or results.get("student_parameters")
-    theirs = figure(run, "teacher.parameters") or results.get("teacher_parameters")
-    teacher = short_name(figure(run, "teacher.name") or figure(results, "run.teacher.name"))
+    shape = [lookup(run, f"settings.student.{name}") for name in ("n_layer", "n_head", "n_embd")]
+    parameters = lookup(run, "student.parameters") or results.get("student_parameters")
+    theirs = lookup(run, "teacher.parameters") or results.get("teacher_parameters")
+    teacher = short_name(lookup(run, "teacher.name") or lookup(results, "run.teacher.name"))
     what = "A protein language model"
     if None not in shape:
         what = f"A GPT-2 of {shape[0]} blocks, {shape[1]} heads and width {shape[2]}"
     sentence = f"{what}, {parameters:,} parameters" if parameters else what
-    begun = short_name(figure(run, "settings.init_from"))
-    if figure(run, "settings.loss.alpha") == 1:
+    begun = short_name(lookup(run, "settings.init_from"))
+    if lookup(run, "settings.loss.alpha") == 1:
         sentence += f", {begun} trained further" if begun else ", trained without a teacher"
     elif teacher:
         sentence += f", distilled from {teacher}"
         if parameters and theirs:
             sentence += f" ({theirs:,} parameters, {theirs / parameters:.1f} times as many)"
-    proteins, residues = (figure(run, f"data.train.{n}") for n in ("proteins", "residues"))
+    proteins, residues = (lookup(run, f"data.train.{n}") for n in ("proteins", "residues"))
     if proteins:
-        source = short_name(figure(run, "data.source"))
+        source = short_name(lookup(run, "data.source"))
         sentence += f" on {proteins:,} proteins" + (f" of {source}" if source else "")
         sentence += f" ({residues:,} residues)" if residues else ""
     return sentence + "."
@@ -236,55 +227,55 @@ def _cell(results: Mapping[str, Any], name: str) -> Cell:
 
 
 def _headlines(results: Mapping[str, Any]) -> list[dict[str, Any]]:
-    """Return the figures that a hurried reader wants: label, cell, and what to hold it against."""
-    found = []
+    """Return the main metrics: label, cell, and a note on how to read the value."""
+    tiles = []
     ratio = _cell(results, "perplexity_ratio")
     if ratio.value:
-        bound = figure(results, "threshold.perplexity_ratio_below")
+        bound = lookup(results, "threshold.perplexity_ratio_below")
         note = "1 is the teacher"
         if bound:
-            verdict = "passed" if figure(results, "threshold.passed") else "not passed"
+            verdict = "passed" if lookup(results, "threshold.passed") else "not passed"
             note += f"; below {bound:.2f} for this size: {verdict}"
-        found.append({"label": "perplexity, student / teacher", "cell": ratio, "note": note})
+        tiles.append({"label": "perplexity, student / teacher", "cell": ratio, "note": note})
     divergence = _cell(results, "kl_divergence")
     if divergence.value:
         note = "nats per token; 0 is the teacher"
-        found.append({"label": "KL(teacher‖student)", "cell": divergence, "note": note})
+        tiles.append({"label": "KL(teacher‖student)", "cell": divergence, "note": note})
     calibration = _cell(results, "student_ece.ece")
     if calibration.value:
         teacher = with_interval(results, "teacher_ece.ece")
         note = f"teacher {teacher}" if teacher else ""
-        found.append({"label": "calibration error (ECE)", "cell": calibration, "note": note})
+        tiles.append({"label": "calibration error (ECE)", "cell": calibration, "note": note})
     if results.get("compression_ratio"):
         share = results.get("share_of_teacher") or 1 / results["compression_ratio"]
         cell = Cell(f"{results['compression_ratio']:.1f} ×")
         note = f"{share:.1%} of the teacher's parameters"
-        found.append({"label": "smaller than the teacher", "cell": cell, "note": note})
-    return found
+        tiles.append({"label": "smaller than the teacher", "cell": cell, "note": note})
+    return tiles
 
 
 def _warnings(run: Mapping[str, Any], results: Mapping[str, Any]) -> list[str]:
-    """Return what a reader must know before trusting the figures."""
-    found = []
-    if results and not figure(results, "gates.passed"):
-        found.append(
+    """Return warnings about the results: no check of the teacher, no intervals, changed code."""
+    warnings = []
+    if results and not lookup(results, "gates.passed"):
+        warnings.append(
             "The teacher was not checked on natural and shuffled proteins before it was measured."
         )
-    found += [f"{line[0].upper()}{line[1:]}." for line in cautions(results)]
+    warnings += [f"{line[0].upper()}{line[1:]}." for line in cautions(results)]
     if results and not any((results.get("intervals") or {}).values()):
-        found.append("These results have no intervals: differences may be chance.")
+        warnings.append("These results have no intervals: differences may be chance.")
     dirty = [
         what for what, r in (("training", run), ("evaluation", results.get("run"))) if _dirty(r)
     ]
     if dirty:
-        found.append(
+        warnings.append(
             f"The code of {' and '.join(dirty)} differed from the commit named under provenance."
         )
-    return found
+    return warnings
 
 
 def _dirty(record: Any) -> bool:
-    return bool(figure(record or {}, "git.dirty"))
+    return bool(lookup(record or {}, "git.dirty"))
 
 
 def _training(run: Mapping[str, Any]) -> list[tuple[str, str]]:
@@ -293,9 +284,9 @@ def _training(run: Mapping[str, Any]) -> list[tuple[str, str]]:
         return []
     settings: dict[str, Any] = run["settings"]
     loss = settings.get("loss") or {}
-    rows = [("teacher", short_name(figure(run, "teacher.name") or settings.get("teacher_model")))]
+    rows = [("teacher", short_name(lookup(run, "teacher.name") or settings.get("teacher_model")))]
     rows.append(("begun from", short_name(settings.get("init_from"))))
-    rows.append(("data", short_name(figure(run, "data.source") or settings.get("data"))))
+    rows.append(("data", short_name(lookup(run, "data.source") or settings.get("data"))))
     for part in ("train", "validation"):
         counts = _counts(run, f"data.{part}", {"proteins": "proteins", "residues": "residues"})
         rows.append(("training" if part == "train" else part, ", ".join(counts)))
@@ -326,10 +317,11 @@ def _training(run: Mapping[str, Any]) -> list[tuple[str, str]]:
     stopped = run.get("early_stopping") or {}
     if None not in map(stopped.get, ("best_step", "last_step", "reason")):
         rows.append(("early stopping", outcome_line(stopped)))
-    rows.append(("longest input", f"{run.get('max_length')} tokens"))
-    rows.append(("precision", str(run.get("precision"))))
-    rows.append(("seed", str(settings.get("seed"))))
-    return [(label, text) for label, text in rows if text not in ("", "None", "None tokens")]
+    if run.get("max_length") is not None:
+        rows.append(("longest input", f"{run['max_length']} tokens"))
+    for label, value in (("precision", run.get("precision")), ("seed", settings.get("seed"))):
+        rows.append((label, "" if value is None else str(value)))
+    return [(label, text) for label, text in rows if text]
 
 
 def _joined(*parts: Any) -> str:
@@ -339,7 +331,7 @@ def _joined(*parts: Any) -> str:
 
 def _counts(record: Mapping[str, Any], place: str, units: Mapping[str, str]) -> list[str]:
     """Return the counts that stand at a place of a record, each with its unit."""
-    counts = ((figure(record, f"{place}.{name}"), unit) for name, unit in units.items())
+    counts = ((lookup(record, f"{place}.{name}"), unit) for name, unit in units.items())
     return [f"{count:,} {unit}" for count, unit in counts if count is not None]
 
 
@@ -349,7 +341,7 @@ def _curves(records: Sequence[Mapping[str, Any]]) -> list[Drawing]:
         ("soft_loss", "divergence from the teacher", "Divergence from the teacher's softened "
          "distribution, before the factor T²."),
     )  # fmt: skip
-    found = []
+    drawings = []
     for key, label, caption in wanted:
         # Without a soft loss (α = 1) its records are zeros; where a run diverged, not finite.
         values = [record.get(name) or 0 for record in records for name in (key, f"eval_{key}")]
@@ -358,36 +350,30 @@ def _curves(records: Sequence[Mapping[str, Any]]) -> list[Drawing]:
             def draw(key: str = key, label: str = label) -> Figure:
                 return plots.learning_curves({"student": records}, key, label)
 
-            found.append(_drawing(draw, f"curve-{key}", caption))
-    return found
+            drawings.append(_drawing(draw, f"curve-{key}", caption))
+    return drawings
 
 
 def _drawing(draw: Callable[[], Figure], name: str, caption: str) -> Drawing:
     return Drawing(plots.inline_svg(draw(), name, caption), caption)
 
 
-def _metric_rows(results: Mapping[str, Any]) -> list[tuple[str, list[Cell]]]:
-    """Return label, student, teacher and ratio of every figure that was measured of both."""
-    rows = []
-    for label, name, ratio in TABLE:
-        cells = [_cell(results, f"{model}_{name}") for model in MODELS]
-        cells.append(_cell(results, ratio) if ratio else Cell(""))
-        if any(cell.value for cell in cells):
-            rows.append((label, cells))
-    return rows
+def _metric_rows(results: Mapping[str, Any]) -> list[tuple[str, str, list[Cell]]]:
+    """Return label, better direction and cells (student, teacher, ratio) of each metric."""
+    return [(m.title, m.better, list(map(_split, cells))) for m, cells in metric_rows(results)]
 
 
 def _floors(results: Mapping[str, Any]) -> list[tuple[str, str]]:
-    values = [(n, figure(results, f"floors.{n}.perplexity_per_residue")) for n in FLOORS]
+    values = [(n, lookup(results, f"floors.{n}.perplexity_per_residue")) for n in FLOORS]
     return [(name, f"{value:.2f}") for name, value in values if value is not None]
 
 
 def _evaluated(results: Mapping[str, Any]) -> str:
     """Return what was measured on, in a sentence."""
-    if not figure(results, "data.proteins"):
+    if not lookup(results, "data.proteins"):
         return ""
-    source = short_name(figure(results, "run.data.source"))
-    split = figure(results, "run.data.split")
+    source = short_name(lookup(results, "run.data.source"))
+    split = lookup(results, "run.data.split")
     where = f" of {source}" + (f" ({split})" if split else "") if source else ""
     proteins = {"proteins": f"held-out proteins{where}", "clusters": "clusters"}
     others = {"residues": "residues", "tokens": "predicted tokens"}
@@ -399,22 +385,22 @@ def _evaluated(results: Mapping[str, Any]) -> str:
 
 
 def _reliability(results: Mapping[str, Any]) -> list[Drawing]:
-    found = []
+    drawings = []
     for model in MODELS:
         record = results.get(f"{model}_ece")
-        if figure(record or {}, "reliability"):
+        if lookup(record or {}, "reliability"):
 
             def draw(model: str = model, record: Any = record) -> Figure:
                 return plots.reliability_diagram({model: record})
 
             caption = f"Accuracy of the {model}'s first choice against its confidence."
-            found.append(_drawing(draw, f"reliability-{model}", caption))
-    return found
+            drawings.append(_drawing(draw, f"reliability-{model}", caption))
+    return drawings
 
 
 def _composition(results: Mapping[str, Any]) -> Drawing | None:
-    sets = {m: figure(results, f"generation.{m}.composition") for m in MODELS}
-    sets["natural"] = figure(results, "generation.reference.composition")
+    sets = {m: lookup(results, f"generation.{m}.composition") for m in MODELS}
+    sets["natural"] = lookup(results, "generation.reference.composition")
     shown = {name: shares for name, shares in sets.items() if shares}
     if not any(model in shown for model in MODELS):
         return None
@@ -427,7 +413,7 @@ def _composition(results: Mapping[str, Any]) -> Drawing | None:
 
 def _sampling(results: Mapping[str, Any]) -> str:
     """Return how the described proteins were sampled."""
-    sampling = figure(results, "generation.student.sampling")
+    sampling = lookup(results, "generation.student.sampling")
     if not sampling:
         return ""
     shown = [
@@ -437,7 +423,7 @@ def _sampling(results: Mapping[str, Any]) -> str:
     ]
     seed = sampling.get("seed")
     text = f"Sampled with {_joined(*shown, None if seed is None else f'seed {seed}')}"
-    counts = figure(results, "generation.student.counts") or {}
+    counts = lookup(results, "generation.student.counts") or {}
     if counts.get("attempts"):
         text += f"; the student began {counts['attempts']:,}"
         if counts.get("kept") is not None:
@@ -452,7 +438,7 @@ def _examples(results: Mapping[str, Any], fasta: Path | None) -> list[tuple[str,
 
         proteins = [(p.name, p.residues) for p in islice(read_proteins(fasta), EXAMPLES)]
     else:
-        given = figure(results, "generation.student.examples") or []
+        given = lookup(results, "generation.student.examples") or []
         proteins = [(f"sample {i}", r) for i, r in enumerate(given[:EXAMPLES], start=1)]
     return [
         (f"{name} · {len(residues):,} residues", lines_of(residues)) for name, residues in proteins
@@ -468,23 +454,23 @@ def _costs(
     """Return sizes and speeds, label by label."""
     rows: list[tuple[str, str]] = []
     for model in MODELS:
-        count = figure(run, f"{model}.parameters") or results.get(f"{model}_parameters")
+        count = lookup(run, f"{model}.parameters") or results.get(f"{model}_parameters")
         if count:
             rows.append((f"parameters, {model}", f"{count:,}"))
     weights = sorted(run_dir.glob("*.safetensors")) if run_dir else []
     if weights:
         rows.append(("weights on disk", size(sum(path.stat().st_size for path in weights))))
     if run.get("train_seconds"):
-        where = figure(run, "device.name") or figure(run, "device.type") or ""
+        where = lookup(run, "device.name") or lookup(run, "device.type") or ""
         rows.append(("training", f"{duration(run['train_seconds'])} on {where}"))
     speeds = sorted(r["tokens_per_second"] for r in records if r.get("tokens_per_second"))
     if speeds:
         rows.append(("training speed, median", f"{speeds[len(speeds) // 2]:,.0f} tokens/s"))
     if run.get("peak_memory_bytes"):
         rows.append(("peak memory, training", size(run["peak_memory_bytes"])))
-    where = figure(results, "performance.device") or ""
+    where = lookup(results, "performance.device") or ""
     for model in MODELS:
-        rate = figure(results, f"generation.{model}.sequences_per_second")
+        rate = lookup(results, f"generation.{model}.sequences_per_second")
         if rate:
             rows.append((f"sampling, {model}", f"{rate:.3g} proteins/s on {where}"))
     return rows
@@ -492,12 +478,12 @@ def _costs(
 
 def _provenance(run: Mapping[str, Any], results: Mapping[str, Any]) -> list[dict[str, Any]]:
     """Return, for training and evaluation, what made them."""
-    found = []
+    records = []
     for title, record in (("training", run), ("evaluation", results.get("run") or {})):
         if not record:
             continue
         rows = []
-        commit = figure(record, "git.commit")
+        commit = lookup(record, "git.commit")
         if commit:
             rows.append(("commit", commit + (" and changes" if _dirty(record) else "")))
         command = record.get("command")
@@ -508,14 +494,14 @@ def _provenance(run: Mapping[str, Any], results: Mapping[str, Any]) -> list[dict
         if isinstance(device, Mapping):
             device = device.get("name") or device.get("type")
         rows.append(("device", device))
-        rows.append(("seed", record.get("seed", figure(record, "settings.seed"))))
+        rows.append(("seed", record.get("seed", lookup(record, "settings.seed"))))
         for what in ("student", "teacher"):
-            rows.append((f"{what} fingerprint", figure(record, f"{what}.fingerprint")))
+            rows.append((f"{what} fingerprint", lookup(record, f"{what}.fingerprint")))
         for part in ("train", "validation"):
-            rows.append((f"{part} data", figure(record, f"data.{part}.fingerprint")))
-        rows.append(("evaluated data", figure(record, "data.fingerprint")))
+            rows.append((f"{part} data", lookup(record, f"data.{part}.fingerprint")))
+        rows.append(("evaluated data", lookup(record, "data.fingerprint")))
         versions = record.get("versions") or {}
         rows.append(("versions", ", ".join(f"{k} {v}" for k, v in versions.items())))
         kept = [(label, str(text)) for label, text in rows if text not in (None, "")]
-        found.append({"title": title, "rows": kept})
-    return found
+        records.append({"title": title, "rows": kept})
+    return records

@@ -38,8 +38,8 @@ from src.common.runs import (
 )
 from src.common.settings import DECAY_SHARE, TrainSettings, as_recorded, derived_steps
 from src.distillation import DistillationTrainer
-from src.evaluation.results import figure
-from src.evaluation.scoring import check_teacher
+from src.evaluation.gates import check_teacher
+from src.evaluation.results import lookup
 from src.models.initialisation import subclone
 from src.models.loading import (
     build_student,
@@ -548,10 +548,10 @@ def require_same_inputs(folder: Path, before: Mapping[str, Any], now: Mapping[st
         ValueError: they are not the same.
     """
     compared = {"training proteins": "data.train", "validation proteins": "data.validation"}
-    if figure(before, "precision") == now["precision"]:
+    if lookup(before, "precision") == now["precision"]:
         compared["teacher's weights"] = "teacher"
     for what, place in compared.items():
-        old, new = (figure(record, f"{place}.fingerprint") for record in (before, now))
+        old, new = (lookup(record, f"{place}.fingerprint") for record in (before, now))
         if old is not None and old != new:
             raise ValueError(
                 f"{folder} was begun with other {what} (SHA-256 {str(old)[:12]}, now {new[:12]}): "

@@ -27,7 +27,8 @@ from torch.utils.flop_counter import FlopCounterMode
 from src.common.devices import describe_device
 from src.common.settings import LossSettings, StudentSettings
 from src.evaluation.generation import GenerationSettings, sample_proteins
-from src.evaluation.scoring import metrics, score_students
+from src.evaluation.scoring import score_students
+from src.evaluation.token_statistics import token_statistics
 from src.loss.fused import elementwise_for
 from src.models.loading import build_student, model_fingerprint, student_config
 from src.proteins.layouts import prompt_layout
@@ -355,7 +356,7 @@ def evaluation_section(bench: Workbench) -> dict[str, Any]:
             ids = torch.as_tensor(np.asarray(proteins[index], dtype=np.int64))[None]
             ids = ids.to(bench.device)
             logits = [model(ids).logits[0, :-1].float() for model in (student, teacher)]  # type: ignore[operator]
-            for name, values in metrics.token_statistics(logits[0], logits[1], ids[0, 1:]).items():
+            for name, values in token_statistics(logits[0], logits[1], ids[0, 1:]).items():
                 sums.setdefault(name, []).append(float(values.double().sum()))
         return {name: np.array(values) for name, values in sums.items()}
 

@@ -22,7 +22,7 @@ from torch import Tensor
 from src.common.cli import say
 from src.common.settings import LossSettings, StudentSettings, TrainSettings
 from src.distillation import DistillationTrainer
-from src.evaluation.scoring import choose_split
+from src.evaluation.inputs import choose_split
 from src.models.loading import (
     build_student,
     load_causal_lm,

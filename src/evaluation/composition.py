@@ -1,0 +1,113 @@
+"""Measures single protein sequences: amino-acid composition, repeats, low complexity."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable
+
+import numpy as np
+from scipy import special
+
+from src.proteins.layouts import STANDARD_RESIDUES
+
+LOW_COMPLEXITY_WINDOW = 12
+LOW_COMPLEXITY_BITS = 2.2
+"""Window and entropy of SEG's first pass (Wootton & Federhen 1993, Computers & Chemistry 17:149)"""
+LONG_RUN = 6
+"""Residues of one kind in a row that count as a repeat."""
+PSEUDOCOUNT = 0.5
+
+SWISSPROT_PERCENT = {
+    "A": 8.25, "R": 5.53, "N": 4.06, "D": 5.45, "C": 1.37, "Q": 3.93, "E": 6.75, "G": 7.07,
+    "H": 2.27, "I": 5.96, "L": 9.66, "K": 5.84, "M": 2.42, "F": 3.86, "P": 4.70, "S": 6.56,
+    "T": 5.34, "W": 1.08, "Y": 2.92, "V": 6.87,
+}  # fmt: skip
+"""Amino-acid composition of UniProtKB/Swiss-Prot in percent, from the statistics in the notes of
+release 2013_04 (A. Bairoch; also ExPASy ProtScale, scale "A.A. composition in Swiss-Prot")."""
+
+
+def residue_counts(proteins: Iterable[str]) -> np.ndarray:
+    """Count the 20 standard residues, in the order of ``STANDARD_RESIDUES``; others are left out.
+
+    Args:
+        proteins: residues of each protein.
+
+    Returns:
+        ``(20,)``.
+    """
+    counts = np.zeros(len(STANDARD_RESIDUES), dtype=np.int64)
+    for residues in proteins:
+        counts += [residues.count(letter) for letter in STANDARD_RESIDUES]
+    return counts
+
+
+def swissprot_frequencies() -> np.ndarray:
+    """Return the published frequencies ``(20,)``, scaled to add up to one."""
+    percent = np.array([SWISSPROT_PERCENT[letter] for letter in STANDARD_RESIDUES])
+    return percent / percent.sum()
+
+
+def composition_kl(generated: np.ndarray, natural: np.ndarray) -> np.ndarray:
+    """Return KL(generated‖natural) of two amino-acid compositions, in nats.
+
+    Args:
+        generated: ``(..., 20)`` counts; half a count is added to each residue (Jeffreys), so that
+            a residue never generated adds a finite amount.
+        natural: ``(20,)`` counts, smoothed alike, or frequencies that add up to one, taken as they
+            are.
+
+    Returns:
+        ``(...)``. A sample of N residues of the natural composition itself scores about 19 / (2 N).
+    """
+    p = _shares(np.asarray(generated, dtype=np.float64))
+    natural = np.asarray(natural, dtype=np.float64)
+    q = natural if np.isclose(natural.sum(), 1.0) else _shares(natural)
+    return special.rel_entr(p, q).sum(-1)
+
+
+def _shares(counts: np.ndarray) -> np.ndarray:
+    smoothed = counts + PSEUDOCOUNT
+    return smoothed / smoothed.sum(-1, keepdims=True)
+
+
+def low_complexity_share(residues: str) -> float:
+    """Return the share of residues in a window of 12 with an entropy of at most 2.2 bits.
+
+    The first pass of SEG (Wootton & Federhen 1993). Proteins shorter than the window are one
+    window. Returns a share in [0, 1].
+    """
+    letters = np.frombuffer(residues.encode("ascii"), np.uint8)
+    if not len(letters):
+        return 0.0
+    width = min(LOW_COMPLEXITY_WINDOW, len(letters))
+    one_hot = letters[:, None] == np.unique(letters)  # (L, kinds)
+    running = np.vstack([np.zeros(one_hot.shape[1], np.int64), one_hot.cumsum(0)])
+    share = (running[width:] - running[:-width]) / width  # (windows, kinds)
+    bits = special.entr(share).sum(-1) / math.log(2)
+    low = (bits <= LOW_COMPLEXITY_BITS).astype(np.int64)
+    # A residue is covered when any of the windows that hold it is low.
+    starts = np.concatenate([[0], low.cumsum()])
+    position = np.arange(len(letters))
+    first = np.maximum(0, position - width + 1)
+    last = np.minimum(len(low), position + 1)
+    return float((starts[last] > starts[first]).mean())
+
+
+def longest_run(residues: str) -> int:
+    """Return the length of the longest stretch of one residue; 0 of an empty protein."""
+    longest = current = 0
+    before = ""
+    for letter in residues:
+        current = current + 1 if letter == before else 1
+        before = letter
+        longest = max(longest, current)
+    return longest
+
+
+def distinct_share(proteins: Iterable[str], width: int = 4) -> float:
+    """Return distinct words of ``width`` residues over all of them (distinct-n); 0 without any.
+
+    Falls as more is generated: compare sets of the same size.
+    """
+    words = [p[i : i + width] for p in proteins for i in range(len(p) - width + 1)]
+    return len(set(words)) / len(words) if words else 0.0

@@ -1,0 +1,258 @@
+"""Checks that a teacher is a model of proteins: natural against shuffled, and n-gram floors."""
+
+from __future__ import annotations
+
+import math
+import random
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from src.evaluation.results import finite_or_none
+from src.evaluation.scoring import EvaluationSettings, Proteins, Tokens, protein_nll
+from src.evaluation.statistics import PairedTest, paired_test
+from src.models.loading import max_positions, output_head
+from src.proteins.layouts import residues_of, shuffled
+from src.proteins.ngrams import UNIFORM_NATS, NgramModel, fit_ngrams
+from src.proteins.tokens import encode
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+CHECKED_PROTEINS = 200
+FLOOR_PROTEINS = 50_000
+"""Training proteins, at most, that n-gram floors are fitted on."""
+GATE_LEVEL = 0.01
+
+
+def residues_of_tokens(proteins: Proteins, tokenizer: Any) -> list[str]:
+    """Read proteins back from their tokens; proteins that are strings are returned as they are.
+
+    Raises:
+        ValueError: the tokens are not those of a laid-out protein, as with a foreign tokenizer.
+    """
+    sequences = []
+    for index in range(len(proteins)):
+        protein = proteins[index]
+        if not isinstance(protein, str):
+            text = tokenizer.decode(
+                [int(i) for i in protein],
+                skip_special_tokens=False,
+                clean_up_tokenization_spaces=False,
+            )
+            try:
+                protein = residues_of(text)
+            except ValueError as error:
+                raise ValueError(
+                    f"protein {index + 1} does not read back from its tokens ({error}): "
+                    "wrong layout or tokenizer"
+                ) from None
+            if not protein:
+                raise ValueError(f"protein {index + 1} has no residues: wrong tokenizer?")
+        sequences.append(protein)
+    return sequences
+
+
+def sample(proteins: Proteins, count: int, seed: int) -> list[Any]:
+    """Return at most ``count`` proteins, drawn without replacement, in their order."""
+    if len(proteins) <= count:
+        return [proteins[i] for i in range(len(proteins))]
+    chosen = np.random.default_rng(seed).choice(len(proteins), count, replace=False)
+    return [proteins[int(i)] for i in np.sort(chosen)]
+
+
+def floor_nll(
+    residues: Sequence[str],
+    train: Sequence[str] | None,
+    clusters: Sequence[Any],
+    seed: int = 0,
+) -> tuple[dict[str, np.ndarray], str]:
+    """Return each n-gram floor's NLL on each protein, and what it was fitted on.
+
+    Args:
+        residues: of the proteins to score.
+        train: proteins to fit on. None: each half of the scored proteins is fitted on the other,
+            divided by cluster, so that none is scored by a model that has seen a relative.
+        clusters: ``(P,)``.
+        seed: of the division and of the fit.
+
+    Returns:
+        ``unigram``, ``bigram`` and ``trigram`` ``(P,)`` in nats, and ``train`` or ``other half``;
+        no floors where there are too few proteins to fit any.
+    """
+    if train is not None and len(train) >= 2:
+        models = fit_ngrams(train, seed=seed)
+        return {name: model.nll(residues) for name, model in models.items()}, "train"
+    labels = sorted(set(clusters), key=str)
+    random.Random(seed).shuffle(labels)
+    left = set(labels[: len(labels) // 2])
+    inside = np.array([cluster in left for cluster in clusters])
+    if min(inside.sum(), (~inside).sum()) < 2:
+        return {}, "nothing"
+    floors: dict[str, np.ndarray] = {}
+    for half in (inside, ~inside):
+        fitted = fit_ngrams(_select(residues, ~half), seed=seed)
+        for name, model in fitted.items():
+            values = floors.setdefault(name, np.zeros(len(residues)))
+            values[half] = model.nll(_select(residues, half))
+    return floors, "other half"
+
+
+def _select(items: Sequence[str], chosen: np.ndarray) -> list[str]:
+    return [item for item, wanted in zip(items, chosen.tolist(), strict=True) if wanted]
+
+
+def _pairs(
+    model: PreTrainedModel, tokenizer: Any, proteins: Sequence[np.ndarray], seed: int, name: str
+) -> tuple[list[np.ndarray], list[str], list[np.ndarray]]:
+    """Return tokens and residues of the proteins that fit, and tokens of the same shuffled."""
+    limit = max_positions(model.config)
+    chosen = [ids for ids in proteins if len(ids) <= limit]
+    residues = residues_of_tokens(chosen, tokenizer)
+    mixtures = encode(tokenizer, [shuffled(r, seed) for r in residues])
+    # Shuffled proteins take more tokens: those that no longer fit are left out with their pair.
+    fit = [i for i, ids in enumerate(mixtures) if len(ids) <= limit]
+    mixtures = [np.asarray(mixtures[i]) for i in fit]
+    chosen, residues = [chosen[i] for i in fit], [residues[i] for i in fit]
+    if not chosen:
+        raise ValueError(f"all proteins are longer than the {limit} tokens that {name} takes")
+    return chosen, residues, mixtures
+
+
+def check_teacher(
+    model: PreTrainedModel,
+    tokenizer: Any,
+    proteins: Tokens,
+    train: Proteins | None = None,
+    *,
+    count: int = CHECKED_PROTEINS,
+    seed: int = 0,
+    unigram: NgramModel | None = None,
+    settings: EvaluationSettings | None = None,
+    name: str = "the teacher",
+) -> dict[str, Any]:
+    """Stop unless a model prefers natural proteins to shuffled ones and beats unigram models.
+
+    A model that fails has the wrong layout or tokenizer, or is not a model of proteins. Two unigram
+    models are needed: tokens of several residues carry so much structure that a model which ignores
+    its input can beat the frequencies of residues, and shuffled proteins take more tokens. Such a
+    model cannot beat the frequencies of tokens.
+
+    Args:
+        model: a causal language model.
+        tokenizer: its tokenizer.
+        proteins: token ids of natural proteins, as they will be used.
+        train: training proteins (residues or tokens) that the unigram floor is fitted on; None:
+            the checked proteins themselves, which makes the floor a little harder.
+        count: proteins checked, at most.
+        seed: draws and shuffles them.
+        unigram: the floor where it is already fitted.
+        settings: batches and chunks.
+        name: of the model, for messages.
+
+    Returns:
+        ``summary`` (one line of text); ``natural``, ``shuffled``, ``unigram`` (of residues) and
+        ``token_unigram`` in nats for each residue; ``shuffled_minus_natural`` with ``mean``,
+        ``low``, ``high``, ``p_value`` and ``pairs`` (nats for each residue, protein by protein);
+        ``passed`` (always true).
+
+    Raises:
+        ValueError: a check failed, or there are no proteins to check with.
+    """
+    if not len(proteins):
+        raise ValueError("there are no proteins to check the teacher with")
+    chosen, residues, mixtures = _pairs(model, tokenizer, sample(proteins, count, seed), seed, name)
+    lengths = np.array([len(r) for r in residues])
+    natural = protein_nll(model, chosen, settings, "natural proteins")
+    mixed = protein_nll(model, mixtures, settings, "shuffled proteins")
+    fitted_on = residues if train is None or len(train) < 2 else train
+    drawn = residues_of_tokens(sample(fitted_on, 5000, seed), tokenizer)
+    if unigram is None:
+        unigram = fit_ngrams(drawn if len(drawn) > 1 else drawn * 2, seed=seed)["unigram"]
+    floor = unigram.nll(residues)
+    token_floor = token_unigram_nll(
+        chosen, encode(tokenizer, drawn), output_head(model)[0].shape[0]
+    )
+    test = paired_test((mixed - natural) / lengths)
+    per_residue = {
+        key: float(values.sum() / lengths.sum())
+        for key, values in (
+            ("natural", natural),
+            ("shuffled", mixed),
+            ("unigram", floor),
+            ("token_unigram", token_floor),
+        )
+    }
+    values = (
+        f"natural {per_residue['natural']:.3f}, shuffled {per_residue['shuffled']:.3f}, unigram "
+        f"floor {per_residue['unigram']:.3f} (of tokens {per_residue['token_unigram']:.3f}) nats "
+        f"per residue over {len(residues)} proteins"
+    )
+    if not all(map(math.isfinite, per_residue.values())):
+        raise ValueError(f"{name} gives likelihoods that are not finite: its weights are broken")
+    if not (test.difference > 0 and test.p_value < GATE_LEVEL):
+        raise ValueError(
+            f"{name} does not find natural proteins clearly more likely than shuffled ones "
+            f"({values}; p = {test.p_value:.2g}): wrong layout or tokenizer, or no protein model"
+        )
+    if per_residue["natural"] >= min(per_residue["unigram"], per_residue["token_unigram"]):
+        raise ValueError(
+            f"{name} predicts proteins worse than a unigram model does ({values}): wrong layout "
+            "or tokenizer, or no protein model"
+        )
+    return {
+        "summary": f"{name} checked: {values}",
+        "passed": True,
+        **per_residue,
+        "shuffled_minus_natural": _test_record(test),
+    }
+
+
+def token_unigram_nll(
+    proteins: Sequence[np.ndarray], train: Sequence[Sequence[int]], vocab_size: int
+) -> np.ndarray:
+    """Return the NLL of each protein's tokens after the first by token frequencies, ``(P,)`` nats.
+
+    Args:
+        proteins: token ids of each protein to score.
+        train: token ids of the proteins whose frequencies are taken, half a count added to each.
+        vocab_size: number of tokens.
+    """
+    counts = np.full(vocab_size, 0.5)
+    for row in train:
+        counts += np.bincount(np.asarray(row)[1:], minlength=vocab_size)
+    log_probs = np.log(counts / counts.sum())
+    return np.array([-log_probs[np.asarray(row)[1:]].sum() for row in proteins])
+
+
+def _test_record(test: PairedTest) -> dict[str, Any]:
+    return {
+        "mean": test.difference,
+        "low": finite_or_none(test.low),
+        "high": finite_or_none(test.high),
+        "p_value": test.p_value,
+        "pairs": test.pairs,
+    }
+
+
+def check_floor(teacher: np.ndarray, unigram: np.ndarray, residues: np.ndarray) -> None:
+    """Stop where the teacher is worse than the unigram floor over all proteins."""
+    mine, floor = teacher.sum() / residues.sum(), unigram.sum() / residues.sum()
+    if mine >= floor:
+        raise ValueError(
+            f"the teacher predicts proteins worse than a unigram model does ({mine:.3f} against "
+            f"{floor:.3f} nats per residue): wrong layout or tokenizer, or no protein model"
+        )
+
+
+def floors_record(
+    measured: dict[str, Any] | None, fitted_on: str, train: Sequence[str] | None
+) -> dict[str, Any]:
+    """Describe the floors: their figures, and what they were fitted on."""
+    return {
+        "fitted_on": fitted_on,
+        "fitted_proteins": len(train) if train is not None and fitted_on == "train" else None,
+        "uniform": {"nats_per_residue": UNIFORM_NATS, "perplexity_per_residue": 20.0},
+        **(measured or {}),
+    }

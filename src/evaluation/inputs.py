@@ -1,0 +1,90 @@
+"""Finds what an evaluation needs from a student's own record: teacher, data, split, tokenizer."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from src.common.runs import RUN_FILE, read_run
+from src.evaluation.results import lookup
+from src.evaluation.scoring import EvaluationSettings
+from src.models.loading import NoTokenizerError, load_tokenizer, max_positions
+from src.proteins.splits import CLUSTERS_FILE, read_clusters
+from src.proteins.tokens import has_split, tokenizer_fingerprint
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+
+def run_of(folder: str | Path) -> dict[str, Any]:
+    """Return the record of the run that made a model; empty where there is none."""
+    path = Path(folder) / RUN_FILE
+    return read_run(folder) if path.is_file() else {}
+
+
+def named_teacher(record: Mapping[str, Any]) -> str | None:
+    """Return the teacher that a run names."""
+    name = lookup(record, "teacher.name") or lookup(record, "settings.teacher_model")
+    return name and os.path.expanduser(name)
+
+
+def named_data(record: Mapping[str, Any]) -> str | None:
+    """Return the data that a run names."""
+    source = lookup(record, "data.source") or lookup(record, "settings.data")
+    return source and os.path.expanduser(source)
+
+
+def choose_split(source: str, wanted: str | None) -> tuple[str | None, bool]:
+    """Return the part of a source to evaluate, and whether it has a training part beside it.
+
+    Raises:
+        ValueError: the source is not there, or has neither the wanted nor a held-out part.
+    """
+    if Path(source).is_file():
+        if wanted not in (None, "train"):
+            raise ValueError(f"{source} is one file and has no part {wanted!r}: leave out --split")
+        return None, False
+    for part in (wanted,) if wanted else ("test", "validation"):
+        if has_split(source, part):
+            return part, part != "train" and has_split(source, "train")
+    missing = wanted or "test or validation"
+    raise ValueError(f"--data {source} has no {missing} part: pass --data with held-out proteins")
+
+
+def clusters_of(source: str | Path) -> dict[str, str] | None:
+    """Return the cluster by name from a directory's table of clusters, None without one.
+
+    Raises:
+        ValueError: the table is broken.
+    """
+    path = Path(source) / CLUSTERS_FILE
+    return read_clusters(path) if path.is_file() else None
+
+
+def shared_tokenizer(student: str, teacher: str) -> Any:
+    """Load the teacher's tokenizer, and make sure that the student has no other.
+
+    Raises:
+        ValueError: there is none, or the two differ.
+    """
+    tokenizer = load_tokenizer(teacher)
+    try:
+        own = load_tokenizer(student)
+    except NoTokenizerError:
+        return tokenizer  # weights alone: vocabularies are compared later
+    if tokenizer_fingerprint(own) != tokenizer_fingerprint(tokenizer):
+        raise ValueError(
+            f"{student} and {teacher} have different tokenizers: their likelihoods cannot be "
+            "compared; is --teacher_model the one that the student was distilled from?"
+        )
+    return tokenizer
+
+
+def longest(
+    student: PreTrainedModel, teacher: PreTrainedModel, settings: EvaluationSettings
+) -> int:
+    """Return the longest protein, in tokens, that both models take and the settings allow."""
+    limit = min(max_positions(student.config), max_positions(teacher.config))
+    return min(limit, settings.max_length or limit)
