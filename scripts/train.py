@@ -132,7 +132,11 @@ def build_parser() -> argparse.ArgumentParser:
     add = parser.add_argument_group("run").add_argument
     add("--output_dir", type=Path, help="(default: models/ and a name made of the settings)")
     add("--resume", action="store_true", help="go on with an unfinished run")
-    add("--eval_steps", type=positive_int, help="(default: ten times a run)")
+    add(
+        "--eval_steps",
+        type=positive_int,
+        help="(default: 1 to 10 times a run, at most 5 %% of its time)",
+    )
     add("--save_steps", type=positive_int, help="(default: ten times a run)")
     add("--validation_proteins", type=positive_int, default=500, help="watched while training")
     add("--report_to", choices=("none", "wandb", "tensorboard"), default="none", help="tracker")
@@ -152,7 +156,9 @@ def build_parser() -> argparse.ArgumentParser:
         help="spread a teacher that no device holds over the processes of torchrun",
     )
     add("--skip_teacher_check", action="store_true", help="do not test the teacher first")
-    add("--dry_run", action="store_true", help="print sizes, memory, steps and time, and stop")
+    add(
+        "--dry_run", action="store_true", help="print sizes, memory, disk, steps and time, and stop"
+    )
     return parser
 
 
@@ -178,16 +184,14 @@ def build_settings(args: argparse.Namespace) -> s.TrainSettings:
     )
     rate = args.learning_rate or (preset.learning_rate if preset else DEFAULTS.learning_rate)
     loss = s.LossSettings(**{k: getattr(args, k) for k in vars(LOSS)})
-    # Fine-tuning alone asks no teacher: the model that it starts from gives the tokenizer.
-    untaught = args.init_from if loss.alpha == 1 else None
+    # With alpha 1 no teacher is used; the tokenizer comes from --init_from.
+    teacher = args.teacher_model or (args.init_from if loss.alpha == 1 else None)
     own = set(vars(DEFAULTS)) & set(vars(args)) - {"learning_rate", "teacher_model"}
     return s.TrainSettings(
         student=student,
         loss=loss,
         learning_rate=rate,
-        teacher_model=None
-        if args.tokenizer
-        else args.teacher_model or untaught or s.DEFAULT_TEACHER,
+        teacher_model=None if args.tokenizer else teacher or s.DEFAULT_TEACHER,
         cached_teacher=args.teacher_cache is not None,
         **{k: getattr(args, k) for k in own},
     )
@@ -196,15 +200,17 @@ def build_settings(args: argparse.Namespace) -> s.TrainSettings:
 def run(args: argparse.Namespace) -> dict:
     """Train, or only plan. Returns the run's record, or the plan."""
     settings = build_settings(args)
+    output_dir = args.output_dir or Path("models") / s.default_run_name(settings)
     if args.dry_run:
         from src.training.planning import plan
 
-        return plan(settings, args.preset, args.cache_dir, say, args.device)
+        cache = args.teacher_cache
+        return plan(settings, output_dir, args.preset, args.cache_dir, say, args.device, cache)
     from src.training.stages import train
 
     return train(
         settings,
-        args.output_dir or Path("models") / s.default_run_name(settings),
+        output_dir,
         resume=args.resume,
         report_to=args.report_to,
         device_name=args.device,

@@ -78,9 +78,7 @@ class StepTimer(TrainerCallback):
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Restart the clock after the warm-up; report when enough steps were timed."""
         now, step = time.monotonic(), state.global_step
-        over = self.limit is not None and (
-            now - self.began > self.limit or step == state.max_steps
-        )
+        over = self.limit is not None and (now - self.began > self.limit or step == state.max_steps)
         if self.done:
             return
         if over or step == self.first + WARM_UP_STEPS + TIMED_STEPS:

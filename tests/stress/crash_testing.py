@@ -221,7 +221,10 @@ def make_inputs(work: Path) -> None:
     import torch
     from transformers import GPT2LMHeadModel
 
-    from src.training.pretraining import PretrainSettings, teacher_config, train_tokenizer
+    from src.common.settings import StudentSettings
+    from src.models.loading import student_config
+    from src.proteins.tokenizer import train_tokenizer
+    from src.training.inputs import shape_without_teacher
 
     rng = random.Random(0)
     proteins = [
@@ -232,11 +235,10 @@ def make_inputs(work: Path) -> None:
     (work / "parts").mkdir()
     for part, some in (("train", lines[:80]), ("validation", lines[80:100]), ("test", lines[100:])):
         (work / "parts" / f"{part}.fasta.gz").write_bytes(gzip.compress("".join(some).encode()))
-    settings = PretrainSettings(vocab_size=64, n_layer=1, n_head=2, n_embd=16, n_positions=64)
-    tokenizer = train_tokenizer(proteins, settings.vocab_size, settings.n_positions)
+    tokenizer = train_tokenizer(proteins, 64, n_positions=64)
     torch.manual_seed(0)
-    end_of_text: Any = tokenizer.eos_token_id
-    teacher = GPT2LMHeadModel(teacher_config(settings, end_of_text))
+    shape = shape_without_teacher(tokenizer, 64)
+    teacher = GPT2LMHeadModel(student_config(StudentSettings(1, 2, 16), shape))
     teacher.save_pretrained(work / "teacher")
     tokenizer.save_pretrained(work / "teacher")
 

@@ -604,9 +604,9 @@ def build_formats(folder: Path) -> dict[str, Format]:
     from src.evaluation.results import REQUIRED, write_results
     from src.models.teacher_cache import capture
     from src.proteins import splits
+    from src.proteins.tokenizer import train_tokenizer
     from src.proteins.tokens import encode, tokenise
     from src.trainer import checkpoints
-    from src.training.pretraining import train_tokenizer
 
     rng = random.Random(0)
     proteins = ["".join(rng.choices("ACDEFGHIKLMNPQRSTVWY", k=n)) for n in (30, 61, 120, 5, 40, 80)]

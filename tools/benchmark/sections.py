@@ -47,8 +47,8 @@ from src.models.teacher_cache import CachedCollator, TeacherCache, capture
 from src.proteins.batching import PaddingCollator, ProteinDataset
 from src.proteins.layouts import prompt_layout
 from src.proteins.tokens import TokenisedProteins, tokenise
+from src.training.assembly import build_arguments
 from src.training.cohort import CohortTrainer, Member
-from src.training.stages import build_arguments
 from tools.benchmark.evaluation import EvaluationBench, Sums, sums_difference
 from tools.benchmark.loss import LossBench, LossCase, measure_loss_peak, relative_difference
 from tools.benchmark.report import KIND, SCHEMA_VERSION, SECTIONS
