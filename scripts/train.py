@@ -135,7 +135,7 @@ def build_parser() -> argparse.ArgumentParser:
     add(
         "--eval_steps",
         type=positive_int,
-        help="(default: 1 to 10 times a run, at most 5 %% of its time)",
+        help="(default: within 5 %% of the time)",
     )
     add("--save_steps", type=positive_int, help="(default: ten times a run)")
     add("--validation_proteins", type=positive_int, default=500, help="watched while training")
@@ -156,9 +156,7 @@ def build_parser() -> argparse.ArgumentParser:
         help="spread a teacher that no device holds over the processes of torchrun",
     )
     add("--skip_teacher_check", action="store_true", help="do not test the teacher first")
-    add(
-        "--dry_run", action="store_true", help="print sizes, memory, disk, steps and time, and stop"
-    )
+    add("--dry_run", action="store_true", help="print sizes, disk, steps and time, and stop")
     return parser
 
 

@@ -1,6 +1,6 @@
 """Runs a grid of trainings that share students, data order and teacher, and measures every cell.
 
-The cells of one group (a size and a seed) are trained together (:mod:`src.training.cohort`) and evaluated
+The cells of one group (a size and a seed) are trained (:mod:`src.training.cohort`) and evaluated
 together. A grid that was stopped goes on where it was: finished cells are known by their results
 files and never run again, and a group under way goes on from its last checkpoint. Several
 processes may work on one grid; each group is locked by the one that runs it.
