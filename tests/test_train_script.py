@@ -26,8 +26,8 @@ ROOT = Path(__file__).resolve().parents[1]
 
 
 def settings_of(*arguments: str) -> TrainSettings:
-    line = script.recipe_first(arguments)
-    return script.build_settings(script.build_parser().parse_args(line))
+    parser = script.with_recipe(script.build_parser(), arguments)
+    return script.build_settings(parser.parse_args(arguments))
 
 
 def test_help_is_quick_and_needs_no_torch():

@@ -295,7 +295,7 @@ class GridRun:
         teacher = inputs.teacher
         assert teacher is not None
         if output_head(teacher)[0].dtype != torch.float32:
-            teacher = load_causal_lm(shared.teacher_model, device=inputs.device)
+            teacher = load_causal_lm(str(shared.teacher_model), device=inputs.device)
         settings = EvaluationSettings(bootstrap=BOOTSTRAP, check=False)
         test = self._held_out(next(iter(students.values())), teacher, settings)
         train = [
