@@ -54,12 +54,13 @@ def run(args: argparse.Namespace) -> dict:
 
     from src.common import processes
     from src.common.cli import quiet_libraries
-    from src.training.stages import capture_parts, load_teacher_and_parts, unheard
+    from src.training.inputs import capture_parts, gather
+    from src.training.stages import unheard
 
     quiet_libraries()
     processes.join(args.device)
     tell = say if processes.is_first() else unheard
-    found = load_teacher_and_parts(settings, args.device, args.cache_dir, args.shard_teacher)
+    found = gather(settings, args.device, args.cache_dir, args.shard_teacher)
     caches = capture_parts(found, args.teacher_cache, tell, thorough=True)
     for name, cache in caches.items():
         tell(f"{name}: {len(found.parts[name]):,} proteins in {cache.folder}")

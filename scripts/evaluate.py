@@ -100,6 +100,11 @@ def run(args: argparse.Namespace) -> dict:
     record = (
         inputs.run_of(args.student_model) if require_model_directory(args.student_model) else {}
     )
+    if not args.teacher_model and record and inputs.named_teacher(record) is None:
+        raise ValueError(
+            f"{args.student_model} was trained without a teacher: pass --teacher_model, a model "
+            "with the same tokenizer to compare it with"
+        )
     teacher_name = args.teacher_model or inputs.named_teacher(record) or s.DEFAULT_TEACHER
     source = args.data or inputs.named_data(record) or s.DEFAULT_DATA
     split, has_train = inputs.choose_split(source, args.split)

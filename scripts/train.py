@@ -34,15 +34,8 @@ from src.common.cli import (
 
 DEFAULTS = s.TrainSettings()
 LOSS = s.LossSettings()
-
-
-class Recipe(argparse.Action):
-    """Sets the flags of a recipe; flags after it win, and :func:`main` brings it to the front."""
-
-    def __call__(self, parser: Any, namespace: Any, values: Any, option_string: Any = None) -> None:
-        """Set them."""
-        for name, value in {**s.RECIPES[values], self.dest: values}.items():
-            setattr(namespace, name, value)
+OPTIONS = ("resume", "report_to", "cache_dir", "teacher_cache", "skip_teacher_check")
+"""Flags that are passed on as they are."""
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -78,7 +71,6 @@ def build_parser() -> argparse.ArgumentParser:
     add = parser.add_argument_group("loss").add_argument
     add(
         "--recipe",
-        action=Recipe,
         choices=sorted(s.RECIPES),
         help="several flags at once; those given beside it win. "
         + "; ".join(f"{name}: {shown(flags)}" for name, flags in s.RECIPES.items()),
@@ -132,7 +124,7 @@ def build_parser() -> argparse.ArgumentParser:
     add = parser.add_argument_group("run").add_argument
     add("--output_dir", type=Path, help="(default: models/ and a name made of the settings)")
     add("--resume", action="store_true", help="go on with an unfinished run")
-    add("--eval_steps", type=positive_int, help="(default: ten times a run)")
+    add("--eval_steps", type=positive_int, help="(default: within 5 %% of the time)")
     add("--save_steps", type=positive_int, help="(default: ten times a run)")
     add("--validation_proteins", type=positive_int, default=500, help="watched while training")
     add("--report_to", choices=("none", "wandb", "tensorboard"), default="none", help="tracker")
@@ -149,10 +141,10 @@ def build_parser() -> argparse.ArgumentParser:
     add(
         "--shard_teacher",
         action="store_true",
-        help="spread a teacher that no device holds over the processes of torchrun",
+        help="spread the teacher over the processes of torchrun",
     )
     add("--skip_teacher_check", action="store_true", help="do not test the teacher first")
-    add("--dry_run", action="store_true", help="print sizes, memory, steps and time, and stop")
+    add("--dry_run", action="store_true", help="print sizes, disk, steps and time, and stop")
     return parser
 
 
@@ -178,16 +170,14 @@ def build_settings(args: argparse.Namespace) -> s.TrainSettings:
     )
     rate = args.learning_rate or (preset.learning_rate if preset else DEFAULTS.learning_rate)
     loss = s.LossSettings(**{k: getattr(args, k) for k in vars(LOSS)})
-    # Fine-tuning alone asks no teacher: the model that it starts from gives the tokenizer.
-    untaught = args.init_from if loss.alpha == 1 else None
+    # With alpha 1 no teacher is used; the tokenizer comes from --init_from.
+    teacher = args.teacher_model or (args.init_from if loss.alpha == 1 else None)
     own = set(vars(DEFAULTS)) & set(vars(args)) - {"learning_rate", "teacher_model"}
     return s.TrainSettings(
         student=student,
         loss=loss,
         learning_rate=rate,
-        teacher_model=None
-        if args.tokenizer
-        else args.teacher_model or untaught or s.DEFAULT_TEACHER,
+        teacher_model=None if args.tokenizer else teacher or s.DEFAULT_TEACHER,
         cached_teacher=args.teacher_cache is not None,
         **{k: getattr(args, k) for k in own},
     )
@@ -196,43 +186,37 @@ def build_settings(args: argparse.Namespace) -> s.TrainSettings:
 def run(args: argparse.Namespace) -> dict:
     """Train, or only plan. Returns the run's record, or the plan."""
     settings = build_settings(args)
+    output_dir = args.output_dir or Path("models") / s.default_run_name(settings)
     if args.dry_run:
         from src.training.planning import plan
 
-        return plan(settings, args.preset, args.cache_dir, say, args.device)
+        cache = args.teacher_cache
+        return plan(settings, output_dir, args.preset, args.cache_dir, say, args.device, cache)
     from src.training.stages import train
 
     return train(
         settings,
-        args.output_dir or Path("models") / s.default_run_name(settings),
-        resume=args.resume,
-        report_to=args.report_to,
-        device_name=args.device,
-        cache_dir=args.cache_dir,
-        teacher_cache=args.teacher_cache,
+        output_dir,
+        **{name: getattr(args, name) for name in OPTIONS},
         shard_teacher=args.shard_teacher,
-        skip_teacher_check=args.skip_teacher_check,
+        device_name=args.device,
         workers=args.num_workers,
         compile_model=args.compile,
     )
 
 
-def recipe_first(argv: Sequence[str]) -> list[str]:
-    """Return a command line with ``--recipe NAME`` in front, so that every other flag wins."""
-    ahead: list[str] = []
-    rest: list[str] = []
-    words = iter(argv)
-    for word in words:
-        if word == "--recipe":
-            ahead += [word, *(name for name in (next(words, None),) if name is not None)]
-        else:
-            (ahead if word.startswith("--recipe=") else rest).append(word)
-    return ahead + rest
+def with_recipe(parser: argparse.ArgumentParser, argv: Sequence[str]) -> argparse.ArgumentParser:
+    """Make the values of ``--recipe`` the parser's defaults, so that every flag given wins."""
+    first = argparse.ArgumentParser(add_help=False)
+    first.add_argument("--recipe", nargs="?")
+    parser.set_defaults(**s.RECIPES.get(first.parse_known_args(argv)[0].recipe, {}))
+    return parser
 
 
 def main(argv: list[str] | None = None) -> int:
     """Run the script and return its exit status."""
-    return run_script(run, build_parser, recipe_first(sys.argv[1:] if argv is None else argv))
+    typed = sys.argv[1:] if argv is None else argv
+    return run_script(run, lambda: with_recipe(build_parser(), typed), typed)
 
 
 if __name__ == "__main__":

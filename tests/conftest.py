@@ -39,7 +39,7 @@ def random_proteins() -> Callable[..., list[str]]:
 
 @pytest.fixture(scope="session")
 def tiny_tokenizer():
-    from src.training.pretraining import train_tokenizer
+    from src.proteins.tokenizer import train_tokenizer
 
     return train_tokenizer(make_proteins(200, seed=1), TINY_VOCABULARY, n_positions=256)
 

@@ -614,7 +614,7 @@ def test_nothing_is_left_behind_by_a_broken_source(tmp_path, tiny_tokenizer):
 
 
 def _build_in_process(path: str, cache: str, queue) -> None:
-    from src.training.pretraining import train_tokenizer
+    from src.proteins.tokenizer import train_tokenizer
     from tests.conftest import make_proteins
 
     tokenizer = train_tokenizer(make_proteins(50, seed=1), 64, n_positions=256)
@@ -716,7 +716,7 @@ def test_a_tokenizer_that_does_not_know_the_layout(tmp_path):
 
 
 def test_token_letters_and_fingerprint(tiny_tokenizer):
-    from src.training.pretraining import train_tokenizer
+    from src.proteins.tokenizer import train_tokenizer
 
     letters = token_letters(tiny_tokenizer)
     assert letters[tiny_tokenizer.eos_token_id] == ""

@@ -59,7 +59,7 @@ def ordered_proteins(count, seed=0, low=20, high=70):
 
 @pytest.fixture(scope="module")
 def tokenizer():
-    from src.training.pretraining import train_tokenizer
+    from src.proteins.tokenizer import train_tokenizer
 
     return train_tokenizer(ordered_proteins(200, seed=1), 64, n_positions=256)
 

@@ -479,7 +479,7 @@ def workplace(tmp_path_factory):
     import gzip
 
     from src.proteins.batching import PaddingCollator
-    from src.training.pretraining import train_tokenizer
+    from src.proteins.tokenizer import train_tokenizer
     from tests.test_evaluation import ordered_proteins, trained
 
     root = tmp_path_factory.mktemp("workplace")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import gzip
 import json
+import re
 import shutil
 import subprocess
 import sys
@@ -25,8 +26,8 @@ ROOT = Path(__file__).resolve().parents[1]
 
 
 def settings_of(*arguments: str) -> TrainSettings:
-    line = script.recipe_first(arguments)
-    return script.build_settings(script.build_parser().parse_args(line))
+    parser = script.with_recipe(script.build_parser(), arguments)
+    return script.build_settings(parser.parse_args(arguments))
 
 
 def test_help_is_quick_and_needs_no_torch():
@@ -109,6 +110,7 @@ CHANGES = {
     "--loss_impl": "reference",
     "--teacher_cache": "caches",
     "--learning_rate": "5e-4",
+    "--optimizer": "muon",
     "--lr_schedule": "cosine",
     "--warmup_steps": "7",
     "--weight_decay": "0.1",
@@ -139,6 +141,8 @@ def test_no_flag_is_forgotten_here():
     beside = {"--preset", "--output_dir", "--resume", "--report_to", "--device", "--num_workers"}
     beside |= {
         "--init_from",
+        "--tokenizer",
+        "--other_learning_rate",
         "--cache_dir",
         "--shard_teacher",
         "--skip_teacher_check",
@@ -186,6 +190,13 @@ def test_no_flag_is_forgotten_here():
         (["--max_steps", "9" * 30], "--max_steps must be from 1"),
         (["--cache_dir", "/dev/null"], "--cache_dir: must be a directory, and /dev/null is none"),
         (["--device", "meta", "--teacher_model", "data/small_teacher"], "cpu, cuda or cuda:N"),
+        (["--tokenizer", "data/small_teacher"], "--tokenizer: is for training from random"),
+        (
+            ["--tokenizer", "data/small_teacher", "--alpha", "1", "--init_from", "models/x"]
+            + ["--n_layer", "1"],
+            "--tokenizer: is for training from random",
+        ),
+        (["--other_learning_rate", "1e-3"], "--other_learning_rate: needs --optimizer muon"),
     ],
 )
 def test_user_errors_are_one_line(arguments, message, capsys, monkeypatch, tmp_path):
@@ -309,6 +320,42 @@ def test_a_killed_run_goes_on_to_the_same_weights(
     )
 
 
+def test_a_model_is_trained_from_a_tokenizer_alone_and_resumes_to_the_same_bits(
+    tmp_path, small_teacher_dir, proteins_dir, capsys, monkeypatch
+):
+    """How the small teacher is made: no teacher, random weights, Muon."""
+    from src.common.files import sha256_file
+
+    def untaught(name: str, *more: str) -> int:
+        return script.main(
+            f"--tokenizer {small_teacher_dir} --alpha 1 --optimizer muon --data {proteins_dir} "
+            f"--other_learning_rate 2e-3 --output_dir {tmp_path / name} --max_length 64 "
+            f"--cache_dir {tmp_path / 'cache'} --n_layer 1 --n_head 2 --n_embd 16 --max_steps 6 "
+            "--batch_size 4 --eval_steps 3 --save_steps 2 --validation_proteins 8 --device cpu "
+            "--train_size_prop 0.01 --lr_schedule warmup_stable_decay".split()
+            + list(more)
+        )
+
+    assert untaught("whole") == 0
+    shown = capsys.readouterr().out
+    assert "no teacher; model 1L/2H/16E" in shown
+    assert "soft" not in shown
+    record = json.loads((tmp_path / "whole" / "run.json").read_text())
+    assert record["teacher"] is None
+    assert record["compression"] is None
+    with monkeypatch.context() as patched:
+        interrupt_at_fifth_step(patched)
+        assert untaught("cut") == 130
+    assert untaught("cut", "--resume") == 0
+    weights = [sha256_file(tmp_path / n / "model.safetensors") for n in ("whole", "cut")]
+    assert weights[0] == weights[1]
+    from scripts import evaluate
+
+    command = f"--student_model {tmp_path / 'whole'} --data {proteins_dir} --output"
+    assert evaluate.main([*command.split(), str(tmp_path / "results.json")]) == 2
+    assert "was trained without a teacher: pass --teacher_model" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize("changed", ["teacher's weights", "training proteins"])
 def test_a_run_does_not_go_on_with_another_teacher_or_other_proteins(
     changed, tmp_path, small_teacher_dir, proteins_dir, capsys, monkeypatch
@@ -346,14 +393,14 @@ def test_a_run_that_another_process_finished_meanwhile_is_not_begun_anew(
     with monkeypatch.context() as patched:
         interrupt_at_fifth_step(patched)
         assert tiny_run(*where) == 130
-    load = training.load_teacher_and_parts
+    gather = training.gather
 
-    def load_slowly(*arguments):
+    def gather_slowly(*arguments):
         shutil.rmtree(run)
         shutil.copytree(finished / "run", run)  # as the other process left it
-        return load(*arguments)
+        return gather(*arguments)
 
-    monkeypatch.setattr(training, "load_teacher_and_parts", load_slowly)
+    monkeypatch.setattr(training, "gather", gather_slowly)
     before = {p.name: p.read_bytes() for p in (finished / "run").iterdir() if p.is_file()}
     assert tiny_run(*where, "--resume") == 0
     assert "finished: nothing to do" in capsys.readouterr().out
@@ -386,9 +433,32 @@ def test_dry_run_trains_nothing(tmp_path, small_teacher_dir, proteins_dir, capsy
     arguments += [str(proteins_dir), "--cache_dir", str(tmp_path / "cache"), "--preset", "tiny"]
     assert script.main([*arguments, "--output_dir", str(tmp_path / "run")]) == 0
     shown = capsys.readouterr().out
-    assert all(name in shown for name in PRESETS)
+    assert "tiny " in shown
+    assert "xs " in shown
+    assert "left out, because larger than the teacher: small, medium, hf-tiny, hf-" in shown
+    assert not re.search(r"\d,?\d\d\d\.\d%", shown)
+    assert f"output: {tmp_path / 'run'}" in shown
+    assert re.search(r"disk: [\d.]+ MB \(2 checkpoints kept and one being written", shown)
+    assert re.search(r"tiny on this machine: about .* left .* peak memory", shown)
     assert "nothing was trained" in shown
     assert not (tmp_path / "run").exists()
+
+
+def test_dry_run_knows_the_cache_and_a_run_without_a_teacher(
+    tmp_path, small_teacher_dir, proteins_dir, capsys
+):
+    common = f"--dry_run --data {proteins_dir} --cache_dir {tmp_path / 'cache'} --device cpu "
+    common += f"--output_dir {tmp_path / 'run'} --train_size_prop 0.01 --preset xs --max_steps 20 "
+    cached = f"--teacher_model {small_teacher_dir} --teacher_cache {tmp_path / 'kept'}"
+    assert script.main((common + cached).split()) == 0
+    shown = capsys.readouterr().out
+    assert re.search(rf"teacher cache: [\d.]+ .B in {tmp_path / 'kept'}; .* free", shown)
+    assert "time: not measured" in shown
+    assert script.main((common + f"--tokenizer {small_teacher_dir} --alpha 1").split()) == 0
+    shown = capsys.readouterr().out
+    assert f"no teacher; tokenizer {small_teacher_dir}: 512 tokens" in shown
+    assert "xs on this machine: about " in shown
+    assert not list(tmp_path.glob("run*"))
 
 
 def test_planning_knows_the_default_teacher(capsys):

@@ -36,7 +36,7 @@ def build_parser() -> argparse.ArgumentParser:
 def run(args: argparse.Namespace) -> dict:
     """Evaluate and write ``evaluation.json`` and ``README.md`` into the model's directory."""
     from src.common.cli import quiet_libraries
-    from src.common.files import read_json, write_json, write_text
+    from src.common.files import write_json, write_text
     from src.common.runs import provenance
     from src.evaluation.gates import FLOOR_PROTEINS
     from src.evaluation.inputs import clusters_of
@@ -45,15 +45,15 @@ def run(args: argparse.Namespace) -> dict:
     from src.models.loading import load_causal_lm, load_tokenizer, max_positions, model_fingerprint
     from src.proteins.sources import has_split, read_proteins
     from src.proteins.tokens import tokenise
-    from src.training.pretraining import teacher_card
+    from src.publishing.teacher_card import teacher_card, training_facts
 
     quiet_libraries()
-    training = read_json(args.model / "training.json")
+    facts = training_facts(args.model)
     tokenizer, model = load_tokenizer(args.model), load_causal_lm(args.model)
     limit = max_positions(model.config)
     reader = read_proteins(args.data, split="train")
     train = [protein.residues for protein in islice(reader, FLOOR_PROTEINS)]
-    found: dict[str, Any] = {}
+    results: dict[str, Any] = {}
     for part in PARTS:
         if not has_split(args.data, part):
             continue
@@ -70,10 +70,10 @@ def run(args: argparse.Namespace) -> dict:
             clusters=clusters_of(args.data),
             announce=say,
         ).results
-        found[part] = {k: v for k, v in measured.items() if k not in ("student_ece", "threshold")}
-    record = {"parts": found, "run": {**provenance(), "fingerprint": model_fingerprint(model)}}
+        results[part] = {k: v for k, v in measured.items() if k not in ("student_ece", "threshold")}
+    record = {"parts": results, "run": {**provenance(), "fingerprint": model_fingerprint(model)}}
     write_json(args.model / "evaluation.json", record)
-    write_text(args.model / "README.md", teacher_card(training, found))
+    write_text(args.model / "README.md", teacher_card(facts, results))
     say(f"written: {args.model / 'README.md'} and evaluation.json")
     return record
 

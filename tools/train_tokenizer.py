@@ -34,7 +34,7 @@ def run(args: argparse.Namespace) -> dict:
 
     from src.proteins.sources import has_split, read_proteins
     from src.proteins.splits import require_free
-    from src.training.pretraining import train_tokenizer
+    from src.proteins.tokenizer import train_tokenizer
 
     require_free(args.output)
     split = "train" if has_split(args.data, "train") else None

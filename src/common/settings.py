@@ -341,17 +341,17 @@ def _last_part(name: str | None) -> str:
     return (name or "").rstrip("/").split("/")[-1]
 
 
-def derived_steps(settings: TrainSettings, steps: int) -> dict[str, int]:
+def derived_steps(settings: TrainSettings, steps: int, evaluations: int = 10) -> dict[str, int]:
     """Return warm-up, evaluation, saving and logging steps for a run of ``steps`` steps.
 
-    Where a setting is None, warm-up is 5 % of the steps but at most 500, and there are ten
-    evaluations and ten checkpoints. There are always fifty lines of log.
+    Where a setting is None, warm-up is 5 % of the steps but at most 500, and there are
+    ``evaluations`` evaluations and ten checkpoints. There are always fifty lines of log.
     """
     tenth = max(1, math.ceil(steps / 10))
     warmup = settings.warmup_steps
     return {
         "warmup_steps": min(500, math.ceil(0.05 * steps)) if warmup is None else warmup,
-        "eval_steps": settings.eval_steps or tenth,
+        "eval_steps": settings.eval_steps or max(1, math.ceil(steps / evaluations)),
         "save_steps": settings.save_steps or tenth,
         "logging_steps": max(1, steps // 50),
     }

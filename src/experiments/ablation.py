@@ -42,17 +42,16 @@ from src.proteins.tokens import TokenisedProteins, tokenise
 from src.trainer.callbacks import ConsoleProgress
 from src.trainer.checkpoints import newest_valid
 from src.trainer.interruption import stops_on_signals
-from src.training.cohort import CohortTrainer, Member
-from src.training.stages import (
-    Ingredients,
+from src.training.assembly import (
     build_arguments,
-    build_inputs,
-    capture_parts,
+    build_data,
     initial_student,
-    load_teacher_and_parts,
     remove_default_output,
-    training_rows,
 )
+from src.training.cohort import CohortTrainer, Member
+from src.training.inputs import Ingredients, capture_parts, gather, training_rows
+from src.training.stages import train_from
+from src.training.validation import plan_validation
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -186,9 +185,7 @@ class GridRun:
     def ingredients(self) -> Ingredients:
         """Teacher, tokenizer and proteins."""
         if self._ingredients is None:
-            self._ingredients = load_teacher_and_parts(
-                self.grid.shared, self.device, self.cache_dir
-            )
+            self._ingredients = gather(self.grid.shared, self.device, self.cache_dir)
             if self.grid.shared.cached_teacher:
                 self._caches = capture_parts(
                     self._ingredients, self.work / "teacher_cache", self.announce, flag="--work"
@@ -209,12 +206,10 @@ class GridRun:
         self.announce(f"{name}: {len(members)} students, {len(missing)} cells to finish")
         trainer = self._trainer(folder, members)
         checkpoint = newest_valid(folder, self.announce)
-        started = time.monotonic()
-        trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
-        seconds = time.monotonic() - started
+        seconds = train_from(checkpoint, trainer)
         students = {m.name: m.model.eval() for m in trainer.members}
-        found = self._evaluate({cell.name: students[cell.name] for cell in missing})
-        self._write(name, missing, found, trainer, seconds)
+        evaluations = self._evaluate({cell.name: students[cell.name] for cell in missing})
+        self._write(name, missing, evaluations, trainer, seconds)
 
     def _members(self, folder: Path, cells: Sequence[Cell]) -> list[Cell]:
         """Return the cells to train together: those of a group under way, else what is missing."""
@@ -238,8 +233,9 @@ class GridRun:
 
     def _inputs(self) -> dict[str, str]:
         """Return the fingerprints of what all cells share."""
-        found = self.ingredients
-        return {"teacher": found.teacher_fingerprint, "data": found.parts["train"].fingerprint}
+        inputs = self.ingredients
+        assert inputs.teacher_fingerprint is not None
+        return {"teacher": inputs.teacher_fingerprint, "data": inputs.parts["train"].fingerprint}
 
     def _require_inputs(self, before: Mapping[str, Any], path: Path, flag: str) -> None:
         """Check that a file of this grid was made with the teacher and proteins of now.
@@ -255,45 +251,55 @@ class GridRun:
             )
 
     def _trainer(self, folder: Path, cells: Sequence[Cell]) -> CohortTrainer:
-        found, shared = self.ingredients, self.grid.shared
+        inputs, shared = self.ingredients, self.grid.shared
         settings = [self.grid.settings(cell) for cell in cells]
         members = [
-            Member(cell.name, initial_student(s, found.teacher.config), s.loss, s.learning_rate)
+            Member(cell.name, initial_student(s, inputs.model_shape), s.loss, s.learning_rate)
             for cell, s in zip(cells, settings, strict=True)
         ]
-        rows = training_rows(shared, found.parts["train"], found.max_length)
+        rows = training_rows(shared, inputs.parts["train"], inputs.max_length)
         steps = total_steps(shared, rows)
         assert steps is not None
+        validation = plan_validation(
+            settings[0],
+            inputs.parts,
+            inputs.max_length,
+            sum(count_parameters(member.model) for member in members),
+            inputs.teacher_parameters,
+            steps,
+            shared.batch_size * shared.gradient_accumulation_steps,
+        )
         arguments = build_arguments(
-            settings[0], folder, steps, found.precision, found.device, "none"
+            settings[0],
+            folder,
+            steps,
+            inputs.precision,
+            inputs.device,
+            "none",
+            evaluations=validation.evaluations,
         )
         trainer = CohortTrainer(
             members,
-            teacher_model=found.teacher,
+            teacher_model=inputs.teacher,
             args=arguments,
             callbacks=[ConsoleProgress()],
-            **build_inputs(
-                shared,
-                found.parts,
-                int(found.tokenizer.pad_token_id),
-                found.max_length,
-                self._caches or None,
-            ),
+            **build_data(shared, inputs, self._caches or None),
         )
         remove_default_output(trainer)
         return trainer
 
     def _evaluate(self, students: Mapping[str, PreTrainedModel]) -> dict[str, Evaluation]:
-        found, shared = self.ingredients, self.grid.shared
-        teacher = found.teacher
+        inputs, shared = self.ingredients, self.grid.shared
+        teacher = inputs.teacher
+        assert teacher is not None
         if output_head(teacher)[0].dtype != torch.float32:
-            teacher = load_causal_lm(shared.teacher_model, device=found.device)
+            teacher = load_causal_lm(str(shared.teacher_model), device=inputs.device)
         settings = EvaluationSettings(bootstrap=BOOTSTRAP, check=False)
         test = self._held_out(next(iter(students.values())), teacher, settings)
         train = [
             protein.residues
             for protein, _ in zip(
-                read_proteins(shared.data, split="train", tokenizer=found.tokenizer),
+                read_proteins(shared.data, split="train", tokenizer=inputs.tokenizer),
                 range(FLOOR_PROTEINS),
                 strict=False,
             )
@@ -301,7 +307,7 @@ class GridRun:
         return evaluate_students(
             students,
             teacher,
-            found.tokenizer,
+            inputs.tokenizer,
             test,
             settings,
             train=train,
@@ -334,19 +340,21 @@ class GridRun:
         self,
         name: str,
         cells: Sequence[Cell],
-        found: Mapping[str, Evaluation],
+        evaluations: Mapping[str, Evaluation],
         trainer: CohortTrainer,
         seconds: float,
     ) -> None:
         """Write the table of single proteins first: a cell counts as done by its results file."""
         path = self._table_of(name)
-        write_table(path, [(cell, found[cell.name].per_protein) for cell in cells], self.grid.split)
+        write_table(
+            path, [(cell, evaluations[cell.name].per_protein) for cell in cells], self.grid.split
+        )
         by_name = {member.name: member for member in trainer.members}
         inputs = self._inputs()
         for cell in cells:
             settings = self.grid.settings(cell)
             model = by_name[cell.name].model
-            results = dict(found[cell.name].results)
+            results = dict(evaluations[cell.name].results)
             results["settings"] = {
                 "key": settings_key(settings),
                 "grid": self.grid.name,

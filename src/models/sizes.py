@@ -39,8 +39,8 @@ class RunCost:
     """Size of a student, and memory in bytes and optimiser steps of its training."""
 
     parameters: int
-    share_of_teacher: float
-    compression: float
+    share_of_teacher: float | None
+    compression: float | None
     memory: int
     steps: int | None
 
@@ -64,7 +64,7 @@ def estimate(
         student: the student's shape.
         settings: batch, length, precision, epochs.
         teacher_config: with ``vocab_size`` and the longest input.
-        teacher_parameters: how many the teacher has.
+        teacher_parameters: how many the teacher has; 0 without a teacher.
         training_rows: rows of an epoch, or None where the data is not available.
 
     Returns:
@@ -79,8 +79,8 @@ def estimate(
     memory = teacher_parameters * (2 if half else 4) + 16 * parameters + activations + chunk
     return RunCost(
         parameters=parameters,
-        share_of_teacher=parameters / teacher_parameters,
-        compression=teacher_parameters / parameters,
+        share_of_teacher=parameters / teacher_parameters if teacher_parameters else None,
+        compression=teacher_parameters / parameters if teacher_parameters else None,
         memory=memory,
         steps=total_steps(settings, training_rows),
     )

@@ -418,7 +418,7 @@ class Repository:
             f"sending {len(missing)} of {len(files)} files, {size(sum(f.size for f in missing))}"
             + (f"; replaced: {', '.join(replaced)}" if replaced else "")
         )
-        # Not upload_folder: it splits an upload into several commits and cannot open a pull request.
+        # Not upload_folder: it splits an upload into commits and cannot open a pull request.
         commit = self.api.create_commit(
             self.repo_id,
             [

@@ -120,17 +120,21 @@ class ConsoleProgress(TrainerCallback):
     def _line(self, state: Any, logs: dict[str, Any]) -> str:
         where = f"step {state.global_step:,}/{state.max_steps:,}"
         if "eval_loss" in logs:
-            return (
-                f"{where}  validation loss {logs['eval_loss']:.4f} "
-                f"(hard {logs['eval_hard_loss']:.4f}, soft {logs['eval_soft_loss']:.4f})"
-            )
+            return f"{where}  validation loss {_losses(logs, 'eval_')}"
         if "loss" not in logs:
             return ""
         done = state.global_step - self.first_step
         left = (time.monotonic() - self.started) / max(done, 1)
         left *= max(state.max_steps - state.global_step, 0)
         return (
-            f"{where}  loss {logs['loss']:.4f} (hard {logs.get('hard_loss', 0):.4f}, "
-            f"soft {logs.get('soft_loss', 0):.4f})  lr {logs.get('learning_rate', 0):.1e}  "
+            f"{where}  loss {_losses(logs)}  lr {logs.get('learning_rate', 0):.1e}  "
             f"{logs.get('tokens_per_second', 0):,.0f} tokens/s  {duration(left)} left"
         )
+
+
+def _losses(logs: dict[str, Any], prefix: str = "") -> str:
+    """Return a loss for a person, with its two parts where there is a soft one."""
+    loss, soft = logs[f"{prefix}loss"], logs.get(f"{prefix}soft_loss", 0)
+    if not soft:
+        return f"{loss:.4f}"
+    return f"{loss:.4f} (hard {logs[f'{prefix}hard_loss']:.4f}, soft {soft:.4f})"

@@ -1,14 +1,14 @@
-"""What a tracker is told of a run beside the Trainer's metrics: settings, curves and the outcome.
+"""Reports a run's settings and outcome to W&B or TensorBoard, beside the Trainer's metrics.
 
-The Trainer's own callbacks for W&B and TensorBoard log the metrics. The packages are imported where
-a run uses them. W&B is told nothing that names this machine, its user or its directories.
+The Trainer's own callbacks log the metrics, from which the trackers draw the curves. A tracker's
+package is imported where a run uses it. W&B gets no name of this machine, its user or its
+directories.
 """
 
 from __future__ import annotations
 
 import copy
 import importlib.util
-import io
 import os
 from collections.abc import Mapping
 from pathlib import Path
@@ -19,14 +19,13 @@ from transformers.integrations.integration_utils import TensorBoardCallback, Wan
 
 from src.common.cli import one_line
 from src.common.privacy import publishable
-from src.trainer.callbacks import read_metrics
 
 WANDB_PROJECT = "PROTGPT2_DISTILLATION"
 TENSORBOARD_FOLDER = "tensorboard"
 DESCRIBED = ("settings", "teacher", "student", "compression", "data", "steps", "versions", "git")
-"""Parts of a run's record that are known at its beginning and are its configuration."""
-# Of itself W&B would keep host, user, program, interpreter, command, packages, repository and
-# whatever is printed. An empty name stops it from asking the system for one.
+"""Parts of a run's record that are known at its beginning: the configuration."""
+OUTCOME = ("train_seconds", "peak_memory_bytes", "compression", "early_stopping", "final")
+"""Parts of a run's record that are known at its end."""
 WANDB_LEAVES_OUT = {
     "host": "",
     "username": "",
@@ -37,24 +36,24 @@ WANDB_LEAVES_OUT = {
     "x_disable_meta": True,
     "x_save_requirements": False,
 }
-OUTCOME = ("train_seconds", "peak_memory_bytes", "compression", "early_stopping", "final")
-"""Parts that are its outcome."""
+"""Settings that keep W&B from recording host, user, program, command, packages, repository and
+printed lines. An empty name stops it from asking the system for one."""
 
 
 def flat(record: Mapping[str, Any], names: tuple[str, ...]) -> dict[str, Any]:
     """Return parts of a record as one level, ``settings/loss/alpha``, without what is None."""
-    found: dict[str, Any] = {}
+    values: dict[str, Any] = {}
 
     def add(prefix: str, value: Any) -> None:
         if isinstance(value, Mapping):
-            for key, each in value.items():
-                add(f"{prefix}/{key}", each)
+            for key, inner in value.items():
+                add(f"{prefix}/{key}", inner)
         elif value is not None and not isinstance(value, list | tuple):
-            found[prefix] = value
+            values[prefix] = value
 
     for name in names:
         add(name, publishable(record.get(name)))
-    return found
+    return values
 
 
 def require_tracker(tracker: str) -> None:
@@ -66,8 +65,8 @@ def require_tracker(tracker: str) -> None:
 def open_tracker(tracker: str, folder: Path) -> None:
     """Open W&B's run, named like the folder, before anything that takes long.
 
-    The Trainer's callback would do so after the teacher was measured, and takes the run that is
-    open. TensorBoard has nothing to open.
+    The Trainer's callback, which starts later, uses the run that is open. TensorBoard has nothing
+    to open.
 
     Raises:
         ValueError: there is no key, or W&B cannot be reached.
@@ -76,7 +75,7 @@ def open_tracker(tracker: str, folder: Path) -> None:
         return
     import wandb
 
-    # Read by the Trainer's callback too.
+    # The Trainer's callback reads the same variable.
     project = os.environ.setdefault("WANDB_PROJECT", WANDB_PROJECT)
     try:
         settings = wandb.Settings(**WANDB_LEAVES_OUT)
@@ -88,19 +87,19 @@ def open_tracker(tracker: str, folder: Path) -> None:
 
 
 class Wandb(WandbCallback):
-    """The Trainer's callback for W&B, but telling no directory of this machine."""
+    """The Trainer's callback for W&B, without the directories of this machine."""
 
     def setup(self, args: Any, state: Any, model: Any, **kwargs: Any) -> None:
-        """Tell the Trainer's arguments and the student's configuration, cleaned."""
+        """Report the Trainer's arguments and the student's configuration without private paths."""
         known = publishable({**model.config.to_dict(), **args.to_dict()})
-        told = copy.copy(args)
-        # Written over the configuration, which is told first and holds paths of its own.
-        told.to_dict = lambda: known
-        super().setup(told, state, model, **kwargs)
+        cleaned = copy.copy(args)
+        # The callback merges these over the model's configuration, which holds paths of its own.
+        cleaned.to_dict = lambda: known
+        super().setup(cleaned, state, model, **kwargs)
 
 
 class Tracking(TrainerCallback):
-    """Describes a run to a tracker at its beginning, and concludes it at its end.
+    """Reports a run's configuration to a tracker at its beginning and the outcome at its end.
 
     Args:
         tracker: ``wandb`` or ``tensorboard``.
@@ -114,21 +113,16 @@ class Tracking(TrainerCallback):
     def watch(self, trainer: Trainer) -> None:
         """Follow a trainer that reports to this tracker."""
         callbacks = trainer.callback_handler.callbacks
-        for place, callback in enumerate(callbacks):
+        for index, callback in enumerate(callbacks):
             if type(callback) is WandbCallback:
-                callbacks[place] = Wandb()
+                callbacks[index] = Wandb()
             if isinstance(callback, TensorBoardCallback):
                 # One directory however often the run is resumed, so that its curves are whole.
                 callback.logging_dir = str(self.folder / TENSORBOARD_FOLDER)
         trainer.add_callback(self)
 
-    def _writer(self) -> Any:
-        from torch.utils.tensorboard import SummaryWriter
-
-        return SummaryWriter(str(self.folder / TENSORBOARD_FOLDER))
-
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Tell the configuration."""
+        """Report the configuration."""
         if not state.is_world_process_zero:
             return
         known = flat(self.record, DESCRIBED)
@@ -138,31 +132,24 @@ class Tracking(TrainerCallback):
             assert wandb.run is not None
             wandb.run.config.update(known, allow_val_change=True)
         else:
-            self._text("configuration", known)
+            self._write_table("configuration", known)
 
     def conclude(self, record: Mapping[str, Any]) -> None:
-        """Tell the outcome and draw the learning curve; the tracker's run ends."""
-        from src.publishing import plots
-
+        """Report the outcome and close the tracker's run."""
         outcome = flat(record, OUTCOME)
-        curve = plots.learning_curves({self.folder.name: read_metrics(self.folder)})
         if self.tracker == "wandb":
             import wandb
-            from PIL import Image
 
             assert wandb.run is not None
-            # As a picture: given the figure itself, W&B wants the whole of pyplot.
-            picture = io.BytesIO()
-            curve.savefig(picture, format="png", dpi=150)
-            wandb.run.log({"learning_curve": wandb.Image(Image.open(picture))})
             wandb.run.summary.update(outcome)
             wandb.run.finish()
-            return
-        self._text("outcome", outcome)
-        with self._writer() as writer:
-            writer.add_figure("learning_curve", curve, record["steps"])
+        else:
+            self._write_table("outcome", outcome)
 
-    def _text(self, title: str, values: Mapping[str, Any]) -> None:
+    def _write_table(self, title: str, values: Mapping[str, Any]) -> None:
+        """Write values as a table in TensorBoard's text tab."""
+        from torch.utils.tensorboard import SummaryWriter
+
         rows = "\n".join(f"| {name} | {value} |" for name, value in values.items())
-        with self._writer() as writer:
+        with SummaryWriter(str(self.folder / TENSORBOARD_FOLDER)) as writer:
             writer.add_text(title, f"| | |\n|---|---|\n{rows}")

@@ -33,7 +33,7 @@ from src.models.loading import (
 from src.models.teacher_cache import CachedCollator, TeacherCache, capture
 from src.proteins.batching import PaddingCollator, ProteinDataset
 from src.proteins.tokens import TokenisedProteins, tokenise
-from src.training.stages import build_arguments
+from src.training.assembly import build_arguments
 from tools.benchmark.loss import relative_difference
 
 if TYPE_CHECKING:
