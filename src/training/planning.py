@@ -19,7 +19,7 @@ from src.common.settings import (
     StudentSettings,
     TrainSettings,
 )
-from src.models.sizes import PROTGPT2, Estimate, estimate, gpt2_parameters
+from src.models.sizes import PROTGPT2, RunCost, estimate, gpt2_parameters
 
 if TYPE_CHECKING:
     from src.training.inputs import Ingredients
@@ -104,7 +104,7 @@ def plan(
 def print_table(
     own: str,
     students: dict[str, StudentSettings],
-    estimates: dict[str, Estimate],
+    estimates: dict[str, RunCost],
     announce: Callable[[str], None],
 ) -> dict[str, Any]:
     """Print the estimates but those of presets larger than the teacher; return what was printed.
