@@ -6,13 +6,16 @@ import numpy as np
 import pytest
 import torch
 
+from src.loss import reference
 from src.loss.reference import segments_from_positions, valid_positions
+from src.proteins import batching
 from src.proteins.batching import (
     EpochSampler,
     PackedDataset,
     PackingCollator,
     PaddingCollator,
     ProteinDataset,
+    cut_batches,
     length_grouped_order,
     pack,
     padding_share,
@@ -106,3 +109,21 @@ def test_packed_batch_predicts_what_single_proteins_predict():
 def test_padding_side_is_checked():
     with pytest.raises(ValueError, match="side"):
         PaddingCollator(0, side="top")
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_batches_are_cut_as_large_as_allowed(seed):
+    lengths = Tokens(200, seed=seed).lengths
+    for order in (np.argsort(-lengths, kind="stable"), np.argsort(lengths, kind="stable")):
+        batches = cut_batches(lengths, order, rows=9, tokens=120)
+        assert np.array_equal(np.concatenate(batches), order)
+        for batch, after in zip(batches, [*batches[1:], None], strict=True):
+            assert len(batch) <= 9
+            assert len(batch) * lengths[batch].max() <= 120 or len(batch) == 1
+            if after is not None and len(batch) < 9:
+                longest = max(lengths[batch].max(), lengths[after[0]])
+                assert (len(batch) + 1) * longest > 120
+
+
+def test_the_ignored_label_is_the_losses():
+    assert batching.IGNORED_LABEL == reference.IGNORED_LABEL

@@ -18,7 +18,7 @@ from typing import IO, Any, TypeGuard
 from src.common.crash_points import crash_point
 
 UNFINISHED_SUFFIX = ".unfinished"
-"""Of the name of a file or directory that is not yet whole."""
+"""Suffix of unfinished files and directories."""
 UNFINISHED_NAME = re.compile(r"(checkpoint-\d+(\.\w+)?|model)" + re.escape(UNFINISHED_SUFFIX))
 TEMPORARY_NAME = re.compile(r"\..+\.[a-z0-9_]{8}" + re.escape(UNFINISHED_SUFFIX))
 FULL = (errno.ENOSPC, errno.EDQUOT)
@@ -101,12 +101,12 @@ def remove_temporaries_of(path: Path) -> None:
 
 
 @contextlib.contextmanager
-def names_full_disk(folder: str | Path, way_out: str) -> Iterator[None]:
+def names_full_disk(folder: str | Path, advice: str) -> Iterator[None]:
     """Turn the many errors of a full disk into a ``ValueError`` of one line.
 
     Args:
         folder: what was written to.
-        way_out: what the user can do.
+        advice: what the user can do.
     """
     from safetensors import SafetensorError
 
@@ -116,7 +116,7 @@ def names_full_disk(folder: str | Path, way_out: str) -> Iterator[None]:
         # safetensors reports the system's error in its text alone.
         code = getattr(error, "errno", None)
         if code in FULL or any(f"os error {number})" in str(error) for number in FULL):
-            raise ValueError(f"{folder}: no space left on the disk; {way_out}") from error
+            raise ValueError(f"{folder}: no space left on the disk; {advice}") from error
         raise
 
 
@@ -269,11 +269,11 @@ def is_nested_beyond(value: Any, depth: int) -> bool:
 
 
 def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    """Return a JSON object; of two values under one key, neither is known to be meant."""
-    found = dict(pairs)
-    if len(found) != len(pairs):
+    """Return a JSON object. Raises ``ValueError`` if a key is in it twice."""
+    value = dict(pairs)
+    if len(value) != len(pairs):
         raise ValueError("a key stands in an object twice")
-    return found
+    return value
 
 
 def is_number(value: Any) -> TypeGuard[int | float]:

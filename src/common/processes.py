@@ -1,9 +1,8 @@
 """Several processes that run one script together, as ``torchrun`` and ``accelerate launch`` start.
 
-The launcher tells each process its rank and their number in the environment. The first, rank 0,
-does what is done once for all: it claims and locks directories, writes records, speaks. What it
-decides, or that it failed, the others are told over a group of their own, whose patience outlasts
-the capture of a teacher cache; the groups of the training keep their short one.
+The launcher sets each process's rank and their number in the environment. Rank 0 claims and locks
+directories, writes records and prints. It broadcasts decisions and failures over a separate gloo
+group with a 14-day timeout, which is longer than capturing a teacher cache takes.
 """
 
 from __future__ import annotations
@@ -35,7 +34,7 @@ def count() -> int:
 
 
 def is_first() -> bool:
-    """Return whether this process does what is done once."""
+    """Return whether this process has rank 0, which does the work that is done once."""
     return rank() == 0
 
 
@@ -64,7 +63,7 @@ def agreed(function: Callable[[], T]) -> T:
     Raises:
         SystemExit: in the others, where it raised in the first.
     """
-    return _told(0, function)
+    return _broadcast(0, function)
 
 
 def in_turn(function: Callable[[], T]) -> T:
@@ -75,7 +74,7 @@ def in_turn(function: Callable[[], T]) -> T:
     """
     results: list[T] = []
     for turn in range(count()):
-        _told(turn, lambda: results.append(function()))
+        _broadcast(turn, lambda: results.append(function()))
     return results[0]
 
 
@@ -105,7 +104,7 @@ def alike(function: Callable[[], T]) -> T:
             raise SystemExit(USER_ERROR) from None
 
 
-def _told(turn: int, function: Callable[[], T]) -> T:
+def _broadcast(turn: int, function: Callable[[], T]) -> T:
     """Call a function in one process, and return in all what it returned there."""
     if count() == 1:
         return function()

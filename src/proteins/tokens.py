@@ -30,29 +30,27 @@ from typing import Any
 import numpy as np
 from filelock import FileLock, Timeout
 
-from src.common.cli import one_line, progress, say
-from src.common.files import names_full_disk, read_json, sha256_file, sync_folder, write_json
-from src.common.manifest import file_entry, first_fault, is_record, signature
+from src.common.cli import progress, say
+from src.common.files import names_full_disk, sha256_file, sync_folder, write_json
+from src.common.manifest import file_entry, signature
 from src.proteins.layouts import layout
 from src.proteins.report import ReadReport
 from src.proteins.sources import CUT_IN_SOURCE, DUPLICATE, SourceProtein, local_files, read_entries
+from src.proteins.store import (
+    ARRAYS,
+    FORMAT,
+    FORMAT_VERSION,
+    MANIFEST,
+    StoreWriter,
+    TokenisedProteins,
+    open_store,
+)
 
-FORMAT = "protein-lm-distill tokens"
-FORMAT_VERSION = 1
-MANIFEST = "manifest.json"
-ARRAYS = {
-    "offsets.bin": np.dtype("<i8"),
-    "residues.bin": np.dtype("<i4"),
-    "hashes.bin": np.dtype("<u8"),
-    "name_offsets.bin": np.dtype("<i8"),
-}
 BATCH_PROTEINS = 1024
 BATCH_RESIDUES = 1 << 18
 """What is tokenised together: a tokenizer needs some hundred bytes for each token at work."""
 SMALL_BYTES = 1 << 26
 """Sources up to this size are known by their content, larger ones by path, size and time."""
-CHECKED_BYTES = 1 << 28
-"""Stores up to this size are hashed whenever they are opened; of larger ones sizes are checked."""
 LONG_PROTEINS = ("cut", "drop")
 BEYOND = "beyond --max_proteins"
 UNSPEAKABLE = "residues that the tokenizer does not know"
@@ -182,256 +180,6 @@ def _require_layout(tokenizer: Any) -> None:
             f"{name or 'the tokenizer'}: does not take <|endoftext|> for its end-of-text token: "
             "proteins in ProtGPT2's layout need one that does"
         )
-
-
-# The store
-
-
-class Names(Sequence[str]):
-    """The names of the proteins of a store, read when asked for."""
-
-    def __init__(self, proteins: TokenisedProteins) -> None:
-        self._proteins = proteins
-
-    def __len__(self) -> int:
-        return len(self._proteins)
-
-    def __getitem__(self, index: Any) -> Any:
-        if isinstance(index, slice):
-            return [self[i] for i in range(*index.indices(len(self)))]
-        row = self._proteins.row(index)
-        start, end = self._proteins.array("name_offsets.bin")[row : row + 2]
-        return bytes(self._proteins.array("names.bin")[start:end]).decode()
-
-
-class TokenisedProteins:
-    """Tokenised proteins on disk, or a selection of them in an order of its own.
-
-    Arrays are mapped into memory when first used. A copy in another process (pickled for a
-    DataLoader worker) carries the selection only and maps the same files.
-
-    Attributes:
-        folder: where the store lies.
-        manifest: its record: settings, counts, report, hashes.
-        indices: the selected rows, or None for all.
-    """
-
-    def __init__(
-        self, folder: Path, manifest: dict[str, Any], indices: np.ndarray | None = None
-    ) -> None:
-        self.folder = folder
-        self.manifest = manifest
-        self.indices = indices
-        self._arrays: dict[str, np.ndarray] = {}
-        self._cached: dict[str, Any] = {}
-
-    def __getstate__(self) -> dict[str, Any]:
-        return {"folder": self.folder, "manifest": self.manifest, "indices": self.indices}
-
-    def __setstate__(self, state: dict[str, Any]) -> None:
-        self.__init__(**state)
-
-    def __len__(self) -> int:
-        return self.manifest["proteins"] if self.indices is None else len(self.indices)
-
-    def __getitem__(self, index: int) -> np.ndarray:
-        """Return a protein's token ids, ``(T,)`` int64."""
-        row = self.row(index)
-        start, end = self.array("offsets.bin")[row : row + 2]
-        return self.array("tokens.bin")[start:end].astype(np.int64)
-
-    def row(self, index: int) -> int:
-        """Return where in the store a protein of the selection is. Raises ``IndexError``."""
-        if not -len(self) <= index < len(self):
-            raise IndexError(f"protein {index} of {len(self)}")
-        index = int(index) % len(self)
-        return index if self.indices is None else int(self.indices[index])
-
-    def array(self, name: str) -> np.ndarray:
-        """Return one of the store's files, mapped read-only."""
-        if name not in self._arrays:
-            kinds = {"tokens.bin": np.dtype(self.manifest["dtype"]), "names.bin": np.dtype("u1")}
-            kind = {**ARRAYS, **kinds}[name]
-            # asarray: slices of np.memmap pay for Python code that plain arrays do without.
-            self._arrays[name] = np.asarray(np.memmap(self.folder / name, dtype=kind, mode="r"))
-        return self._arrays[name]
-
-    def _selected(self, name: str) -> np.ndarray:
-        return self.array(name) if self.indices is None else self.array(name)[self.indices]
-
-    @property
-    def lengths(self) -> np.ndarray:
-        """Tokens of each protein with both markers, ``(proteins,)`` int32."""
-        if "lengths" not in self._cached:
-            lengths = np.diff(self.array("offsets.bin")).astype(np.int32)
-            self._cached["lengths"] = lengths if self.indices is None else lengths[self.indices]
-        return self._cached["lengths"]
-
-    @property
-    def residues(self) -> np.ndarray:
-        """Residues in each protein's tokens, ``(proteins,)`` int32."""
-        return self._selected("residues.bin")
-
-    @property
-    def hashes(self) -> np.ndarray:
-        """Hash of each whole protein (:func:`sequence_hash`), ``(proteins,)`` uint64."""
-        return self._selected("hashes.bin")
-
-    @property
-    def names(self) -> Names:
-        """Names of the proteins."""
-        return Names(self)
-
-    @property
-    def report(self) -> ReadReport:
-        """What happened while the store was read from its source."""
-        return ReadReport.from_dict(self.manifest["report"])
-
-    @property
-    def fingerprint(self) -> str:
-        """SHA-256 over the tokens, the order and the selection."""
-        whole = self.manifest["fingerprint"]
-        if self.indices is None:
-            return whole
-        if "fingerprint" not in self._cached:
-            state = whole.encode() + np.ascontiguousarray(self.indices, dtype="<i8").tobytes()
-            self._cached["fingerprint"] = hashlib.sha256(state).hexdigest()
-        return self._cached["fingerprint"]
-
-    def subset(self, indices: Sequence[int] | np.ndarray) -> TokenisedProteins:
-        """Return a selection, in the order given. Raises ``IndexError`` for a wrong index."""
-        wanted = np.asarray(indices, dtype=np.int64).reshape(-1)
-        if len(wanted) and not -len(self) <= wanted.min() <= wanted.max() < len(self):
-            raise IndexError(f"indices reach outside of {len(self)} proteins")
-        wanted = wanted % max(1, len(self))
-        rows = wanted if self.indices is None else self.indices[wanted]
-        return TokenisedProteins(self.folder, self.manifest, rows)
-
-    def sequence(self, index: int) -> str:
-        """Return the residues in a protein's tokens."""
-        if "letters" not in self._cached:
-            self._cached["letters"] = read_json(self.folder / "letters.json")
-        letters = self._cached["letters"]
-        return "".join(letters[i] for i in self[index])
-
-
-def open_store(folder: Path, thorough: bool | None = None) -> TokenisedProteins:
-    """Open a store and check that it is whole.
-
-    Args:
-        folder: the store.
-        thorough: compare the SHA-256 of every file; None: where the store is small.
-
-    Returns:
-        All proteins of the store.
-
-    Raises:
-        ValueError: it is missing, of another version, or damaged.
-    """
-    manifest = read_json(folder / MANIFEST)
-    if not isinstance(manifest, dict) or manifest.get("format") != FORMAT:
-        raise ValueError(f"{folder / MANIFEST}: not the record of tokenised proteins")
-    if manifest.get("version") != FORMAT_VERSION:
-        raise ValueError(
-            f"{folder}: of version {manifest.get('version')!r:.40}, not {FORMAT_VERSION}"
-        )
-    if manifest.get("check") != signature(manifest):
-        raise ValueError(f"{folder / MANIFEST}: was altered")
-    try:
-        _require_consistent(manifest)
-    except (KeyError, TypeError, AttributeError, OverflowError, ValueError) as error:
-        raise ValueError(f"{folder / MANIFEST}: is broken ({one_line(error)[:100]})") from None
-    sizes = sum(entry["bytes"] for entry in manifest["files"].values())
-    if thorough is None:
-        thorough = sizes <= CHECKED_BYTES
-    if fault := first_fault(folder, manifest["files"], hashes=thorough):
-        raise ValueError(fault)
-    return TokenisedProteins(folder, manifest)
-
-
-def _require_consistent(manifest: dict[str, Any]) -> None:
-    """Check that a manifest's counts and sizes fit together; raises whatever does not."""
-    proteins, tokens = manifest["proteins"], manifest["tokens"]
-    dtype = np.dtype(manifest["dtype"])
-    if dtype.str not in ("<u2", "<u4"):
-        raise ValueError(f"dtype {dtype.str}")
-    sizes = {name: entry["bytes"] for name, entry in manifest["files"].items()}
-    wanted = {
-        "tokens.bin": tokens * dtype.itemsize,
-        "offsets.bin": (proteins + 1) * 8,
-        "residues.bin": proteins * 4,
-        "hashes.bin": proteins * 8,
-        "name_offsets.bin": (proteins + 1) * 8,
-    }
-    wrong = [name for name, size in wanted.items() if sizes[name] != size]
-    if wrong or set(sizes) != {*wanted, "names.bin", "letters.json"}:
-        raise ValueError(f"the size of {wrong[0]}" if wrong else "its files are others")
-    if not all(isinstance(count, int) and count > 0 for count in (proteins, tokens)):
-        raise ValueError("it counts nothing")
-    if not is_record(manifest["files"]):
-        raise ValueError("a size or hash is missing")
-    ReadReport.from_dict(manifest["report"])
-    if not isinstance(manifest["fingerprint"], str):
-        raise ValueError("the fingerprint is missing")
-
-
-class _StoreWriter:
-    """Appends proteins to the files of a store, hashing what it writes."""
-
-    def __init__(self, folder: Path, dtype: np.dtype) -> None:
-        self.folder = folder
-        self.dtype = dtype
-        names = ["tokens.bin", "names.bin", *ARRAYS]
-        self.handles = {name: (folder / name).open("wb") for name in names}
-        self.digests = {name: hashlib.sha256() for name in names}
-        self.proteins = self.tokens = self.residues = self.name_bytes = 0
-        self._write("offsets.bin", np.zeros(1, ARRAYS["offsets.bin"]).tobytes())
-        self._write("name_offsets.bin", np.zeros(1, ARRAYS["name_offsets.bin"]).tobytes())
-
-    def _write(self, name: str, data: bytes) -> None:
-        self.handles[name].write(data)
-        self.digests[name].update(data)
-
-    def append(
-        self, names: list[str], rows: list[np.ndarray], residues: list[int], hashes: list[int]
-    ) -> None:
-        """Append proteins: names, token ids, residues in the tokens, hashes."""
-        if not rows:
-            return
-        encoded = [name.encode("utf-8", errors="replace") for name in names]
-        ends = self.tokens + np.cumsum([len(row) for row in rows])
-        name_ends = self.name_bytes + np.cumsum([len(name) for name in encoded])
-        self._write("tokens.bin", np.concatenate(rows).astype(self.dtype).tobytes())
-        self._write("names.bin", b"".join(encoded))
-        for name, values in (
-            ("offsets.bin", ends),
-            ("name_offsets.bin", name_ends),
-            ("residues.bin", residues),
-            ("hashes.bin", np.array(hashes, dtype=np.uint64)),
-        ):
-            self._write(name, np.asarray(values).astype(ARRAYS[name]).tobytes())
-        self.proteins += len(rows)
-        self.residues += sum(residues)
-        self.tokens, self.name_bytes = int(ends[-1]), int(name_ends[-1])
-
-    def close(self) -> dict[str, dict[str, Any]]:
-        """Flush everything to disk and return the size and SHA-256 of each file."""
-        files = {}
-        for name, handle in self.handles.items():
-            handle.flush()
-            os.fsync(handle.fileno())
-            handle.close()
-            files[name] = {
-                "bytes": (self.folder / name).stat().st_size,
-                "sha256": self.digests[name].hexdigest(),
-            }
-        return files
-
-    def abandon(self) -> None:
-        """Close the files, whatever state they are in."""
-        for handle in self.handles.values():
-            with contextlib.suppress(OSError):
-                handle.close()
 
 
 def default_cache_dir() -> Path:
@@ -587,7 +335,7 @@ def _build(
     letters = token_letters(tokenizer)
     counts = np.array([len(letter) for letter in letters], dtype=np.int64)
     dtype = np.dtype("<u2" if len(letters) <= 1 << 16 else "<u4")
-    writer = _StoreWriter(folder, dtype)
+    writer = StoreWriter(folder, dtype)
     seen = SeenHashes()
     shown = entries if quiet else progress(entries, description="tokenising", unit="proteins")
     try:
@@ -636,7 +384,7 @@ def _batches(entries: Iterator[SourceProtein]) -> Iterator[list[SourceProtein]]:
 
 
 def _append_batch(
-    writer: _StoreWriter,
+    writer: StoreWriter,
     seen: SeenHashes,
     batch: list[SourceProtein],
     report: ReadReport,
