@@ -32,6 +32,12 @@ def make_proteins(count: int, low: int = 20, high: int = 120, seed: int = 0) -> 
     ]
 
 
+@pytest.fixture(autouse=True)
+def launcher_precision(monkeypatch):
+    """Undo what a run in another precision leaves in the environment for accelerate."""
+    monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "no")
+
+
 @pytest.fixture(scope="session")
 def random_proteins() -> Callable[..., list[str]]:
     return make_proteins

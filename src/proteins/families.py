@@ -120,7 +120,7 @@ def split_within_families(
     Clusters are connected components at ``identity`` over ``coverage`` of both proteins. They are
     drawn in proportion to their size, as if members were drawn, and no member of a drawn cluster is
     in train: a family whose members are all alike may give none. A held-out protein is left out if
-    a local alignment over ``coverage`` of its own length reaches ``identity`` to a training protein,
+    a local alignment over ``coverage`` of its length reaches ``identity`` to a training protein,
     or that of a test protein to a validation protein.
 
     Args:
