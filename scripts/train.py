@@ -50,10 +50,15 @@ def build_parser() -> argparse.ArgumentParser:
     )
     add("--train_size_prop", type=share, default=0.1, help="share of the training proteins")
     add(
+        "--data_seed",
+        type=natural,
+        default=0,
+        help="seed that chooses the proteins which --train_size_prop keeps",
+    )
+    add(
         "--tokenizer",
         help="train from random weights with this tokenizer and no teacher (with --alpha 1)",
     )
-    add("--data_seed", type=natural, default=0, help="chooses that share")
     add("--max_length", type=positive_int, default=512, help="tokens; longer proteins are cut")
 
     add = parser.add_argument_group("student").add_argument
@@ -80,9 +85,24 @@ def build_parser() -> argparse.ArgumentParser:
     add("--use_uncertainty_weighting", action="store_true", help="weight by teacher entropy")
     add("--use_calibration_smoothing", action="store_true", help="smooth the teacher's targets")
     add("--smoothing_factor", type=float, default=0.1, help="largest share of the uniform")
-    add("--weighting", choices=s.WEIGHTINGS, default=LOSS.weighting, help="which weights")
-    add("--smoothing", choices=s.SMOOTHINGS, default=LOSS.smoothing, help="which smoothing")
-    add("--divergence", choices=s.DIVERGENCES, default=LOSS.divergence, help="of the soft loss")
+    add(
+        "--weighting",
+        choices=s.WEIGHTINGS,
+        default=LOSS.weighting,
+        help="kind of weights (with --use_uncertainty_weighting)",
+    )
+    add(
+        "--smoothing",
+        choices=s.SMOOTHINGS,
+        default=LOSS.smoothing,
+        help="kind of smoothing (with --use_calibration_smoothing)",
+    )
+    add(
+        "--divergence",
+        choices=s.DIVERGENCES,
+        default=LOSS.divergence,
+        help="divergence of the soft loss",
+    )
     add("--divergence_weight", type=float, default=0.5, help="beta of jsd, skew of skew_kl")
     add("--loss_impl", choices=s.LOSS_IMPLEMENTATIONS, default="fused", help="fused saves memory")
 
@@ -96,14 +116,18 @@ def build_parser() -> argparse.ArgumentParser:
     add(
         "--other_learning_rate",
         type=positive_float,
-        help="with muon, of AdamW (default: that of --learning_rate)",
+        help="with muon: rate of embeddings, norms and biases (default: --learning_rate)",
     )
     add("--learning_rate", type=positive_float, help="(default: 1e-3, or the preset's)")
     add("--lr_schedule", choices=s.SCHEDULES, default="linear", help="after warm-up")
     add("--warmup_steps", type=natural, help="(default: 5 %% of the steps, at most 500)")
     add("--weight_decay", type=float, default=DEFAULTS.weight_decay, help="of AdamW")
     add("--max_grad_norm", type=positive_float, default=1.0, help="gradients are clipped to it")
-    add("--skip_loss_spikes", type=positive_float, help="skip steps above this times the median")
+    add(
+        "--skip_loss_spikes",
+        type=positive_float,
+        help="skip steps whose loss is above this multiple of the running median",
+    )
     add("--batch_size", type=positive_int, default=DEFAULTS.batch_size, help="rows on a device")
     add("--gradient_accumulation_steps", type=positive_int, default=1, help="batches a step")
     add("--num_train_epochs", type=positive_float, default=3.0, help="passes over the data")
@@ -116,15 +140,29 @@ def build_parser() -> argparse.ArgumentParser:
         metavar="PATIENCE",
         help="stop after so many validations (3) without improvement, and keep the best weights",
     )
-    add("--batching", choices=s.BATCHINGS, default="bucketed", help="how rows become batches")
+    add(
+        "--batching",
+        choices=s.BATCHINGS,
+        default="bucketed",
+        help="bucketed: padded rows of similar length; packed: full rows, no padding; padded: at random",
+    )
     add("--precision", choices=s.PRECISIONS, default="auto", help="bf16 on a GPU, else fp32")
-    add("--seed", type=natural, default=DEFAULTS.seed, help="of the weights and the order")
+    add(
+        "--seed",
+        type=natural,
+        default=DEFAULTS.seed,
+        help="seed of the initial weights and of the data order",
+    )
     add("--compile", action="store_true", help="run the student through torch.compile")
 
     add = parser.add_argument_group("run").add_argument
     add("--output_dir", type=Path, help="(default: models/ and a name made of the settings)")
     add("--resume", action="store_true", help="go on with an unfinished run")
-    add("--eval_steps", type=positive_int, help="(default: within 5 %% of the time)")
+    add(
+        "--eval_steps",
+        type=positive_int,
+        help="steps between validations (default: 1 to 10 validations, in 5 %% of the time)",
+    )
     add("--save_steps", type=positive_int, help="(default: ten times a run)")
     add("--validation_proteins", type=positive_int, default=500, help="watched while training")
     add("--report_to", choices=("none", "wandb", "tensorboard"), default="none", help="tracker")
