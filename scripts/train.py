@@ -144,7 +144,7 @@ def build_parser() -> argparse.ArgumentParser:
         "--batching",
         choices=s.BATCHINGS,
         default="bucketed",
-        help="bucketed: rows of similar length; packed: full rows without padding; padded: random rows",
+        help="bucketed: rows of similar length; packed: full rows, no padding; padded: random rows",
     )
     add("--precision", choices=s.PRECISIONS, default="auto", help="bf16 on a GPU, else fp32")
     add(
