@@ -78,7 +78,7 @@ def build_parser() -> argparse.ArgumentParser:
 
 def run(args: argparse.Namespace) -> dict:
     """Split, write and report. Returns the record of the split."""
-    from src.proteins.splits import read_named, record_lines, require_free, write_split
+    from src.proteins.split_files import read_named, record_lines, require_free, write_split
 
     refuse_flags_of_other_mode(args)
     require_free(args.output)
@@ -117,7 +117,8 @@ def source_record(path: str | Path) -> dict:
 
 def by_homology(args: argparse.Namespace, proteins: dict[str, str]) -> tuple:
     """Return the split by homology and its settings."""
-    from src.proteins.splits import SplitSettings, read_clusters, split_by_homology
+    from src.proteins.homology import read_clusters
+    from src.proteins.splits import SplitSettings, split_by_homology
 
     settings = SplitSettings(**{f.name: getattr(args, f.name) for f in fields(SplitSettings)})
     clusters = read_clusters(args.clusters) if args.clusters else None
@@ -127,7 +128,7 @@ def by_homology(args: argparse.Namespace, proteins: dict[str, str]) -> tuple:
 def within_families(args: argparse.Namespace, proteins: dict[str, str]) -> tuple:
     """Return all proteins, the split within families and its settings."""
     from src.proteins import families as f
-    from src.proteins.splits import read_named
+    from src.proteins.split_files import read_named
 
     settings = f.FamilySplitSettings(
         seed=args.seed,
