@@ -59,6 +59,24 @@ def atomic_write(path: str | Path, mode: str = "w") -> Iterator[IO]:
         raise
 
 
+@contextlib.contextmanager
+def atomic_folder(path: Path) -> Iterator[Path]:
+    """Make a temporary directory beside ``path``; at the end rename it to ``path``.
+
+    ``path`` must be missing or an empty directory. If the body raises, nothing is left.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    work = Path(tempfile.mkdtemp(prefix=f".{path.name}.", suffix=".tmp", dir=path.parent))
+    try:
+        os.chmod(work, 0o755)
+        yield work
+        os.rename(work, path)  # fails if the directory is no longer empty
+        sync_folder(path.parent)
+    except BaseException:
+        shutil.rmtree(work, ignore_errors=True)
+        raise
+
+
 def is_temporary(name: str) -> bool:
     """Return whether a name is that of an unfinished file of :func:`atomic_write`."""
     return TEMPORARY_NAME.fullmatch(name) is not None

@@ -8,15 +8,13 @@ from __future__ import annotations
 
 import gzip
 import os
-import shutil
-import tempfile
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 from src.common.cli import printable
-from src.common.files import is_plain_name, read_json, sync_folder, write_json
+from src.common.files import atomic_folder, is_plain_name, read_json, write_json
 from src.proteins.fasta import FastaRecord, fasta_text
 from src.proteins.homology import CLUSTERS_HEADER, read_clusters
 from src.proteins.report import ReadReport
@@ -134,9 +132,7 @@ def write_split(
     record["parts"] = _describe_parts(proteins, parts, split.clusters)
     record["split_hash"] = _hash_of(proteins, parts)
 
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    work = Path(tempfile.mkdtemp(prefix=f".{folder.name}.", suffix=".tmp", dir=folder.parent))
-    try:
+    with atomic_folder(folder) as work:
         for part, names in parts.items():
             entries = (_fasta_entry(n, proteins[n], split) for n in names)
             write_packed(work / f"{part}.fasta.gz", entries)
@@ -145,14 +141,6 @@ def write_split(
         write_packed(work / CLUSTERS_FILE, (f"{row}\n" for row in rows))
         write_json(work / SPLIT_FILE, record)
         check_split(work)
-        os.chmod(work, 0o755)
-        if folder.exists():
-            folder.rmdir()  # empty, as checked; rmdir fails if that changed
-        os.rename(work, folder)
-        sync_folder(folder.parent)
-    except BaseException:
-        shutil.rmtree(work, ignore_errors=True)
-        raise
     return record
 
 

@@ -152,7 +152,8 @@ def _draw(
     apart = set(in_family)
     train = [n for cluster in training_clusters for n in members[cluster] if n not in apart]
     rng.shuffle(train)
-    return _Drawn(train, *pools, in_family)
+    test, validation = pools
+    return _Drawn(train, test, validation, in_family)
 
 
 def _without_relatives(

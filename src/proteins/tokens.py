@@ -12,7 +12,6 @@ import hashlib
 import json
 import os
 import shutil
-import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -21,7 +20,7 @@ import numpy as np
 from filelock import FileLock, Timeout
 
 from src.common.cli import progress, say
-from src.common.files import names_full_disk, sha256_file, sync_folder, write_json
+from src.common.files import atomic_folder, names_full_disk, sha256_file, write_json
 from src.common.manifest import file_entry, signature
 from src.proteins.layouts import layout
 from src.proteins.report import ReadReport
@@ -256,39 +255,44 @@ def tokenise(
     key = hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()[:32]
     root = Path(cache_dir).expanduser() if cache_dir is not None else default_cache_dir()
     folder = root / key
-    announce = (lambda line: None) if quiet else say
     with contextlib.suppress(ValueError):
         return open_store(folder)
+
+    def build(temporary: Path) -> None:
+        report = ReadReport()
+        entries = read_entries(
+            source,
+            split=split,
+            report=report,
+            tokenizer=tokenizer,
+            keep_ambiguous=keep_ambiguous,
+        )
+        _build(temporary, entries, report, tokenizer, settings, quiet)
+
+    return _open_or_build(folder, build, (lambda line: None) if quiet else say)
+
+
+def _open_or_build(
+    folder: Path, build: Callable[[Path], None], announce: Callable[[str], None]
+) -> TokenisedProteins:
+    """Open a store that another process has built meanwhile, or build it."""
+    root = folder.parent
     root.mkdir(parents=True, exist_ok=True)
     advice = "make space, or choose another --cache_dir"
     with names_full_disk(root, advice), _only_builder(folder, announce):
         if folder.exists():
             try:
-                return open_store(folder)  # another process has built it meanwhile
+                return open_store(folder)
             except ValueError as error:
                 announce(
-                    f"tokenised proteins in the cache are damaged ({error}): building them anew"
+                    f"tokenised proteins in the cache are damaged ({error}): building them again"
                 )
-        for stale in root.glob(f".{key}.*.tmp"):  # left by a killed process: none builds this key
+        for stale in root.glob(f".{folder.name}.*.tmp"):  # of a killed process: the lock is ours
             shutil.rmtree(stale, ignore_errors=True)
-        temporary = Path(tempfile.mkdtemp(prefix=f".{key}.", suffix=".tmp", dir=root))
-        try:
-            os.chmod(temporary, 0o755)
-            entries = read_entries(
-                source,
-                split=split,
-                report=(report := ReadReport()),
-                tokenizer=tokenizer,
-                keep_ambiguous=keep_ambiguous,
-            )
-            _build(temporary, entries, report, tokenizer, settings, quiet)
+        with atomic_folder(folder) as temporary:
+            build(temporary)
             if folder.exists():
                 shutil.rmtree(folder)  # damaged, as read above
-            os.rename(temporary, folder)
-            sync_folder(root)
-        except BaseException:
-            shutil.rmtree(temporary, ignore_errors=True)
-            raise
     return open_store(folder, thorough=False)
 
 
