@@ -139,7 +139,7 @@ def cut_batches(
         lengths: ``(sequences,)``.
         order: indices into ``lengths``; sorted by length, batches hold little padding.
         rows: most sequences of a batch.
-        tokens: most padded tokens of a batch, rows × longest; a longer sequence stands alone.
+        tokens: most padded tokens of a batch, rows × longest; a longer sequence is a batch alone.
 
     Returns:
         The indices of each batch.

@@ -140,7 +140,7 @@ def alignments(
     targets: Sequence[str],
     settings: SearchSettings,
 ) -> list[Hit]:
-    """Return every local alignment of a query with a target, whatever share of them it covers.
+    """Return every local alignment of a query with a target, of any coverage.
 
     E-values grow with the number of targets: an alignment may count among few targets and not
     among many.

@@ -269,8 +269,8 @@ def require_cells(row: Sequence[str], header: Sequence[str], place: str, delimit
     """Raise ``ValueError`` if a row has more or fewer cells than the header."""
     if len(row) != len(header):
         raise ValueError(
-            f"{place}: {len(row)} cells for {len(header)} columns: a cell with a "
-            f"{DIVIDERS[delimiter]} in it stands in double quotes"
+            f"{place}: {len(row)} cells for {len(header)} columns: put a cell with a "
+            f"{DIVIDERS[delimiter]} in it in double quotes"
         )
 
 
@@ -386,7 +386,7 @@ def hub_records(source: str, split: str) -> Iterator[Record]:
 
         rows = iter(load_dataset(source, split=split, streaming=True))
         first = next(rows, None)
-    except Exception as error:  # the client raises whatever the network makes it raise
+    except Exception as error:  # the client may raise any error
         raise ValueError(hub_problem(source, error)) from None
     if first is None:
         raise ValueError(f"{source}: the part {split!r} on the hub is empty")

@@ -176,7 +176,7 @@ def has_split(source: str | Path, split: str) -> bool:
         from datasets import get_dataset_split_names
 
         return split in get_dataset_split_names(str(source))
-    except Exception as error:  # the client raises whatever the network makes it raise
+    except Exception as error:  # the client may raise any error
         raise ValueError(hub_problem(str(source), error)) from None
 
 
