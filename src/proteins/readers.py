@@ -269,8 +269,8 @@ def require_cells(row: Sequence[str], header: Sequence[str], place: str, delimit
     """Raise ``ValueError`` if a row has more or fewer cells than the header."""
     if len(row) != len(header):
         raise ValueError(
-            f"{place}: {len(row)} cells for {len(header)} columns: put a cell with a "
-            f"{DIVIDERS[delimiter]} in it in double quotes"
+            f"{place}: {len(row)} cells for {len(header)} columns: a cell with a "
+            f"{DIVIDERS[delimiter]} in it needs double quotes"
         )
 
 
