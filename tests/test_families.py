@@ -9,8 +9,9 @@ import pytest
 
 from src.proteins import families as fam
 from src.proteins.families import FamilySplitSettings, read_families, split_within_families
+from src.proteins.homology import read_clusters
 from src.proteins.sources import read_proteins
-from src.proteins.splits import check_split, read_clusters, read_named
+from src.proteins.split_files import check_split, read_named
 
 LETTERS = "ACDEFGHIKLMNPQRSTVWY"
 needs_mmseqs = pytest.mark.skipif(shutil.which("mmseqs") is None, reason="MMseqs2 is not on PATH")

@@ -17,8 +17,8 @@ import pytest
 from src.common.cli import one_line, printable
 from src.common.files import is_plain_name, read_json
 from src.evaluation.results import summary_lines, write_results
+from src.proteins.homology import read_clusters
 from src.proteins.sources import read_entries
-from src.proteins.splits import read_clusters
 from tests.stress import fuzz
 from tests.test_results import good
 
@@ -152,7 +152,7 @@ LIMITED = """
 import pathlib, resource, sys
 sys.path.insert(0, sys.argv[1])
 from src.proteins.sources import read_entries
-import src.evaluation.results, src.proteins.splits
+import src.evaluation.results, src.proteins.homology
 pages = int(open("/proc/self/statm").read().split()[0])
 limit = pages * resource.getpagesize() + int(sys.argv[2])
 resource.setrlimit(resource.RLIMIT_AS, (limit, limit))
@@ -177,7 +177,7 @@ def test_a_line_of_a_gigabyte(tmp_path, name):
         handle.truncate(1 << 30)  # a hole: zeros without a disk
     reader = {
         "a.json": "src.evaluation.results.read_results",
-        "a.tsv.gz": "lambda p: src.proteins.splits.read_clusters(pathlib.Path(p))",
+        "a.tsv.gz": "lambda p: src.proteins.homology.read_clusters(pathlib.Path(p))",
     }.get(name, "lambda p: len(list(read_entries(p)))")
     started = time.monotonic()
     line = output_within(f"refusal_of({reader}, {str(path)!r})", 400 << 20)

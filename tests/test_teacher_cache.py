@@ -244,7 +244,7 @@ def test_a_workers_error_is_told_in_its_own_words(teacher, tmp_path):
     with pytest.raises(ValueError, match="altered") as caught:
         list(loader)
     said = one_line(caught.value)
-    assert said == f"{cache.folder / 'hidden-00000.bin'}: altered; {tc.WAY_OUT}"
+    assert said == f"{cache.folder / 'hidden-00000.bin'}: altered; {tc.ADVICE}"
 
 
 def test_another_teacher_gets_a_cache_of_its_own(teacher, tiny_lm, tmp_path):

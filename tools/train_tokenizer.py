@@ -33,7 +33,7 @@ def run(args: argparse.Namespace) -> dict:
     from itertools import islice
 
     from src.proteins.sources import has_split, read_proteins
-    from src.proteins.splits import require_free
+    from src.proteins.split_files import require_free
     from src.proteins.tokenizer import train_tokenizer
 
     require_free(args.output)

@@ -1,1 +1,1 @@
-"""What every wing stands on: settings, command lines, files, processes, records."""
+"""Used by all wings: settings, command lines, files, processes, run records."""

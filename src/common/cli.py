@@ -1,4 +1,4 @@
-"""What all the scripts share: argument types, progress, and one-line errors."""
+"""Shared by all scripts: argument types, progress, and one-line errors."""
 
 from __future__ import annotations
 
@@ -14,35 +14,33 @@ Item = TypeVar("Item")
 USER_ERROR = 2
 INTERRUPTED = 130
 HUGE_PAGES = "THP_MEM_ALLOC_ENABLE"
-"""PyTorch reads this at its first large allocation. Weights, moments and logits of some hundred MB
-are walked through once a step: in pages of 2 MB instead of 4 kB a step of three students on a CPU
-took a fifth less time. A value that the user has set stands."""
+"""Makes PyTorch allocate pages of 2 MB: a step of three students on a CPU took a fifth less time.
+PyTorch reads it at its first large allocation; a value that the user has set is kept."""
 WORKERS_ERROR = re.compile(r"Caught \w+ in DataLoader worker process \d+\.\n")
-"""How PyTorch begins the message of an error that a data worker met: a traceback, and at its end
-the error itself."""
+"""First line of PyTorch's message for an error in a data worker; its last line is the error."""
 QUIET_SECONDS = 30.0
-"""Seconds between two progress lines where no terminal shows a bar."""
+"""Seconds between two progress lines if there is no terminal."""
 LARGEST_COUNT = (1 << 32) - 1
-"""Of a flag's whole numbers: the largest seed that NumPy takes, and more than anybody counts."""
+"""Largest whole number of a flag: the largest seed that NumPy takes."""
 LARGEST = 1e12
-"""Of a flag's other numbers: its square is still far from where float32 ends, at 3e38."""
+"""Largest other number of a flag: its square is well within float32, which ends at 3e38."""
 WORKERS_A_CPU = 4
 SHOWN = 40
-"""Characters of a mistyped value that a message repeats."""
+"""Characters of a wrong value that a message repeats."""
 
 
 class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
-    """Shows defaults beside each flag and keeps the examples of a description as typed."""
+    """Shows the default of each flag and keeps the line breaks of a description."""
 
     def _get_help_string(self, action: argparse.Action) -> str | None:
-        # 0 equals False, and is a default worth showing.
+        # Identity, not equality: 0 equals False, but is a default to show.
         if action.default is None or action.default is False:
             return action.help
         return super()._get_help_string(action)
 
 
 def say(line: str = "") -> None:
-    """Print one line at once, also where the output is a file."""
+    """Print one line and flush, so that it appears at once in a file too."""
     print(line, flush=True)
 
 
@@ -51,17 +49,17 @@ def run_script(
     build_parser: Callable[[], argparse.ArgumentParser],
     argv: Sequence[str] | None = None,
 ) -> int:
-    """Parse, run, and turn what a user got wrong into one line and exit status 2.
+    """Parse the arguments, run, and return the exit status.
 
     Args:
-        run: does the work; a ``ValueError`` or ``OSError`` it raises is the user's to mend.
+        run: does the work; ``ValueError`` and ``OSError`` are errors of the user.
         build_parser: makes the parser.
         argv: arguments; None: those of the process.
 
     Returns:
-        0, 2 after a user's error or where a package is missing, 130 after Ctrl-C. A ``SystemExit``
-        passes through. With ``DISTILL_TRACEBACK`` set in the environment, errors keep their
-        traceback.
+        0; 2 after a user's error, printed in one line, or if a package is missing; 130 after
+        Ctrl-C. ``SystemExit`` passes through. With ``DISTILL_TRACEBACK`` set in the environment,
+        errors are raised with their traceback.
     """
     prog = os.path.basename(sys.argv[0])
     try:
@@ -95,7 +93,7 @@ def run_script(
 
 
 def quiet_libraries() -> None:
-    """Keep other libraries' progress bars and notices out of our output; errors still show."""
+    """Switch off transformers' progress bars and notices; errors are still shown."""
     import transformers
 
     transformers.utils.logging.set_verbosity_error()
@@ -103,7 +101,7 @@ def quiet_libraries() -> None:
 
 
 def one_line(error: BaseException) -> str:
-    """Return an error's message in one line, without characters that steer a terminal."""
+    """Return an error's message in one line, without terminal control characters."""
     if isinstance(error, OSError) and error.strerror:
         name = f"{error.filename}: " if error.filename else ""
         return printable(f"{name}{error.strerror}")
@@ -114,7 +112,7 @@ def one_line(error: BaseException) -> str:
 
 
 def printable(text: str) -> str:
-    """Return a text from a file as it may be shown: what is not printable is escaped."""
+    """Return a text with unprintable characters escaped."""
     if text.isprintable():
         return text
     return "".join(c if c.isprintable() else ascii(c)[1:-1] for c in text)
@@ -139,7 +137,7 @@ def natural(text: str) -> int:
 
 
 def workers(text: str) -> int:
-    """Argparse type: a number of processes that this machine can feed."""
+    """Argparse type: a number of data workers, at most four for each CPU."""
     value, most = natural(text), WORKERS_A_CPU * (os.cpu_count() or 1)
     if value > most:
         raise argparse.ArgumentTypeError(
@@ -149,14 +147,14 @@ def workers(text: str) -> int:
 
 
 def folder(text: str) -> str:
-    """Argparse type: a directory, which need not be there yet."""
+    """Argparse type: a directory, which may be missing."""
     if os.path.lexists(text) and not os.path.isdir(text):
         raise argparse.ArgumentTypeError(f"must be a directory, and {text} is none")
     return text
 
 
 def positive_float(text: str) -> float:
-    """Argparse type: a number above 0, and not beyond all measure."""
+    """Argparse type: a number above 0 and at most :data:`LARGEST`."""
     value = _number(text, float, "a number")
     if not 0 < value <= LARGEST:
         raise argparse.ArgumentTypeError(
@@ -186,17 +184,15 @@ def progress(
     description: str = "",
     unit: str = "it",
 ) -> Iterator[Item]:
-    """Yield items while showing how many are done, the rate and the time that remains.
+    """Yield items and show on standard error how many are done, the rate and the remaining time.
+
+    On a terminal this is a bar; elsewhere one line is printed every 30 seconds.
 
     Args:
-        items: what to go through.
-        total: how many there are, where known.
+        items: any iterable.
+        total: number of items; None: unknown, or ``len(items)``.
         description: what is being done.
-        unit: what one item is called.
-
-    Yields:
-        The items. On a terminal a bar is drawn on standard error; elsewhere one line is printed
-        every 30 seconds.
+        unit: name of the items.
     """
     if total is None and hasattr(items, "__len__"):
         total = len(items)  # type: ignore[arg-type]
@@ -223,7 +219,7 @@ def progress(
 
 
 def duration(seconds: float) -> str:
-    """Return a duration for a person: ``45 s``, ``3 min 20 s``, ``2 h 05 min``."""
+    """Return a duration as text: ``45 s``, ``3 min 20 s``, ``2 h 05 min``."""
     seconds = round(seconds)
     if seconds < 60:
         return f"{seconds} s"
@@ -234,7 +230,7 @@ def duration(seconds: float) -> str:
 
 
 def size(number_of_bytes: float) -> str:
-    """Return a size for a person: ``3.4 MB``, in powers of 1,000."""
+    """Return a size as text: ``3.4 MB``, in powers of 1,000."""
     for unit in ("B", "kB", "MB", "GB"):
         if number_of_bytes < 1000:
             return (

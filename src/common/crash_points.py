@@ -1,8 +1,8 @@
-"""Named points at which a test can kill this process, to prove that nothing is lost there.
+"""Named points at which a test can kill this process, to check that no file is lost there.
 
-``DISTILL_FAIL_AT=checkpoint:after_manifest`` ends the process with SIGKILL when it reaches that
-point; ``DISTILL_FAIL_AT=checkpoint:after_manifest#3`` when it reaches it for the third time. The
-points are where files are written, never in a step, so they cost nothing.
+``DISTILL_FAIL_AT=checkpoint:after_manifest`` kills the process with SIGKILL at that point;
+``DISTILL_FAIL_AT=checkpoint:after_manifest#3`` at the third time. Points are where files are
+written, never inside a training step.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Where a model runs, in what precision, and how much memory it has held there."""
+"""Chooses device and precision, and measures memory."""
 
 from __future__ import annotations
 
@@ -14,22 +14,22 @@ DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 def choose_device(name: str) -> torch.device:
-    """Return the device of that name: ``auto``, which is CUDA where there is one, or as below.
+    """Return the device ``cpu``, ``cuda`` or ``cuda:N``; ``auto`` is CUDA if available.
 
     Raises:
-        ValueError: it is neither ``cpu`` nor ``cuda`` or ``cuda:N``, or not on this machine.
+        ValueError: the name is another, or this machine does not have the device.
     """
     count = torch.cuda.device_count() if torch.cuda.is_available() else 0
     if name == "auto":
         name = "cuda" if count else "cpu"
     if name == "cpu":
         return torch.device(name)
-    found = re.fullmatch(r"cuda(?::(0|[1-9][0-9]{0,3}))?", name)
-    if found is None:
+    match = re.fullmatch(r"cuda(?::(0|[1-9][0-9]{0,3}))?", name)
+    if match is None:
         raise ValueError(f"--device must be auto, cpu, cuda or cuda:N, got {name[:40]!r}")
     if not count:
         raise ValueError(f"--device {name}: PyTorch sees no CUDA device; pass --device cpu or auto")
-    if int(found[1] or 0) >= count:
+    if int(match[1] or 0) >= count:
         raise ValueError(f"--device {name}: there are cpu and cuda:0 to cuda:{count - 1}")
     return torch.device(name)
 
@@ -43,7 +43,7 @@ def choose_precision(name: str, device: torch.device) -> str:
     """Return fp32, bf16 or fp16; ``auto`` is bf16 on a CUDA device that has it, else fp32.
 
     Raises:
-        ValueError: fp16 is asked for on a CPU, where gradients of a small loss vanish unscaled.
+        ValueError: fp16 on a CPU, where small gradients vanish without loss scaling.
     """
     if name == "auto":
         return "bf16" if device.type == "cuda" and torch.cuda.is_bf16_supported() else "fp32"
@@ -53,12 +53,12 @@ def choose_precision(name: str, device: torch.device) -> str:
 
 
 def weights_dtype(precision: str) -> torch.dtype:
-    """Return the dtype in which a teacher is held."""
+    """Return the dtype of a teacher's weights."""
     return DTYPES[precision]
 
 
 def peak_memory(device: torch.device) -> int:
-    """Return the most memory held so far, in bytes: of the GPU, or of the process on a CPU."""
+    """Return the peak memory in bytes: of the GPU, or of the process on a CPU."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
     factor = 1 if sys.platform == "darwin" else 1024
@@ -66,7 +66,7 @@ def peak_memory(device: torch.device) -> int:
 
 
 def describe_device(device: torch.device) -> dict[str, Any]:
-    """Return what a device is, for the record."""
+    """Return type and name of a device, for a run's record."""
     if device.type == "cuda":
         return {"type": "cuda", "name": torch.cuda.get_device_name(device)}
     return {"type": device.type, "threads": torch.get_num_threads()}

@@ -1,4 +1,4 @@
-"""Writes files so that a reader never meets half of one, and reads and hashes them."""
+"""Writes files atomically; reads JSON; hashes files."""
 
 from __future__ import annotations
 
@@ -24,19 +24,18 @@ TEMPORARY_NAME = re.compile(r"\..+\.[a-z0-9_]{8}" + re.escape(UNFINISHED_SUFFIX)
 FULL = (errno.ENOSPC, errno.EDQUOT)
 MAX_JSON_BYTES = 1 << 25
 MAX_JSON_DEPTH = 100
-"""Deeper than any file of ours, and far from where Python's own recursion ends."""
+"""More than any file of this program needs, and far below Python's recursion limit."""
 
 
 @contextlib.contextmanager
 def atomic_write(path: str | Path, mode: str = "w") -> Iterator[IO]:
-    """Open a temporary file beside ``path``; at the end sync it and give it that name.
+    """Open a temporary file beside ``path``; at the end sync it and rename it to ``path``.
+
+    Missing folders are made. If the body raises, ``path`` stays as it was.
 
     Args:
-        path: where the file shall stand; missing folders are made.
+        path: the file to write.
         mode: ``w`` or ``wb``.
-
-    Yields:
-        The open temporary file. If the body raises, ``path`` stays as it was.
     """
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -49,7 +48,7 @@ def atomic_write(path: str | Path, mode: str = "w") -> Iterator[IO]:
             yield handle
             handle.flush()
             os.fsync(handle.fileno())
-        # mkstemp makes private files; results are meant to be shared like any other file.
+        # mkstemp makes private files; ours get the usual permissions.
         os.chmod(name, 0o666 & ~_umask())
         crash_point(f"write:{path.name}")
         os.replace(name, path)
@@ -60,15 +59,33 @@ def atomic_write(path: str | Path, mode: str = "w") -> Iterator[IO]:
         raise
 
 
+@contextlib.contextmanager
+def atomic_folder(path: Path) -> Iterator[Path]:
+    """Make a temporary directory beside ``path``; at the end rename it to ``path``.
+
+    ``path`` must be missing or an empty directory. If the body raises, nothing is left.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    work = Path(tempfile.mkdtemp(prefix=f".{path.name}.", suffix=".tmp", dir=path.parent))
+    try:
+        os.chmod(work, 0o755)
+        yield work
+        os.rename(work, path)  # fails if the directory is no longer empty
+        sync_folder(path.parent)
+    except BaseException:
+        shutil.rmtree(work, ignore_errors=True)
+        raise
+
+
 def is_temporary(name: str) -> bool:
-    """Return whether :func:`atomic_write` gives such a name to a file that is not yet whole."""
+    """Return whether a name is that of an unfinished file of :func:`atomic_write`."""
     return TEMPORARY_NAME.fullmatch(name) is not None
 
 
 def remove_unfinished(folder: Path) -> list[str]:
-    """Remove what a killed process left half-written in a directory, and return its names.
+    """Remove the unfinished files and directories of a killed process and return their names.
 
-    Only names that this program gives to files and directories before they are whole are touched.
+    Only names that this program gives are removed.
     """
     removed = []
     for path in sorted(folder.iterdir()):
@@ -83,7 +100,7 @@ def remove_unfinished(folder: Path) -> list[str]:
 
 
 def remove_folder(path: Path) -> None:
-    """Remove a directory with all that is in it; of a link to one, the link alone."""
+    """Remove a directory with its contents; if it is a link, only the link."""
     if path.is_symlink():
         path.unlink()
     else:
@@ -91,9 +108,9 @@ def remove_folder(path: Path) -> None:
 
 
 def remove_temporaries_of(path: Path) -> None:
-    """Remove what killed processes left of a file that they were writing atomically.
+    """Remove the temporary files of ``path`` that killed processes left.
 
-    For a file that no other process may be writing now.
+    No other process may be writing ``path``.
     """
     for left in path.parent.glob(f".{glob.escape(path.name)}.*{UNFINISHED_SUFFIX}"):
         if is_temporary(left.name):
@@ -102,18 +119,13 @@ def remove_temporaries_of(path: Path) -> None:
 
 @contextlib.contextmanager
 def names_full_disk(folder: str | Path, advice: str) -> Iterator[None]:
-    """Turn the many errors of a full disk into a ``ValueError`` of one line.
-
-    Args:
-        folder: what was written to.
-        advice: what the user can do.
-    """
+    """Turn the errors of a full disk into a ``ValueError`` that names the folder and the advice."""
     from safetensors import SafetensorError
 
     try:
         yield
     except (OSError, SafetensorError) as error:
-        # safetensors reports the system's error in its text alone.
+        # safetensors gives the system's error only in its text.
         code = getattr(error, "errno", None)
         if code in FULL or any(f"os error {number})" in str(error) for number in FULL):
             raise ValueError(f"{folder}: no space left on the disk; {advice}") from error
@@ -144,16 +156,16 @@ def write_text(path: str | Path, text: str) -> None:
 def check_outputs(
     *paths: str | Path | None, overwrite: bool, inputs: Iterable[str | Path | None] = ()
 ) -> None:
-    """Check, before the work whose outcome they hold, that files can be written.
+    """Check before the work that its output files can be written.
 
     Args:
-        paths: the files; None where one is not asked for.
-        overwrite: whether files that are there may be replaced.
-        inputs: files that the work reads, which are never replaced; None likewise.
+        paths: the files; None entries are skipped.
+        overwrite: whether existing files may be replaced.
+        inputs: files that the work reads, which are never replaced; None entries are skipped.
 
     Raises:
-        ValueError: one is there and ``overwrite`` is not set, one cannot be written where it is,
-            two are the same file, or one is an input.
+        ValueError: a file exists and ``overwrite`` is not set, a file cannot be written, two
+            outputs are the same file, or one is an input.
     """
     taken = set()
     read = {Path(path).resolve() for path in inputs if path is not None}
@@ -183,17 +195,15 @@ def write_json(path: str | Path, value: Any) -> None:
 
 
 def read_json(path: str | Path, max_bytes: int = MAX_JSON_BYTES) -> Any:
-    """Read JSON.
+    """Return the value in a JSON file.
 
     Args:
         path: the file.
         max_bytes: the largest file that is read: parsed values take about forty times the bytes.
 
-    Returns:
-        What the file holds. An integer has at most 4,300 digits; a key stands in an object once.
-
     Raises:
-        ValueError: names the file, and the line where it is broken.
+        ValueError: the file is missing, too large, nested too deeply or broken, or an object has a
+            key twice. The message names the file and the line.
     """
     try:
         text = _read_bounded(path, max_bytes).decode("utf-8")
@@ -208,19 +218,15 @@ def read_json(path: str | Path, max_bytes: int = MAX_JSON_BYTES) -> Any:
     except ValueError as error:
         raise ValueError(f"{path}: not valid JSON ({error})") from None
     if is_nested_beyond(value, MAX_JSON_DEPTH):
-        raise ValueError(f"{path}: is nested more than {MAX_JSON_DEPTH} deep: no file of ours is")
+        raise ValueError(f"{path}: nested more than {MAX_JSON_DEPTH} deep: is this the right file?")
     return value
 
 
 def read_json_lines(path: str | Path, max_bytes: int = MAX_JSON_BYTES) -> list[dict[str, Any]]:
-    """Read a file of JSON objects, one a line, leaving out a half-written last line.
-
-    Args:
-        path: the file.
-        max_bytes: the largest file that is read.
+    """Return the JSON objects of a file, one a line, without an unfinished last line.
 
     Raises:
-        ValueError: it cannot be read or is too large, or a line before the last is no object.
+        ValueError: the file cannot be read or is too large, or a line before the last is no object.
     """
     try:
         raw = _read_bounded(path, max_bytes)
@@ -256,7 +262,7 @@ def _reason(error: OSError | ValueError) -> str:
 
 
 def is_nested_beyond(value: Any, depth: int) -> bool:
-    """Return whether lists and objects stand in one another more than ``depth`` times."""
+    """Return whether lists and objects are nested more than ``depth`` times."""
     level = [value] if isinstance(value, dict | list) else []
     for _ in range(depth):
         level = [
@@ -272,17 +278,17 @@ def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     """Return a JSON object. Raises ``ValueError`` if a key is in it twice."""
     value = dict(pairs)
     if len(value) != len(pairs):
-        raise ValueError("a key stands in an object twice")
+        raise ValueError("an object has a key twice")
     return value
 
 
 def is_number(value: Any) -> TypeGuard[int | float]:
-    """Return whether a value of JSON is a number; true and false are not."""
+    """Return whether a JSON value is a number; true and false are not."""
     return isinstance(value, int | float) and not isinstance(value, bool)
 
 
 def is_plain_name(name: Any) -> bool:
-    """Return whether a name read from a file names something inside the folder it is used in."""
+    """Return whether a name is one plain file name, without a path."""
     return (
         isinstance(name, str)
         and name not in ("", ".", "..")
@@ -293,7 +299,7 @@ def is_plain_name(name: Any) -> bool:
 
 
 def sha256_file(path: str | Path) -> str:
-    """Return the SHA-256 of a file's bytes, in hexadecimal, read in pieces."""
+    """Return the SHA-256 of a file in hexadecimal."""
     digest = hashlib.sha256()
     with open(path, "rb") as handle:
         while piece := handle.read(1 << 20):
@@ -302,10 +308,10 @@ def sha256_file(path: str | Path) -> str:
 
 
 def replace_section(path: str | Path, name: str, text: str) -> None:
-    """Replace what stands between ``<!-- name -->`` and ``<!-- /name -->`` in a document.
+    """Replace the text between ``<!-- name -->`` and ``<!-- /name -->`` in a document.
 
     Raises:
-        ValueError: the document cannot be read, or does not hold both marks once, in order.
+        ValueError: the document cannot be read, or does not have both marks once, in this order.
     """
     start, end = f"<!-- {name} -->", f"<!-- /{name} -->"
     try:

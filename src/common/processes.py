@@ -1,4 +1,4 @@
-"""Several processes that run one script together, as ``torchrun`` and ``accelerate launch`` start.
+"""Coordinates the processes of one script, started by ``torchrun`` or ``accelerate launch``.
 
 The launcher sets each process's rank and their number in the environment. Rank 0 claims and locks
 directories, writes records and prints. It broadcasts decisions and failures over a separate gloo
@@ -39,7 +39,7 @@ def is_first() -> bool:
 
 
 def join(device_name: str = "auto") -> None:
-    """Meet the other processes, and take this one's GPU; alone, do nothing.
+    """Join the process group and select this process's GPU; with one process, do nothing.
 
     Args:
         device_name: as for :func:`src.common.devices.choose_device`.
@@ -58,19 +58,19 @@ def join(device_name: str = "auto") -> None:
 
 
 def agreed(function: Callable[[], T]) -> T:
-    """Call a function in the first process and return its result in all.
+    """Call a function in rank 0 and return its result in all processes.
 
     Raises:
-        SystemExit: in the others, where it raised in the first.
+        SystemExit: in the other processes, if the function raised in rank 0.
     """
     return _broadcast(0, function)
 
 
 def in_turn(function: Callable[[], T]) -> T:
-    """Call a function in one process after the other, and return in each what its own returned.
+    """Call a function in one process after the other, and return each process's own result.
 
     Raises:
-        SystemExit: in the others, where it raised in one.
+        SystemExit: in the other processes, if the function raised in one.
     """
     results: list[T] = []
     for turn in range(count()):
@@ -79,7 +79,7 @@ def in_turn(function: Callable[[], T]) -> T:
 
 
 def largest(number: int) -> int:
-    """Return the largest of the numbers that the processes give."""
+    """Return the largest number over all processes."""
     if count() == 1:
         return number
     from torch import distributed
@@ -90,10 +90,10 @@ def largest(number: int) -> int:
 
 
 def alike(function: Callable[[], T]) -> T:
-    """Call a function in all processes that does the same in each, and let the first alone speak.
+    """Call a function in all processes; only rank 0 prints and reports the user's errors.
 
     Raises:
-        SystemExit: in the others, where it raised what is the user's to mend.
+        SystemExit: in the other processes, if the function raised ``ValueError``.
     """
     if is_first():
         return function()
@@ -105,7 +105,7 @@ def alike(function: Callable[[], T]) -> T:
 
 
 def _broadcast(turn: int, function: Callable[[], T]) -> T:
-    """Call a function in one process, and return in all what it returned there."""
+    """Call a function in one process and return its result in all."""
     if count() == 1:
         return function()
     from torch import distributed
@@ -123,7 +123,7 @@ def _broadcast(turn: int, function: Callable[[], T]) -> T:
 
 @contextmanager
 def first_holds(hold: Callable[[], AbstractContextManager[Any]]) -> Iterator[None]:
-    """Enter a context in the first process alone, before any goes on."""
+    """Enter a context in rank 0; the other processes wait until it is entered."""
     with ExitStack() as stack:
 
         def enter() -> None:
@@ -134,6 +134,6 @@ def first_holds(hold: Callable[[], AbstractContextManager[Any]]) -> Iterator[Non
 
 
 def wait_until(there: Callable[[], bool]) -> None:
-    """Wait for what another process writes. If that fails, the launcher ends this one."""
+    """Wait until a condition holds. If the process that fulfils it dies, the launcher ends all."""
     while not there():
         time.sleep(POLL_SECONDS)

@@ -1,4 +1,4 @@
-"""A run's directory: who may write to it, what made it, and where it stands."""
+"""A run's directory: its lock, its record ``run.json``, and whether a run may use it."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -32,15 +32,14 @@ NAMES = (
     ("data", "source"),
     ("settings", "data"),
 )
-"""Where a record names a model or data: evaluation opens what stands there."""
+"""Entries of a record that name a model or data, which evaluation opens."""
 PATHS = ("teacher_model", "data", "init_from")
-"""Settings that may be paths: the same file however it is spelt, and wherever a run goes on."""
+"""Settings that may be paths; they are equal if they lead to the same file."""
 LONGEST_NAME = 500
 PACKAGES = ("torch", "transformers", "tokenizers", "accelerate", "datasets", "numpy", "safetensors")
 
-
 HOLDER = re.compile(r"(process \d+ on .*)?")
-"""What a lock file says of the process that holds it, or held it last."""
+"""Content of a lock file: the process that holds it, or held it last."""
 
 
 class InUseError(ValueError):
@@ -49,18 +48,18 @@ class InUseError(ValueError):
 
 @contextmanager
 def locked(folder: Path, flag: str = "--output_dir") -> Iterator[None]:
-    """Hold a run directory for this process alone.
+    """Lock a directory for this process.
 
-    The system frees the lock however the process ends, so the lock file of a killed run can be
-    locked again. Forked data workers do not inherit it.
+    The system frees the lock when the process ends, even if it is killed. Forked data workers do
+    not inherit it.
 
     Args:
-        folder: what to hold; made where it is not there.
-        flag: with which the user chooses another, for the message.
+        folder: the directory; made if missing.
+        flag: that chooses another directory, for the message.
 
     Raises:
-        InUseError: another process holds it.
-        ValueError: what has the name of its lock file was not written by us.
+        InUseError: another process has locked it.
+        ValueError: a file that is not ours has the lock file's name.
     """
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / LOCK_FILE
@@ -82,7 +81,7 @@ def locked(folder: Path, flag: str = "--output_dir") -> Iterator[None]:
 
 
 def _may_be_lock(path: Path) -> bool:
-    """Return whether a name is free for a lock, or stands for one of ours."""
+    """Return whether a path is free, or is a lock file that this program wrote."""
     if not os.path.lexists(path):
         return True
     if path.is_symlink() or not path.is_file():
@@ -92,7 +91,7 @@ def _may_be_lock(path: Path) -> bool:
 
 
 def read_run(folder: str | Path) -> dict[str, Any]:
-    """Read a run's record. Raises ``ValueError`` where there is none or it is not one."""
+    """Return a run's record. Raises ``ValueError`` if it is missing or broken."""
     path = Path(folder) / RUN_FILE
     record = read_json(path)
     if not isinstance(record, dict) or not isinstance(record.get("settings"), dict):
@@ -135,12 +134,10 @@ def changed_settings(old: Mapping[str, Any], new: Mapping[str, Any], prefix: str
 
 
 def is_begun(folder: Path, marker: str, flag: str) -> bool:
-    """Return whether a directory holds work of ours, told by a file that is written first.
-
-    Without it the directory is absent, empty, or left by a process that was killed at its start.
+    """Return whether a directory holds a run that has begun: it has the file ``marker``.
 
     Raises:
-        ValueError: it holds something else.
+        ValueError: without ``marker``, the directory holds more than a lock and unfinished files.
     """
     if (folder / marker).is_file():
         return True
@@ -154,20 +151,21 @@ def is_begun(folder: Path, marker: str, flag: str) -> bool:
 def claim_folder(
     folder: Path, settings: Mapping[str, Any], resume: bool, flag: str = "--output_dir"
 ) -> str:
-    """Decide what a run may do with its output directory. Nothing in it is touched.
+    """Return what a run must do with its output directory; nothing in it is changed.
 
     Args:
         folder: the output directory.
-        settings: what the run is about to do, as JSON values.
-        resume: whether the user asked to go on.
-        flag: with which the user chooses another, for the message.
+        settings: of the run, as JSON values.
+        resume: whether the user passed ``--resume``.
+        flag: that chooses another directory, for the message.
 
     Returns:
         ``new`` (empty or absent), ``resume`` (the same run, unfinished) or ``finished`` (the same
         run, done).
 
     Raises:
-        ValueError: something else is there, or the same run, unfinished, without ``--resume``.
+        ValueError: the directory holds something else, or the same run, unfinished, and ``resume``
+            is not set.
     """
     if not is_begun(folder, RUN_FILE, flag):
         return "new"
@@ -197,13 +195,13 @@ def claim_folder(
 
 
 def _place(name: str, base: str) -> str:
-    """Return where a path leads from a directory; a name that leads nowhere, such as a hub id."""
+    """Return the real path of a name seen from ``base``; the name itself if no file is there."""
     path = os.path.realpath(os.path.join(base, os.path.expanduser(name)))
     return path if os.path.exists(path) else name
 
 
 def provenance() -> dict[str, Any]:
-    """Return what made a result, without secrets and private paths: command, commit, versions."""
+    """Return command, commit, versions and platform, without secrets and private paths."""
     return {
         "command": [Path(sys.argv[0]).name, *publishable(sys.argv[1:])],
         "git": git_state(),
@@ -218,22 +216,16 @@ def provenance() -> dict[str, Any]:
 
 
 def relative_paths(value: Any) -> Any:
-    """Return a value for a record of this machine that is read back: its absolute paths relative.
+    """Return a JSON value with its absolute paths made relative, for a record that is read back.
 
-    They still lead to what they name, through directories of others where it stands outside: what
-    is published goes through :func:`src.common.privacy.publishable`.
-
-    Args:
-        value: text, or lists and objects of it. ``--flag=/path`` counts as a path, too.
-
-    Returns:
-        The same with each absolute path relative to the working directory, or to the home
-        directory (``~/…``, which readers expand) where only that holds it.
+    Paths become relative to the working directory, or to the home directory (``~/…``) if only that
+    holds them; ``--flag=/path`` counts as a path. They may still show private names: use
+    :func:`src.common.privacy.publishable` for what is published.
     """
     if isinstance(value, Mapping):
-        return {key: relative_paths(each) for key, each in value.items()}
+        return {key: relative_paths(item) for key, item in value.items()}
     if isinstance(value, list | tuple):
-        return [relative_paths(each) for each in value]
+        return [relative_paths(item) for item in value]
     if isinstance(value, Path):
         value = str(value)
     if not isinstance(value, str):
@@ -248,7 +240,7 @@ def relative_paths(value: Any) -> Any:
 
 
 def git_state() -> dict[str, Any]:
-    """Return the commit of the code and whether files differ from it; None outside a checkout."""
+    """Return the commit of the code and whether files differ from it; None without git."""
     root = Path(__file__).resolve().parents[2]
 
     def git(*arguments: str) -> str | None:
@@ -270,21 +262,19 @@ def git_state() -> dict[str, Any]:
 
 
 def versions() -> dict[str, str]:
-    """Return the versions of Python and of the packages that decide a run's numbers."""
-    found = {"python": platform.python_version()}
+    """Return the versions of Python and of the packages that affect results."""
+    installed = {"python": platform.python_version()}
     for package in PACKAGES:
-        try:
-            found[package] = metadata.version(package)
-        except metadata.PackageNotFoundError:
-            continue
-    return found
+        with suppress(metadata.PackageNotFoundError):
+            installed[package] = metadata.version(package)
+    return installed
 
 
 def write_run(folder: Path, record: Mapping[str, Any]) -> None:
-    """Write a run's record atomically, its paths relative; of several processes the first does.
+    """Write a run's record atomically in rank 0, with relative paths.
 
-    ``directory`` says from where they are relative, seen from the run's own, where that names
-    nothing: ``..`` or ``../..``.
+    ``directory`` in the record is the directory that they are relative to, seen from the run's own;
+    it is written only if it is like ``..`` or ``../..`` and so shows no names.
     """
     if not processes.is_first():
         return

@@ -1,4 +1,4 @@
-"""Writes plain tables as Markdown and as LaTeX."""
+"""Formats tables as Markdown and LaTeX."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ _LATEX = {
 
 
 def markdown_lines(headings: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
-    """Return a table whose first column stands left and whose others stand right."""
+    """Return a Markdown table: the first column left-aligned, the others right-aligned."""
     return [
         f"| {' | '.join(headings)} |",
         f"|---|{'---:|' * (len(headings) - 1)}",
@@ -29,7 +29,7 @@ def markdown_lines(headings: Sequence[str], rows: Sequence[Sequence[str]]) -> li
 
 
 def latex_lines(headings: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
-    """Return a table of the package booktabs, its text escaped."""
+    """Return a LaTeX table for the package booktabs, its text escaped."""
     return [
         r"% \usepackage{booktabs}",
         rf"\begin{{tabular}}{{l{'r' * (len(headings) - 1)}}}",
@@ -43,5 +43,5 @@ def latex_lines(headings: Sequence[str], rows: Sequence[Sequence[str]]) -> list[
 
 
 def latex(text: str) -> str:
-    """Return text with everything escaped that LaTeX would read as its own."""
+    """Return text with LaTeX's special characters escaped."""
     return "".join(_LATEX.get(letter, letter) for letter in text)

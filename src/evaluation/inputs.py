@@ -11,8 +11,9 @@ from src.common.runs import RUN_FILE, read_run
 from src.evaluation.results import lookup
 from src.evaluation.scoring import EvaluationSettings
 from src.models.loading import NoTokenizerError, load_tokenizer, max_positions
+from src.proteins.homology import read_clusters
 from src.proteins.sources import has_split
-from src.proteins.splits import CLUSTERS_FILE, read_clusters
+from src.proteins.split_files import CLUSTERS_FILE
 from src.proteins.tokens import tokenizer_fingerprint
 
 if TYPE_CHECKING:

@@ -20,7 +20,7 @@ from src.evaluation.metrics import MODELS
 from src.evaluation.token_statistics import token_statistics
 from src.loss.reference import check_vocabularies
 from src.models.loading import final_hidden_states, output_head
-from src.proteins.batching import TokenSequences
+from src.proteins.batching import TokenSequences, cut_batches, padded
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -103,25 +103,8 @@ def length_batches(lengths: np.ndarray, batch_size: int, batch_tokens: int) -> l
         Indices of the sequences of each batch; rows × longest stays within ``batch_tokens``
         unless one sequence alone is longer.
     """
-    batches = []
     order = np.argsort(-lengths, kind="stable")
-    start = 0
-    while start < len(order):
-        rows = max(1, min(batch_size, batch_tokens // max(1, int(lengths[order[start]]))))
-        batches.append(order[start : start + rows])
-        start += rows
-    return batches
-
-
-def _padded(sequences: Sequence[np.ndarray], device: torch.device) -> tuple[Tensor, Tensor]:
-    """Return ids and attention mask ``(B, T)``, padded on the right with an id never read."""
-    width = max(map(len, sequences))
-    ids = torch.zeros((len(sequences), width), dtype=torch.long)
-    mask = torch.zeros((len(sequences), width), dtype=torch.long)
-    for row, sequence in enumerate(sequences):
-        ids[row, : len(sequence)] = torch.as_tensor(np.asarray(sequence, dtype=np.int64))
-        mask[row, : len(sequence)] = 1
-    return ids.to(device), mask.to(device)
+    return cut_batches(lengths, order, batch_size, batch_tokens)
 
 
 def _chunks_of_states(
@@ -141,7 +124,7 @@ def _chunks_of_states(
     tokens = settings.batch_tokens or BATCH_TOKENS.get(device.type, BATCH_TOKENS["cuda"])
     batches = length_batches(lengths, settings.batch_size, tokens)
     for batch in progress(batches, len(batches), description, "batches"):
-        ids, mask = _padded([proteins[int(i)] for i in batch], device)
+        ids, mask = (t.to(device) for t in padded([proteins[int(i)] for i in batch]))
         predicts = (mask[:, :-1] & mask[:, 1:]).bool()  # (B, T-1)
         targets = ids[:, 1:][predicts]  # (n,)
         owners = batch[predicts.nonzero()[:, 0].cpu().numpy()]

@@ -1,10 +1,9 @@
-"""Initialise a small GPT-2 from a larger one: pick layers, and reduce widths.
+"""Initialises a small GPT-2 from a larger one: picks layers and reduces widths.
 
-This is weight subcloning (Samragh et al. 2023, arXiv:2312.09299): keep the most important features
-and neurons, and copy their weights. Attention depends only on the products W_q W_kᵀ and W_v W_o of
-each head, so these are replaced by their best approximations of lower rank (Eckart and Young 1936,
-Psychometrika 1:211), biases included. A student of the larger model's shape computes exactly the
-same function.
+This is weight subcloning (Samragh et al. 2023, arXiv:2312.09299): the weights of the most important
+features and neurons are copied. Attention depends only on the products W_q W_kᵀ and W_v W_o of each
+head, so these are replaced by their best approximations of lower rank (Eckart and Young 1936,
+Psychometrika 1:211), biases included. A student of the same shape computes the same function.
 """
 
 from __future__ import annotations
@@ -19,7 +18,7 @@ if TYPE_CHECKING:
 
 
 def check_can_shrink(large: Any, small: Any) -> None:
-    """Raise ``ValueError`` unless a GPT-2 configuration is nowhere larger than another."""
+    """Raise ``ValueError`` unless ``small`` is nowhere larger and has the same vocabulary."""
     for name in ("n_layer", "n_head", "n_embd", "vocab_size", "n_positions"):
         have, want = getattr(large, name), getattr(small, name)
         if want > have or (name == "vocab_size" and want != have):
@@ -31,14 +30,10 @@ def check_can_shrink(large: Any, small: Any) -> None:
 
 @torch.no_grad()
 def subclone(large: GPT2LMHeadModel, small: GPT2LMHeadModel) -> None:
-    """Overwrite a student's weights with a part of a larger model's.
-
-    Args:
-        large: the model to start from; not changed.
-        small: the student, nowhere larger; changed in place.
+    """Overwrite the weights of the student ``small`` with a part of those of ``large``.
 
     Raises:
-        ValueError: the student is larger somewhere, or has another vocabulary.
+        ValueError: the student is larger in some dimension, or has another vocabulary.
     """
     check_can_shrink(large.config, small.config)
     body: Any = large.transformer
@@ -54,7 +49,7 @@ def subclone(large: GPT2LMHeadModel, small: GPT2LMHeadModel) -> None:
 
 
 def picked_layers(have: int, want: int) -> list[int]:
-    """Return which layers to keep: the first, the last, and evenly spaced ones between."""
+    """Return the layers to keep: the first, the last, and evenly spaced ones between."""
     if want == 1:
         return [0]
     return [round(number * (have - 1) / (want - 1)) for number in range(want)]

@@ -1,9 +1,8 @@
-"""Loads teachers and tokenizers, builds students, and opens a model at its output head.
+"""Loads teachers and tokenizers, builds students, and splits a model before its output head.
 
-There is one way to load a model: safetensors, no remote code, a clear line when it cannot be had.
-A file from elsewhere may be hostile: nothing in it is run as code, what transformers would read
-without bounds is looked at first, and a configuration is compared with its weights before anything
-of the size it asks for is built.
+Files from elsewhere may be hostile: no code in them is run, files that transformers would read
+without limits are checked first, and a configuration is compared with its weights before a model of
+that size is built.
 """
 
 from __future__ import annotations
@@ -29,32 +28,29 @@ from src.proteins.tokens import token_letters
 
 MAX_CONFIG_BYTES = 1 << 20
 MAX_CONFIG_NUMBER = 1 << 20
-"""transformers makes lists of as many as a configuration says. The largest vocabularies have some
-260,000 tokens, and the longest inputs of protein models are far below."""
+"""transformers makes lists as long as a configuration says. The largest vocabularies have about
+260,000 tokens; inputs of protein models are much shorter."""
 MAX_LABELS = 10_000
-"""Of a classifier's; a language model has none. transformers makes two names for each."""
+"""Language models have no labels; transformers makes two names for each label."""
 if TYPE_CHECKING:
     from transformers import GPT2Config, GPT2LMHeadModel, PreTrainedModel
     from transformers.tokenization_utils_base import PreTrainedTokenizerBase
 
 
 class NoTokenizerError(ValueError):
-    """A model comes without a tokenizer: what is loaded in its place knows no protein."""
+    """A model has no tokenizer of proteins."""
 
 
 def load_tokenizer(name: str | Path, revision: str | None = None) -> PreTrainedTokenizerBase:
-    """Load a tokenizer from a directory or the hub.
+    """Load a tokenizer; without a padding token it pads with the end-of-text marker.
 
     Args:
         name: directory or hub id.
         revision: branch, tag or commit on the hub.
 
-    Returns:
-        The tokenizer, with the end-of-text marker to pad with where it names no padding token.
-
     Raises:
-        NoTokenizerError: the model comes without one.
-        ValueError: it is not there, broken, or the hub cannot be reached.
+        NoTokenizerError: the model has no tokenizer.
+        ValueError: it is missing or broken, or the hub cannot be reached.
     """
     from transformers import AutoTokenizer
 
@@ -69,11 +65,11 @@ def load_tokenizer(name: str | Path, revision: str | None = None) -> PreTrainedT
     if tokenizer.eos_token is None:
         raise ValueError(f"{name}: its tokenizer has no end-of-text token")
     with explain_loading("tokenizer", name):
-        given_back = _try_out(tokenizer)
-    if given_back != STANDARD_RESIDUES:
-        raise (ValueError if given_back else NoTokenizerError)(
+        decoded = _try_out(tokenizer)
+    if decoded != STANDARD_RESIDUES:
+        raise (ValueError if decoded else NoTokenizerError)(
             f"{name}: of the residues {STANDARD_RESIDUES} its tokenizer gives back "
-            f"{printable(given_back)[:40] or 'none'}: it is not one of proteins"
+            f"{printable(decoded)[:40] or 'none'}: it is not one of proteins"
         )
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token
@@ -81,10 +77,9 @@ def load_tokenizer(name: str | Path, revision: str | None = None) -> PreTrainedT
 
 
 def _keep_no_words(tokenizer: PreTrainedTokenizerBase) -> None:
-    """Switch off a BPE tokenizer's cache of words: tens of MB that are not freed with it.
+    """Switch off a BPE tokenizer's cache of 10,000 words, tens of MB that are never freed.
 
-    It holds the last 10,000 words. Those of proteins are lines of 60 residues, which do not come
-    back, so encoding is as fast without.
+    The words of proteins are lines of 60 residues, which do not repeat: the cache saves no time.
     """
     backend = getattr(tokenizer, "backend_tokenizer", None)
     resize = getattr(getattr(backend, "model", None), "_resize_cache", None)
@@ -104,11 +99,11 @@ def _check_tokenizer_files(folder: Path) -> None:
     for name in ("special_tokens_map.json", "added_tokens.json", "vocab.json"):
         if (folder / name).is_file():
             read_json(folder / name)
-    # tokenizer_config.json may name a tokenizer.VERSION.json to be read instead.
+    # tokenizer_config.json may name another file tokenizer.VERSION.json.
     for path in sorted(folder.glob("tokenizer*.json")):
         if path.name != "tokenizer_config.json":
             read_json(path)
-    # Of nothing transformers makes an empty GPT-2 tokenizer.
+    # Without a vocabulary transformers makes an empty GPT-2 tokenizer.
     vocabularies = ("tokenizer.*json", "vocab.*", "*.model")
     if not any(path.is_file() for pattern in vocabularies for path in folder.glob(pattern)):
         raise NoTokenizerError(
@@ -118,15 +113,11 @@ def _check_tokenizer_files(folder: Path) -> None:
 
 
 def _try_out(tokenizer: PreTrainedTokenizerBase) -> str:
-    """Encode and decode a protein, so that a broken tokenizer raises here and not in mid-run.
-
-    Returns:
-        The standard residues, or what its tokens, or the text that they are decoded to, make of
-        them.
+    """Encode and decode the standard residues, and return what comes back.
 
     Raises:
-        ValueError: its token ids are out of range, or the text is no protein. Other errors are the
-            tokenizer's own.
+        ValueError: token ids are out of range, or the decoded text is no protein. A broken
+            tokenizer may raise any other error.
     """
     ids = tokenizer(layout(STANDARD_RESIDUES), add_special_tokens=False)["input_ids"]
     text: Any = tokenizer.decode(ids, skip_special_tokens=False, clean_up_tokenization_spaces=False)
@@ -144,22 +135,20 @@ def load_causal_lm(
     device: str | torch.device = "cpu",
     revision: str | None = None,
 ) -> PreTrainedModel:
-    """Load a causal language model from a directory or the hub, in eval mode.
+    """Load a causal language model in eval mode, and run it on one token.
+
+    Directories must hold safetensors. A hub model without them is read with PyTorch's
+    ``weights_only`` loader, which runs no code.
 
     Args:
         name: directory or hub id.
         dtype: of the weights in memory.
-        device: where they go.
+        device: of the weights.
         revision: branch, tag or commit on the hub.
 
-    Returns:
-        The model. Directories must hold safetensors; a hub model that has none is read with
-        PyTorch's ``weights_only`` loader, which runs no code. Every weight comes from the files
-        (none is left as it was drawn), and the model was run on one token.
-
     Raises:
-        ValueError: it is not there, broken, no causal language model, brings code of its own, or
-            the hub cannot be reached.
+        ValueError: the model is missing or broken, lacks weights, is no causal language model, or
+            contains code; or the hub cannot be reached.
     """
     from transformers import AutoModelForCausalLM
 
@@ -183,9 +172,8 @@ def load_causal_lm(
             loaded = AutoModelForCausalLM.from_pretrained(
                 str(name), use_safetensors=False, weights_only=True, **options
             )
-        model, found = loaded
-        if found["missing_keys"]:
-            missing = sorted(found["missing_keys"])
+        model, information = loaded
+        if missing := sorted(information["missing_keys"]):
             raise ValueError(f"{len(missing)} weights are missing, the first is {missing[0]}")
         model = model.to(device).eval()
         require_runnable(model)
@@ -193,27 +181,29 @@ def load_causal_lm(
 
 
 def require_runnable(model: PreTrainedModel) -> None:
-    """Look at every weight and run a model on one token.
+    """Check that every weight is finite, and the output for one token.
 
     Raises:
-        ValueError: a weight or an output is not finite. Other errors are the model's own.
+        ValueError: a weight or an output is not finite. A broken model may raise any other error.
     """
     for name, weight in model.named_parameters():
         if not torch.isfinite(weight).all():
-            raise ValueError(f"{name} holds what is no finite number: the weights are damaged")
+            raise ValueError(
+                f"{name} has a value that is no finite number: the weights are damaged"
+            )
     token = torch.zeros(1, 1, dtype=torch.long, device=model.device)
     with torch.inference_mode():
         logits = model(input_ids=token).logits
     if not torch.isfinite(logits).all():
-        raise ValueError("its outputs are no finite numbers: the weights are damaged")
+        raise ValueError("its outputs are not finite: the weights are damaged")
 
 
 def require_fitting_weights(folder: Path) -> None:
-    """Compare a directory's configuration with its weights, without building or reading either.
+    """Check that a directory's weights are enough for its configuration, without loading them.
 
     Raises:
-        ValueError: there are no safetensors, a file is broken, or the configuration asks for more
-            blocks or parameters than the weights hold.
+        ValueError: there are no safetensors, a file is broken, or the configuration has more
+            blocks or parameters than the weights.
     """
     from safetensors import safe_open
     from transformers import AutoConfig, AutoModelForCausalLM
@@ -246,7 +236,7 @@ def require_fitting_weights(folder: Path) -> None:
 
 
 def _refuse_code(config: Any, path: Path) -> None:
-    """Refuse a configuration that names code to be run: ``auto_map``, or a kernel from the hub."""
+    """Raise ``ValueError`` if a configuration names code: ``auto_map``, or a kernel of the hub."""
     if not isinstance(config, dict):
         raise ValueError(f"{path}: expected an object at the top")
     if config.get("auto_map"):
@@ -260,14 +250,14 @@ def _refuse_code(config: Any, path: Path) -> None:
 
 
 def _refuse_absurd(value: Any, path: Path, name: str = "") -> None:
-    """Refuse a whole number in a configuration that is larger than any model's."""
+    """Raise ``ValueError`` if a number in a configuration is larger than that of any model."""
     if isinstance(value, dict):
         for key, inner in value.items():
             _refuse_absurd(inner, path, key)
     elif isinstance(value, list):
         for inner in value:
             _refuse_absurd(inner, path, name)
-    elif isinstance(value, int) and not name.endswith("theta"):  # of rotary positions: no count
+    elif isinstance(value, int) and not name.endswith("theta"):  # rotary base
         most = MAX_LABELS if name == "num_labels" else MAX_CONFIG_NUMBER
         if abs(value) > most:
             raise ValueError(
@@ -277,12 +267,12 @@ def _refuse_absurd(value: Any, path: Path, name: str = "") -> None:
 
 
 def require_model_directory(name: str | Path) -> bool:
-    """Return whether ``name`` is a local directory, whose configuration may be loaded.
+    """Return whether ``name`` is a local directory with a safe configuration, not a hub id.
 
     Raises:
-        ValueError: ``name`` looks like a path but is no directory with a ``config.json``, that file
-            is broken, brings code or asks for absurd numbers, or there is a pipe or a device among
-            the files, which may have no end.
+        ValueError: ``name`` looks like a path but is no directory with a ``config.json``; that file
+            is broken, names code or has absurd numbers; or the directory has a pipe or a device,
+            whose reading may not end.
     """
     path = Path(name)
     if path.is_dir():
@@ -299,7 +289,7 @@ def require_model_directory(name: str | Path) -> bool:
     text = str(name)
     if path.exists():
         raise ValueError(f"{name}: is a file; a model is a directory or a hub id")
-    # The hub has no owner "models"; it is where this project's own students lie.
+    # models/ holds this project's students; the hub has no owner of that name.
     if text.startswith((".", "/", "~", "models/")) or text.count("/") > 1:
         raise ValueError(f"{name}: there is no such directory")
     return False
@@ -307,18 +297,18 @@ def require_model_directory(name: str | Path) -> bool:
 
 @contextmanager
 def explain_loading(kind: str, name: str | Path) -> Iterator[None]:
-    """Turn whatever a loader raises into one ``ValueError`` that says what to do."""
+    """Turn every error of a loader into a ``ValueError`` that says what to do."""
     try:
         yield
-    except BaseException as error:  # the loaders raise whatever a broken file makes them raise
-        # A panic in tokenizers' Rust code is no Exception; an interrupt is not ours to explain.
+    except BaseException as error:  # broken files raise errors of any kind
+        # A panic in tokenizers' Rust code is no Exception; interrupts are passed on.
         if not isinstance(error, Exception) and type(error).__name__ != "PanicException":
             raise
         raise ValueError(_why_not_loaded(kind, name, error)) from error
 
 
 def _why_not_loaded(kind: str, name: str | Path, error: BaseException) -> str:
-    """Return one line on why a model or tokenizer was not loaded and what to do."""
+    """Return why a model or tokenizer was not loaded and what to do."""
     if Path(name).is_dir():
         reason = one_line(error)[:200]
         return f"{name}: the {kind} cannot be loaded ({reason})"
@@ -332,7 +322,7 @@ def shape_of(name: str | Path) -> StudentSettings:
     """Return the shape of a GPT-2 in a directory or on the hub.
 
     Raises:
-        ValueError: it is not there, or no GPT-2.
+        ValueError: the model is missing, or no GPT-2.
     """
     from transformers import AutoConfig
 
@@ -347,9 +337,9 @@ def shape_of(name: str | Path) -> StudentSettings:
 def student_config(
     student: StudentSettings, teacher_config: Any, n_positions: int | None = None
 ) -> GPT2Config:
-    """Return the GPT-2 configuration of a student with its teacher's vocabulary and markers.
+    """Return a student's GPT-2 configuration, with the vocabulary and markers of its teacher.
 
-    The activation is GPT-2's tanh GELU in PyTorch's fused form: the same function, one kernel.
+    The activation is GPT-2's tanh GELU, in PyTorch's fused form.
     """
     from transformers import GPT2Config
 
@@ -369,18 +359,12 @@ def student_config(
 
 
 def build_student(config: GPT2Config, seed: int) -> GPT2LMHeadModel:
-    """Build a student whose weights depend on its shape and ``seed`` alone.
+    """Build a student in float32 and train mode; its weights depend on shape and ``seed`` alone.
 
-    Args:
-        config: from :func:`student_config`.
-        seed: seeds the generator right before the weights are drawn; the caller's generator is
-            left as it was.
-
-    Returns:
-        The student, in float32 and train mode.
+    The caller's random generator is not changed.
 
     Raises:
-        ValueError: this machine has not the memory to hold its weights.
+        ValueError: the weights do not fit this machine's memory.
     """
     from transformers import GPT2LMHeadModel
 
@@ -398,7 +382,7 @@ def build_student(config: GPT2Config, seed: int) -> GPT2LMHeadModel:
 
 
 def count_parameters(model: nn.Module) -> int:
-    """Return the number of parameters, tied ones once."""
+    """Return the number of parameters; tied ones count once."""
     return sum(p.numel() for p in model.parameters())
 
 
@@ -406,7 +390,7 @@ def max_positions(config: Any) -> int:
     """Return the longest input of a model, in tokens.
 
     Raises:
-        ValueError: the configuration states none.
+        ValueError: the configuration does not say.
     """
     for name in ("n_positions", "max_position_embeddings", "n_ctx"):
         value = getattr(config, name, None)
@@ -426,10 +410,7 @@ def model_fingerprint(model: nn.Module) -> str:
 
 
 def positions_from_mask(attention_mask: Tensor) -> Tensor:
-    """Return position ids ``(B, T)`` that count attended tokens from 0, on whichever side the pads.
-
-    With padding on the right they are 0, 1, 2, …, as the model counts by itself.
-    """
+    """Return position ids ``(B, T)`` that count attended tokens from 0, for padding on any side."""
     return (attention_mask.long().cumsum(-1) - 1).clamp(min=0)
 
 
@@ -448,19 +429,19 @@ def set_dropout(model: nn.Module, probability: float) -> None:
 
 
 def block_lists(model: PreTrainedModel) -> dict[str, nn.ModuleList]:
-    """Return a model's lists of blocks by their names in its base model."""
+    """Return the lists of blocks of a base model, by name."""
     children = model.base_model.named_children()
     return {name: module for name, module in children if isinstance(module, nn.ModuleList)}
 
 
 def keep_head_alone(model: PreTrainedModel) -> None:
-    """Free a model's blocks where only its output head is still needed."""
+    """Free a model's blocks if only its output head is still needed."""
     for name in block_lists(model):
         setattr(model.base_model, name, nn.ModuleList())
 
 
 def has_dropout(model: nn.Module) -> bool:
-    """Return whether a model draws random numbers in train mode."""
+    """Return whether a model uses dropout in train mode."""
     return any(isinstance(m, nn.Dropout) and m.p > 0 for m in model.modules()) or (
         getattr(getattr(model, "config", None), "attn_pdrop", 0.0) > 0
     )
@@ -484,13 +465,13 @@ def final_hidden_states(
     attention_mask: Tensor | None = None,
     position_ids: Tensor | None = None,
 ) -> Tensor:
-    """Return what a model's output head is applied to: hidden states after the last norm.
+    """Return the input of a model's output head: hidden states after the last norm.
 
     Args:
         model: a causal language model.
         input_ids: ``(B, T)``.
         attention_mask: ``(B, T)``, 0 at padding.
-        position_ids: ``(B, T)``; None: counted over attended tokens.
+        position_ids: ``(B, T)``; None: count attended tokens.
 
     Returns:
         ``(B, T, E)`` in the model's compute dtype.
@@ -507,9 +488,9 @@ def model_inputs(
 ) -> dict[str, Tensor]:
     """Return the keyword arguments for a forward pass over a possibly padded or packed batch.
 
-    A packed batch has ``position_ids`` that begin again at each protein and no attention mask:
-    transformers then keeps attention inside each protein. A row without any attended token gets
-    one, because attention over nothing is not a number; such a row has no valid position anyway.
+    A packed batch has no attention mask, and ``position_ids`` that begin again at each protein:
+    transformers then keeps attention inside each protein. A row without attended tokens gets one,
+    because attention over nothing gives NaN.
     """
     inputs = {"input_ids": input_ids}
     if attention_mask is not None:

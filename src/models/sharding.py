@@ -1,13 +1,12 @@
-"""Spreads a frozen teacher's blocks over processes, for a teacher that no single device holds.
+"""Spreads a frozen teacher's blocks over processes, if it does not fit one device.
 
 The weights of each block are split evenly (fully sharded data parallel, Zhao et al. 2023,
-arXiv:2304.11277). Before a block runs they are gathered from all processes, after it they are
-dropped. So a process holds 1/N of the blocks and, in passing, one or two blocks whole; embeddings
-and output head stay whole, because the loss reads the head itself. Gathering copies: what the
-teacher computes is the same to the bit.
+arXiv:2304.11277): gathered before the block runs and dropped after it. A process holds 1/N of the
+blocks and one or two whole blocks at a time. Embeddings and output head stay whole, because the
+loss reads the head. The teacher's outputs are the same to the bit.
 
-Each gathering takes all processes, so all must run the teacher equally often. In training they do;
-where their shares differ, :func:`in_step` lets those with less to do run a single token.
+All processes must run the teacher equally often, because each gathering needs all of them. If their
+shares differ, :func:`in_step` runs the teacher on single tokens in the others.
 """
 
 from __future__ import annotations
@@ -31,19 +30,19 @@ T = TypeVar("T")
 def load_sharded(
     load: Callable[[], tuple[PreTrainedModel, T]], device: torch.device
 ) -> tuple[PreTrainedModel, T]:
-    """Load a teacher in one process after the other, and keep in each its share.
+    """Load a teacher in one process after the other, and keep one share in each.
 
-    So the machine's memory holds it whole once at a time, and a device never.
+    The machine's memory holds only one whole copy at a time, and a device none.
 
     Args:
-        load: returns the teacher, on the CPU, and what else is wanted of it while it is whole.
-        device: where the shares go.
+        load: returns the teacher, on the CPU, and a second value computed while it is whole.
+        device: of the shares.
 
     Returns:
-        The teacher, and what else ``load`` returned.
+        The teacher, and the second value of ``load``.
 
     Raises:
-        ValueError: there is but one process, or the model has no list of blocks.
+        ValueError: there is only one process, or the model has no list of blocks.
     """
     if processes.count() == 1:
         raise ValueError(
@@ -59,8 +58,8 @@ def load_sharded(
         return whole, more
 
     teacher, more = processes.in_turn(load_share)
-    # The first run makes the tensors into which blocks are gathered ever after. Made by a run in
-    # inference mode, as evaluations are, they could not be used outside of it.
+    # The first run makes the buffers that blocks are gathered into. If that were an evaluation, in
+    # inference mode, training could not use them.
     run_idle(teacher, 1)
     return teacher, more
 
@@ -68,15 +67,15 @@ def load_sharded(
 def shard(teacher: PreTrainedModel, mesh: DeviceMesh, device: torch.device) -> None:
     """Freeze a teacher, keep this process's share of its blocks, and move it to a device.
 
-    Blocks are moved one after the other, so the device never holds more than its share, one block
-    and what is not in blocks.
+    Blocks are moved one after the other, so the device holds at most its share, one whole block and
+    the weights outside of blocks.
 
     Raises:
         ValueError: the model has no list of blocks.
     """
     from torch.distributed.fsdp import fully_shard
 
-    blocks = [block for each in block_lists(teacher).values() for block in each]
+    blocks = [block for blocks in block_lists(teacher).values() for block in blocks]
     if not blocks:
         raise ValueError(f"--shard_teacher: {type(teacher).__name__} has no list of blocks")
     teacher.requires_grad_(False)
@@ -84,18 +83,18 @@ def shard(teacher: PreTrainedModel, mesh: DeviceMesh, device: torch.device) -> N
         fully_shard(block, mesh=mesh, reshard_after_forward=True)
     inside = {parameter for block in blocks for parameter in block.parameters()}
     whole = {parameter for parameter in teacher.parameters() if parameter not in inside}
-    # The root lets a block be gathered while the one before it runs; it shards nothing itself.
+    # Wrapping the root lets a block be gathered while the one before it runs.
     fully_shard(teacher.base_model, mesh=mesh, reshard_after_forward=True, ignored_params=whole)
     teacher.to(device)  # type: ignore[arg-type]
 
 
 def is_sharded(model: PreTrainedModel) -> bool:
-    """Return whether a model has blocks that are spread over processes."""
+    """Return whether a model's blocks are spread over processes."""
     if processes.count() == 1:
         return False
     from torch.distributed.fsdp import FSDPModule
 
-    blocks = (block for each in block_lists(model).values() for block in each)
+    blocks = (block for blocks in block_lists(model).values() for block in blocks)
     return any(isinstance(block, FSDPModule) for block in blocks)
 
 
@@ -110,10 +109,10 @@ def run_idle(teacher: PreTrainedModel, times: int) -> None:
 
 @contextmanager
 def in_step(teacher: PreTrainedModel | None, runs: int) -> Iterator[None]:
-    """Bring the runs of a sharded teacher, after the body, to those of the busiest process.
+    """After the body, run a sharded teacher until all processes have run it equally often.
 
     Args:
-        teacher: where it is not sharded, or None, nothing is done.
+        teacher: nothing is done if it is None or not sharded.
         runs: how often the body runs it in this process.
     """
     if teacher is None or not is_sharded(teacher):

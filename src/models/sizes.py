@@ -19,9 +19,9 @@ PROTGPT2 = {
     "bos_token_id": 0,
     "eos_token_id": 0,
 }
-"""Shape of the default teacher, from its config.json on the hub: planning needs no network."""
+"""Shape of the default teacher, as in its config.json on the hub: planning needs no network."""
 THRESHOLDS = ((0.05, 3.0), (0.11, 2.5), (0.27, 2.0))
-"""A student's share of the teacher's parameters → the perplexity ratio it must stay below."""
+"""Pairs of a student's share of the teacher's parameters and its largest perplexity ratio."""
 
 
 def gpt2_parameters(n_layer: int, n_embd: int, vocab_size: int, n_positions: int) -> int:
@@ -64,11 +64,11 @@ def estimate(
         student: the student's shape.
         settings: batch, length, precision, epochs.
         teacher_config: with ``vocab_size`` and the longest input.
-        teacher_parameters: how many the teacher has; 0 without a teacher.
-        training_rows: rows of an epoch, or None where the data is not available.
+        teacher_parameters: 0 without a teacher.
+        training_rows: rows of an epoch, or None if the data is not available.
 
     Returns:
-        The cost; ``steps`` is None where neither the data nor ``max_steps`` determines it.
+        The cost; ``steps`` is None if it depends on data that is not available.
     """
     vocabulary, positions = teacher_config.vocab_size, teacher_config.n_positions
     parameters = gpt2_parameters(student.n_layer, student.n_embd, vocabulary, positions)
@@ -89,12 +89,12 @@ def estimate(
 def total_steps(
     settings: TrainSettings, training_rows: int | None, processes: int = 1
 ) -> int | None:
-    """Return the optimiser steps of a run, or None where they depend on unknown data.
+    """Return the optimiser steps of a run, or None if they depend on unknown data.
 
     Args:
         settings: batches, accumulation, epochs.
         training_rows: rows of an epoch.
-        processes: how many share the batches of a step.
+        processes: number that share the batches of a step.
     """
     if settings.max_steps > 0:
         return settings.max_steps

@@ -11,13 +11,13 @@ from torch import Tensor
 from torch.utils.data import Dataset, Sampler
 
 IGNORED_LABEL = -100
-"""The label that PyTorch's cross entropy and src.loss.reference leave out."""
+"""Label of positions without a loss, in PyTorch's cross entropy and src.loss.reference."""
 POOL_BATCHES = 50
 """Batches whose proteins are sorted together: little padding, and still a random order."""
 
 
 class TokenSequences(Protocol):
-    """What batching needs of tokenised proteins."""
+    """Tokenised proteins, by index."""
 
     @property
     def lengths(self) -> np.ndarray:
@@ -30,15 +30,15 @@ class TokenSequences(Protocol):
 
 
 class HiddenStates(Protocol):
-    """A teacher's hidden states ``(T, E)`` and figures ``(T, 3)`` of each protein, by index."""
+    """A teacher's hidden states ``(T, E)`` and statistics ``(T, 3)`` of each protein, by index."""
 
     def __getitem__(self, index: int) -> tuple[Tensor, Tensor]: ...
 
 
 class ProteinDataset(Dataset):
-    """Tokenised proteins as a Trainer wants them: one dictionary for each protein.
+    """Tokenised proteins for the Trainer, one dictionary each.
 
-    With a teacher's ``cache`` each has what the cache holds of it under ``teacher``, a list.
+    With a teacher's ``cache`` the entry ``teacher`` is the list of the row's cached states.
     """
 
     def __init__(
@@ -57,10 +57,10 @@ class ProteinDataset(Dataset):
 
     def __getitem__(self, index: int) -> dict[str, Any]:
         row: dict[str, Any] = {"input_ids": self.proteins[int(index)]}
-        return row | _taught(self.cache, [int(index)])
+        return row | _cached_states(self.cache, [int(index)])
 
 
-def _taught(cache: HiddenStates | None, proteins: Iterable[int]) -> dict[str, Any]:
+def _cached_states(cache: HiddenStates | None, proteins: Iterable[int]) -> dict[str, Any]:
     return {} if cache is None else {"teacher": [cache[int(index)] for index in proteins]}
 
 
@@ -86,7 +86,7 @@ class PackedDataset(Dataset):
 
     def __getitem__(self, index: int) -> dict[str, Any]:
         row = self.rows[int(index)]
-        return {"proteins": [self.proteins[int(i)] for i in row]} | _taught(self.cache, row)
+        return {"proteins": [self.proteins[int(i)] for i in row]} | _cached_states(self.cache, row)
 
 
 def pack(
@@ -139,7 +139,7 @@ def cut_batches(
         lengths: ``(sequences,)``.
         order: indices into ``lengths``; sorted by length, batches hold little padding.
         rows: most sequences of a batch.
-        tokens: most padded tokens of a batch, rows × longest; a longer sequence stands alone.
+        tokens: most padded tokens of a batch, rows × longest; a longer sequence is a batch alone.
 
     Returns:
         The indices of each batch.
@@ -228,7 +228,7 @@ def padded(
     Args:
         sequences: token ids of each.
         pad_token_id: id at padding.
-        side: ``right`` or ``left``.
+        side: of the padding, ``right`` or ``left``.
         multiple_of: T is rounded up to a multiple of this number.
     """
     width = -(-max(map(len, sequences)) // multiple_of) * multiple_of
@@ -246,7 +246,7 @@ class PaddingCollator:
     """Pads the proteins of a batch to its longest one.
 
     The result holds ``input_ids``, ``attention_mask`` and ``labels``, each ``(B, T)``; labels are
-    -100 at padding. Padding is known by its place, not by its token: GPT-2 pads with end-of-text.
+    -100 at padding. Padding is masked by position, not by token id: GPT-2 pads with end-of-text.
     """
 
     def __init__(self, pad_token_id: int, side: str = "right", multiple_of: int = 1) -> None:
@@ -266,12 +266,12 @@ class PaddingCollator:
 
 
 class PackingCollator:
-    """Lays the proteins of each packed row end to end.
+    """Concatenates the proteins of each packed row.
 
     The result holds ``input_ids``, ``labels`` and ``position_ids``, each ``(B, T)``, and no
-    attention mask: positions begin again at each protein, from which transformers keeps attention
-    inside it. Each protein's first label is -100, so that none is predicted from another; unused
-    room at the end of a row counts as a protein whose labels are all -100.
+    attention mask: positions begin again at each protein, so transformers keeps attention inside
+    it. The first label of each protein is -100, because nothing in it predicts that token. The
+    unused end of a row counts as a protein whose labels are all -100.
     """
 
     def __init__(self, pad_token_id: int, row_tokens: int) -> None:

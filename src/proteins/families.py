@@ -13,15 +13,11 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from src.proteins.homology import covering_identities, homology_clusters
 from src.proteins.readers import guarded_lines
 from src.proteins.report import ReadReport
-from src.proteins.splits import (
-    FAMILY_KEY,
-    Split,
-    SplitSettings,
-    covering_identities,
-    homology_clusters,
-)
+from src.proteins.split_files import FAMILY_KEY
+from src.proteins.splits import Split, SplitSettings
 
 NEW_FAMILIES = "test_new"
 

@@ -19,10 +19,10 @@ class FastaRecord(NamedTuple):
 
 
 def format_header(record: FastaRecord) -> str:
-    """Return ``>name key=value key=value``, without the line's end.
+    """Return the header line ``>name key=value key=value``, without a newline.
 
     Floats are written with six significant digits, None as ``none``. White space within a text
-    becomes ``_``, so that a header stays one line and splits at its blanks.
+    becomes ``_``, so that a header can be split at blanks.
     """
     fields = (f"{_word(key)}={_value(value)}" for key, value in record.fields.items())
     return " ".join([f">{_word(record.name)}", *fields])

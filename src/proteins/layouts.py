@@ -1,9 +1,9 @@
-"""The alphabet of proteins and the one layout in which a language model sees them.
+"""The alphabet of proteins and the text layout that the language models are trained on.
 
 ProtGPT2 was trained on FASTA bodies (Ferruz et al. 2022, Nature Communications 13:4348, Methods):
 an end-of-text marker, a newline, the residues with a newline after each 60, a newline, and the
-end-of-text marker again. Training, evaluation, scoring and generation all call :func:`layout`,
-:func:`prompt_layout` and :func:`residues_of`; nothing else builds or reads such a text.
+end-of-text marker again. All code builds and reads such texts with :func:`layout`,
+:func:`prompt_layout` and :func:`residues_of`.
 """
 
 from __future__ import annotations
@@ -14,12 +14,12 @@ END_OF_TEXT = "<|endoftext|>"
 RESIDUES_PER_LINE = 60
 STANDARD_RESIDUES = "ACDEFGHIKLMNPQRSTVWY"
 AMBIGUOUS_RESIDUES = "BJOUXZ"
-"""Letters that UniProt allows beside the 20: ambiguity codes, selenocysteine and pyrrolysine."""
+"""Other letters of UniProt: ambiguity codes, selenocysteine and pyrrolysine."""
 PROTEIN_LETTERS = frozenset(STANDARD_RESIDUES + AMBIGUOUS_RESIDUES)
 
 
 def layout(residues: str) -> str:
-    r"""Return the text in which a model sees a protein.
+    r"""Return a protein as text for a model.
 
     Args:
         residues: one-letter codes, without white space.
@@ -39,7 +39,7 @@ def layout(residues: str) -> str:
 
 
 def lines_of(residues: str) -> list[str]:
-    """Return residues in lines of 60, the last one as long as is left."""
+    """Return residues in lines of 60."""
     starts = range(0, len(residues), RESIDUES_PER_LINE)
     return [residues[start : start + RESIDUES_PER_LINE] for start in starts]
 
@@ -51,8 +51,8 @@ def prompt_layout(residues: str = "") -> str:
         residues: the first residues, possibly none.
 
     Returns:
-        The text of :func:`layout` without what follows the last residue; without residues, the
-        marker and the first newline.
+        The text of :func:`layout` up to the last residue; without residues, the marker and the
+        first newline.
     """
     if not residues:
         return f"{END_OF_TEXT}\n"
@@ -60,18 +60,15 @@ def prompt_layout(residues: str = "") -> str:
 
 
 def residues_of(text: str) -> str:
-    """Read the residues back from a laid-out protein: the inverse of :func:`layout`.
+    """Return the residues of a laid-out protein: the inverse of :func:`layout`.
 
     Args:
-        text: one protein's text; the markers at either end may be missing, as in a generated
-            sequence, and line breaks may stand anywhere.
-
-    Returns:
-        The residues alone.
+        text: of one protein; the markers at its ends may be missing, and line breaks may be
+            anywhere, as in generated text.
 
     Raises:
-        ValueError: ``text`` holds a marker between residues (more than one protein), or a
-            character that is neither an upper-case letter nor white space.
+        ValueError: ``text`` has a marker between residues (more than one protein), or a character
+            that is neither an upper-case letter nor white space.
     """
     body = text.strip().removeprefix(END_OF_TEXT).removesuffix(END_OF_TEXT)
     residues = "".join(body.split())

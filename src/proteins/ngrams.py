@@ -1,8 +1,8 @@
-"""The floors that any language model of proteins must beat: uniform and n-gram models of residues.
+"""Baselines that any protein language model must beat: uniform and n-gram models of residues.
 
-A floor is stated in nats for each residue of whole proteins: the end of the protein is predicted
-like a residue, but only residues are counted in the denominator, as for the language models. A
-model of tokens has line breaks to predict beside that, which a good one does almost for free.
+They are measured in nats per residue, like the language models: the end of a protein is predicted
+like a residue, but not counted in the denominator. A model of tokens must also predict line breaks,
+which cost a good model almost nothing.
 """
 
 from __future__ import annotations
@@ -14,10 +14,10 @@ from dataclasses import dataclass
 import numpy as np
 
 SYMBOLS = 27
-"""The letters A to Z, and the mark that stands before the first and after the last residue."""
+"""The letters A to Z, and the mark before the first and after the last residue."""
 EDGE = 26
 UNIFORM_NATS = math.log(20)
-"""Nats for each residue of a model that gives each of the 20 residues 1/20 and the end nothing."""
+"""Nats per residue of a model that gives each of the 20 residues 1/20 and the end nothing."""
 NAMES = {1: "unigram", 2: "bigram", 3: "trigram"}
 CHUNK_PROTEINS = 20_000
 EM_ROUNDS = 500
@@ -75,7 +75,7 @@ def _windows(proteins: Sequence[str]) -> Iterator[tuple[np.ndarray, np.ndarray, 
             raise ValueError("a protein holds a character that is no letter A to Z")
         last = np.concatenate([[EDGE], symbols[:-1]])
         before = np.concatenate([[EDGE], last[:-1]])
-        before[last == EDGE] = EDGE  # what stands before the edge belongs to another protein
+        before[last == EDGE] = EDGE  # symbols before the edge belong to another protein
         yield before * SYMBOLS + last, symbols, starts
 
 
@@ -129,7 +129,7 @@ def _of_order(counts: np.ndarray, order: int) -> np.ndarray:
 def _relative_frequencies(counts: np.ndarray, order: int) -> np.ndarray:
     """Return ``(order + 1, 27, …)``: p by uniform, unigram, …, each spread over all contexts.
 
-    A context never seen hands its share to the next lower order.
+    A context without counts gets the frequencies of the next lower order.
     """
     shape = (SYMBOLS,) * order
     layers = [np.full(shape, 1 / SYMBOLS)]
@@ -152,7 +152,7 @@ def _fit_weights(layers: np.ndarray, held_out: np.ndarray) -> np.ndarray:
     for _ in range(EM_ROUNDS):
         joint = weights[:, None] * components
         weights = (joint / joint.sum(0)) @ counts / counts.sum()
-        # The uniform part must survive, or a symbol never counted would have probability 0.
+        # The uniform part must stay, or a symbol without counts would have probability 0.
         weights = np.maximum(weights, 1e-9)
         weights /= weights.sum()
     return weights

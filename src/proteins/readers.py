@@ -19,7 +19,7 @@ from src.proteins.report import ReadReport
 
 MAX_LINE_BYTES = 1 << 20
 MAX_RESIDUES = 100_000
-"""The longest protein known, titin, has about 35,000 residues."""
+"""Limit of a protein; the longest one known, titin, has about 35,000 residues."""
 MAX_ROW_TOKENS = 1 << 20
 MAX_ROW_BYTES = 1 << 22
 ROWS_TOGETHER = 512
@@ -50,7 +50,7 @@ CRLF = "CRLF line ends"
 
 
 class Record(NamedTuple):
-    """What a source holds for one protein, before cleaning. ``place`` is for a person."""
+    """One protein of a source before cleaning; ``place`` is its file and line, for messages."""
 
     name: str
     place: str
@@ -59,10 +59,10 @@ class Record(NamedTuple):
 
 
 def kind_of(path: Path) -> str:
-    """Return what a file holds, by its suffix or else by its first bytes.
+    """Return the format of a file, by its suffix or else by its first bytes.
 
     Raises:
-        ValueError: empty, packed by something other than gzip, or unrecognisable.
+        ValueError: the file is empty, packed by another program than gzip, or of unknown format.
     """
     with path.open("rb") as handle:
         head = handle.read(512)
@@ -99,11 +99,10 @@ def guarded_lines(path: Path, report: ReadReport) -> Iterator[tuple[int, str]]:
 
     Args:
         path: the file.
-        report: CRLF line ends are counted there.
+        report: counts CRLF line ends.
 
     Yields:
-        Number and text of each line. Bytes that are no UTF-8 become replacement characters, which
-        are no residues.
+        Number and text of each line; bytes that are no UTF-8 become replacement characters.
 
     Raises:
         ValueError: a NUL byte, a carriage return inside a line, a line over ``MAX_LINE_BYTES``,
@@ -173,10 +172,11 @@ def _reason(error: BaseException) -> str:
 
 
 def file_records(path: Path, report: ReadReport) -> Iterator[Record]:
-    """Yield what a file holds for each protein.
+    """Yield the records of a file.
 
     Raises:
-        ValueError: see the table above; the message names the file and the line or row.
+        ValueError: the file is refused, as :mod:`src.proteins.sources` lists; the message names the
+            file and the line or row.
     """
     kind = kind_of(path)
     if kind == FASTA:
@@ -189,7 +189,7 @@ def file_records(path: Path, report: ReadReport) -> Iterator[Record]:
 
 
 def fasta_records(path: Path, report: ReadReport) -> Iterator[Record]:
-    """Yield the entries of a FASTA file; a name is the first word of a header."""
+    """Yield the entries of a FASTA file; the first word of a header is the name."""
     name, place, size = "", 0, 0
     parts: list[str] = []
     for number, line in guarded_lines(path, report):
@@ -236,7 +236,7 @@ def csv_records(path: Path, delimiter: str) -> Iterator[Record]:
 
     def lines() -> Iterator[str]:
         nonlocal row_bytes
-        # CRLF is CSV's own line end (RFC 4180), so nothing was fixed.
+        # CRLF is the line end of CSV (RFC 4180): not counted as fixed.
         for number, line in guarded_lines(path, ReadReport()):
             row_bytes += len(line)
             if row_bytes > MAX_ROW_BYTES:
@@ -266,16 +266,16 @@ def csv_records(path: Path, delimiter: str) -> Iterator[Record]:
 
 
 def require_cells(row: Sequence[str], header: Sequence[str], place: str, delimiter: str) -> None:
-    """Raise ``ValueError`` where a row has more or fewer cells than the header: which is which?"""
+    """Raise ``ValueError`` if a row has more or fewer cells than the header."""
     if len(row) != len(header):
         raise ValueError(
             f"{place}: {len(row)} cells for {len(header)} columns: a cell with a "
-            f"{DIVIDERS[delimiter]} in it stands in double quotes"
+            f"{DIVIDERS[delimiter]} in it needs double quotes"
         )
 
 
 def require_once(header: Sequence[str], column: str, place: Path | str) -> None:
-    """Raise ``ValueError`` where a column that is read is there more than once."""
+    """Raise ``ValueError`` if a column that is read exists more than once."""
     if header.count(column) > 1:
         raise ValueError(
             f"{place}: {header.count(column)} columns are named {printable(column)!r}: rename or "
@@ -284,7 +284,7 @@ def require_once(header: Sequence[str], column: str, place: Path | str) -> None:
 
 
 def other_divider(header: Sequence[str], delimiter: str) -> str:
-    """Return what to do where a header line is divided by something else, or an empty text."""
+    """Return advice if a header line uses another delimiter, else an empty text."""
     for divider, name in DIVIDERS.items():
         if divider != delimiter and len(header) == 1 and divider in header[0]:
             advice = {",": "name it .csv", "\t": "name it .tsv"}.get(divider, "put commas there")
@@ -359,18 +359,20 @@ def _batch_cells(batch: Any, names: Sequence[str], kind: str) -> tuple[list, lis
     return cells, ["" if v is None else str(v) for v in batch.column(names[1]).to_pylist()]
 
 
-def _require_type(pa: Any, found: Any, kind: str, path: Path) -> None:
+def _require_type(pa: Any, actual: Any, kind: str, path: Path) -> None:
     types = pa.types
     if kind == "input_ids":
-        is_list = types.is_list(found) or types.is_large_list(found)
-        right = (is_list or types.is_fixed_size_list(found)) and types.is_integer(found.value_type)
+        is_list = types.is_list(actual) or types.is_large_list(actual)
+        right = (is_list or types.is_fixed_size_list(actual)) and types.is_integer(
+            actual.value_type
+        )
         wanted = "lists of whole numbers"
     else:
-        text = found.value_type if types.is_dictionary(found) else found
+        text = actual.value_type if types.is_dictionary(actual) else actual
         right = types.is_string(text) or types.is_large_string(text) or types.is_string_view(text)
         wanted = "text"
     if not right:
-        raise ValueError(f"{path}: the column {kind} holds {found}, not {wanted}")
+        raise ValueError(f"{path}: the column {kind} holds {actual}, not {wanted}")
 
 
 def hub_records(source: str, split: str) -> Iterator[Record]:
@@ -384,7 +386,7 @@ def hub_records(source: str, split: str) -> Iterator[Record]:
 
         rows = iter(load_dataset(source, split=split, streaming=True))
         first = next(rows, None)
-    except Exception as error:  # the client raises whatever the network makes it raise
+    except Exception as error:  # the client may raise any error
         raise ValueError(hub_problem(source, error)) from None
     if first is None:
         raise ValueError(f"{source}: the part {split!r} on the hub is empty")
@@ -409,7 +411,7 @@ def hub_records(source: str, split: str) -> Iterator[Record]:
 
 
 def hub_problem(source: str, error: Exception) -> str:
-    """Return why a data set cannot be had from the hub and what to pass instead."""
+    """Return why a data set cannot be read from the hub and what to pass instead."""
     if isinstance(error, ImportError):
         why = "the package 'datasets' is not installed"
     else:
@@ -421,7 +423,7 @@ def hub_problem(source: str, error: Exception) -> str:
 
 
 class _Columns(NamedTuple):
-    """Which columns of a table hold the protein and its name."""
+    """The columns of a table that hold the protein and its name."""
 
     kind: str
     data: int
@@ -444,14 +446,14 @@ class _Columns(NamedTuple):
 
 
 def _text_cell(text: str, name: str, place: str, kind: str, where: str) -> Iterator[Record]:
-    """Yield the proteins in a cell: one, or several where a laid-out text holds several."""
+    """Yield the proteins in a cell; a laid-out text may hold several."""
     if kind == "text" and END_OF_TEXT in text:
         pieces = [piece for piece in text.split(END_OF_TEXT) if piece.strip()] or [""]
     else:
         pieces = [text]
     for number, piece in enumerate(pieces, start=1):
         if kind == "text":
-            # Line breaks belong to the layout: they are no fault of the source.
+            # Line breaks belong to the layout and are not counted as fixed.
             piece = _laid_out(piece)
         if len(piece) > MAX_RESIDUES:
             _refuse_long(where, number)

@@ -1,4 +1,4 @@
-"""Finds what proteins resemble: their nearest relatives among others, and known families."""
+"""Finds the nearest relatives of proteins among others, and their known families."""
 
 from __future__ import annotations
 
@@ -13,9 +13,9 @@ from src.common.cli import progress
 from src.proteins.layouts import STANDARD_RESIDUES
 
 WORD = 3
-"""Residues of the words that diversity and the search for relatives compare."""
+"""Residues of a word, for diversity and the search for relatives."""
 CANDIDATES = 10
-"""Training proteins that are aligned with each generated one."""
+"""Training proteins that are aligned with each query."""
 GAP_OPEN, GAP_EXTEND = -11.0, -1.0
 """Penalties of the first and of each further residue of a gap, with BLOSUM62 as in BLASTP; a gap
 of n residues costs 11 + n."""
@@ -26,11 +26,7 @@ _CODE[np.frombuffer(STANDARD_RESIDUES.encode(), np.uint8)] = np.arange(len(STAND
 
 
 def word_sets(proteins: Sequence[str], width: int = WORD) -> sparse.csr_matrix:
-    """Return which words of ``width`` standard residues each protein holds.
-
-    Returns:
-        ``(P, 20 ** width)`` of zeros and ones.
-    """
+    """Return which words of ``width`` standard residues each protein has, ``(P, 20 ** width)``."""
     rows, columns = [], []
     base = len(STANDARD_RESIDUES) ** np.arange(width)
     for row, residues in enumerate(proteins):
@@ -60,13 +56,13 @@ def local_aligner() -> Any:
     return aligner
 
 
-_WITHOUT_SCORES = str.maketrans("JOU", "LKC")
-"""Residues that BLOSUM62 does not know, by what they resemble."""
+_REPLACEMENTS = str.maketrans("JOU", "LKC")
+"""Residues that BLOSUM62 does not have, and the most similar ones that it has."""
 
 
 def aligned(aligner: Any, query: str, target: str) -> tuple[int, int, int]:
     """Return identical pairs, columns and residues of the query in the best local alignment."""
-    query, target = query.translate(_WITHOUT_SCORES), target.translate(_WITHOUT_SCORES)
+    query, target = query.translate(_REPLACEMENTS), target.translate(_REPLACEMENTS)
     if aligner.score(query, target) <= 0:
         return 0, 0, 0
     alignment = aligner.align(query, target)[0]
@@ -83,10 +79,10 @@ def aligned(aligner: Any, query: str, target: str) -> tuple[int, int, int]:
 def likeliest_relatives(
     queries: Sequence[str], targets: Sequence[str], count: int = CANDIDATES
 ) -> np.ndarray:
-    """Return the targets that share the most telling words with each query.
+    """Return the targets whose words are most similar to those of each query.
 
-    Proteins are compared by the cosine of their words of three residues, each weighted by its
-    inverse document frequency ln(targets / targets with it): rare words tell more.
+    Similarity is the cosine over words of three residues, weighted by inverse document frequency
+    ln(targets / targets with the word).
 
     Returns:
         ``(Q, min(count, targets))`` indices, the most similar first.
@@ -96,15 +92,15 @@ def likeliest_relatives(
     frequency = np.asarray(words.sum(0), dtype=np.float64).ravel()
     weight = np.log((1 + len(targets)) / (1 + frequency))
     weighted = _unit_rows(words.multiply(weight).tocsr()).T.tocsr()
-    asked = _unit_rows(word_sets(queries).multiply(weight).tocsr())
-    found = np.zeros((len(queries), count), dtype=np.int64)
+    query_words = _unit_rows(word_sets(queries).multiply(weight).tocsr())
+    nearest = np.zeros((len(queries), count), dtype=np.int64)
     block = max(1, 20_000_000 // max(1, len(targets)))
     for start in range(0, len(queries), block):
-        cosine = (asked[start : start + block] @ weighted).toarray()
+        cosine = (query_words[start : start + block] @ weighted).toarray()
         best = np.argpartition(-cosine, count - 1, axis=1)[:, :count]
         order = np.argsort(-np.take_along_axis(cosine, best, 1), axis=1, kind="stable")
-        found[start : start + block] = np.take_along_axis(best, order, 1)
-    return found
+        nearest[start : start + block] = np.take_along_axis(best, order, 1)
+    return nearest
 
 
 def _unit_rows(table: sparse.csr_matrix) -> sparse.csr_matrix:
@@ -116,22 +112,21 @@ def _unit_rows(table: sparse.csr_matrix) -> sparse.csr_matrix:
 def nearest_identities(
     queries: Sequence[str], targets: Sequence[str], candidates: int = CANDIDATES
 ) -> dict[str, np.ndarray]:
-    """Find the closest target of each query.
+    """Return the identity of each query with its closest target.
 
     The ``candidates`` of :func:`likeliest_relatives` are aligned locally (Smith & Waterman 1981,
-    BLOSUM62, gaps 11 and 1). The identity is that of the one with the most identical pairs:
-    **identical pairs / residues of the query**. A short match therefore counts as little as it
-    covers, and 1 means that the whole query stands in a target. It is a lower bound: a relative
-    that shares hardly any words may be missed. Of 300 proteins of ``test_in_family`` against the
-    bundled training part, a sensitive search by MMseqs2 (``-s 7.5``) put 142 over 30 % and 85 over
-    50 %; this found 136 of the former and all of the latter.
+    BLOSUM62, gaps 11 and 1). Identity is **identical pairs / residues of the query**, for the
+    target with the most identical pairs: short matches count little, and 1 means that the whole
+    query is part of a target. It is a lower bound, because a relative with few common words may be
+    missed: of 300 proteins of ``test_in_family``, a sensitive search by MMseqs2 (``-s 7.5``) in the
+    bundled training part put 142 over 30 % and 85 over 50 %; this search put 136 and 85.
 
     Returns:
         ``(Q,)`` each: ``identity``; ``local_identity`` (identical pairs / columns of that
-        alignment, gaps counted); ``coverage`` (share of the query within it); ``target``, its
-        index, -1 without any.
+        alignment, gaps included); ``coverage`` (aligned share of the query); ``target``, its index,
+        or -1.
     """
-    found = {name: np.zeros(len(queries)) for name in ("identity", "local_identity", "coverage")}
+    best = {name: np.zeros(len(queries)) for name in ("identity", "local_identity", "coverage")}
     nearest = np.full(len(queries), -1, dtype=np.int64)
     if queries and targets:
         aligner = local_aligner()
@@ -140,19 +135,19 @@ def nearest_identities(
             query = queries[row]
             for target in likely[row] if query else ():
                 identical, columns, covered = aligned(aligner, query, targets[int(target)])
-                if identical / len(query) > found["identity"][row]:
-                    found["identity"][row] = identical / len(query)
-                    found["local_identity"][row] = identical / columns
-                    found["coverage"][row] = covered / len(query)
+                if identical / len(query) > best["identity"][row]:
+                    best["identity"][row] = identical / len(query)
+                    best["local_identity"][row] = identical / columns
+                    best["coverage"][row] = covered / len(query)
                     nearest[row] = target
-    return {**found, "target": nearest}
+    return {**best, "target": nearest}
 
 
 def check_profiles(profiles: str | Path) -> tuple[int, bool]:
     """Return the number of profiles in a file, and whether all have a gathering threshold.
 
     Raises:
-        ValueError: pyhmmer is missing, or the file is not there, empty or no HMM file.
+        ValueError: pyhmmer is missing, or the file is missing, empty or no HMM file.
     """
     try:
         import pyhmmer
@@ -178,14 +173,13 @@ def family_hits(
 ) -> dict[str, Any]:
     """Search proteins for known families with HMMER (pyhmmer; Larralde & Zeller 2023, btad214).
 
-    A protein is hit by a profile over the profile's own gathering threshold where every profile
-    has one (as Pfam's do), else with an E-value of at most ``evalue``, counted, as ``hmmscan``
-    does, over the number of profiles.
+    If every profile has a gathering threshold, as in Pfam, it decides what is a hit; otherwise an
+    E-value of at most ``evalue``, relative to the number of profiles as in ``hmmscan``.
 
     Args:
         proteins: residues of each.
         profiles: HMM file, such as ``Pfam-A.hmm``.
-        evalue: threshold where there are no gathering thresholds.
+        evalue: threshold without gathering thresholds.
         cpus: threads.
 
     Returns:
@@ -220,7 +214,7 @@ def family_hits(
 
 
 def _named_sequence(name: str, residues: str) -> Any:
-    """Return a sequence for pyhmmer, whose names were bytes before they were text."""
+    """Return a sequence for pyhmmer; older versions want names as bytes."""
     from pyhmmer.easel import TextSequence
 
     try:

@@ -9,9 +9,9 @@ from typing import Any
 
 @dataclass
 class ReadReport:
-    """What was read, kept, dropped and fixed. Places name files without their directory.
+    """Counts of proteins read, kept, dropped and fixed.
 
-    ``dropped`` and ``fixed`` map a kind to how often it occurred and where first.
+    ``dropped`` and ``fixed`` map a kind to its count and its first place, a file name and a line.
     """
 
     source: str = ""
@@ -23,11 +23,11 @@ class ReadReport:
     fixed: dict[str, dict[str, Any]] = field(default_factory=dict)
 
     def drop(self, reason: str, place: str, count: int = 1) -> None:
-        """Count a protein that was left out."""
+        """Count a dropped protein."""
         self._count(self.dropped, reason, place, count)
 
     def fix(self, kind: str, place: str, count: int = 1) -> None:
-        """Count something that was mended."""
+        """Count a fixed fault."""
         self._count(self.fixed, kind, place, count)
 
     @staticmethod
@@ -40,7 +40,7 @@ class ReadReport:
 
     @property
     def dropped_count(self) -> int:
-        """Proteins left out for any reason."""
+        """All dropped proteins."""
         return sum(entry["count"] for entry in self.dropped.values())
 
     def as_dict(self) -> dict[str, Any]:
@@ -53,7 +53,7 @@ class ReadReport:
         return cls(**values)
 
     def lines(self) -> list[str]:
-        """Return the report for a person."""
+        """Return the report as lines of text."""
         lines = [f"{self.source}: {self.read:,} proteins read, {self.kept:,} kept"]
         if self.not_chosen:
             lines[0] += f", {self.not_chosen:,} outside the chosen share"

@@ -1,6 +1,6 @@
-r"""Reads proteins from files or the hub one at a time, cleans them and reports what was changed.
+r"""Reads and cleans proteins from files or the hub one at a time, and reports every change.
 
-Sources, all given as one text (the flag ``--data``):
+Sources of the flag ``--data``:
 
 - a directory of parts: ``train``, ``validation``, ``test`` as any of the files below; parquet also
   in pieces (``train-00000-of-00004.parquet``);
@@ -11,12 +11,12 @@ Sources, all given as one text (the flag ``--data``):
 
 Tables hold one protein a row in a column ``sequence``, or ``text`` (residues, or ProtGPT2's
 layout), or ``input_ids`` (tokens); a column ``name``, ``id``, ``accession`` or ``entry`` names it.
-A row of tokens is cut at its end-of-text markers into proteins. Its first piece, if no marker
-stands before it, is the end of a protein that began elsewhere and is dropped; its last, if no
-marker stands after it, is a protein cut short. Rows are never joined: no protein is made up of two.
+A row of tokens is cut into proteins at its end-of-text markers. A first piece without a marker
+before it is dropped, because its beginning is missing; a last piece without a marker after it is a
+protein cut short. Rows are never joined.
 
-Faults of an input are fixed, dropped or refused. ``ReadReport`` counts the first two and keeps the
-first place of each:
+Faults of an input are fixed, dropped or refused. ``ReadReport`` counts the first two kinds and
+keeps the first place of each:
 
 ==================================================  ==============================================
 fixed                                               lower case; ``*`` at the end; white space;
@@ -36,7 +36,7 @@ refused, with file and line                         empty file; nothing usable; 
                                                     columns that are missing or there twice
 ==================================================  ==============================================
 
-Memory is bounded by the longest line or the rows read together, never by the size of a file.
+Memory depends on the longest line or the rows read together, not on the size of a file.
 """
 
 from __future__ import annotations
@@ -84,9 +84,9 @@ class Protein(NamedTuple):
 
 
 class SourceProtein(NamedTuple):
-    """A protein as its source gives it: with token ids where the source is tokenised.
+    """A protein, with token ids if the source is tokenised.
 
-    ``whole`` is False where the tokens break off before the end of the protein.
+    ``whole`` is False if the tokens end before the protein does.
     """
 
     name: str
@@ -99,38 +99,38 @@ class SourceProtein(NamedTuple):
 
 
 def is_hub_id(source: str) -> bool:
-    """Return whether a source that is no file or directory may name a data set on the hub."""
+    """Return whether a source may be the name of a data set on the hub."""
     return bool(HUB_ID.fullmatch(source)) and Path(source).suffix.lower() not in {*SUFFIXES, ".gz"}
 
 
 def part_files(folder: Path, split: str) -> list[Path]:
-    """Return the files of one part of a directory, in order; none where the part is not there.
+    """Return the files of one part of a directory, in order; none if the part is missing.
 
     Raises:
-        ValueError: two different files claim to be that part.
+        ValueError: several different files have the part's name.
     """
     suffixes = [*SUFFIXES, *(f"{s}.gz" for s, kind in SUFFIXES.items() if kind != PARQUET)]
-    found = [folder / f"{split}{s}" for s in suffixes if (folder / f"{split}{s}").is_file()]
+    files = [folder / f"{split}{s}" for s in suffixes if (folder / f"{split}{s}").is_file()]
     pieces = sorted(p for p in folder.glob(f"{split}-*.parquet") if p.is_file())
-    if len(found) > 1 or (found and pieces):
-        names = ", ".join(p.name for p in (found + pieces)[:3])
+    if len(files) > 1 or (files and pieces):
+        names = ", ".join(p.name for p in (files + pieces)[:3])
         raise ValueError(f"{folder}: several files for the part {split!r} ({names}): keep one")
-    return found or pieces
+    return files or pieces
 
 
 def _path(source: str | Path) -> Path:
-    """Return a source as a path. Raises ``ValueError`` for an empty name, a path's ``.``."""
+    """Return a source as a path. Raises ``ValueError`` for an empty name (it would mean ``.``)."""
     if not str(source).strip():
         raise ValueError("--data is an empty name: pass a file, a directory or a hub data set")
     return Path(source)
 
 
 def local_files(source: str | Path, split: str | None) -> list[Path] | None:
-    """Return the files to read, or None where the source is a data set on the hub.
+    """Return the files to read, or None if the source is a data set on the hub.
 
     Args:
         source: a directory, a file or a hub id.
-        split: the part; a file has no parts and is ``train`` as a whole.
+        split: the part; a single file has only the part ``train``.
 
     Raises:
         ValueError: there is no such file, directory or part.
@@ -162,10 +162,10 @@ def local_files(source: str | Path, split: str | None) -> list[Path] | None:
 
 
 def has_split(source: str | Path, split: str) -> bool:
-    """Return whether a source has a part of that name; a single file is ``train`` only.
+    """Return whether a source has a part of that name; a single file has only ``train``.
 
     Raises:
-        ValueError: the source is not there, or the hub cannot be reached.
+        ValueError: the source is missing, or the hub cannot be reached.
     """
     path = _path(source)
     if path.is_dir():
@@ -176,7 +176,7 @@ def has_split(source: str | Path, split: str) -> bool:
         from datasets import get_dataset_split_names
 
         return split in get_dataset_split_names(str(source))
-    except Exception as error:  # the client raises whatever the network makes it raise
+    except Exception as error:  # the client may raise any error
         raise ValueError(hub_problem(str(source), error)) from None
 
 
@@ -184,13 +184,13 @@ def has_split(source: str | Path, split: str) -> bool:
 
 
 def clean(text: str, report: ReadReport, place: str, keep_ambiguous: bool = False) -> str | None:
-    """Return a protein's residues, or None where it is dropped; the report tells what happened.
+    """Return the residues in a text, or None if the protein is dropped.
 
     Args:
-        text: what the source holds.
-        report: counts what was fixed or why it was dropped.
-        place: where that was, for a person.
-        keep_ambiguous: let B, J, O, U, X and Z pass.
+        text: of the source.
+        report: counts what was fixed, or why the protein was dropped.
+        place: of the text, for the report.
+        keep_ambiguous: keep B, J, O, U, X and Z.
     """
     raw = text.encode("utf-8", errors="replace")
     strange = raw.translate(None, _STANDARD)
@@ -235,7 +235,7 @@ def read_entries(
     tokenizer: Any = None,
     keep_ambiguous: bool = False,
 ) -> Iterator[SourceProtein]:
-    """Yield the proteins of a source, with their tokens where the source has them.
+    """Yield the proteins of a source, with their tokens if the source has them.
 
     Arguments and errors are those of :func:`read_proteins`.
     """
@@ -279,9 +279,9 @@ def read_proteins(
 
     Args:
         source: directory of parts, file or hub id (see the top of this module).
-        split: which part; needed for a directory. A single file is ``train``, or None.
-        report: filled while reading; complete when the last protein is out.
-        tokenizer: reads the residues back where the source holds tokens.
+        split: the part; required for a directory. For a single file ``train`` or None.
+        report: filled while reading; complete after the last protein.
+        tokenizer: decodes the residues if the source holds tokens.
         keep_ambiguous: keep proteins with B, J, O, U, X or Z.
 
     Yields:
@@ -309,8 +309,7 @@ def token_pieces(ids: np.ndarray, marker: int) -> list[tuple[np.ndarray, bool, b
         marker: id of the end-of-text marker.
 
     Returns:
-        For each non-empty piece between markers its ids, and whether a marker stands before and
-        after it.
+        For each non-empty piece its ids, and whether there is a marker before and after it.
     """
     edges = np.concatenate([[-1], np.flatnonzero(ids == marker), [len(ids)]])
     last = len(edges) - 2
@@ -347,14 +346,14 @@ def _token_entries(
             piece.tolist(), skip_special_tokens=False, clean_up_tokenization_spaces=False
         )
         joined = "".join(body.split())
-        # Tokens are stored as they are, so nothing in them can be mended.
+        # Tokens are stored unchanged, so faults in them cannot be fixed.
         if joined.encode("utf-8", errors="replace").translate(None, _LETTERS):
             report.drop(NO_RESIDUE, record.place)
             continue
         residues = clean(joined, report, record.place, keep_ambiguous)
         if residues is None:
             continue
-        # A protein cut short may break off right after a line break.
+        # A protein may be cut right after a line break.
         expected = layout(residues).removeprefix(END_OF_TEXT).removesuffix(f"\n{END_OF_TEXT}")
         if body != f"{expected}\n" and (whole or body != expected):
             report.fix(OTHER_LAYOUT, record.place)

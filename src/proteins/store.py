@@ -1,4 +1,16 @@
-"""Tokenised proteins on disk: the files of a store, checking them, and selections of proteins."""
+"""Tokenised proteins on disk: reading, checking and writing stores, and selecting proteins.
+
+A store is a directory of plain little-endian arrays and a manifest with their SHA-256:
+
+- ``tokens.bin``: the ids of all proteins, one after the other, 16 or 32 bits each
+- ``offsets.bin``: where each protein begins, and the end, int64
+- ``residues.bin``: residues in those tokens, int32
+- ``hashes.bin``: 64 bits of BLAKE2b of the whole protein's residues, uint64
+- ``names.bin``, ``name_offsets.bin``: UTF-8 names
+- ``letters.json``: the residues of each token id
+
+:mod:`src.proteins.tokens` builds stores.
+"""
 
 from __future__ import annotations
 
@@ -26,11 +38,11 @@ ARRAYS = {
     "name_offsets.bin": np.dtype("<i8"),
 }
 CHECKED_BYTES = 1 << 28
-"""Stores up to this size are hashed whenever they are opened; of larger ones sizes are checked."""
+"""Smaller stores are hashed whenever they are opened; of larger ones only sizes are checked."""
 
 
 class Names(Sequence[str]):
-    """The names of the proteins of a store, read when asked for."""
+    """Names of proteins, read from the store on access."""
 
     def __init__(self, proteins: TokenisedProteins) -> None:
         self._proteins = proteins
@@ -47,14 +59,14 @@ class Names(Sequence[str]):
 
 
 class TokenisedProteins:
-    """Tokenised proteins on disk, or a selection of them in an order of its own.
+    """Tokenised proteins on disk, or a selection of them in any order.
 
-    Arrays are mapped into memory when first used. A copy in another process (pickled for a
-    DataLoader worker) carries the selection only and maps the same files.
+    Arrays are mapped into memory on first use. A pickled copy, as for a DataLoader worker, contains
+    only the selection and maps the same files.
 
     Attributes:
-        folder: where the store lies.
-        manifest: its record: settings, counts, report, hashes.
+        folder: of the store.
+        manifest: settings, counts, report and hashes.
         indices: the selected rows, or None for all.
     """
 
@@ -83,7 +95,7 @@ class TokenisedProteins:
         return self.array("tokens.bin")[start:end].astype(np.int64)
 
     def row(self, index: int) -> int:
-        """Return where in the store a protein of the selection is. Raises ``IndexError``."""
+        """Return the row in the store of a protein of the selection. Raises ``IndexError``."""
         if not -len(self) <= index < len(self):
             raise IndexError(f"protein {index} of {len(self)}")
         index = int(index) % len(self)
@@ -94,7 +106,7 @@ class TokenisedProteins:
         if name not in self._arrays:
             kinds = {"tokens.bin": np.dtype(self.manifest["dtype"]), "names.bin": np.dtype("u1")}
             kind = {**ARRAYS, **kinds}[name]
-            # asarray: slices of np.memmap pay for Python code that plain arrays do without.
+            # asarray: slicing np.memmap runs slow Python code.
             self._arrays[name] = np.asarray(np.memmap(self.folder / name, dtype=kind, mode="r"))
         return self._arrays[name]
 
@@ -126,7 +138,7 @@ class TokenisedProteins:
 
     @property
     def report(self) -> ReadReport:
-        """What happened while the store was read from its source."""
+        """Report of reading the source."""
         return ReadReport.from_dict(self.manifest["report"])
 
     @property
@@ -158,17 +170,14 @@ class TokenisedProteins:
 
 
 def open_store(folder: Path, thorough: bool | None = None) -> TokenisedProteins:
-    """Open a store and check that it is whole.
+    """Open a store with all its proteins, and check that it is complete.
 
     Args:
         folder: the store.
-        thorough: compare the SHA-256 of every file; None: where the store is small.
-
-    Returns:
-        All proteins of the store.
+        thorough: compare the SHA-256 of every file; None: if the store is small.
 
     Raises:
-        ValueError: it is missing, of another version, or damaged.
+        ValueError: the store is missing, of another version, or damaged.
     """
     manifest = read_json(folder / MANIFEST)
     if not isinstance(manifest, dict) or manifest.get("format") != FORMAT:
@@ -192,7 +201,7 @@ def open_store(folder: Path, thorough: bool | None = None) -> TokenisedProteins:
 
 
 def _require_consistent(manifest: dict[str, Any]) -> None:
-    """Check that a manifest's counts and sizes fit together; raises whatever does not."""
+    """Raise ``ValueError``, or another error, if a manifest's counts and sizes do not agree."""
     proteins, tokens = manifest["proteins"], manifest["tokens"]
     dtype = np.dtype(manifest["dtype"])
     if dtype.str not in ("<u2", "<u4"):
@@ -218,7 +227,7 @@ def _require_consistent(manifest: dict[str, Any]) -> None:
 
 
 class StoreWriter:
-    """Appends proteins to the files of a store, hashing what it writes."""
+    """Appends proteins to the files of a store and hashes them."""
 
     def __init__(self, folder: Path, dtype: np.dtype) -> None:
         self.folder = folder
@@ -237,7 +246,7 @@ class StoreWriter:
     def append(
         self, names: list[str], rows: list[np.ndarray], residues: list[int], hashes: list[int]
     ) -> None:
-        """Append proteins: names, token ids, residues in the tokens, hashes."""
+        """Append proteins: names, token ids, numbers of residues, hashes."""
         if not rows:
             return
         encoded = [name.encode("utf-8", errors="replace") for name in names]
@@ -270,7 +279,7 @@ class StoreWriter:
         return files
 
     def abandon(self) -> None:
-        """Close the files, whatever state they are in."""
+        """Close the files; errors are ignored."""
         for handle in self.handles.values():
             with contextlib.suppress(OSError):
                 handle.close()

@@ -10,8 +10,7 @@ from transformers import PreTrainedTokenizerFast
 from src.proteins.layouts import END_OF_TEXT, layout
 
 LETTERS = [*"ABCDEFGHIJKLMNOPQRSTUVWXYZ", "Ċ"]
-"""Every letter, and the newline as byte-level BPE spells it: each is a token, so every protein can
-be written."""
+"""All letters, and the newline in byte-level BPE: as tokens they make every protein encodable."""
 
 
 def train_tokenizer(
@@ -21,11 +20,11 @@ def train_tokenizer(
 
     Args:
         proteins: residues of each protein.
-        vocab_size: tokens in all, with the letters, the newline and the end-of-text marker.
-        n_positions: the longest text the model takes, recorded in the tokenizer.
+        vocab_size: with the letters, the newline and the end-of-text marker.
+        n_positions: the longest input of the model, recorded in the tokenizer.
 
     Returns:
-        A tokenizer whose begin, end and padding token is the marker, as in GPT-2.
+        The tokenizer; its begin, end and padding token is the marker, as in GPT-2.
 
     Raises:
         ValueError: the vocabulary is too small for the letters.

@@ -1,18 +1,8 @@
-"""Tokenises proteins once into files on disk, which training and evaluation map into memory.
+"""Tokenises proteins once into a store on disk (:mod:`src.proteins.store`).
 
-A store is a directory of plain arrays (little-endian) and a manifest with their SHA-256:
-
-- ``tokens.bin``: the ids of all proteins, one after the other, 16 or 32 bits each
-- ``offsets.bin``: where each begins, and the end, int64
-- ``residues.bin``: residues in those tokens, int32
-- ``hashes.bin``: 64 bits of BLAKE2b of the whole protein's residues, uint64
-- ``names.bin``, ``name_offsets.bin``: UTF-8 names
-- ``letters.json``: the residues that each token id stands for
-
-It is kept under a key of everything that decides its content, built under another name and renamed,
-so that a reader never meets half of one. It is derived data: a damaged one is built anew.
-
-Sources and the treatment of what is wrong with them: :mod:`src.proteins.sources`.
+A store's name is a hash of everything that decides its content. It is built under a temporary name
+and renamed when complete; a damaged store is built again. Reading and cleaning of sources:
+:mod:`src.proteins.sources`.
 """
 
 from __future__ import annotations
@@ -22,7 +12,6 @@ import hashlib
 import json
 import os
 import shutil
-import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -31,7 +20,7 @@ import numpy as np
 from filelock import FileLock, Timeout
 
 from src.common.cli import progress, say
-from src.common.files import names_full_disk, sha256_file, sync_folder, write_json
+from src.common.files import atomic_folder, names_full_disk, sha256_file, write_json
 from src.common.manifest import file_entry, signature
 from src.proteins.layouts import layout
 from src.proteins.report import ReadReport
@@ -48,12 +37,12 @@ from src.proteins.store import (
 
 BATCH_PROTEINS = 1024
 BATCH_RESIDUES = 1 << 18
-"""What is tokenised together: a tokenizer needs some hundred bytes for each token at work."""
+"""Most residues tokenised together: a tokenizer needs some hundred bytes of memory a token."""
 SMALL_BYTES = 1 << 26
-"""Sources up to this size are known by their content, larger ones by path, size and time."""
+"""Smaller sources are identified by their content, larger ones by path, size and time."""
 LONG_PROTEINS = ("cut", "drop")
 BEYOND = "beyond --max_proteins"
-UNSPEAKABLE = "residues that the tokenizer does not know"
+UNKNOWN_RESIDUES = "residues that the tokenizer does not know"
 
 
 # Sequences as numbers: duplicates and nested subsets
@@ -62,24 +51,21 @@ UNSPEAKABLE = "residues that the tokenizer does not know"
 def sequence_hash(residues: str) -> int:
     """Return 64 bits of BLAKE2b of a protein's residues, as an unsigned number.
 
-    Two of n different proteins share one with probability n² / 2⁶⁵: 6 in 100,000 for UniRef50.
+    Two of n different proteins collide with probability n² / 2⁶⁵: 6 in 100,000 for UniRef50.
     """
     return int.from_bytes(hashlib.blake2b(residues.encode(), digest_size=8).digest(), "little")
 
 
 def chosen(hashes: np.ndarray, proportion: float, seed: int = 0) -> np.ndarray:
-    """Choose a share of proteins by a seeded hash of their sequence.
+    """Return which proteins belong to a share, ``(proteins,)`` bool, by a seeded hash.
 
-    A smaller share is a subset of a larger one of the same seed, whatever the order, and equal
-    sequences share their fate; different seeds choose independently.
+    With the same seed a smaller share is a subset of a larger one; the order of the proteins does
+    not matter, and equal sequences are chosen together. Different seeds choose independently.
 
     Args:
         hashes: ``(proteins,)`` from :func:`sequence_hash`.
         proportion: the share, in (0, 1].
-        seed: which choice.
-
-    Returns:
-        ``(proteins,)`` bool.
+        seed: of the choice.
 
     Raises:
         ValueError: the share is outside (0, 1].
@@ -102,17 +88,17 @@ def _mixed(values: np.ndarray) -> np.ndarray:
 
 
 class SeenHashes:
-    """A growing set of 64-bit hashes: 8 bytes each, where a Python set would take about 60.
+    """A growing set of 64-bit hashes that takes 8 bytes a hash; a Python set takes about 60.
 
-    Sorted runs are merged when the last is as long as the one before, so that their number stays
-    logarithmic and the work for n hashes is O(n log n).
+    Sorted runs are merged when the last is as long as the one before, so n hashes need O(log n)
+    runs and O(n log n) work.
     """
 
     def __init__(self) -> None:
         self.runs: list[np.ndarray] = []
 
     def add(self, hashes: np.ndarray) -> np.ndarray:
-        """Add hashes and return which of them are new, ``(n,)`` bool; a repeat is not."""
+        """Add hashes and return which are new, ``(n,)`` bool; of repeats only the first is."""
         distinct, first = np.unique(hashes, return_index=True)
         known = np.zeros(len(distinct), dtype=bool)
         for run in self.runs:
@@ -134,11 +120,11 @@ class SeenHashes:
 
 
 def tokenizer_fingerprint(tokenizer: Any) -> str:
-    """Return the SHA-256 of what decides a tokenizer's output on laid-out proteins."""
+    """Return the SHA-256 of the rules that decide a tokenizer's output on laid-out proteins."""
     backend = getattr(tokenizer, "backend_tokenizer", None)
     if backend is not None:
         rules = json.loads(backend.to_str())
-        # Calls change these two; tokenise() asks for neither.
+        # These two are changed by calls, and not used by tokenise().
         rules.pop("truncation", None)
         rules.pop("padding", None)
     else:
@@ -148,7 +134,7 @@ def tokenizer_fingerprint(tokenizer: Any) -> str:
 
 
 def token_letters(tokenizer: Any) -> list[str]:
-    """Return the residues that each token id stands for; none for markers and line breaks."""
+    """Return the residues of each token id; empty for markers and line breaks."""
     special = set(tokenizer.all_special_ids)
     tokens = tokenizer.convert_ids_to_tokens(list(range(len(tokenizer))))
     return [
@@ -183,15 +169,15 @@ def _require_layout(tokenizer: Any) -> None:
 
 
 def default_cache_dir() -> Path:
-    """Return where stores are kept: ``$DISTILL_CACHE``, else ``~/.cache/protein-lm-distill``."""
+    """Return the directory of stores: ``$DISTILL_CACHE``, else ``~/.cache/protein-lm-distill``."""
     return Path(os.environ.get("DISTILL_CACHE") or "~/.cache/protein-lm-distill").expanduser()
 
 
 def source_identity(source: str | Path, split: str | None) -> list[Any]:
-    """Return what tells whether a source is still the same.
+    """Return values that change when a source changes.
 
-    The SHA-256 of each file where all are small, else path, size and time of change. A data set on
-    the hub is known by its id: delete the cache if it changed.
+    These are the SHA-256 of each file if all are small, else path, size and modification time. A
+    data set on the hub has only its id: delete the cache if the data set changes.
 
     Raises:
         ValueError: the source is missing.
@@ -223,27 +209,24 @@ def tokenise(
     keep_ambiguous: bool = False,
     quiet: bool = False,
 ) -> TokenisedProteins:
-    """Tokenise a source's proteins into a store on disk, or find the store made before.
+    """Return a source's tokenised proteins in its order, each sequence once.
 
-    Memory does not grow with the source but for 8 bytes a protein, by which duplicates are known.
+    The store on disk is used if it was made before. Memory grows by 8 bytes a protein, for finding
+    duplicates.
 
     Args:
         source: directory of parts, file or hub id (:mod:`src.proteins.sources`).
-        split: which part; None for a single file.
+        split: the part; None for a single file.
         tokenizer: of the teacher and the student.
         max_length: the longest row, in tokens.
-        cache_dir: where stores are kept; None: :func:`default_cache_dir`.
+        cache_dir: of the stores; None: :func:`default_cache_dir`.
         proportion: share of the distinct proteins, by :func:`chosen`.
         seed: of that share.
         long_proteins: ``cut`` keeps the first ``max_length`` tokens of a longer protein (training),
-            ``drop`` leaves it out (evaluation, where every protein must be whole). Both are
-            counted.
-        max_proteins: keep the first so many proteins, and stop reading there.
+            ``drop`` leaves it out (evaluation, where every protein must be whole).
+        max_proteins: stop reading after this number of kept proteins.
         keep_ambiguous: keep proteins with B, J, O, U, X or Z.
         quiet: print nothing.
-
-    Returns:
-        The tokenised proteins, in the order of the source, each sequence once.
 
     Raises:
         ValueError: the source is missing, broken or without a usable protein; a setting is wrong;
@@ -272,45 +255,50 @@ def tokenise(
     key = hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()[:32]
     root = Path(cache_dir).expanduser() if cache_dir is not None else default_cache_dir()
     folder = root / key
-    announce = (lambda line: None) if quiet else say
     with contextlib.suppress(ValueError):
         return open_store(folder)
+
+    def build(temporary: Path) -> None:
+        report = ReadReport()
+        entries = read_entries(
+            source,
+            split=split,
+            report=report,
+            tokenizer=tokenizer,
+            keep_ambiguous=keep_ambiguous,
+        )
+        _build(temporary, entries, report, tokenizer, settings, quiet)
+
+    return _open_or_build(folder, build, (lambda line: None) if quiet else say)
+
+
+def _open_or_build(
+    folder: Path, build: Callable[[Path], None], announce: Callable[[str], None]
+) -> TokenisedProteins:
+    """Open a store that another process has built meanwhile, or build it."""
+    root = folder.parent
     root.mkdir(parents=True, exist_ok=True)
     advice = "make space, or choose another --cache_dir"
     with names_full_disk(root, advice), _only_builder(folder, announce):
         if folder.exists():
             try:
-                return open_store(folder)  # another process has built it meanwhile
+                return open_store(folder)
             except ValueError as error:
                 announce(
-                    f"tokenised proteins in the cache are damaged ({error}): building them anew"
+                    f"tokenised proteins in the cache are damaged ({error}): building them again"
                 )
-        for stale in root.glob(f".{key}.*.tmp"):  # left by a killed process: none builds this key
+        for stale in root.glob(f".{folder.name}.*.tmp"):  # of a killed process: the lock is ours
             shutil.rmtree(stale, ignore_errors=True)
-        temporary = Path(tempfile.mkdtemp(prefix=f".{key}.", suffix=".tmp", dir=root))
-        try:
-            os.chmod(temporary, 0o755)
-            entries = read_entries(
-                source,
-                split=split,
-                report=(report := ReadReport()),
-                tokenizer=tokenizer,
-                keep_ambiguous=keep_ambiguous,
-            )
-            _build(temporary, entries, report, tokenizer, settings, quiet)
+        with atomic_folder(folder) as temporary:
+            build(temporary)
             if folder.exists():
                 shutil.rmtree(folder)  # damaged, as read above
-            os.rename(temporary, folder)
-            sync_folder(root)
-        except BaseException:
-            shutil.rmtree(temporary, ignore_errors=True)
-            raise
     return open_store(folder, thorough=False)
 
 
 @contextlib.contextmanager
 def _only_builder(folder: Path, announce: Callable[[str], None]) -> Iterator[None]:
-    """Hold the lock of a store, waiting for a process that is building it."""
+    """Lock a store; wait if another process is building it."""
     lock = FileLock(folder.parent / f".{folder.name}.lock")
     try:
         lock.acquire(timeout=0)
@@ -392,7 +380,7 @@ def _append_batch(
     counts: np.ndarray,
     settings: dict[str, Any],
 ) -> None:
-    """Tokenise what is new and chosen of a batch, and append it."""
+    """Append the proteins of a batch that are new and chosen, tokenised."""
     hashes = np.array([sequence_hash(entry.residues) for entry in batch], dtype=np.uint64)
     new = seen.add(hashes)
     for index in np.flatnonzero(~new):
@@ -408,10 +396,9 @@ def _append_batch(
             report.drop(BEYOND, entry.name)
             continue
         row = np.array(next(encoded)) if entry.ids is None else entry.ids
-        speakable = int(counts[row].sum()) == len(entry.residues)
         too_long = len(row) > limit
-        if not speakable:
-            report.drop(UNSPEAKABLE, entry.name)
+        if int(counts[row].sum()) != len(entry.residues):
+            report.drop(UNKNOWN_RESIDUES, entry.name)
         elif settings["long_proteins"] == "drop" and (too_long or not entry.whole):
             report.drop(f"longer than {limit:,} tokens" if too_long else CUT_IN_SOURCE, entry.name)
         else:
@@ -438,30 +425,25 @@ def _nothing_left(report: ReadReport, settings: dict[str, Any]) -> str:
     )
 
 
-# For a person
+# Summary
 
 
 def data_summary(
     proteins: TokenisedProteins, batch_size: int, title: str = "data", with_report: bool = True
 ) -> list[str]:
-    """Return lines that tell a person what is about to be used.
+    """Return lines that describe proteins: counts, lengths, and the share of padding.
 
     Args:
         proteins: tokenised proteins, or a selection.
         batch_size: rows of a batch, for the share of padding.
-        title: what they are called.
-        with_report: tell how they were read, too.
-
-    Returns:
-        Lines: what was read, kept, dropped and fixed; proteins, residues and tokens; quartiles of
-        lengths; the share of padding with batches in random order and with similar lengths
-        together.
+        title: name of the proteins.
+        with_report: begin with the report of reading them.
     """
     from src.proteins.batching import padding_share
 
     lengths, residues = proteins.lengths, proteins.residues
     total, tokens = int(residues.sum(dtype=np.int64)), int(lengths.sum(dtype=np.int64))
-    # A sample tells the share of padding well enough, in bounded time.
+    # A sample bounds the time.
     sample = lengths
     if len(sample) > 100_000:
         sample = sample[np.random.default_rng(0).choice(len(sample), 100_000, replace=False)]

@@ -374,14 +374,14 @@ def read_run_record(folder: Path, files: Files, settings: dict[str, Any]) -> Non
 
 def read_split_record(folder: Path, files: Files) -> None:
     """Read a split's record and show it."""
-    from src.proteins.splits import read_split, record_lines
+    from src.proteins.split_files import read_split, record_lines
 
     record_lines(read_split(folder))
 
 
 def read_cluster_table(folder: Path, files: Files) -> None:
     """Read a table of clusters."""
-    from src.proteins.splits import read_clusters
+    from src.proteins.homology import read_clusters
 
     clusters = read_clusters(folder / "c.tsv.gz")
     entries_in("c.txt.gz", files["c.tsv.gz"])
