@@ -493,10 +493,7 @@ def test_unknown_weightings_and_smoothings_are_refused():
     [
         ({"optimizer": "muon", "other_learning_rate": 1e-3}, "-muon"),
         ({"early_stopping": 4}, "-stop4"),
-        (
-            {"tokenizer": "t", "teacher_model": None, "loss": LossSettings(alpha=1.0)},
-            "-untaught",
-        ),
+        ({"tokenizer": "t", "teacher_model": None, "loss": LossSettings(alpha=1.0)}, "-untaught"),
         ({"student": StudentSettings(dropout=0.1), "init_from": "a/b/"}, "-drop0.1-init-b"),
         ({"loss": LossSettings(divergence="jsd"), "seed": 1}, "-jsd0.5-s1"),
     ],
