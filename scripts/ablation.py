@@ -159,9 +159,8 @@ def sweep_around(args: argparse.Namespace) -> Grid:
 
     if args.grid not in SWEPT:
         raise ValueError(f"flags after --: only with --grid {', '.join(SWEPT)}")
-    parser = train.build_parser()
-    words = train.recipe_first(args.train_args)
-    parsed = parse_for(parser, words, "scripts/train.py")
+    parser = train.with_recipe(train.build_parser(), args.train_args)
+    parsed = parse_for(parser, args.train_args, "scripts/train.py")
     swept = SWEPT[args.grid][0]
     for name in (*RUN_FLAGS, swept):
         if getattr(parsed, name) != parser.get_default(name):

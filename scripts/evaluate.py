@@ -22,7 +22,6 @@ from src.common import processes
 from src.common import settings as s
 from src.common.cli import HelpFormatter, folder, natural, positive_int, run_script, say
 from src.common.files import check_outputs
-from src.evaluation.results import print_table, write_results
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -88,6 +87,7 @@ def run(args: argparse.Namespace) -> dict:
     from src.evaluation import gates, inputs
     from src.evaluation import sequence_quality as q
     from src.evaluation.measurement import evaluate, write_per_protein
+    from src.evaluation.results import print_table, write_results
     from src.evaluation.scoring import EvaluationSettings
     from src.models.loading import load_causal_lm, require_model_directory
     from src.proteins.sources import read_proteins

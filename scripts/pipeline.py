@@ -79,8 +79,8 @@ def build_parser() -> argparse.ArgumentParser:
 
 def train_settings(argv: Sequence[str]) -> TrainSettings:
     """Return the settings that scripts/train.py would read. Raises ``ValueError``."""
-    words = train.recipe_first(argv)
-    return train.build_settings(ablation.parse_for(train.build_parser(), words, "scripts/train.py"))
+    parser = train.with_recipe(train.build_parser(), argv)
+    return train.build_settings(ablation.parse_for(parser, argv, "scripts/train.py"))
 
 
 def evaluate_arguments(argv: Sequence[str]) -> dict[str, Any]:

@@ -68,9 +68,9 @@ def build_parser() -> argparse.ArgumentParser:
     HOMOLOGY.update(action.dest for action in group._group_actions)
     group = parser.add_argument_group("split within families (--within_families)")
     add = group.add_argument
-    add("--num_families", type=positive_int, help="keep the largest families; default: all")
+    add("--num_families", type=positive_int, help="keep the most diverse; default: all")
     add("--validation_per_family", type=natural, default=6, help="at most, from each family")
-    add("--test_per_family", type=natural, default=16, help="at most, from each family")
+    add("--test_per_family", type=natural, default=12, help="at most, from each family")
     add("--new_families", type=Path, help="FASTA of other families, for a part test_new")
     WITHIN.update(action.dest for action in group._group_actions)
     return parser
@@ -136,7 +136,8 @@ def within_families(args: argparse.Namespace, proteins: dict[str, str]) -> tuple
     )
     family_of = f.read_families(args.data, proteins)
     if args.num_families:
-        kept = set(f.largest_families(family_of, args.num_families))
+        clusters = f.identity_clusters(proteins, settings)
+        kept = set(f.most_diverse_families(family_of, clusters, args.num_families))
         proteins = {name: p for name, p in proteins.items() if family_of[name] in kept}
         family_of = {name: family_of[name] for name in proteins}
     new: dict[str, str] = {}

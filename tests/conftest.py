@@ -55,6 +55,12 @@ def refusal(capsys) -> Callable[[int], str]:
     return line
 
 
+@pytest.fixture(autouse=True)
+def launcher_precision(monkeypatch):
+    """Undo what a run in another precision leaves in the environment for accelerate."""
+    monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "no")
+
+
 @pytest.fixture(scope="session")
 def random_proteins() -> Callable[..., list[str]]:
     return make_proteins

@@ -42,21 +42,23 @@ def made_up_search(monkeypatch):
     monkeypatch.setattr(fam, "covering_identities", lambda *a: {})
 
 
-def test_whole_clusters_of_each_family_are_held_out(made_up_search):
+def test_a_cluster_is_in_train_or_held_out_and_never_both(made_up_search):
     proteins, families = members(5, 10)
-    settings = FamilySplitSettings(validation_per_family=2, test_per_family=2, largest_share=0.4)
+    settings = FamilySplitSettings(validation_per_family=2, test_per_family=2, largest_share=0.8)
     split = split_within_families(proteins, families, settings)
+    # Of five pairs one and a half are drawn for each held-out part, where the spare ones are cut.
     assert {part: len(names) for part, names in split.parts.items()} == {
-        "train": 30,
+        "train": 10,
         "validation": 10,
         "test": 10,
     }
+    assert split.report["left_out"]["more members of one cluster than wanted"] == 10
     assert split.report["families"] == {"train": 5, "validation": 5, "test": 5}
     assert split.clusters == families
-    assert sorted(n for names in split.parts.values() for n in names) == sorted(proteins)
-    where = {(n[:-1], int(n[-1]) // 2): part for part, names in split.parts.items() for n in names}
-    for part, names in split.parts.items():
-        assert all(where[n[:-1], int(n[-1]) // 2] == part for n in names)
+    pairs = {
+        part: {(n[:-1], int(n[-1]) // 2) for n in names} for part, names in split.parts.items()
+    }
+    assert not pairs["train"] & (pairs["validation"] | pairs["test"])
 
 
 def test_the_seed_decides_and_the_draw_is_pinned(made_up_search):
@@ -64,14 +66,35 @@ def test_the_seed_decides_and_the_draw_is_pinned(made_up_search):
     proteins, families = members(3, 10)
 
     def test_part(seed: int) -> list[str]:
-        settings = FamilySplitSettings(seed, test_per_family=2, largest_share=0.8)
+        settings = FamilySplitSettings(
+            seed, validation_per_family=2, test_per_family=2, largest_share=0.8
+        )
         return split_within_families(proteins, families, settings).parts["test"]
 
     assert test_part(0) == PINNED
     assert test_part(0) == test_part(0) != test_part(1)
 
 
-PINNED = ["s0f0m4", "s0f0m5", "s0f1m0", "s0f1m1", "s0f2m2", "s0f2m3"]
+PINNED = ["s0f0m8", "s0f0m9", "s0f1m6", "s0f1m7", "s0f2m3", "s0f2m2"]
+
+
+def test_large_clusters_are_cut_in_train_and_drawn_in_proportion_to_their_size(monkeypatch):
+    proteins = {f"p{number:03}": "M" * 30 for number in range(300)}
+    families = dict.fromkeys(proteins, "F")
+    clusters = {name: "large" if int(name[1:]) < 100 else name for name in proteins}
+    monkeypatch.setattr(fam, "homology_clusters", lambda *a, **k: clusters)
+    monkeypatch.setattr(fam, "covering_identities", lambda *a: {})
+    held_out = 0
+    for seed in range(200):
+        settings = FamilySplitSettings(
+            seed, validation_per_family=1, test_per_family=0, largest_share=0.5, spare_factor=1
+        )
+        parts = split_within_families(proteins, families, settings).parts
+        large = [sum(clusters[n] == "large" for n in parts[p]) for p in ("train", "validation")]
+        assert large in ([60, 0], [0, 1])
+        held_out += large[1]
+    # A third of the members are in that cluster; 200 draws of one: 67 +- 20 (3 standard errors).
+    assert 47 <= held_out <= 87
 
 
 def test_relatives_of_training_proteins_are_left_out(made_up_search, monkeypatch):
@@ -79,9 +102,12 @@ def test_relatives_of_training_proteins_are_left_out(made_up_search, monkeypatch
     monkeypatch.setattr(
         fam, "covering_identities", lambda p, names, *more: {names[0]: 0.5, names[1]: 0.49}
     )  # fmt: skip
-    settings = FamilySplitSettings(validation_per_family=2, test_per_family=2, largest_share=0.4)
+    settings = FamilySplitSettings(
+        validation_per_family=2, test_per_family=2, largest_share=0.8, spare_factor=1
+    )
     split = split_within_families(proteins, families, settings)
-    assert set(split.report["left_out"].values()) == {1}
+    left_out = split.report["left_out"]
+    assert [count for reason, count in left_out.items() if "relative" in reason] == [1, 1]
     assert [len(split.parts[p]) for p in ("validation", "test")] == [3, 3]
 
 
@@ -105,7 +131,14 @@ def test_families_are_read_from_headers(tmp_path):
     assert read_families(path, proteins) == families
     with pytest.raises(ValueError, match="a.fasta: other has no 'family=NAME' in its header"):
         read_families(path, {"other": "MK"})
-    assert fam.largest_families({"a": "X", "b": "Y", "c": "Y", "d": "Z"}, 2) == ["Y", "X"]
+
+
+def test_a_family_counts_by_its_diversity():
+    families = {"a": "X", "b": "Y", "c": "Y", "d": "Z", "e": "Y"}
+    apart = {name: name for name in families}
+    assert fam.most_diverse_families(families, apart, 2) == ["Y", "X"]
+    alike = {**apart, "c": "b", "e": "b"}
+    assert fam.most_diverse_families(families, alike, 2, most=1) == ["X", "Y"]
 
 
 @needs_mmseqs
@@ -114,7 +147,8 @@ def test_the_script_splits_within_families(tmp_path, monkeypatch, capsys):
 
     monkeypatch.setenv("MMSEQS_NUM_THREADS", "1")
     known, new = members(4, 20), members(2, 6, seed=1)
-    del known[0]["s0f3m0"]  # the smallest family is dropped by --num_families
+    for member in range(0, 20, 2):
+        del known[0][f"s0f3m{member}"]  # the smallest family is dropped by --num_families
     data = fasta(tmp_path / "known.fasta", *known)
     other = fasta(tmp_path / "new.fasta", *new)
     folder = tmp_path / "split"

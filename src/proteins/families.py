@@ -34,9 +34,13 @@ class FamilySplitSettings:
     identity: float = 0.5
     coverage: float = 0.5
     validation_per_family: int = 6
-    test_per_family: int = 16
-    largest_share: float = 0.2
-    """Share of a family's members that is held out at most."""
+    test_per_family: int = 12
+    largest_share: float = 0.3
+    """Share of a family's members that is kept out of train at most."""
+    held_out_per_cluster: int = 4
+    """Members of one cluster that are in validation or test at most."""
+    train_per_cluster: int = 60
+    """Members of one cluster that are in train at most: close relatives teach little new."""
     spare_factor: float = 1.5
     """Members drawn for each one wanted; some are lost to the search for relatives."""
 
@@ -48,6 +52,9 @@ class FamilySplitSettings:
         for name in ("validation_per_family", "test_per_family"):
             if getattr(self, name) < 0:
                 raise ValueError(f"--{name} must not be negative, got {getattr(self, name)}")
+        for name in ("held_out_per_cluster", "train_per_cluster"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"--{name} must be at least 1, got {getattr(self, name)}")
 
 
 def read_families(path: str | Path, names: Mapping[str, str]) -> dict[str, str]:
@@ -73,10 +80,33 @@ def read_families(path: str | Path, names: Mapping[str, str]) -> dict[str, str]:
     return {name: families[name] for name in names}
 
 
-def largest_families(families: Mapping[str, str], count: int) -> list[str]:
-    """Return the names of the ``count`` families with the most members, largest first."""
-    sizes = Counter(families.values())
+def most_diverse_families(
+    families: Mapping[str, str], clusters: Mapping[str, str], count: int, most: int = 10
+) -> list[str]:
+    """Return the ``count`` families with the most members, counting ``most`` of a cluster at most.
+
+    A family of many members that are all alike gives few held-out members.
+
+    Args:
+        families: family for each name.
+        clusters: cluster for each name, from :func:`identity_clusters`.
+        count: how many to return, most diverse first.
+        most: members counted of one cluster.
+    """
+    members = Counter((families[name], clusters[name]) for name in families)
+    sizes: Counter[str] = Counter()
+    for (family, _cluster), size in members.items():
+        sizes[family] += min(most, size)
     return sorted(sizes, key=lambda family: (-sizes[family], family))[:count]
+
+
+def identity_clusters(proteins: Mapping[str, str], settings: FamilySplitSettings) -> dict[str, str]:
+    """Return the cluster of each protein: connected components at the settings' identity.
+
+    Raises:
+        ValueError: MMseqs2 is missing or fails.
+    """
+    return homology_clusters(proteins, _search_settings(settings), connected=True)
 
 
 def split_within_families(
@@ -88,9 +118,10 @@ def split_within_families(
     """Divide the members of each family into train, validation and test by identity clusters.
 
     Clusters are connected components at ``identity`` over ``coverage`` of both proteins. They are
-    drawn at random, and whole clusters are held out: a family whose members are all alike may give
-    none. A held-out protein is left out if a local alignment over ``coverage`` of its own length
-    reaches ``identity`` to a training protein, or that of a test protein to a validation protein.
+    drawn in proportion to their size, as if members were drawn, and no member of a drawn cluster is
+    in train: a family whose members are all alike may give none. A held-out protein is left out if
+    a local alignment over ``coverage`` of its length reaches ``identity`` to a training protein,
+    or that of a test protein to a validation protein.
 
     Args:
         proteins: residues for each name.
@@ -106,13 +137,13 @@ def split_within_families(
     """
     search = _search_settings(settings)
     announce(f"clustering {len(proteins):,} proteins at {settings.identity:.0%}")
-    clusters = homology_clusters(proteins, search, connected=True)
-    drawn = _drawn_parts(proteins, families, clusters, settings)
+    clusters = identity_clusters(proteins, settings)
+    drawn, unused = _drawn_parts(proteins, families, clusters, settings)
     announce(
         f"searching {len(drawn['test']) + len(drawn['validation']):,} held-out proteins "
         f"in {len(drawn['train']):,}"
     )
-    left_out: Counter[str] = Counter()
+    left_out: Counter[str] = Counter({"more members of one cluster than wanted": unused})
     parts: dict[str, list[str]] = {"train": drawn["train"]}
     against = list(drawn["train"])
     for part, count in (
@@ -151,32 +182,41 @@ def _drawn_parts(
     families: Mapping[str, str],
     clusters: Mapping[str, str],
     settings: FamilySplitSettings,
-) -> dict[str, list[str]]:
-    """Draw whole clusters of each family for test and validation, and leave the rest to train."""
+) -> tuple[dict[str, list[str]], int]:
+    """Draw clusters of each family for validation and test, and leave the rest to train.
+
+    Returns:
+        The members drawn for each part, and how many members of drawn clusters are in no part.
+    """
     members: dict[str, dict[str, list[str]]] = defaultdict(lambda: defaultdict(list))
     for name in sorted(proteins):
         members[families[name]][clusters[name]].append(name)
     rng = random.Random(settings.seed)
     drawn: dict[str, list[str]] = {"train": [], "validation": [], "test": []}
-    wanted = {"test": settings.test_per_family, "validation": settings.validation_per_family}
+    unused = 0
     for family in sorted(members):
         groups = [members[family][key] for key in sorted(members[family])]
-        rng.shuffle(groups)
-        size = sum(map(len, groups))
-        room = {
-            part: min(
-                round(count * settings.spare_factor),
-                int(size * settings.largest_share * count / max(1, sum(wanted.values()))),
-            )
-            for part, count in wanted.items()
+        room = settings.largest_share * sum(map(len, groups))
+        wanted = {
+            "validation": round(settings.validation_per_family * settings.spare_factor),
+            "test": round(settings.test_per_family * settings.spare_factor),
         }
-        for group in groups:
-            part = next((part for part in wanted if len(group) <= room[part]), "train")
-            drawn[part] += group
-            if part != "train":
-                room[part] -= len(group)
+        # Weighted sampling without replacement (Efraimidis and Spirakis 2006): the cluster of a
+        # random member comes first.
+        keys = [rng.random() ** (1 / len(group)) for group in groups]
+        for index in sorted(range(len(groups)), key=lambda i: -keys[i]):
+            group = rng.sample(groups[index], len(groups[index]))
+            part = next((part for part, count in wanted.items() if count > 0), None)
+            if part is None or len(group) > room:
+                part, most = "train", settings.train_per_cluster
+            else:
+                most = min(settings.held_out_per_cluster, wanted[part])
+                room -= len(group)
+                wanted[part] -= min(most, len(group))
+            drawn[part] += group[:most]
+            unused += max(0, len(group) - most)
     rng.shuffle(drawn["train"])
-    return drawn
+    return drawn, unused
 
 
 def add_new_families(
