@@ -42,10 +42,17 @@ def write_parts(folder: Path, parts: dict[str, list[str]]) -> None:
 
 
 @pytest.fixture
-def refusal(capsys) -> Callable[[int], str]:
-    """Return a function that checks a script's refusal and returns its one line."""
+def refusal(capsys) -> Callable[[int | Callable[[], int]], str]:
+    """Return a function that checks a script's refusal and returns its one line.
 
-    def line(status: int) -> str:
+    It takes the exit status, or a function without arguments where argparse may exit.
+    """
+
+    def line(status: int | Callable[[], int]) -> str:
+        try:
+            status = status() if callable(status) else status
+        except SystemExit as stop:
+            status = stop.code
         assert status == 2
         error = capsys.readouterr().err.strip()
         assert error.count("\n") == 0
