@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gzip
 import os
 import random
 import shutil
@@ -30,6 +31,35 @@ def make_proteins(count: int, low: int = 20, high: int = 120, seed: int = 0) -> 
     return [
         "".join(rng.choices("ACDEFGHIKLMNPQRSTVWY", k=rng.randint(low, high))) for _ in range(count)
     ]
+
+
+def write_parts(folder: Path, parts: dict[str, list[str]]) -> None:
+    """Write proteins as the parts of a data directory; those of ``test`` are test0, test1, ..."""
+    folder.mkdir(parents=True)
+    for part, proteins in parts.items():
+        text = "".join(f">{part}{i}\n{residues}\n" for i, residues in enumerate(proteins))
+        (folder / f"{part}.fasta.gz").write_bytes(gzip.compress(text.encode()))
+
+
+@pytest.fixture
+def refusal(capsys) -> Callable[[int | Callable[[], int]], str]:
+    """Return a function that checks a script's refusal and returns its one line.
+
+    It takes the exit status, or a function without arguments where argparse may exit.
+    """
+
+    def line(status: int | Callable[[], int]) -> str:
+        try:
+            status = status() if callable(status) else status
+        except SystemExit as stop:
+            status = stop.code
+        assert status == 2
+        error = capsys.readouterr().err.strip()
+        assert error.count("\n") == 0
+        assert "Traceback" not in error
+        return error
+
+    return line
 
 
 @pytest.fixture(autouse=True)

@@ -20,9 +20,9 @@ from src.trainer.checkpoints import newest_valid
 class Tokens:
     """Stands in for tokenised proteins."""
 
-    def __init__(self, count: int = 24) -> None:
-        rng = np.random.default_rng(0)
-        self.rows = [rng.integers(1, 60, n) for n in rng.integers(4, 30, count)]
+    def __init__(self, count: int = 16, low: int = 4, high: int = 30, seed: int = 0) -> None:
+        rng = np.random.default_rng(seed)
+        self.rows = [rng.integers(1, 60, n) for n in rng.integers(low, high, count)]
         self.lengths = np.array([len(row) for row in self.rows])
 
     def __len__(self) -> int:
@@ -55,7 +55,7 @@ def make_trainer(tiny_lm, folder, packed=False, dropout=0.1, loss=None, **overri
         "warmup_steps": 2,
         "logging_nan_inf_filter": False,
     }
-    tokens = Tokens()
+    tokens = Tokens(24)
     dataset = PackedDataset(tokens, 64) if packed else ProteinDataset(tokens)
     return DistillationTrainer(
         model=student,

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import gzip
 import json
 import shutil
 import subprocess
@@ -22,7 +21,7 @@ from src.experiments import ablation
 from src.experiments.ablation import GridRun, tuned_rates
 from src.experiments.grids import ARMS, GRIDS, PUBLISHED, RATES_FILE, Cell, Grid, settings_key
 from src.models.loading import load_causal_lm, model_fingerprint
-from tests.conftest import make_proteins
+from tests.conftest import make_proteins, write_parts
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -41,11 +40,9 @@ def world(tmp_path_factory, tiny_tokenizer):
     )  # fmt: skip
     GPT2LMHeadModel(config).save_pretrained(folder / "teacher")
     tiny_tokenizer.save_pretrained(folder / "teacher")
-    (folder / "proteins").mkdir()
-    for seed, (part, count) in enumerate((("train", 60), ("validation", 12), ("test", 16))):
-        with gzip.open(folder / "proteins" / f"{part}.fasta.gz", "wt") as handle:
-            for number, residues in enumerate(make_proteins(count, 20, 60, seed)):
-                handle.write(f">{part}{number}\n{residues}\n")
+    counts = {"train": 60, "validation": 12, "test": 16}
+    parts = {p: make_proteins(n, 20, 60, i) for i, (p, n) in enumerate(counts.items())}
+    write_parts(folder / "proteins", parts)
     return folder
 
 
@@ -74,19 +71,21 @@ def grid(world) -> Grid:
     )
 
 
-def silent(line: str) -> None:
-    """Say nothing."""
-
-
 def job(grid, folder, world, **options) -> GridRun:
     return GridRun(
         grid,
         folder / "results",
         folder / "work",
         cache_dir=str(world / "tokens"),
-        announce=silent,
+        announce=lambda line: None,
         **options,
     )
+
+
+@pytest.fixture
+def one(grid) -> Grid:
+    """The grid's first group alone."""
+    return replace(grid, sizes={"s": grid.sizes["s"]}, seeds=(1,))
 
 
 @pytest.fixture(scope="module")
@@ -128,10 +127,7 @@ def test_tables_of_single_proteins_hold_the_experiments_columns(finished):
     names = "arm seed size learning_rate split protein cluster residues tokens nll_student "
     assert set((names + "nll_teacher kl").split()) == set(tables[0].column_names)
     assert sum(len(table) for table in tables) == 24 * 12
-    assert set(tables[0].column("arm").to_pylist()) == set(
-        grid_arms := ["baseline", "both", "hard_only"]
-    )  # noqa: E501
-    assert len(grid_arms) == 3
+    assert set(tables[0].column("arm").to_pylist()) == {"baseline", "both", "hard_only"}
 
 
 def test_a_cell_is_what_train_makes_of_its_settings(finished, grid, world, tmp_path):
@@ -144,7 +140,7 @@ def test_a_cell_is_what_train_makes_of_its_settings(finished, grid, world, tmp_p
         cache_dir=str(world / "tokens"),
         teacher_cache=finished / "work" / "teacher_cache",
         skip_teacher_check=True,
-        announce=silent,
+        announce=lambda line: None,
     )
     results = read_results(finished / "results" / f"{cell.name}.json")
     alone = model_fingerprint(load_causal_lm(tmp_path / "alone"))
@@ -160,8 +156,6 @@ def test_missing_cells_alone_are_run_and_come_out_the_same(
     finished, grid, world, tmp_path, monkeypatch
 ):
     """Also after the work directory is gone: cells do not depend on their company."""
-    import shutil
-
     folder = tmp_path / "copy"
     shutil.copytree(finished / "results", folder / "results")
     lost = [Cell("both", "s", 1, 1e-3), Cell("baseline", "m", 2, 1e-2)]
@@ -186,12 +180,9 @@ def test_missing_cells_alone_are_run_and_come_out_the_same(
         assert (folder / "results" / name).read_bytes() == raw
 
 
-def test_a_part_of_a_grid_leaves_the_rows_of_the_rest(finished, grid, world, tmp_path):
-    import shutil
-
+def test_a_part_of_a_grid_leaves_the_rows_of_the_rest(finished, one, world, tmp_path):
     shutil.copytree(finished / "results", tmp_path / "results")
-    part = replace(grid, sizes={"s": grid.sizes["s"]}, seeds=(1,), rates=(2e-2,))
-    part = replace(part, arms={"both": grid.arms["both"]})
+    part = replace(one, rates=(2e-2,), arms={"both": one.arms["both"]})
     assert job(part, tmp_path, world).run()["done"] == 1
     name = "per_protein-small-s-seed1.parquet"
     before = pq.read_table(finished / "results" / name)
@@ -201,8 +192,7 @@ def test_a_part_of_a_grid_leaves_the_rows_of_the_rest(finished, grid, world, tmp
     assert after.filter(old).equals(before)
 
 
-def test_a_killed_group_goes_on_to_the_same_cells(finished, grid, world, tmp_path, monkeypatch):
-    one = replace(grid, sizes={"s": grid.sizes["s"]}, seeds=(1,))
+def test_a_killed_group_goes_on_to_the_same_cells(finished, one, world, tmp_path, monkeypatch):
     step = ablation.CohortTrainer.training_step
 
     def dying(self, *rest):
@@ -227,10 +217,9 @@ def test_a_killed_group_goes_on_to_the_same_cells(finished, grid, world, tmp_pat
         assert ours["training"]["curve"] == whole["training"]["curve"]
 
 
-def test_a_group_under_way_elsewhere_is_left_alone(grid, world, tmp_path):
+def test_a_group_under_way_elsewhere_is_left_alone(one, world, tmp_path):
     from src.common.runs import locked
 
-    one = replace(grid, sizes={"s": grid.sizes["s"]}, seeds=(1,))
     code = f"import sys; sys.path.insert(0, {str(ROOT)!r})\n" + (
         "from pathlib import Path\nfrom src.common.runs import locked\n"
         f"with locked(Path({str(tmp_path / 'work' / 's-seed1')!r})):\n"
@@ -248,9 +237,8 @@ def test_a_group_under_way_elsewhere_is_left_alone(grid, world, tmp_path):
 
 
 @pytest.mark.parametrize("place", ["work", "results"])
-def test_a_grid_does_not_go_on_with_other_proteins(grid, world, finished, tmp_path, place):
+def test_a_grid_does_not_go_on_with_other_proteins(one, world, finished, tmp_path, place):
     """Neither a group under way nor finished cells are mixed with those of other inputs."""
-    one = replace(grid, sizes={"s": grid.sizes["s"]}, seeds=(1,))
     first, second, *_ = one.cells()
     if place == "work":
         shutil.copytree(finished / "work" / "s-seed1", tmp_path / "work" / "s-seed1")
@@ -269,8 +257,7 @@ def test_a_grid_does_not_go_on_with_other_proteins(grid, world, finished, tmp_pa
 
 
 @pytest.mark.parametrize("content", ["[]", "{}", '{"members": 3}', '{"members": {}, "inputs": []}'])
-def test_a_groups_file_that_is_none_is_named(grid, world, tmp_path, content):
-    one = replace(grid, sizes={"s": grid.sizes["s"]}, seeds=(1,))
+def test_a_groups_file_that_is_none_is_named(one, world, tmp_path, content):
     folder = tmp_path / "work" / "s-seed1"
     folder.mkdir(parents=True)
     (folder / "group.json").write_text(content)
@@ -278,8 +265,7 @@ def test_a_groups_file_that_is_none_is_named(grid, world, tmp_path, content):
         job(one, tmp_path, world).run()
 
 
-def test_files_of_others_in_the_way_of_a_group_are_left_alone(grid, world, tmp_path):
-    one = replace(grid, sizes={"s": grid.sizes["s"]}, seeds=(1,))
+def test_files_of_others_in_the_way_of_a_group_are_left_alone(one, world, tmp_path):
     thesis = tmp_path / "work" / "s-seed1" / "checkpoint-1" / "thesis.txt"
     thesis.parent.mkdir(parents=True)
     thesis.write_text("years of work")
@@ -311,16 +297,12 @@ def test_learning_rates_are_chosen_on_validation(finished, grid, world, tmp_path
 
 
 def test_rates_beyond_the_range_are_taken_into_the_choice(finished, grid, tmp_path):
-    import shutil
-
     shutil.copytree(finished / "results", tmp_path / "results")
     narrow = replace(grid, rates=(1e-2,), arms={"both": grid.arms["both"]})
     chosen = tuned_rates(tmp_path / "results", narrow)
     assert set(chosen["nats_per_residue"]["s"]["both"]) == {"0.001", "0.01"}
-    assert (
-        chosen["rates"]["s"]["both"]
-        == tuned_rates(finished / "results", grid)["rates"]["s"]["both"]
-    )
+    whole = tuned_rates(finished / "results", grid)
+    assert chosen["rates"]["s"]["both"] == whole["rates"]["s"]["both"]
 
 
 def test_results_of_other_settings_are_not_taken_for_done(finished, grid, world):
@@ -354,11 +336,10 @@ def test_the_provided_grids_are_the_issues():
         assert (confirm.split, tuning.split) == ("test", "validation")
 
 
-def test_an_arm_may_start_elsewhere_or_warm_up_longer(grid, world, tmp_path):
+def test_an_arm_may_start_elsewhere_or_warm_up_longer(one, world, tmp_path):
     """Other initial weights stay in the group; other training arguments make one of their own."""
     changes = {"both": {"init_from": str(world / "teacher")}, "hard_only": {"warmup_steps": 4}}
-    changed = replace(grid, sizes={"s": grid.sizes["s"]}, seeds=(1,), rates=(1e-2,))
-    changed = replace(changed, changes=changes)
+    changed = replace(one, rates=(1e-2,), changes=changes)
     run = job(changed, tmp_path, world)
     assert [(name, [c.arm for c in cells]) for name, cells in run.groups()] == [
         ("s-seed1", ["baseline", "both"]),
@@ -382,10 +363,7 @@ def test_every_recipe_can_be_trained_in_its_group():
         groups: dict[str, set[str]] = {}
         for cell in cells:
             own = replace(
-                grid.settings(cell),
-                loss=grid.shared.loss,
-                learning_rate=1.0,
-                init_from=None,
+                grid.settings(cell), loss=grid.shared.loss, learning_rate=1.0, init_from=None
             )
             groups.setdefault(grid.group_of(cell), set()).add(settings_key(own))
         assert all(len(kinds) == 1 for kinds in groups.values())
@@ -403,15 +381,15 @@ def test_another_teacher_and_presets_change_the_grid():
     assert script.chosen(script.build_parser().parse_args(asked)).shared.init_from is None
 
 
-def test_the_script(grid, world, tmp_path, capsys):
+def test_the_script(grid, world, tmp_path, capsys, refusal):
     assert script.main(["--list"]) == 0
     assert "synergy-tuning" in capsys.readouterr().out
-    assert script.main([]) == 2
-    assert "--list" in capsys.readouterr().err
-    assert script.main(["--grid", "owner", "--arms", "nonsense"]) == 2
-    assert "the grid owner has baseline" in capsys.readouterr().err
-    assert script.main(["--grid", "synergy", "--rates", "1e-3"]) == 2
-    assert "reads each arm's rate" in capsys.readouterr().err
+    for wrong, message in (
+        ("", "--list"),
+        ("--grid owner --arms nonsense", "the grid owner has baseline"),
+        ("--grid synergy --rates 1e-3", "reads each arm's rate"),
+    ):
+        assert message in refusal(script.main(wrong.split()))
     arguments = (
         f"--grid owner --teacher_model {world / 'teacher'} --data {world / 'proteins'} "
         f"--max_steps 2 --arms baseline both --results {tmp_path / 'results'} "
@@ -439,13 +417,11 @@ def test_the_script(grid, world, tmp_path, capsys):
     ],
 )
 def test_learning_rates_that_are_none_are_refused_with_their_file(
-    tmp_path, capsys, content, message
+    tmp_path, refusal, content, message
 ):
     path = tmp_path / RATES_FILE
     path.write_text(json.dumps(content))
     arguments = ["--grid", "synergy", "--results", str(tmp_path), "--work", str(tmp_path / "work")]
-    assert script.main([*arguments, "--status"]) == 2
-    error = capsys.readouterr().err
+    error = refusal(script.main([*arguments, "--status"]))
     assert f"{path}: {message}" in error or message == "not a finite number" in error
     assert "choose again (scripts/ablation.py --grid NAME --choose)" in error
-    assert error.count("\n") == 1

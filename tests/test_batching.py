@@ -5,6 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
+from small_runs import Tokens
 
 from src.loss import reference
 from src.loss.reference import segments_from_positions, valid_positions
@@ -20,21 +21,6 @@ from src.proteins.batching import (
     pack,
     padding_share,
 )
-
-
-class Tokens:
-    """Stands in for tokenised proteins: random ids of random lengths."""
-
-    def __init__(self, count: int, low: int = 3, high: int = 40, seed: int = 0) -> None:
-        rng = np.random.default_rng(seed)
-        self.rows = [rng.integers(1, 60, n) for n in rng.integers(low, high, count)]
-        self.lengths = np.array([len(row) for row in self.rows])
-
-    def __len__(self) -> int:
-        return len(self.rows)
-
-    def __getitem__(self, index: int) -> np.ndarray:
-        return self.rows[index]
 
 
 @pytest.mark.parametrize("seed", range(5))

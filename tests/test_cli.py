@@ -91,6 +91,41 @@ def test_many_a_second_are_a_rate(monkeypatch, capsys):
 
 
 @pytest.mark.parametrize(
+    ("typed", "wanted"),
+    [
+        ("scripts/train.py --help", "--use_uncertainty_weighting"),
+        ("scripts/evaluate.py --help", "--compute_ece"),
+        ("scripts/compare.py --help", "--reference"),
+        ("scripts/pipeline.py --help", "--sweep"),
+        ("tools/upload_to_hf.py --help", "--dry_run"),
+        ("tools/benchmark/run.py --help", "--quick"),
+        (
+            f"scripts/compare.py {ROOT}/results/first_27_both.json "
+            f"--reference {ROOT}/results/first_27_baseline.json",
+            "first_27_both against first_27_baseline",
+        ),
+        ("scripts/pipeline.py --dry_run --baselines", "[8/8] evaluate medium: new"),
+        ("scripts/pipeline.py --dry_run --sweep alpha", "alpha"),
+    ],
+)
+def test_help_plans_and_comparisons_are_quick_and_need_no_torch(typed, wanted, tmp_path):
+    name, *arguments = typed.split()
+    heavy = ["torch", "transformers", *(["huggingface_hub"] if "--help" in typed else [])]
+    code = (
+        f"import runpy, sys; sys.argv = [{name!r}, *{arguments!r}]\n"
+        f"try: runpy.run_path({str(ROOT / name)!r}, run_name='__main__')\n"
+        "except SystemExit as stop: assert not stop.code, stop.code\n"
+        f"assert not set({heavy}) & set(sys.modules)"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr
+    assert wanted in done.stdout
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(
     "typed",
     [
         "scripts/evaluate.py --student_model data/small_teacher --output results.json",

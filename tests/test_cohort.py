@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from small_runs import Tokens
 from transformers import TrainingArguments
 
 from src.common.settings import LossSettings, StudentSettings
@@ -17,7 +18,6 @@ from src.models.loading import build_student, model_fingerprint, student_config
 from src.proteins.batching import PackedDataset, PackingCollator, PaddingCollator, ProteinDataset
 from src.trainer.checkpoints import newest_valid
 from src.training.cohort import CohortTrainer, Member
-from tests.test_distillation import Tokens
 
 ARMS = {
     "baseline": LossSettings(),

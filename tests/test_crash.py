@@ -19,12 +19,7 @@ ROOT = Path(__file__).resolve().parents[1]
 def test_differing_bytes_are_counted():
     one = {"same": b"abc", "changed": b"abcd", "longer": b"ab", "missing": b"abc"}
     other = {"same": b"abc", "changed": b"xbcy", "longer": b"abcde", "new": b"a"}
-    assert crash.differing_bytes(one, other) == {
-        "changed": 2,
-        "longer": 3,
-        "missing": 3,
-        "new": 1,
-    }
+    assert crash.differing_bytes(one, other) == {"changed": 2, "longer": 3, "missing": 3, "new": 1}
     assert crash.differing_bytes(one, dict(one)) == {}
 
 

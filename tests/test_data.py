@@ -63,6 +63,19 @@ def read(path: Path, **options) -> tuple[list[str], ReadReport]:
     return found, report
 
 
+@pytest.fixture
+def stored(tmp_path, tiny_tokenizer):
+    """Return a function that tokenises a source, or the text of one, for 64 positions."""
+
+    def stored(source: Path | str, max_length: int = 64, **options) -> TokenisedProteins:
+        if isinstance(source, str):
+            source = write(tmp_path / ("a.fasta" if source[0] == ">" else "a.txt"), source)
+        options = {"cache_dir": tmp_path / "cache", "quiet": True, **options}
+        return tokenise(source, None, tiny_tokenizer, max_length, **options)
+
+    return stored
+
+
 def counts(entries: dict) -> dict[str, int]:
     return {kind: entry["count"] for kind, entry in entries.items()}
 
@@ -393,7 +406,7 @@ def test_hub_rows_are_streamed(monkeypatch, tiny_tokenizer):
 # Rows of tokens
 
 
-def test_rows_of_tokens_are_cut_at_their_markers(tmp_path, tiny_tokenizer):
+def test_rows_of_tokens_are_cut_at_their_markers(tmp_path, tiny_tokenizer, stored):
     marker = tiny_tokenizer.eos_token_id
     a, b, c = (row[1:-1] for row in tiny_tokenizer([layout(p) for p in (A, B, C)])["input_ids"])
     rows = [
@@ -410,17 +423,10 @@ def test_rows_of_tokens_are_cut_at_their_markers(tmp_path, tiny_tokenizer):
     assert counts(report.dropped) == {sources.HEADLESS: 1, sources.NO_RESIDUES: 2}
     assert counts(report.fixed) == {sources.CUT_IN_SOURCE: 1}
 
-    store = tokenise(path, None, tiny_tokenizer, 64, tmp_path / "cache", quiet=True)
-    assert [store[i].tolist() for i in range(3)] == [
-        [marker, *a, marker],
-        [marker, *b, marker],
-        [marker, *c, marker],
-    ]
-    assert store[3].tolist() == [marker, *a[:4]]
-    whole = tokenise(
-        path, None, tiny_tokenizer, 64, tmp_path / "cache", long_proteins="drop", quiet=True
-    )
-    assert len(whole) == 3
+    store = stored(path)
+    expected = [[marker, *row, marker] for row in (a, b, c)]
+    assert [row.tolist() for row in store] == [*expected, [marker, *a[:4]]]
+    assert len(stored(path, long_proteins="drop")) == 3
 
 
 def test_tokens_need_their_tokenizer(tmp_path, tiny_tokenizer):
@@ -480,16 +486,13 @@ def test_broken_files_never_raise_anything_else(tmp_path, tiny_tokenizer, random
 # The store
 
 
-def direct(tokenizer, proteins: list[str], max_length: int) -> list[list[int]]:
-    return [tokenizer(layout(p))["input_ids"][:max_length] for p in proteins]
-
-
 def test_store_equals_direct_tokenisation(tmp_path, random_proteins, tiny_tokenizer):
     proteins = random_proteins(300, 1, 200, 5)
     path = write(tmp_path / "a.fasta.gz", fasta(proteins))
     store = tokenise(path, "train", tiny_tokenizer, 90, tmp_path / "cache", quiet=True)
     distinct = list(dict.fromkeys(proteins))
-    expected = direct(tiny_tokenizer, distinct, 90)
+    whole = [tiny_tokenizer(layout(p))["input_ids"] for p in distinct]
+    expected = [row[:90] for row in whole]
     assert [store[i].tolist() for i in range(len(store))] == expected
     assert store.lengths.tolist() == [len(row) for row in expected]
     visible = [residues_of(tiny_tokenizer.decode(row)) for row in expected]
@@ -499,38 +502,29 @@ def test_store_equals_direct_tokenisation(tmp_path, random_proteins, tiny_tokeni
     assert store.names[0] == "p0"
     assert len(store.names) == len(store)
     assert isinstance(store.array("tokens.bin").base, np.memmap)
-    whole = [tiny_tokenizer(layout(p))["input_ids"] for p in distinct]
     assert store.report.fixed["cut to 90 tokens"]["count"] == sum(len(row) > 90 for row in whole)
 
 
-def test_batches_do_not_show(tmp_path, random_proteins, tiny_tokenizer, monkeypatch):
-    path = write(tmp_path / "a.txt", "\n".join(random_proteins(50, 1, 60, 6)))
-    whole = tokenise(path, None, tiny_tokenizer, 64, tmp_path / "1", quiet=True)
+def test_batches_do_not_show(tmp_path, random_proteins, stored, monkeypatch):
+    proteins = "\n".join(random_proteins(50, 1, 60, 6))
+    whole = stored(proteins)
     monkeypatch.setattr("src.proteins.tokens.BATCH_PROTEINS", 3)
-    small = tokenise(path, None, tiny_tokenizer, 64, tmp_path / "2", quiet=True)
-    assert whole.fingerprint == small.fingerprint
+    assert whole.fingerprint == stored(proteins, cache_dir=tmp_path / "2").fingerprint
 
 
-def test_long_proteins_are_cut_or_dropped(tmp_path, random_proteins, tiny_tokenizer):
+def test_long_proteins_are_cut_or_dropped(random_proteins, tiny_tokenizer, stored):
     proteins = random_proteins(40, 10, 120, 7)
-    path = write(tmp_path / "a.txt", "\n".join(proteins))
-    options = {"cache_dir": tmp_path / "cache", "quiet": True}
-    cut = tokenise(path, None, tiny_tokenizer, 50, **options)
-    dropped = tokenise(path, None, tiny_tokenizer, 50, long_proteins="drop", **options)
-    full = [tiny_tokenizer(layout(p))["input_ids"] for p in proteins]
+    cut = stored("\n".join(proteins), 50)
+    dropped = stored("\n".join(proteins), 50, long_proteins="drop")
+    fit = [p for p in proteins if len(tiny_tokenizer(layout(p))["input_ids"]) <= 50]
     assert len(cut) == 40
     assert cut.lengths.max() == 50
-    assert [dropped.sequence(i) for i in range(len(dropped))] == [
-        p for p, row in zip(proteins, full, strict=True) if len(row) <= 50
-    ]
-    assert dropped.report.dropped["longer than 50 tokens"]["count"] == sum(
-        len(row) > 50 for row in full
-    )
+    assert [dropped.sequence(i) for i in range(len(dropped))] == fit
+    assert dropped.report.dropped["longer than 50 tokens"]["count"] == 40 - len(fit)
 
 
-def test_duplicates_are_dropped_once_cleaned(tmp_path, tiny_tokenizer):
-    path = write(tmp_path / "a.fasta", fasta([A, B, A.lower(), C, f"{B}*", A]))
-    store = tokenise(path, None, tiny_tokenizer, 64, tmp_path / "cache", quiet=True)
+def test_duplicates_are_dropped_once_cleaned(stored):
+    store = stored(fasta([A, B, A.lower(), C, f"{B}*", A]))
     assert [store.sequence(i) for i in range(len(store))] == [A, B, C]
     assert store.report.dropped["duplicates"] == {"count": 3, "first": "p2"}
     assert (store.report.read, store.report.kept) == (6, 3)
@@ -551,29 +545,26 @@ def test_seen_hashes_behave_like_a_set(seed):
     assert len(seen.runs) <= 12
 
 
-def test_a_store_is_found_again(tmp_path, tiny_tokenizer, capsys):
+def test_a_store_is_found_again(tmp_path, tiny_tokenizer, stored):
     path = write(tmp_path / "a.txt", f"{A}\n{B}\n")
-    options = {"cache_dir": tmp_path / "cache", "quiet": True}
-    first = tokenise(path, None, tiny_tokenizer, 64, **options)
+    first = stored(path)
     made = {p.name: p.stat().st_mtime_ns for p in first.folder.iterdir()}
     # Calls with truncation leave their mark on a tokenizer; that must not make it another one.
     tiny_tokenizer([layout(A)], truncation=True, max_length=5)
-    again = tokenise(path, None, tiny_tokenizer, 64, **options)
+    again = stored(path)
     assert again.folder == first.folder
     assert {p.name: p.stat().st_mtime_ns for p in again.folder.iterdir()} == made
-    other = tokenise(path, None, tiny_tokenizer, 63, **options)
-    assert other.folder != first.folder
+    assert stored(path, 63).folder != first.folder
     path.write_text(f"{A}\n{C}\n")
-    changed = tokenise(path, None, tiny_tokenizer, 64, **options)
+    changed = stored(path)
     assert changed.folder != first.folder
     assert changed.sequence(1) == C
     assert not list((tmp_path / "cache").glob("*.tmp"))
 
 
 @pytest.mark.parametrize("damage", ["altered", "truncated", "missing", "manifest", "not JSON"])
-def test_a_damaged_store_is_built_anew(tmp_path, tiny_tokenizer, capsys, damage):
-    path = write(tmp_path / "a.txt", f"{A}\n{B}\n")
-    store = tokenise(path, None, tiny_tokenizer, 64, tmp_path / "cache", quiet=True)
+def test_a_damaged_store_is_built_anew(capsys, damage, stored):
+    store = stored(f"{A}\n{B}\n")
     tokens, manifest = store.folder / "tokens.bin", store.folder / "manifest.json"
     if damage == "altered":
         tokens.write_bytes(b"\1" + tokens.read_bytes()[1:])
@@ -587,29 +578,25 @@ def test_a_damaged_store_is_built_anew(tmp_path, tiny_tokenizer, capsys, damage)
         manifest.write_text("{")
     with pytest.raises(ValueError, match=str(store.folder)):
         open_store(store.folder)
-    again = tokenise(path, None, tiny_tokenizer, 64, tmp_path / "cache")
+    again = stored(f"{A}\n{B}\n", quiet=False)
     assert "damaged" in capsys.readouterr().out
     assert again.fingerprint == store.fingerprint
     assert [again.sequence(i) for i in range(2)] == [A, B]
 
 
-def test_a_full_disk_is_named_with_a_way_out(
-    tmp_path, random_proteins, tiny_tokenizer, monkeypatch
-):
+def test_a_full_disk_is_named_with_a_way_out(tmp_path, random_proteins, stored, monkeypatch):
     def full(*_):
         raise OSError(errno.ENOSPC, "No space left on device")
 
-    source = write(tmp_path / "a.fasta", fasta(random_proteins(3)))
     monkeypatch.setattr("src.proteins.tokens._build", full)
     with pytest.raises(ValueError, match=r"cache: no space left on the disk.*--cache_dir"):
-        tokenise(source, None, tiny_tokenizer, 64, cache_dir=tmp_path / "cache")
+        stored(fasta(random_proteins(3)))
     assert [p.name for p in (tmp_path / "cache").iterdir() if p.is_dir()] == []
 
 
-def test_nothing_is_left_behind_by_a_broken_source(tmp_path, tiny_tokenizer):
-    path = write(tmp_path / "a.fasta", f">a\n{A}\n>b\nMK\0V\n")
+def test_nothing_is_left_behind_by_a_broken_source(tmp_path, stored):
     with pytest.raises(ValueError, match="NUL"):
-        tokenise(path, None, tiny_tokenizer, 64, tmp_path / "cache", quiet=True)
+        stored(f">a\n{A}\n>b\nMK\0V\n")
     assert [p.name for p in (tmp_path / "cache").iterdir() if not p.name.endswith(".lock")] == []
 
 
@@ -639,9 +626,8 @@ def test_concurrent_builders(tmp_path, random_proteins):
     assert len([p for p in (tmp_path / "c").iterdir() if p.is_dir()]) == 1
 
 
-def test_selections(tmp_path, random_proteins, tiny_tokenizer):
-    path = write(tmp_path / "a.txt", "\n".join(random_proteins(20, 10, 30, 9)))
-    store = tokenise(path, None, tiny_tokenizer, 64, tmp_path / "cache", quiet=True)
+def test_selections(random_proteins, stored):
+    store = stored("\n".join(random_proteins(20, 10, 30, 9)))
     part = store.subset([5, 3, -1])
     assert [part.sequence(i) for i in range(3)] == [store.sequence(i) for i in (5, 3, 19)]
     assert part.lengths.tolist() == store.lengths[[5, 3, 19]].tolist()
@@ -657,11 +643,10 @@ def test_selections(tmp_path, random_proteins, tiny_tokenizer):
             store.subset([wrong])
 
 
-def test_workers_map_the_same_files(tmp_path, random_proteins, tiny_tokenizer):
+def test_workers_map_the_same_files(random_proteins, stored):
     from torch.utils.data import DataLoader
 
-    path = write(tmp_path / "a.txt", "\n".join(random_proteins(200, 20, 60, 10)))
-    store = tokenise(path, None, tiny_tokenizer, 64, tmp_path / "cache", quiet=True)
+    store = stored("\n".join(random_proteins(200, 20, 60, 10)))
     assert len(store.sequence(0)) == store.residues[0] < store.lengths[0] + 60
     copy = pickle.loads(pickle.dumps(store.subset(range(100))))
     assert isinstance(copy, TokenisedProteins)
@@ -672,10 +657,9 @@ def test_workers_map_the_same_files(tmp_path, random_proteins, tiny_tokenizer):
     assert [row.tolist() for row in loader] == [store[i].tolist() for i in range(200)]
 
 
-def test_at_most_so_many_proteins(tmp_path, random_proteins, tiny_tokenizer):
+def test_at_most_so_many_proteins(random_proteins, stored):
     proteins = [A, A, *random_proteins(30, 10, 30, 11)]
-    path = write(tmp_path / "a.txt", "\n".join(proteins))
-    store = tokenise(path, None, tiny_tokenizer, 64, tmp_path / "c", max_proteins=10, quiet=True)
+    store = stored("\n".join(proteins), max_proteins=10)
     assert [store.sequence(i) for i in range(len(store))] == [A, *proteins[2:11]]
     report = store.report
     assert report.read == report.kept + report.dropped_count + report.not_chosen
@@ -693,11 +677,9 @@ def test_at_most_so_many_proteins(tmp_path, random_proteins, tiny_tokenizer):
         ({"max_length": 4, "long_proteins": "drop"}, "none of 2 proteins fits.*raise --max_length"),
     ],
 )
-def test_wrong_settings(tmp_path, tiny_tokenizer, options, message):
-    path = write(tmp_path / "a.txt", f"{A}\n{B}\n")
-    settings = {"max_length": 64, "cache_dir": tmp_path / "cache", "quiet": True, **options}
+def test_wrong_settings(stored, options, message):
     with pytest.raises(ValueError, match=message):
-        tokenise(path, None, tiny_tokenizer, **settings)
+        stored(f"{A}\n{B}\n", **options)
 
 
 def test_a_tokenizer_that_does_not_know_the_layout(tmp_path):
@@ -750,29 +732,24 @@ def test_shares_of_different_seeds_are_independent(random_proteins):
     assert abs(both.mean() - 0.25) < 4.5 * np.sqrt(0.25 * 0.75 / 8000)
 
 
-def test_train_size_prop_takes_effect(tmp_path, random_proteins, tiny_tokenizer):
-    path = write(tmp_path / "a.txt", "\n".join(random_proteins(600, 20, 40, 12)))
-    options = {"cache_dir": tmp_path / "cache", "quiet": True}
-    stores = [
-        tokenise(path, None, tiny_tokenizer, 64, proportion=p, **options) for p in (0.05, 0.1, 1.0)
-    ]
+def test_train_size_prop_takes_effect(random_proteins, stored):
+    proteins = "\n".join(random_proteins(600, 20, 40, 12))
+    stores = [stored(proteins, proportion=p) for p in (0.05, 0.1, 1.0)]
     names = [set(store.names) for store in stores]
     assert names[0] < names[1] < names[2]
     assert len(names[2]) == 600
     expected = chosen(stores[2].hashes, 0.1)
     assert names[1] == {stores[2].names[i] for i in np.flatnonzero(expected)}
     assert stores[1].report.not_chosen == 600 - len(names[1])
-    other = tokenise(path, None, tiny_tokenizer, 64, proportion=0.1, seed=1, **options)
-    assert set(other.names) != names[1]
+    assert set(stored(proteins, proportion=0.1, seed=1).names) != names[1]
 
 
 # For a person
 
 
-def test_summary(tmp_path, random_proteins, tiny_tokenizer):
+def test_summary(random_proteins, stored):
     proteins = random_proteins(100, 20, 200, 13)
-    path = write(tmp_path / "a.fasta", fasta([*proteins, "MK1", proteins[0], "mkv"]))
-    store = tokenise(path, None, tiny_tokenizer, 128, tmp_path / "cache", quiet=True)
+    store = stored(fasta([*proteins, "MK1", proteins[0], "mkv"]), 128)
     text = "\n".join(data_summary(store, 8, "train"))
     for part in (
         "103 proteins read, 101 kept",

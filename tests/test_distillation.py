@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from small_runs import Tokens
 from torch.utils.data import Dataset
 from transformers import TrainingArguments
 
@@ -18,21 +19,6 @@ from src.models.loading import build_student, model_fingerprint, student_config
 from src.proteins.batching import PackedDataset, PackingCollator, PaddingCollator, ProteinDataset
 
 BOTH: dict[str, Any] = {"use_uncertainty_weighting": True, "use_calibration_smoothing": True}
-
-
-class Tokens:
-    """Stands in for tokenised proteins."""
-
-    def __init__(self, count: int = 16, low: int = 4, high: int = 30, seed: int = 0) -> None:
-        rng = np.random.default_rng(seed)
-        self.rows = [rng.integers(1, 60, n) for n in rng.integers(low, high, count)]
-        self.lengths = np.array([len(row) for row in self.rows])
-
-    def __len__(self) -> int:
-        return len(self.rows)
-
-    def __getitem__(self, index: int) -> np.ndarray:
-        return self.rows[index]
 
 
 def arguments(folder, **overrides) -> TrainingArguments:
@@ -69,16 +55,14 @@ def models(tiny_lm):
 def trainer(models, tmp_path):
     """Return a function that makes a Trainer on 16 small proteins."""
 
-    def build(dtype=torch.float32, args=None, tokens=None, packed=False, **options):
+    def build(dtype=torch.float32, args=None, tokens=None, **options):
         student, teacher = models(dtype)
-        tokens = tokens or Tokens()
-        dataset = PackedDataset(tokens, 64) if packed else ProteinDataset(tokens)
-        collator = PackingCollator(0, 64) if packed else PaddingCollator(0)
+        dataset = ProteinDataset(tokens or Tokens())
         settings = {
             "args": args or arguments(tmp_path / "run"),
             "train_dataset": dataset,
             "eval_dataset": dataset,
-            "data_collator": collator,
+            "data_collator": PaddingCollator(0),
             **options,
         }
         return DistillationTrainer(model=student, teacher_model=teacher, **settings)
@@ -123,21 +107,11 @@ def test_loss_has_gradients_for_the_student_alone(trainer):
 def test_eight_at_once_equal_eight_accumulated(trainer, tmp_path, impl, weighting):
     weights = []
     for rows, accumulate in ((8, 1), (1, 8), (2, 4)):
-        args = arguments(
-            tmp_path / f"run{rows}",
-            per_device_train_batch_size=rows,
-            gradient_accumulation_steps=accumulate,
-            optim="sgd",
-        )
-        ours = trainer(
-            dtype=torch.float64,
-            args=args,
-            tokens=Tokens(8),
-            loss_impl=impl,
-            weighting=weighting,
-            smoothing="matched",
-            **BOTH,
-        )
+        run = tmp_path / f"run{rows}"
+        batches = {"per_device_train_batch_size": rows, "gradient_accumulation_steps": accumulate}
+        losses = {"loss_impl": impl, "weighting": weighting, "smoothing": "matched", **BOTH}
+        args = arguments(run, optim="sgd", **batches)
+        ours = trainer(torch.float64, args=args, tokens=Tokens(8), **losses)
         ours.train()
         weights.append(torch.cat([p.detach().flatten() for p in ours.model.parameters()]))
     before = torch.cat([p.detach().flatten() for p in trainer(torch.float64).model.parameters()])
@@ -226,14 +200,8 @@ def test_evaluation_counts_every_position_once(trainer, tmp_path, impl):
 
 
 def test_training_logs_the_parts_of_the_loss(trainer, tmp_path):
-    args = arguments(
-        tmp_path / "logs",
-        max_steps=4,
-        logging_steps=2,
-        per_device_train_batch_size=2,
-        gradient_accumulation_steps=2,
-        max_grad_norm=1.0,
-    )
+    batches = {"per_device_train_batch_size": 2, "gradient_accumulation_steps": 2}
+    args = arguments(tmp_path / "logs", max_steps=4, logging_steps=2, max_grad_norm=1.0, **batches)
     ours = trainer(args=args, temperature=3.0, alpha=0.25, **BOTH)
     ours.train()
     records = [r for r in ours.state.log_history if "loss" in r]
@@ -298,14 +266,14 @@ def test_hard_loss_alone_needs_no_teacher(models, tmp_path):
 def test_mismatches_are_refused(models, tiny_lm, tmp_path):
     student, teacher = models()
     args = arguments(tmp_path / "refused")
-    with pytest.raises(ValueError, match="one tokenizer"):
-        DistillationTrainer(model=student, teacher_model=tiny_lm(vocab_size=65), args=args)
-    with pytest.raises(ValueError, match="teacher_model is needed"):
-        DistillationTrainer(model=student, args=args)
-    with pytest.raises(ValueError, match="loss_impl"):
-        DistillationTrainer(model=student, teacher_model=teacher, args=args, loss_impl="magic")
-    with pytest.raises(ValueError, match="--temperature"):
-        DistillationTrainer(model=student, teacher_model=teacher, args=args, temperature=-1)
+    for options, message in (
+        ({"teacher_model": tiny_lm(vocab_size=65)}, "one tokenizer"),
+        ({}, "teacher_model is needed"),
+        ({"teacher_model": teacher, "loss_impl": "magic"}, "loss_impl"),
+        ({"teacher_model": teacher, "temperature": -1}, "--temperature"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            DistillationTrainer(model=student, args=args, **options)
 
 
 def test_students_depend_on_seed_and_shape_alone(tiny_lm):

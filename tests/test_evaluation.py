@@ -4,14 +4,13 @@ import gzip
 import json
 import math
 import random
-import subprocess
-import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 
+from scripts import evaluate as script
 from src.evaluation.gates import check_teacher
 from src.evaluation.inputs import clusters_of
 from src.evaluation.measurement import (
@@ -26,6 +25,7 @@ from src.models.sizes import threshold_for
 from src.proteins.layouts import STANDARD_RESIDUES, layout
 from src.proteins.ngrams import fit_ngrams
 from src.proteins.tokens import encode
+from tests.conftest import write_parts
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -47,12 +47,8 @@ def ordered_proteins(count, seed=0, low=20, high=70):
     for _ in range(count):
         letters = [rng.choice(STANDARD_RESIDUES)]
         for _ in range(rng.randint(low, high) - 1):
-            following = (STANDARD_RESIDUES.index(letters[-1]) + 3) % 20
-            letters.append(
-                STANDARD_RESIDUES[following]
-                if rng.random() < 0.7
-                else rng.choice(STANDARD_RESIDUES)
-            )
+            following = STANDARD_RESIDUES[(STANDARD_RESIDUES.index(letters[-1]) + 3) % 20]
+            letters.append(following if rng.random() < 0.7 else rng.choice(STANDARD_RESIDUES))
         proteins.append("".join(letters))
     return proteins
 
@@ -67,34 +63,24 @@ def tokenizer():
 @pytest.fixture(scope="module")
 def teacher(tokenizer):
     """A small model that has learnt the ordered proteins: a few seconds of training."""
-    from src.proteins.batching import PaddingCollator
-    from tests.conftest import TINY_VOCABULARY
-
-    assert len(tokenizer) == TINY_VOCABULARY
-    return trained(tokenizer, PaddingCollator(0), width=32, steps=150)
+    return trained(tokenizer, width=32, steps=150)
 
 
-def trained(tokenizer, collate, width, steps):
+def trained(tokenizer, width, steps):
     from transformers import GPT2Config, GPT2LMHeadModel
+
+    from src.proteins.batching import PaddingCollator
 
     torch.manual_seed(0)
     config = GPT2Config(
-        vocab_size=64,
-        n_positions=256,
-        n_layer=1,
-        n_head=2,
-        n_embd=width,
-        bos_token_id=0,
-        eos_token_id=0,
-        resid_pdrop=0.0,
-        embd_pdrop=0.0,
-        attn_pdrop=0.0,
-    )
+        vocab_size=64, n_positions=256, n_layer=1, n_head=2, n_embd=width, bos_token_id=0,
+        eos_token_id=0, resid_pdrop=0.0, embd_pdrop=0.0, attn_pdrop=0.0,
+    )  # fmt: skip
     model = GPT2LMHeadModel(config).train()
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
     rows = encode(tokenizer, ordered_proteins(steps * 8, seed=2))
     for step in range(steps):
-        batch = collate([{"input_ids": r} for r in rows[8 * step : 8 * step + 8]])
+        batch = PaddingCollator(0)([{"input_ids": r} for r in rows[8 * step : 8 * step + 8]])
         model(**batch).loss.backward()
         optimizer.step()
         optimizer.zero_grad()
@@ -103,9 +89,7 @@ def trained(tokenizer, collate, width, steps):
 
 @pytest.fixture(scope="module")
 def student(tokenizer):
-    from src.proteins.batching import PaddingCollator
-
-    return trained(tokenizer, PaddingCollator(0), width=8, steps=50)
+    return trained(tokenizer, width=8, steps=50)
 
 
 @pytest.fixture(scope="module")
@@ -188,11 +172,8 @@ def test_an_independent_evaluator_agrees(evaluation, student, teacher, tokens, p
 @pytest.mark.parametrize(("rows", "budget", "chunk"), [(1, 100, 7), (5, 150, 1024), (64, 9000, 50)])
 def test_batches_and_chunks_do_not_matter(teacher, tokens, rows, budget, chunk):
     usual = protein_nll(teacher, tokens)
-    other = protein_nll(
-        teacher,
-        tokens,
-        EvaluationSettings(batch_size=rows, batch_tokens=budget, chunk_tokens=chunk),
-    )
+    settings = EvaluationSettings(batch_size=rows, batch_tokens=budget, chunk_tokens=chunk)
+    other = protein_nll(teacher, tokens, settings)
     np.testing.assert_allclose(other, usual, rtol=1e-5)
     with torch.no_grad():
         plain = [
@@ -296,20 +277,14 @@ def test_duplicates_leave_intervals_unchanged(student, teacher, tokenizer, token
     rows = list(tokens)
     names = [f"p{i}" for i in range(len(rows))]
     clusters = {name: f"c{i // 2}" for i, name in enumerate(names)}
-    once = evaluate(
-        student, teacher, tokenizer, Tokens(rows, names), settings, train=train, clusters=clusters
-    ).results
     copies = [f"copy{i}" for i in range(len(rows))]
-    also = clusters | {copy: clusters[name] for copy, name in zip(copies, names, strict=True)}
-    twice = evaluate(
-        student,
-        teacher,
-        tokenizer,
-        Tokens(rows + rows, names + copies),
-        settings,
-        train=train,
-        clusters=also,
-    ).results
+    clusters |= {copy: clusters[name] for copy, name in zip(copies, names, strict=True)}
+    once, twice = (
+        evaluate(
+            student, teacher, tokenizer, given, settings, train=train, clusters=clusters
+        ).results
+        for given in (Tokens(rows, names), Tokens(rows + rows, names + copies))
+    )
     assert twice["data"]["proteins"] == 2 * once["data"]["proteins"]
     # Debiased figures depend on the number of tokens; everything else is a ratio of sums.
     for name, interval in once["intervals"].items():
@@ -347,23 +322,17 @@ def test_a_broken_layout_is_stopped(teacher, tokenizer, proteins):
         without(layout(p).replace("\n", "")[:13] + "\n".join(p) + "\n<|endoftext|>")
         for p in proteins
     )
-    for broken in (backwards, spaced):
+    foreign = np.random.default_rng(0).integers(0, 64, (20, 30))
+    foreign[:, 15] = 0
+    for broken in (backwards, spaced, Tokens(foreign)):
         with pytest.raises(ValueError, match="wrong layout or tokenizer"):
             evaluate(teacher, teacher, tokenizer, broken, EvaluationSettings(bootstrap=0))
 
 
-def test_foreign_tokens_are_stopped(teacher, tokenizer):
-    rows = np.random.default_rng(0).integers(0, 64, (20, 30))
-    rows[:, 15] = 0
-    with pytest.raises(ValueError, match="wrong layout or tokenizer"):
-        check_teacher(teacher, tokenizer, Tokens(rows))
-
-
 def test_vocabularies_must_match(teacher, tiny_lm, tokenizer, tokens):
+    settings = EvaluationSettings(check=False)
     with pytest.raises(ValueError, match="vocabulary"):
-        evaluate(
-            tiny_lm(vocab_size=80), teacher, tokenizer, tokens, EvaluationSettings(check=False)
-        )
+        evaluate(tiny_lm(vocab_size=80), teacher, tokenizer, tokens, settings)
 
 
 def test_long_proteins_are_left_out_and_counted(student, teacher, tokenizer, tokens):
@@ -383,9 +352,8 @@ def test_calibration_is_measured_when_asked(student, teacher, tokenizer, tokens)
 
 
 def test_calibration_of_an_ignorant_model_is_not_meaningful(tiny_lm, teacher, tokenizer, tokens):
-    found = evaluate(
-        tiny_lm(initializer_range=0.02), teacher, tokenizer, tokens, EvaluationSettings()
-    ).results
+    ignorant = tiny_lm(initializer_range=0.02)
+    found = evaluate(ignorant, teacher, tokenizer, tokens, EvaluationSettings()).results
     assert found["student_ece"]["calibration_meaningful"] is False
 
 
@@ -411,11 +379,8 @@ def run_folders(tmp_path_factory, student, teacher, tokenizer):
     for name, model in (("teacher", teacher), ("student", student)):
         model.save_pretrained(root / name)
         tokenizer.save_pretrained(root / name)
-    (root / "proteins").mkdir()
-    for part, count, seed in (("train", 200, 4), ("test", 30, 3)):
-        with gzip.open(root / "proteins" / f"{part}.fasta.gz", "wt") as handle:
-            for i, residues in enumerate(ordered_proteins(count, seed=seed)):
-                handle.write(f">{part}{i}\n{residues}\n")
+    counts = {"train": (200, 4), "test": (30, 3)}
+    write_parts(root / "proteins", {p: ordered_proteins(*given) for p, given in counts.items()})
     record = {
         "settings": {},
         "teacher": {"name": str(root / "teacher")},
@@ -425,16 +390,8 @@ def run_folders(tmp_path_factory, student, teacher, tokenizer):
     return root
 
 
-def call(*arguments):
-    """Run the script inside this process, which has loaded everything already."""
-    import importlib.util
-
-    spec = importlib.util.spec_from_file_location("evaluate", ROOT / "scripts" / "evaluate.py")
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module.main([str(a) for a in arguments])
+def call(*arguments) -> int:
+    return script.main([str(a) for a in arguments])
 
 
 def test_the_owners_command(run_folders, tmp_path, capsys):
@@ -491,30 +448,16 @@ def test_generated_proteins_beside_their_controls(run_folders, tmp_path):
     assert natural["composition"] == shuffled["composition"]
 
 
-def test_user_errors_are_one_line(run_folders, tmp_path, capsys):
-    student = run_folders / "student"
-    for arguments, message in (
-        (["--student_model", tmp_path / "none"], "no such directory"),
-        (["--student_model", student, "--data", tmp_path / "none"], "no such"),
-        (["--student_model", student, "--split", "holdout"], "holdout"),
-        (["--student_model", student, "--device", "abacus"], "--device"),
-        (["--student_model", student, "--profiles", "x.hmm"], "--generation_metrics"),
-    ):
-        assert call(*arguments, "--output", tmp_path / "r.json") == 2
-        captured = capsys.readouterr().err.strip().splitlines()
-        assert message in captured[-1]
-        assert "Traceback" not in "".join(captured)
-
-
-def test_help_is_quick_and_needs_no_torch():
-    code = (
-        "import runpy, sys; sys.argv = ['evaluate.py', '--help']\n"
-        "try: runpy.run_path('scripts/evaluate.py', run_name='__main__')\n"
-        "except SystemExit as done: assert done.code == 0\n"
-        "assert 'torch' not in sys.modules and 'transformers' not in sys.modules"
-    )
-    done = subprocess.run(
-        [sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT, check=False
-    )
-    assert done.returncode == 0, done.stderr
-    assert "--compute_ece" in done.stdout
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ("--student_model ./none", "no such directory"),
+        ("--student_model {student} --data ./none", "no such"),
+        ("--student_model {student} --split holdout", "holdout"),
+        ("--student_model {student} --device abacus", "--device"),
+        ("--student_model {student} --profiles x.hmm", "--generation_metrics"),
+    ],
+)
+def test_user_errors_are_one_line(run_folders, tmp_path, refusal, arguments, message):
+    typed = arguments.format(student=run_folders / "student").split()
+    assert message in refusal(call(*typed, "--output", tmp_path / "r.json"))

@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import csv
-import importlib.util
 import json
 import math
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -14,10 +12,10 @@ import pytest
 import torch
 from scipy import stats
 
+from scripts import score as script
 from src.evaluation import fitness
 from src.proteins.tokens import encode
 
-ROOT = Path(__file__).resolve().parents[1]
 WILD = "MKTAYIAKQRQISFVKSHFSRQLEERLGLIEVQ"
 TABLE = """mutant,mutated_sequence,DMS_score,DMS_score_bin
 M1A,AKTAYIAKQR,0.5,1
@@ -204,7 +202,7 @@ def test_the_script_scores_both_models(folder, capsys):
     assert "--overwrite" in capsys.readouterr().err
 
 
-def test_user_errors_are_one_line(folder, capsys):
+def test_user_errors_are_one_line(folder, refusal):
     (folder / "a.fasta").write_text(">a\nMKV\n")
     (folder / "scored.csv").write_text("sequence,log_likelihood\nMKV,1\n")
     (folder / "two.csv").write_text("sequence,DMS_score\nMKV,1\nMKA,2\nMKL,\n")
@@ -221,10 +219,7 @@ def test_user_errors_are_one_line(folder, capsys):
         (["--input", folder / "a.fasta", "--model", folder / "none"], "no such directory"),
     ):
         given = ["--model", folder / "student", "--output", folder / "o.csv", *arguments]
-        assert call(*given) == 2
-        lines = capsys.readouterr().err.strip().splitlines()
-        assert message in lines[-1]
-        assert len(lines) == 1
+        assert message in refusal(call(*given))
         assert not (folder / "o.csv").exists()
         assert not (folder / "c.json").exists()
 
@@ -271,10 +266,5 @@ def test_a_tokenizer_with_more_tokens_than_the_model(folder, tiny_lm, capsys):
     assert "more tokens than the model" in capsys.readouterr().err
 
 
-def call(*arguments):
-    spec = importlib.util.spec_from_file_location("score", ROOT / "scripts" / "score.py")
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module.main([str(a) for a in arguments])
+def call(*arguments) -> int:
+    return script.main([str(a) for a in arguments])

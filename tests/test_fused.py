@@ -179,10 +179,8 @@ def test_half_precision_products_are_summed_in_float32(seed):
             tensors.copy_(tensors.bfloat16().float())
     half = batch.student(settings, torch.bfloat16)
     exact = batch.student(settings, torch.float64)
-    single, batch.teacher = (
-        batch.teacher,
-        tuple(None if t is None else t.bfloat16() for t in batch.teacher),
-    )
+    single = batch.teacher
+    batch.teacher = tuple(None if t is None else t.bfloat16() for t in single)
     ours = batch.fused(half)
     batch.teacher = tuple(None if t is None else t.double() for t in single)
     theirs = batch.reference(exact)

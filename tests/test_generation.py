@@ -31,7 +31,7 @@ from src.proteins.layouts import layout, prompt_layout
 from src.proteins.sources import read_proteins
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture
 def tokenizer(tiny_tokenizer):
     return tiny_tokenizer
 
@@ -248,22 +248,12 @@ def test_other_architectures(tokenizer):
     from transformers import LlamaConfig, LlamaForCausalLM
 
     torch.manual_seed(0)
-    llama = LlamaForCausalLM(
-        LlamaConfig(
-            vocab_size=64,
-            hidden_size=16,
-            intermediate_size=32,
-            num_hidden_layers=2,
-            num_attention_heads=4,
-            num_key_value_heads=2,
-            max_position_embeddings=60,
-            bos_token_id=0,
-            eos_token_id=0,
-            pad_token_id=0,
-            initializer_range=0.4,
-        )  # fmt: skip
-    )
-    llama = llama.double().eval()
+    config = LlamaConfig(
+        vocab_size=64, hidden_size=16, intermediate_size=32, num_hidden_layers=2,
+        num_attention_heads=4, num_key_value_heads=2, max_position_embeddings=60, bos_token_id=0,
+        eos_token_id=0, pad_token_id=0, initializer_range=0.4,
+    )  # fmt: skip
+    llama = LlamaForCausalLM(config).double().eval()
     found = [
         sample_proteins(
             llama, tokenizer, GenerationSettings(num_sequences=6, whole_only=False, batch_size=b)
@@ -274,17 +264,17 @@ def test_other_architectures(tokenizer):
 
 
 def test_what_does_not_fit_is_refused(model, tiny_lm, tokenizer):
-    def sample(other=model, words=tokenizer, **options):
-        return sample_proteins(other, words, GenerationSettings(**options))
+    def sample(other=model, **options):
+        return sample_proteins(other, tokenizer, GenerationSettings(**options))
 
-    with pytest.raises(ValueError, match="leave no room"):
-        sample(prompt="ACDEFGHIKL" * 60)
-    with pytest.raises(ValueError, match="--max_length 100000: the model's 256 positions"):
-        sample(max_length=100_000)
-    with pytest.raises(ValueError, match="--min_length 9999: the model's 256 positions"):
-        sample(min_length=9999)
-    with pytest.raises(ValueError, match="more tokens than the model"):
-        sample(tiny_lm(vocab_size=10), prompt="MKT")
+    for options, message in (
+        ({"prompt": "ACDEFGHIKL" * 60}, "leave no room"),
+        ({"max_length": 100_000}, "--max_length 100000: the model's 256 positions"),
+        ({"min_length": 9999}, "--min_length 9999: the model's 256 positions"),
+        ({"other": tiny_lm(vocab_size=10), "prompt": "MKT"}, "more tokens than the model"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            sample(**options)
     broken = tiny_lm()
     with torch.no_grad():
         broken.lm_head.weight.fill_(torch.nan)
@@ -328,17 +318,9 @@ def test_fasta_round_trip(tmp_path, random_proteins):
     assert [p.residues for p in read_proteins(path)] == residues
     entries = [line[1:].split() for line in lines if line[0] == ">"]
     headers = [(name, dict(word.split("=", 1) for word in words)) for name, *words in entries]
-    assert headers[0] == (
-        "protein_0001",
-        {
-            "perplexity_per_residue": "1.5",
-            "residues": str(len(residues[0])),
-            "model": "my_model",
-            "seed": "7",
-            "attempt": "0",
-            "whole": "yes",
-        },
-    )
+    described = {"perplexity_per_residue": "1.5", "residues": str(len(residues[0]))}
+    described |= {"model": "my_model", "seed": "7", "attempt": "0", "whole": "yes"}
+    assert headers[0] == ("protein_0001", described)
     assert headers[-1][1]["perplexity_per_residue"] == "none"
 
 

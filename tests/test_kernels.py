@@ -75,16 +75,8 @@ def results(module, chunk, settings, with_gradient=True, exact=False):
     copy = backing.detach().clone().to(kind)
     student = copy[:, : chunk.student.shape[1]]
     teacher = None if settings.alpha == 1.0 else chunk.teacher.to(kind)
-    losses = module.chunk_losses(
-        student,
-        teacher,
-        chunk.targets,
-        chunk.weights.to(kind),
-        settings,
-        0.3,
-        with_gradient,
-        Scratch(),
-    )
+    given = (student, teacher, chunk.targets, chunk.weights.to(kind))
+    losses = module.chunk_losses(*given, settings, 0.3, with_gradient, Scratch())
     return losses, student, copy
 
 

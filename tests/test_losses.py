@@ -35,6 +35,8 @@ from src.loss.reference import (
 )
 from tests.loss_cases import random_settings
 
+BOTH = LossSettings(use_uncertainty_weighting=True, use_calibration_smoothing=True)
+
 
 def random_batch(seed: int, dtype=torch.float64, packed: bool = False):
     """Return logits, labels, mask and segments of random shape, padding side and ignored labels."""
@@ -107,22 +109,15 @@ def reference_loss(student, teacher, labels, mask, segments, settings: LossSetti
         w = 1.0
         if settings.use_uncertainty_weighting:
             w = {
-                "published": x["w"],
-                "mean_one": x["w"] / mean_w,
-                "inverse": 1.5 - x["w"],
+                "published": x["w"], "mean_one": x["w"] / mean_w, "inverse": 1.5 - x["w"],
                 "matched": mean_w,
-            }[settings.weighting]
+            }[settings.weighting]  # fmt: skip
         p = x["p"]
         if settings.use_calibration_smoothing:
-            e = (
-                lam
-                * {
-                    "published": x["doubt"],
-                    "confident": 1 - x["doubt"],
-                    "constant": 1.0,
-                    "matched": mean_doubt,
-                }[settings.smoothing]
-            )
+            e = lam * {
+                "published": x["doubt"], "confident": 1 - x["doubt"], "constant": 1.0,
+                "matched": mean_doubt,
+            }[settings.smoothing]  # fmt: skip
             p = (1 - e) * p + e / vocabulary
         q = softmax64(student[x["b"], x["t"]] / T)
 
@@ -169,10 +164,9 @@ def test_float32_is_close_to_float64(seed):
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_half_precision_logits_are_summed_in_float32(dtype):
     student, teacher, labels, mask, _ = random_batch(5, torch.float32)
-    settings = LossSettings(use_uncertainty_weighting=True, use_calibration_smoothing=True)
-    half = distillation_loss(student.to(dtype), teacher.to(dtype), labels, mask, settings).loss
+    half = distillation_loss(student.to(dtype), teacher.to(dtype), labels, mask, BOTH).loss
     same = distillation_loss(
-        student.to(dtype).float(), teacher.to(dtype).float(), labels, mask, settings
+        student.to(dtype).float(), teacher.to(dtype).float(), labels, mask, BOTH
     ).loss
     assert half.dtype == torch.float32
     assert torch.equal(half, same)
@@ -196,9 +190,7 @@ def test_gradcheck(seed, kind):
 def test_closed_form_gradient(seed):
     """dz = α (softmax(z) - onehot)/N + (1 - α) T w (q - p̄)/N: the formula of the fused loss."""
     student, teacher, labels, mask, segments = random_batch(seed + 7)
-    settings = LossSettings(
-        alpha=0.3, use_uncertainty_weighting=True, use_calibration_smoothing=True
-    )
+    settings = dataclasses.replace(BOTH, alpha=0.3)
     valid = valid_positions(labels, mask)
     if not valid.any():
         pytest.skip("nothing to train on")
@@ -359,10 +351,9 @@ def test_divergences_are_positive_and_ordered():
 def test_written_gradients_equal_autograds(name):
     torch.manual_seed(7)
     log_p, log_q = torch.randn(2, 6, 13, dtype=torch.float64).mul(3).log_softmax(-1)
-    by_autograd = TABLE[name]._replace(gradient=None)
     ours, theirs = (
         entry.value_and_gradient(log_p.clone(), log_q.clone(), log_q.exp(), 0.3)
-        for entry in (TABLE[name], by_autograd)
+        for entry in (TABLE[name], TABLE[name]._replace(gradient=None))
     )
     for one, other in zip(ours, theirs, strict=True):
         torch.testing.assert_close(one, other, rtol=1e-10, atol=1e-12)
@@ -387,14 +378,13 @@ def test_valid_positions_by_hand():
 
 def test_what_stands_in_masked_positions_does_not_matter():
     student, teacher, labels, mask, _ = random_batch(11)
-    settings = LossSettings(use_uncertainty_weighting=True, use_calibration_smoothing=True)
     clean = student.clone().requires_grad_(True)
-    loss = distillation_loss(clean, teacher, labels, mask, settings).loss
+    loss = distillation_loss(clean, teacher, labels, mask, BOTH).loss
     loss.backward()
     dead = ~torch.nn.functional.pad(valid_positions(labels, mask), (0, 1))
     dirty = student.masked_fill(dead.unsqueeze(-1), math.nan).requires_grad_(True)
     hostile = teacher.masked_fill(dead.unsqueeze(-1), math.inf)
-    other = distillation_loss(dirty, hostile, labels, mask, settings).loss
+    other = distillation_loss(dirty, hostile, labels, mask, BOTH).loss
     other.backward()
     assert torch.equal(loss, other)
     assert clean.grad is not None
@@ -405,8 +395,7 @@ def test_what_stands_in_masked_positions_does_not_matter():
 def test_a_batch_without_valid_positions_has_loss_zero_and_no_gradient():
     student = torch.randn(2, 4, 5, requires_grad=True)
     labels = torch.full((2, 4), -100)
-    settings = LossSettings(use_uncertainty_weighting=True, use_calibration_smoothing=True)
-    parts = distillation_loss(student, torch.randn(2, 4, 5), labels, None, settings)
+    parts = distillation_loss(student, torch.randn(2, 4, 5), labels, None, BOTH)
     parts.loss.backward()
     assert parts.loss.item() == 0
     assert student.grad is not None
@@ -421,12 +410,7 @@ def test_one_batch_of_eight_equals_eight_batches_of_one():
     for row in range(8):
         mask[row, 10 - row :] = 0
     for kind, smoothing in itertools.product(WEIGHTINGS, SMOOTHINGS):
-        settings = LossSettings(
-            use_uncertainty_weighting=True,
-            use_calibration_smoothing=True,
-            weighting=kind,
-            smoothing=smoothing,
-        )
+        settings = dataclasses.replace(BOTH, weighting=kind, smoothing=smoothing)
         together = student.clone().requires_grad_(True)
         whole = distillation_loss(together, teacher, labels, mask, settings)
         whole.loss.backward()
@@ -493,10 +477,7 @@ def test_unknown_weightings_and_smoothings_are_refused():
     [
         ({"optimizer": "muon", "other_learning_rate": 1e-3}, "-muon"),
         ({"early_stopping": 4}, "-stop4"),
-        (
-            {"tokenizer": "t", "teacher_model": None, "loss": LossSettings(alpha=1.0)},
-            "-untaught",
-        ),
+        ({"tokenizer": "t", "teacher_model": None, "loss": LossSettings(alpha=1.0)}, "-untaught"),
         ({"student": StudentSettings(dropout=0.1), "init_from": "a/b/"}, "-drop0.1-init-b"),
         ({"loss": LossSettings(divergence="jsd"), "seed": 1}, "-jsd0.5-s1"),
     ],

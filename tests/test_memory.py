@@ -61,31 +61,29 @@ def test_the_document_holds_the_committed_measurements():
     assert comparison_line(record) in text
 
 
-def test_user_errors_are_one_line(tmp_path, capsys):
+def test_user_errors_are_one_line(tmp_path, refusal):
     output = tmp_path / "memory.json"
-    assert memory_table.main(["--update", "--output", str(output)]) == 2
-    assert "nothing was measured yet" in capsys.readouterr().err
+    error = refusal(memory_table.main(["--update", "--output", str(output)]))
+    assert "nothing was measured yet" in error
     output.write_text(json.dumps({**measured(), "tokens": 256}))
-    assert memory_table.main(["--output", str(output)]) == 2
-    assert "holds other measurements: choose another --output" in capsys.readouterr().err
+    error = refusal(memory_table.main(["--output", str(output)]))
+    assert "holds other measurements: choose another --output" in error
 
 
 def measured() -> dict:
     return json.loads((ROOT / "results" / "memory_cpu.json").read_text())
 
 
-def test_what_is_no_record_is_refused_with_its_file(tmp_path, monkeypatch, capsys):
+def test_what_is_no_record_is_refused_with_its_file(tmp_path, monkeypatch, refusal):
     monkeypatch.setattr(memory_table, "DOCUMENT", tmp_path / "doc.md")
     (tmp_path / "doc.md").write_text("<!-- memory -->\n<!-- /memory -->\n")
     output = tmp_path / "memory.json"
     typed = ["--update", "--output", str(output)]
     for content in ("{}", "[]", '{"cells": [3]}', '{"cells": [{}]}', json.dumps(RECORD)):
         output.write_text(content)
-        assert memory_table.main(typed) == 2
-        error = capsys.readouterr().err
+        error = refusal(memory_table.main(typed))
         assert f"{output}: " in error
         assert "choose another --output" in error
-        assert error.count("\n") == 1
 
 
 @pytest.mark.slow

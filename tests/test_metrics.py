@@ -26,6 +26,12 @@ def outcomes(n=4000, seed=0, shift=0.1):
     return confidence, correct
 
 
+def bins(confidence, correct, edges=None) -> np.ndarray:
+    """Return the sums of each bin, by default of 15 equally wide ones."""
+    edges = calibration.equal_width_edges() if edges is None else edges
+    return calibration.bin_sums(confidence, correct, edges, np.zeros(len(correct), int), 1)[0]
+
+
 def test_token_statistics_against_float64():
     student, teacher, targets = random_logits()
     found = token_statistics(student, teacher, targets)
@@ -89,13 +95,7 @@ def test_ece_against_torchmetrics():
     student, _, targets = random_logits(rows=3000, vocabulary=6, seed=3)
     probabilities = student.softmax(-1)
     found = model_statistics(student.log_softmax(-1), targets)
-    sums = calibration.bin_sums(
-        found["confidence"].numpy(),
-        found["correct"].numpy(),
-        calibration.equal_width_edges(),
-        np.zeros(3000, int),
-        1,
-    )[0]
+    sums = bins(found["confidence"].numpy(), found["correct"].numpy())
     for norm, value in (
         ("l1", calibration.calibration_error(sums)),
         ("l2", calibration.l2_calibration_error(sums, debiased=False)),
@@ -109,14 +109,11 @@ def test_ece_against_torchmetrics():
 def test_ece_by_hand():
     confidence = np.array([0.3, 0.3, 0.9, 0.9])
     correct = np.array([1.0, 0.0, 1.0, 1.0])
-    sums = calibration.bin_sums(
-        confidence, correct, calibration.equal_width_edges(), np.zeros(4, int), 1
-    )
-    assert float(calibration.calibration_error(sums[0])) == pytest.approx(0.5 * 0.2 + 0.5 * 0.1)
-    assert float(calibration.l2_calibration_error(sums[0], debiased=False)) == pytest.approx(
-        math.sqrt(0.5 * 0.04 + 0.5 * 0.01)
-    )
-    curve = calibration.reliability_curve(sums[0], calibration.equal_width_edges())
+    sums = bins(confidence, correct)
+    assert float(calibration.calibration_error(sums)) == pytest.approx(0.5 * 0.2 + 0.5 * 0.1)
+    l2 = float(calibration.l2_calibration_error(sums, debiased=False))
+    assert l2 == pytest.approx(math.sqrt(0.5 * 0.04 + 0.5 * 0.01))
+    curve = calibration.reliability_curve(sums, calibration.equal_width_edges())
     assert sum(curve["count"]) == 4
     assert [a for a in curve["accuracy"] if a is not None] == [0.5, 1.0]
     assert [c for c in curve["confidence"] if c is not None] == pytest.approx([0.3, 0.9])
@@ -124,9 +121,7 @@ def test_ece_by_hand():
 
 def test_edges_belong_to_the_lower_bin_and_none_is_lost():
     confidence = np.array([0.0, 1 / 15, 0.5, 1.0])
-    sums = calibration.bin_sums(
-        confidence, np.ones(4), calibration.equal_width_edges(), np.zeros(4, int), 1
-    )[0]
+    sums = bins(confidence, np.ones(4))
     assert sums[:, 0].sum() == 4
     assert sums[0, 0] == 2
     assert sums[-1, 0] == 1
@@ -134,11 +129,10 @@ def test_edges_belong_to_the_lower_bin_and_none_is_lost():
 
 def test_equal_mass_bins_hold_equal_numbers():
     confidence, correct = outcomes()
-    edges = calibration.equal_mass_edges(confidence)
-    sums = calibration.bin_sums(confidence, correct, edges, np.zeros(len(confidence), int), 1)[0]
+    sums = bins(confidence, correct, calibration.equal_mass_edges(confidence))
     assert sums[:, 0].max() - sums[:, 0].min() <= 2
-    same = calibration.equal_mass_edges(np.full(100, 0.4))
-    lumped = calibration.bin_sums(np.full(100, 0.4), np.ones(100), same, np.zeros(100, int), 1)[0]
+    same = np.full(100, 0.4)
+    lumped = bins(same, np.ones(100), calibration.equal_mass_edges(same))
     assert lumped[:, 0].sum() == 100
 
 
@@ -155,8 +149,7 @@ def test_debiasing_removes_what_chance_adds_to_a_calibrated_model():
     raw, l1, l2 = [], [], []
     for seed in range(60):
         confidence, correct = outcomes(n=600, seed=seed, shift=0.0)
-        edges = calibration.equal_mass_edges(confidence)
-        sums = calibration.bin_sums(confidence, correct, edges, np.zeros(600, int), 1)[0]
+        sums = bins(confidence, correct, calibration.equal_mass_edges(confidence))
         raw.append(float(calibration.calibration_error(sums)))
         l1.append(float(calibration.debiased_calibration_error(sums)))
         l2.append(float(calibration.l2_calibration_error(sums)))
@@ -167,8 +160,7 @@ def test_debiasing_removes_what_chance_adds_to_a_calibrated_model():
 
 def test_debiasing_leaves_a_clear_error_alone():
     confidence, correct = outcomes(n=50_000, shift=0.2)
-    edges = calibration.equal_mass_edges(confidence)
-    sums = calibration.bin_sums(confidence, correct, edges, np.zeros(50_000, int), 1)[0]
+    sums = bins(confidence, correct, calibration.equal_mass_edges(confidence))
     plain = float(calibration.calibration_error(sums))
     assert float(calibration.debiased_calibration_error(sums)) == pytest.approx(plain, rel=0.01)
 
@@ -208,13 +200,10 @@ def test_figures_work_on_many_replicates_at_once():
     sums = calibration.CalibrationSums.collect(confidence, correct, groups, 9).arrays("")
     many = {k: f(sums, "") for k, f in calibration.MEASURES.items()}
     for group in range(9):
-        one = {
-            k: f({n: v[group] for n, v in sums.items()}, "")
-            for k, f in calibration.MEASURES.items()
-        }
-        for name, value in one.items():
+        one = {n: v[group] for n, v in sums.items()}
+        for name, measure in calibration.MEASURES.items():
             assert many[name].shape == (9,)
-            assert float(many[name][group]) == pytest.approx(float(value), abs=1e-9)
+            assert float(many[name][group]) == pytest.approx(float(measure(one, "")), abs=1e-9)
 
 
 def test_published_frequencies_add_up_to_one_hundred_percent():
@@ -232,13 +221,11 @@ def test_composition_kl(random_proteins):
     one_sided = np.zeros(20)
     one_sided[0] = 10_000
     expected = -math.log(natural[0] / natural.sum())
-    assert float(composition.composition_kl(one_sided, natural)) == pytest.approx(
-        expected, rel=0.01
-    )
+    kl = float(composition.composition_kl(one_sided, natural))
+    assert kl == pytest.approx(expected, rel=0.01)
     fresh = composition.residue_counts(random_proteins(100, seed=9))
-    assert float(composition.composition_kl(fresh, np.full(20, 0.05))) == pytest.approx(
-        19 / (2 * fresh.sum()), rel=1.0
-    )
+    kl = float(composition.composition_kl(fresh, np.full(20, 0.05)))
+    assert kl == pytest.approx(19 / (2 * fresh.sum()), rel=1.0)
 
 
 def test_low_complexity_runs_and_words():

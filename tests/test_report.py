@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import importlib.util
 import json
 import os
 import re
@@ -12,6 +11,7 @@ from pathlib import Path
 
 import pytest
 
+from scripts import report as script
 from src.evaluation.results import REQUIRED
 from src.publishing import report
 from src.publishing.report import build_report, command_line, short_name
@@ -219,23 +219,20 @@ def test_results_of_another_model_are_refused(folders):
         (["--run", "run", "--fasta", "missing.fasta"], "missing.fasta"),
     ],
 )
-def test_user_errors_are_one_line(folders, monkeypatch, capsys, arguments, message):
+def test_user_errors_are_one_line(folders, monkeypatch, refusal, arguments, message):
     monkeypatch.chdir(folders)
-    assert script().main([*arguments, "-o", "r.html"]) == 2
-    lines = capsys.readouterr().err.strip().splitlines()
-    assert len(lines) == 1
-    assert message in lines[0]
+    assert message in refusal(script.main([*arguments, "-o", "r.html"]))
     assert not (folders / "r.html").exists()
 
 
 def test_the_script_writes_and_does_not_overwrite(folders, monkeypatch, capsys):
     monkeypatch.chdir(folders)
     arguments = ["--run", "run", "-o", "r.html"]
-    assert script().main(arguments) == 0
+    assert script.main(arguments) == 0
     assert (folders / "r.html").read_text().startswith("<!doctype html>")
-    assert script().main(arguments) == 2
+    assert script.main(arguments) == 2
     assert "--overwrite" in capsys.readouterr().err
-    assert script().main([*arguments, "--overwrite"]) == 0
+    assert script.main([*arguments, "--overwrite"]) == 0
 
 
 def check_spoiled(record, path, of_each, *arguments):
@@ -299,7 +296,7 @@ def test_what_is_drawn_with_anything_wrong_is_drawn_or_refused(tmp_path, monkeyp
 def test_what_is_wrong_in_a_run_is_named(folders, capsys, change, key):
     path = folders / "run" / "run.json"
     path.write_text(json.dumps(RUN | change))
-    assert script().main(["--run", str(folders / "run"), "-o", str(folders / "r.html")]) == 2
+    assert script.main(["--run", str(folders / "run"), "-o", str(folders / "r.html")]) == 2
     assert f"{path}: {key}" in capsys.readouterr().err
 
 
@@ -362,12 +359,3 @@ def test_names_lose_the_directories_of_this_machine():
     token = "hf" + "_" + "a1" * 17
     typed = ["a.py", "--cache_dir=/home/alice/c/d", "../../../home/alice/data/p", f"--k={token}"]
     assert command_line(typed) == "a.py --cache_dir=d p --k=(secret)"
-
-
-def script():
-    spec = importlib.util.spec_from_file_location("report", ROOT / "scripts" / "report.py")
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module

@@ -50,6 +50,10 @@ def model_folder(tmp_path, tiny_lm, tiny_tokenizer):
     return folder
 
 
+def edit(path: Path, **changes) -> None:
+    path.write_text(json.dumps(json.loads(path.read_text()) | changes))
+
+
 def refused(action, folder: Path) -> str:
     """Return the one line with which an action is refused."""
     with pytest.raises(ValueError, match=re.escape(folder.name)) as caught:
@@ -57,11 +61,6 @@ def refused(action, folder: Path) -> str:
     message = str(caught.value)
     assert "\n" not in message
     return message
-
-
-def test_the_untouched_folder_is_loaded(model_folder):
-    load_tokenizer(model_folder)
-    load_causal_lm(model_folder)
 
 
 @pytest.mark.parametrize("name", ["pytorch_model.bin", "model.bin", "model.pt", "model.ckpt"])
@@ -101,13 +100,8 @@ CODE = "open({!r}, 'w')\nclass Model: pass\nclass Config: pass\nclass Tokenizer:
 @pytest.mark.parametrize("model_type", ["gpt2", "evil"])
 def test_code_beside_a_configuration_is_refused(model_folder, proof, model_type):
     (model_folder / "code.py").write_text(CODE.format(str(proof)))
-    path = model_folder / "config.json"
-    config = json.loads(path.read_text())
-    config |= {
-        "model_type": model_type,
-        "auto_map": {"AutoConfig": "code.Config", "AutoModelForCausalLM": "code.Model"},
-    }
-    path.write_text(json.dumps(config))
+    names = {"AutoConfig": "code.Config", "AutoModelForCausalLM": "code.Model"}
+    edit(model_folder / "config.json", model_type=model_type, auto_map=names)
     message = refused(load_causal_lm, model_folder)
     assert "auto_map" in message
     assert "trust_remote_code" not in message, "what is not offered is not named"
@@ -115,9 +109,9 @@ def test_code_beside_a_configuration_is_refused(model_folder, proof, model_type)
 
 def test_code_beside_a_tokenizer_is_refused(model_folder, proof):
     (model_folder / "code.py").write_text(CODE.format(str(proof)))
+    names = {"AutoTokenizer": ["code.Tokenizer", None]}
     path = model_folder / "tokenizer_config.json"
-    config = {**json.loads(path.read_text()), "tokenizer_class": "Tokenizer"}
-    path.write_text(json.dumps({**config, "auto_map": {"AutoTokenizer": ["code.Tokenizer", None]}}))
+    edit(path, tokenizer_class="Tokenizer", auto_map=names)
     assert "auto_map" in refused(load_tokenizer, model_folder)
 
 
@@ -129,8 +123,7 @@ def test_code_for_generation_is_not_read(model_folder, proof):
 
 @pytest.mark.parametrize("key", ["attn_implementation", "_attn_implementation"])
 def test_kernels_from_elsewhere_are_refused(model_folder, key):
-    path = model_folder / "config.json"
-    path.write_text(json.dumps({**json.loads(path.read_text()), key: "someone/kernels"}))
+    edit(model_folder / "config.json", **{key: "someone/kernels"})
     assert key in refused(load_causal_lm, model_folder)
 
 
@@ -149,8 +142,7 @@ def test_kernels_from_elsewhere_are_refused(model_folder, key):
     ],
 )
 def test_a_configuration_that_does_not_fit_the_weights(model_folder, change, message):
-    path = model_folder / "config.json"
-    path.write_text(json.dumps({**json.loads(path.read_text()), **change}))
+    edit(model_folder / "config.json", **change)
     assert message in refused(load_causal_lm, model_folder)
 
 
@@ -171,8 +163,7 @@ def test_a_configuration_with_absurd_numbers_reaches_no_other_library(
     from transformers import PretrainedConfig
 
     monkeypatch.setattr(PretrainedConfig, "__init__", lambda *args, **more: pytest.fail("reached"))
-    path = model_folder / "config.json"
-    path.write_text(json.dumps({**json.loads(path.read_text()), **change}))
+    edit(model_folder / "config.json", **change)
     message = refused(load, model_folder)
     assert f"config.json: {name} is" in message
     assert "tokenizer" not in message
@@ -192,24 +183,19 @@ def test_a_broken_file_beside_the_weights_is_named(model_folder, name):
     assert f"{name}: not valid JSON" in refused(load_causal_lm, model_folder)
 
 
-def with_rules(folder: Path, change: dict) -> None:
-    rules = json.loads((folder / "tokenizer.json").read_text())
-    (folder / "tokenizer.json").write_text(json.dumps({**rules, **change}))
-
-
-def replacing(pattern: str, content: str) -> dict:
-    return {"type": "Replace", "pattern": {"String": pattern}, "content": content}
+def replace_tryptophan(folder: Path, content: str) -> None:
+    rule = {"type": "Replace", "pattern": {"String": "W"}, "content": content}
+    edit(folder / "tokenizer.json", normalizer=rule)
 
 
 @pytest.mark.parametrize("content", ["", "A"])
 def test_a_tokenizer_that_loses_or_replaces_a_residue_is_refused(model_folder, content):
-    with_rules(model_folder, {"normalizer": replacing("W", content)})
+    replace_tryptophan(model_folder, content)
     assert f"gives back ACDEFGHIKLMNPQRSTV{content}Y" in refused(load_tokenizer, model_folder)
 
 
 def test_a_residue_as_the_end_is_refused(model_folder):
-    path = model_folder / "tokenizer_config.json"
-    path.write_text(json.dumps({**json.loads(path.read_text()), "eos_token": "A"}))
+    edit(model_folder / "tokenizer_config.json", eos_token="A")
     assert "gives back CDEFGHIKLMNPQRSTVWY" in refused(load_tokenizer, model_folder)
 
 
@@ -236,7 +222,7 @@ def test_a_broken_tokenizer_of_a_student_is_not_replaced_by_its_teachers(model_f
     teacher = tmp_path / "teacher"
     shutil.copytree(model_folder, teacher)
     assert inputs.shared_tokenizer(str(model_folder), str(teacher)).eos_token == END_OF_TEXT
-    with_rules(model_folder, {"normalizer": replacing("W", "")})
+    replace_tryptophan(model_folder, "")
     with pytest.raises(ValueError, match="gives back"):
         inputs.shared_tokenizer(str(model_folder), str(teacher))
     for path in model_folder.glob("tokenizer*"):
@@ -245,8 +231,7 @@ def test_a_broken_tokenizer_of_a_student_is_not_replaced_by_its_teachers(model_f
 
 
 def test_a_large_base_of_rotary_positions_is_no_absurd_number(model_folder):
-    path = model_folder / "config.json"
-    path.write_text(json.dumps({**json.loads(path.read_text()), "rope_theta": 10_000_000}))
+    edit(model_folder / "config.json", rope_theta=10_000_000)
     load_causal_lm(model_folder)
 
 
@@ -325,9 +310,8 @@ def test_no_source_reads_pickles_or_runs_text():
     assert found == ALLOWED
 
 
-@pytest.mark.parametrize(
-    "line",
-    [
+def test_the_search_finds_what_it_looks_for():
+    for line in (
         "torch.load(path)",
         "torch.load(path, weights_only=False)",
         "import pickle",
@@ -337,10 +321,8 @@ def test_no_source_reads_pickles_or_runs_text():
         "f(trust_remote_code=flag)",
         "eval(text)",
         "run(c, shell=True)",
-    ],
-)
-def test_the_search_finds_what_it_looks_for(line):
-    assert faults_of(line)
+    ):
+        assert faults_of(line), line
     assert not faults_of("model.eval(); torch.load(p, weights_only=True); trust_remote_code=False")
 
 
@@ -349,14 +331,9 @@ def test_two_models_in_one_folder_do_not_mix(model_folder, tmp_path):
     from transformers import LlamaConfig, LlamaForCausalLM
 
     config = LlamaConfig(
-        vocab_size=64,
-        hidden_size=16,
-        intermediate_size=16,
-        num_attention_heads=2,
-        num_hidden_layers=1,
-        bos_token_id=0,
-        eos_token_id=0,
-    )
+        vocab_size=64, hidden_size=16, intermediate_size=16, num_attention_heads=2,
+        num_hidden_layers=1, bos_token_id=0, eos_token_id=0,
+    )  # fmt: skip
     LlamaForCausalLM(config).save_pretrained(tmp_path / "llama")
     shutil.copy(tmp_path / "llama" / "config.json", model_folder / "config.json")
     assert "missing" in refused(load_causal_lm, model_folder)

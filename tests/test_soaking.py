@@ -40,11 +40,7 @@ def samples_of(count: int, **rises):
 
 @pytest.mark.parametrize(
     ("leak", "warm_up", "grows", "creeps"),
-    [
-        (0.0, -120, [], []),
-        (0.3, 0, ["memory"], []),
-        (0.05, 0, [], ["memory"]),
-    ],
+    [(0.0, -120, [], []), (0.3, 0, ["memory"], []), (0.05, 0, [], ["memory"])],
     ids=["noise and a warm-up", "a leak in the noise", "a steady rise below the bound"],
 )
 def test_growth_of_memory(leak, warm_up, grows, creeps):

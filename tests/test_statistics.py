@@ -168,21 +168,18 @@ def test_interaction_is_the_contrast_of_the_four_arms():
 
 def test_wrong_shapes_are_refused():
     residues = np.ones(10)
-    with pytest.raises(ValueError, match="one seed"):
-        two_way_interval(np.ones((1, 10)), residues, np.arange(10))
-    with pytest.raises(ValueError, match="one test cluster"):
-        two_way_interval(np.ones((3, 10)), residues, np.zeros(10))
-    with pytest.raises(ValueError, match="expected"):
-        two_way_interval(np.ones((3, 9)), residues, np.arange(10))
+    for shape, clusters, message in (
+        ((1, 10), np.arange(10), "one seed"),
+        ((3, 10), np.zeros(10), "one test cluster"),
+        ((3, 9), np.arange(10), "expected"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            two_way_interval(np.ones(shape), residues, clusters)
+    arms = {"a": np.ones((3, 10)), "b": np.ones((4, 10))}
     with pytest.raises(ValueError, match="no runs of the arm 'both'"):
-        contrast({"baseline": np.ones((3, 10))}, {"both": 1}, residues, np.arange(10))
+        contrast(arms, {"both": 1}, residues, np.arange(10))
     with pytest.raises(ValueError, match="different seeds"):
-        contrast(
-            {"a": np.ones((3, 10)), "b": np.ones((4, 10))},
-            {"a": 1, "b": -1},
-            residues,
-            np.arange(10),
-        )
+        contrast(arms, {"a": 1, "b": -1}, residues, np.arange(10))
 
 
 def test_coverage_smoke():

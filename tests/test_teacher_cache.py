@@ -11,6 +11,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
+from small_runs import Tokens
 
 from src.common.cli import one_line
 from src.common.runs import locked
@@ -20,7 +21,7 @@ from src.models import teacher_cache as tc
 from src.models.loading import final_hidden_states, keep_head_alone, model_fingerprint
 from src.models.teacher_cache import CachedCollator, TeacherCache, capture
 from src.proteins.batching import PackedDataset, PackingCollator, PaddingCollator, ProteinDataset
-from tests.test_distillation import BOTH, Tokens, arguments
+from tests.test_distillation import BOTH, arguments
 
 
 class Proteins(Tokens):
