@@ -226,7 +226,7 @@ def run(args: argparse.Namespace) -> dict:
     settings = build_settings(args)
     output_dir = args.output_dir or Path("models") / s.default_run_name(settings)
     if args.dry_run:
-        from src.training.planning import plan
+        from src.training.dry_run import plan
 
         cache = args.teacher_cache
         return plan(settings, output_dir, args.preset, args.cache_dir, say, args.device, cache)

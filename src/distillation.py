@@ -40,7 +40,7 @@ from src.models.loading import accepts, final_hidden_states, has_dropout, model_
 from src.models.sharding import in_step
 from src.proteins.batching import EpochSampler, PackedDataset, ProteinDataset
 from src.trainer.adapter import TrainerAdapter
-from src.trainer.interval import LogInterval, LossSums
+from src.trainer.log_interval import LogInterval, LossSums
 from src.trainer.optimizers import muon_with_adamw
 
 if TYPE_CHECKING:

@@ -11,7 +11,7 @@ from transformers import Trainer, TrainerCallback
 
 from src.distillation import DistillationTrainer
 from src.trainer.adapter import TrainerAdapter
-from src.trainer.interval import LogInterval
+from src.trainer.log_interval import LogInterval
 from src.training.cohort import CohortTrainer
 
 HOOKS = {

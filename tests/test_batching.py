@@ -7,9 +7,7 @@ import pytest
 import torch
 from small_runs import Tokens
 
-from src.loss import reference
 from src.loss.reference import segments_from_positions, valid_positions
-from src.proteins import batching
 from src.proteins.batching import (
     EpochSampler,
     PackedDataset,
@@ -109,7 +107,3 @@ def test_batches_are_cut_as_large_as_allowed(seed):
             if after is not None and len(batch) < 9:
                 longest = max(lengths[batch].max(), lengths[after[0]])
                 assert (len(batch) + 1) * longest > 120
-
-
-def test_the_ignored_label_is_the_losses():
-    assert batching.IGNORED_LABEL == reference.IGNORED_LABEL

@@ -16,7 +16,7 @@ from src.evaluation import inputs
 from src.models.loading import load_causal_lm, load_tokenizer, shape_of
 from src.proteins.layouts import END_OF_TEXT
 from src.trainer.checkpoints import MANIFEST, NEEDED_FILES, fault_of, newest_valid, write_manifest
-from src.training.planning import teacher_shape
+from src.training.dry_run import teacher_shape
 
 ROOT = Path(__file__).resolve().parents[1]
 

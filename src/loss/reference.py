@@ -27,8 +27,8 @@ from torch import Tensor
 
 from src.common.settings import SMOOTHINGS, WEIGHTINGS, LossSettings, require_choice
 from src.loss import divergences
+from src.proteins.batching import IGNORED_LABEL
 
-IGNORED_LABEL = -100
 CONSTANT_ENTROPY = 1e-6
 """Nats. A sequence whose entropies differ by no more counts as constant."""
 

@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.utils.data import Dataset, Sampler
 
 IGNORED_LABEL = -100
-"""Label of positions without a loss, in PyTorch's cross entropy and src.loss.reference."""
+"""Label of positions without a loss: the loss and PyTorch's cross entropy read it."""
 POOL_BATCHES = 50
 """Batches whose proteins are sorted together: little padding, and still a random order."""
 

@@ -1,4 +1,7 @@
-"""Writes FASTA with values in the headers: ``>name key=value``."""
+"""Writes FASTA with values in the headers: ``>name key=value``.
+
+FASTA is read by :func:`src.proteins.readers.fasta_records`.
+"""
 
 from __future__ import annotations
 

@@ -2,7 +2,7 @@
 
 The objects that do the work are :class:`~src.trainer.checkpoints.CheckpointManager`,
 :class:`~src.trainer.safeguards.StepGuard`, :class:`~src.trainer.safeguards.SpikeGuard` and
-:class:`~src.trainer.interval.LogInterval`. This file calls them at the right moments: mostly from
+:class:`~src.trainer.log_interval.LogInterval`. This file calls them at the right moments: mostly from
 public methods and a callback, where these do not suffice from the private methods under "Hooks".
 ``tests/test_adapter.py`` compares the hooks with the installed transformers.
 """
@@ -20,7 +20,7 @@ from src.common.files import names_full_disk
 from src.trainer import interruption
 from src.trainer.checkpoints import CheckpointManager, fault_of, read_tensors
 from src.trainer.interruption import LeaveNow, quiet_workers
-from src.trainer.interval import LogInterval
+from src.trainer.log_interval import LogInterval
 from src.trainer.safeguards import SpikeGuard, StepGuard
 from src.trainer.states import random_states, read_states, restore_random_states, write_states
 
