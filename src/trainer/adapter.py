@@ -3,8 +3,8 @@
 The objects that do the work are :class:`~src.trainer.checkpoints.CheckpointManager`,
 :class:`~src.trainer.safeguards.StepGuard`, :class:`~src.trainer.safeguards.SpikeGuard` and
 :class:`~src.trainer.log_interval.LogInterval`. This file calls them at the right moments,
-mostly from public methods and a callback; where these do not suffice, from the private methods under
-"Hooks".
+mostly from public methods and a callback; where these do not suffice, from the private methods
+under "Hooks".
 ``tests/test_adapter.py`` compares the hooks with the installed transformers.
 """
 
