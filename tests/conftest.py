@@ -49,11 +49,12 @@ def refusal(capsys) -> Callable[[int | Callable[[], int]], str]:
     """
 
     def line(status: int | Callable[[], int]) -> str:
+        code: object
         try:
-            status = status() if callable(status) else status
+            code = status() if callable(status) else status
         except SystemExit as stop:
-            status = stop.code
-        assert status == 2
+            code = stop.code
+        assert code == 2
         error = capsys.readouterr().err.strip()
         assert error.count("\n") == 0
         assert "Traceback" not in error
