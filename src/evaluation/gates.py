@@ -12,7 +12,7 @@ import numpy as np
 from src.evaluation.results import finite_or_none
 from src.evaluation.scoring import EvaluationSettings, Proteins, Tokens, protein_nll
 from src.evaluation.statistics import PairedTest, paired_test
-from src.models.loading import max_positions, output_head
+from src.models.loading import max_positions
 from src.proteins.layouts import residues_of, shuffled
 from src.proteins.ngrams import UNIFORM_NATS, NgramModel, fit_ngrams
 from src.proteins.tokens import encode
@@ -172,7 +172,7 @@ def check_teacher(
         unigram = fit_ngrams(drawn if len(drawn) > 1 else drawn * 2, seed=seed)["unigram"]
     floor = unigram.nll(residues)
     token_floor = token_unigram_nll(
-        chosen, encode(tokenizer, drawn), output_head(model)[0].shape[0]
+        chosen, encode(tokenizer, drawn), int(model.config.vocab_size)
     )
     test = paired_test((mixed - natural) / lengths)
     per_residue = {

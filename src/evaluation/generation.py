@@ -34,7 +34,8 @@ from transformers.generation.logits_process import (
 
 from src.common.cli import progress
 from src.common.settings import require_moderate
-from src.models.loading import accepts, max_positions
+from src.models.forward import accepts
+from src.models.loading import max_positions
 from src.proteins.fasta import FastaRecord
 from src.proteins.layouts import END_OF_TEXT, PROTEIN_LETTERS, layout, prompt_layout, residues_of
 from src.proteins.tokens import token_letters

@@ -1,4 +1,4 @@
-"""Loads teachers and tokenizers, builds students, and splits a model before its output head.
+"""Loads teachers and tokenizers, and builds students.
 
 Files from elsewhere may be hostile: no code in them is run, files that transformers would read
 without limits are checked first, and a configuration is compared with its weights before a model of
@@ -8,7 +8,6 @@ that size is built.
 from __future__ import annotations
 
 import hashlib
-import inspect
 import math
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -16,12 +15,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from src.common.cli import one_line, printable, size
 from src.common.devices import machine_memory
 from src.common.files import read_json
 from src.common.settings import BUNDLED_TEACHER, StudentSettings
+from src.models.forward import head_form
 from src.models.sizes import gpt2_parameters
 from src.proteins.layouts import STANDARD_RESIDUES, layout, residues_of
 from src.proteins.tokens import token_letters
@@ -135,7 +135,7 @@ def load_causal_lm(
     device: str | torch.device = "cpu",
     revision: str | None = None,
 ) -> PreTrainedModel:
-    """Load a causal language model in eval mode, and run it on one token.
+    """Load a causal language model in eval mode, and try it out on a few tokens.
 
     Directories must hold safetensors. A hub model without them is read with PyTorch's
     ``weights_only`` loader, which runs no code.
@@ -181,21 +181,18 @@ def load_causal_lm(
 
 
 def require_runnable(model: PreTrainedModel) -> None:
-    """Check that every weight is finite, and the output for one token.
+    """Check that every weight is finite, and what the model computes (:mod:`src.models.forward`).
 
     Raises:
-        ValueError: a weight or an output is not finite. A broken model may raise any other error.
+        ValueError: a weight or an output is not finite, or the model is not causal. A broken model
+            may raise any other error.
     """
     for name, weight in model.named_parameters():
         if not torch.isfinite(weight).all():
             raise ValueError(
                 f"{name} has a value that is no finite number: the weights are damaged"
             )
-    token = torch.zeros(1, 1, dtype=torch.long, device=model.device)
-    with torch.inference_mode():
-        logits = model(input_ids=token).logits
-    if not torch.isfinite(logits).all():
-        raise ValueError("its outputs are not finite: the weights are damaged")
+    head_form(model)
 
 
 def require_fitting_weights(folder: Path) -> None:
@@ -409,16 +406,6 @@ def model_fingerprint(model: nn.Module) -> str:
     return digest.hexdigest()
 
 
-def positions_from_mask(attention_mask: Tensor) -> Tensor:
-    """Return position ids ``(B, T)`` that count attended tokens from 0, for padding on any side."""
-    return (attention_mask.long().cumsum(-1) - 1).clamp(min=0)
-
-
-def accepts(model: nn.Module, argument: str) -> bool:
-    """Return whether a model's forward takes an argument of that name."""
-    return argument in inspect.signature(model.forward).parameters
-
-
 def set_dropout(model: nn.Module, probability: float) -> None:
     """Set every dropout probability of a GPT-2."""
     for module in model.modules():
@@ -428,79 +415,8 @@ def set_dropout(model: nn.Module, probability: float) -> None:
         setattr(model.config, name, probability)
 
 
-def block_lists(model: PreTrainedModel) -> dict[str, nn.ModuleList]:
-    """Return the lists of blocks of a base model, by name."""
-    children = model.base_model.named_children()
-    return {name: module for name, module in children if isinstance(module, nn.ModuleList)}
-
-
-def keep_head_alone(model: PreTrainedModel) -> None:
-    """Free a model's blocks if only its output head is still needed."""
-    for name in block_lists(model):
-        setattr(model.base_model, name, nn.ModuleList())
-
-
 def has_dropout(model: nn.Module) -> bool:
     """Return whether a model uses dropout in train mode."""
     return any(isinstance(m, nn.Dropout) and m.p > 0 for m in model.modules()) or (
         getattr(getattr(model, "config", None), "attn_pdrop", 0.0) > 0
     )
-
-
-def output_head(model: PreTrainedModel) -> tuple[Tensor, Tensor | None]:
-    """Return the weight ``(V, E)`` and the bias ``(V,)`` or None of a model's output head.
-
-    Raises:
-        ValueError: the model has no linear output head.
-    """
-    head = model.get_output_embeddings()
-    if head is None or not isinstance(getattr(head, "weight", None), Tensor):
-        raise ValueError(f"{type(model).__name__} has no linear output head")
-    return head.weight, getattr(head, "bias", None)  # type: ignore[return-value]
-
-
-def final_hidden_states(
-    model: PreTrainedModel,
-    input_ids: Tensor,
-    attention_mask: Tensor | None = None,
-    position_ids: Tensor | None = None,
-) -> Tensor:
-    """Return the input of a model's output head: hidden states after the last norm.
-
-    Args:
-        model: a causal language model.
-        input_ids: ``(B, T)``.
-        attention_mask: ``(B, T)``, 0 at padding.
-        position_ids: ``(B, T)``; None: count attended tokens.
-
-    Returns:
-        ``(B, T, E)`` in the model's compute dtype.
-    """
-    inputs = model_inputs(model, input_ids, attention_mask, position_ids)
-    return model.base_model(**inputs, use_cache=False).last_hidden_state
-
-
-def model_inputs(
-    model: nn.Module,
-    input_ids: Tensor,
-    attention_mask: Tensor | None = None,
-    position_ids: Tensor | None = None,
-) -> dict[str, Tensor]:
-    """Return the keyword arguments for a forward pass over a possibly padded or packed batch.
-
-    A packed batch has no attention mask, and ``position_ids`` that begin again at each protein:
-    transformers then keeps attention inside each protein. A row without attended tokens gets one,
-    because attention over nothing gives NaN.
-    """
-    inputs = {"input_ids": input_ids}
-    if attention_mask is not None:
-        empty = ~attention_mask.bool().any(-1)
-        if empty.any():
-            attention_mask = attention_mask.clone()
-            attention_mask[empty, 0] = 1
-        inputs["attention_mask"] = attention_mask
-        if position_ids is None:
-            position_ids = positions_from_mask(attention_mask)
-    if position_ids is not None and accepts(model, "position_ids"):
-        inputs["position_ids"] = position_ids
-    return inputs
