@@ -84,8 +84,8 @@ def kind_of(path: Path) -> str:
         return PARQUET
     if kind == EXCEL:
         return kind
-    lines = islice(guarded_lines(path, ReadReport(), cut=True), FIRST_LINES)
-    full = (line.strip() for _, line in lines if line.strip() and not is_comment(line))
+    lines = islice(guarded_lines(path, ReadReport(), content=True), FIRST_LINES)
+    full = (line.strip() for _, line in lines if line.strip())
     first = next(full, "")
     laid_out = kind in (None, TEXT, FASTA) and not first.startswith(">")
     if first.startswith(">"):
@@ -124,22 +124,16 @@ def is_comment(line: str) -> bool:
     return line.lstrip().startswith(COMMENT_SIGNS)
 
 
-def content_lines(path: Path, report: ReadReport) -> Iterator[tuple[int, str]]:
-    """Yield :func:`guarded_lines`, long ones cut, without comments, which are counted."""
-    for number, line in guarded_lines(path, report, cut=True):
-        if line[:1] in COMMENT_SIGNS or (line[:1].isspace() and is_comment(line)):
-            report.fix(COMMENTS, f"{path.name}:{number}")
-        else:
-            yield number, line
-
-
-def guarded_lines(path: Path, report: ReadReport, cut: bool = False) -> Iterator[tuple[int, str]]:
+def guarded_lines(
+    path: Path, report: ReadReport, content: bool = False
+) -> Iterator[tuple[int, str]]:
     """Yield a text file's lines, numbered from 1 and without line ends, gzipped or not.
 
     Args:
         path: the file.
-        report: counts CRLF line ends and UTF-16.
-        cut: of a line over ``MAX_LINE_BYTES`` yield the beginning, instead of refusing it.
+        report: counts CRLF line ends, UTF-16 and comments.
+        content: skip comments, and of a line over ``MAX_LINE_BYTES`` yield the beginning, instead
+            of refusing it.
 
     Yields:
         Number and text of each line; bytes that are no UTF-8 become replacement characters.
@@ -163,7 +157,7 @@ def guarded_lines(path: Path, report: ReadReport, cut: bool = False) -> Iterator
                 unpacked += len(line)
                 rest = line
                 while len(rest) > MAX_LINE_BYTES and not rest.endswith(b"\n"):
-                    if not cut:
+                    if not content:
                         raise ValueError(
                             f"{path}:{number}: the line is longer than {MAX_LINE_BYTES:,} bytes: "
                             "is this a file of proteins?"
@@ -180,7 +174,14 @@ def guarded_lines(path: Path, report: ReadReport, cut: bool = False) -> Iterator
                 return
             if packed and number % LINES_A_CHECK == 0:
                 _refuse_bomb(path, number, unpacked, raw.tell())
-            yield number, "" if line == b"\n" else _text_of_line(path, number, line, report)
+            if line == b"\n":
+                yield number, ""
+                continue
+            text = _text_of_line(path, number, line, report)
+            if content and text and not text[0].isalpha() and is_comment(text):
+                report.fix(COMMENTS, f"{path.name}:{number}")
+                continue
+            yield number, text
 
 
 def _refuse_bomb(path: Path, number: int, unpacked: int, size: int) -> None:

@@ -19,7 +19,6 @@ from src.proteins.lines import (
     LAID_OUT,
     PARQUET,
     TEXT,
-    content_lines,
     guarded_lines,
     kind_of,
     reason,
@@ -109,7 +108,7 @@ def fasta_records(path: Path, report: ReadReport) -> Iterator[Record]:
         else:
             yield from pieces("".join(parts), name, where, report, title)
 
-    for number, line in content_lines(path, report):
+    for number, line in guarded_lines(path, report, content=True):
         if line.startswith(">"):
             if place:
                 yield from entries()
@@ -146,7 +145,7 @@ def laid_out_records(path: Path, report: ReadReport) -> Iterator[Record]:
         elif "".join(parts):
             yield Record(f"line_{place}", where, "".join(parts))
 
-    for number, line in content_lines(path, report):
+    for number, line in guarded_lines(path, report, content=True):
         for index, piece in enumerate(line.split(END_OF_TEXT)):
             if index:
                 yield from record()
@@ -169,7 +168,7 @@ def text_records(path: Path, report: ReadReport) -> Iterator[Record]:
     Raises:
         ValueError: a line holds several words of which none is known to be the residues.
     """
-    for number, line in content_lines(path, report):
+    for number, line in guarded_lines(path, report, content=True):
         if not line.strip():
             continue
         name, place = f"line_{number}", f"{path.name}:{number}"

@@ -12,7 +12,8 @@ class ReadReport:
     """Counts of proteins read, kept, dropped and fixed.
 
     ``dropped``, ``fixed`` and ``noticed`` (kept as it is) map a kind to its count and its first
-    place, a file name and a line. ``column`` is the table's column that was read, ``notes`` are further lines for the user.
+    place, a file name and a line. ``column`` is the table's column that was read, ``notes`` are
+    further lines for the user.
     """
 
     source: str = ""

@@ -2,8 +2,8 @@ r"""Reads and cleans proteins from files or the hub one at a time, and reports e
 
 Sources of the flag ``--data``:
 
-- a directory of parts: ``train``, ``validation`` (or ``val``, ``valid``, ``dev``), ``test`` as any of
-  the files below; parquet also in pieces (``train-00000-of-00004.parquet``);
+- a directory of parts: ``train``, ``validation`` (or ``val``, ``valid``, ``dev``), ``test`` as any
+  of the files below; parquet also in pieces (``train-00000-of-00004.parquet``);
 - files, also several or a pattern (``'parts/*.fasta.gz'``): FASTA and a3m; plain text with one
   protein a line, or with end-of-text markers between proteins; tables as CSV, TSV, JSON lines,
   Excel or parquet; all but the last two also gzipped. A file of another name is recognised by its
