@@ -155,14 +155,14 @@ def guarded_lines(
                 read = read or _reader_of(stream, path, report)
                 line = read(MAX_LINE_BYTES + 1)
                 unpacked += len(line)
-                rest = line
-                while len(rest) > MAX_LINE_BYTES and not rest.endswith(b"\n"):
-                    if not content:
-                        raise ValueError(
-                            f"{path}:{number}: the line is longer than {MAX_LINE_BYTES:,} bytes: "
-                            "is this a file of proteins?"
-                        )
-                    rest = read(MAX_LINE_BYTES + 1)
+                if len(line) > MAX_LINE_BYTES and not content:
+                    raise ValueError(
+                        f"{path}:{number}: the line is longer than {MAX_LINE_BYTES:,} bytes: is "
+                        "this a file of proteins?"
+                    )
+                rest = line if len(line) > MAX_LINE_BYTES else b""
+                while rest and not rest.endswith(b"\n"):
+                    rest = read(MAX_LINE_BYTES)
                     unpacked += len(rest)
                     _refuse_bomb(path, number, unpacked, raw.tell() if packed else unpacked)
             except (EOFError, zlib.error, gzip.BadGzipFile) as error:
@@ -178,7 +178,7 @@ def guarded_lines(
                 yield number, ""
                 continue
             text = _text_of_line(path, number, line, report)
-            if content and text and not text[0].isalpha() and is_comment(text):
+            if content and not text.isalpha() and is_comment(text):
                 report.fix(COMMENTS, f"{path.name}:{number}")
                 continue
             yield number, text

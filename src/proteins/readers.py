@@ -103,10 +103,13 @@ def fasta_records(path: Path, report: ReadReport) -> Iterator[Record]:
         words = title.split(None, 1)
         name = words[0] if words else f"line_{place}"
         where = f"{path.name}:{place}"
+        text = "".join(parts)
         if size > MAX_RESIDUES:
             yield Record(name, where, fault=TOO_LONG, title=title)
+        elif END_OF_TEXT in text:
+            yield from pieces(text, name, where, report, title)
         else:
-            yield from pieces("".join(parts), name, where, report, title)
+            yield Record(name, where, text, title=title)
 
     for number, line in guarded_lines(path, report, content=True):
         if line.startswith(">"):
@@ -121,7 +124,7 @@ def fasta_records(path: Path, report: ReadReport) -> Iterator[Record]:
                     "with one protein a line is named .txt"
                 )
         elif line:
-            if line[0] in " \t" or line[0].isdigit() or line[-1].isdigit():
+            if not line.isalpha() and NUMBERED.search(line):
                 bare = NUMBERED.sub("", NUMBERED.sub("", line))
                 if bare != line and not bare.isdigit():
                     report.fix(LINE_NUMBERS, f"{path.name}:{number}")
