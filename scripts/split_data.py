@@ -26,6 +26,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from src.common.cli import (
     HelpFormatter,
+    add_data_flags,
     natural,
     positive_float,
     positive_int,
@@ -43,7 +44,7 @@ def build_parser() -> argparse.ArgumentParser:
     """Return the parser of this script."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=HelpFormatter)
     add = parser.add_argument
-    add("--data", required=True, help="one file: FASTA[.gz], text, CSV or parquet")
+    add_data_flags(add, "files: FASTA, text, CSV, Excel, parquet and others", required=True)
     add("--output", type=Path, required=True, help="directory to make")
     add("--seed", type=natural, default=0, help="seed of the draw of clusters and samples")
     add("--keep_ambiguous", action="store_true", help="keep proteins with B, J, O, U, X or Z")
@@ -81,7 +82,7 @@ def run(args: argparse.Namespace) -> dict:
 
     refuse_flags_of_other_mode(args)
     require_free(args.output)
-    proteins, report = read_named(args.data, args.keep_ambiguous)
+    proteins, report = read_named(args.data, args.keep_ambiguous, args.sequence_column)
     for line in report.lines():
         say(line)
     if args.within_families:
@@ -107,11 +108,16 @@ def refuse_flags_of_other_mode(args: argparse.Namespace) -> None:
             raise ValueError(f"--{name} {how} --within_families")
 
 
-def source_record(path: str | Path) -> dict:
-    """Return the name and hash of an input file."""
+def source_record(source: str | Path) -> dict:
+    """Return the name and hash of an input file, or of several."""
     from src.common.files import sha256_file
+    from src.proteins.sources import local_files
 
-    return {"file": Path(path).name, "sha256": sha256_file(path)}
+    files = local_files(source, None) or []
+    return {
+        "file": ",".join(path.name for path in files),
+        "sha256": ",".join(sha256_file(path) for path in files),
+    }
 
 
 def by_homology(args: argparse.Namespace, proteins: dict[str, str]) -> tuple:
@@ -142,7 +148,9 @@ def within_families(args: argparse.Namespace, proteins: dict[str, str]) -> tuple
         family_of = {name: family_of[name] for name in proteins}
     new: dict[str, str] = {}
     if args.new_families:
-        new, _ = read_named(args.new_families, args.keep_ambiguous)
+        new, report = read_named(args.new_families, args.keep_ambiguous, args.sequence_column)
+        for line in report.lines():
+            say(line)
     new_family_of = f.read_families(args.new_families, new) if new else {}
     split = f.split_within_families(proteins, family_of, settings, say)
     if new:

@@ -59,11 +59,19 @@ from src.proteins.layouts import (
     STANDARD_RESIDUES,
     layout,
 )
-from src.proteins.locations import has_split, hub_split, local_files, unread_files
+from src.proteins.locations import has_split, hub_split, local_files, on_hub, unread_files
 from src.proteins.readers import Record, file_records, hub_records
 from src.proteins.report import ReadReport
 
-__all__ = ["Protein", "SourceProtein", "has_split", "local_files", "read_entries", "read_proteins"]
+__all__ = [
+    "Protein",
+    "SourceProtein",
+    "has_split",
+    "local_files",
+    "on_hub",
+    "read_entries",
+    "read_proteins",
+]
 
 MAX_NAME = 200
 NO_RESIDUES = "no residues"
