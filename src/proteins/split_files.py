@@ -113,7 +113,7 @@ def write_split(
     """
     require_free(folder)
     parts = dict(split.parts)
-    keys = ("leakage", "left_out", "drawn", "all_clusters", "families")
+    keys = ("leakage", "left_out", "drawn", "all_clusters", "families", "others")
     record: dict[str, Any] = {
         "schema_version": SCHEMA_VERSION,
         "settings": {**asdict(settings), "train_proteins": train_proteins},
