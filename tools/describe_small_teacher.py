@@ -39,7 +39,7 @@ def run(args: argparse.Namespace) -> dict:
     from src.common.files import write_json, write_text
     from src.common.runs import provenance
     from src.evaluation.gates import FLOOR_PROTEINS
-    from src.evaluation.inputs import clusters_of
+    from src.evaluation.inputs import cluster_kind, clusters_of
     from src.evaluation.measurement import evaluate
     from src.evaluation.scoring import EvaluationSettings
     from src.models.loading import load_causal_lm, load_tokenizer, max_positions, model_fingerprint
@@ -68,6 +68,7 @@ def run(args: argparse.Namespace) -> dict:
             EvaluationSettings(),
             train=train,
             clusters=clusters_of(args.data),
+            cluster_kind=cluster_kind(args.data),
             announce=say,
         ).results
         results[part] = {k: v for k, v in measured.items() if k not in ("student_ece", "threshold")}
