@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import gzip
 import io
 import random
+import re
 import shutil
 from dataclasses import replace
 
@@ -210,9 +212,15 @@ def test_the_script_splits_within_families(tmp_path, monkeypatch, capsys):
     ] * 3
     families = known[1] | new[1]
     clusters = read_clusters(folder / "clusters.tsv.gz")
+    headers = {
+        part: gzip.decompress((folder / f"{part}.fasta.gz").read_bytes()).decode()
+        for part in record["parts"]
+    }
+    headers = {part: re.findall(r">(\S+) family=", text) for part, text in headers.items()}
     for part in record["parts"]:
         for protein in read_proteins(folder, split=part):
             assert clusters[protein.name] == families.get(protein.name, protein.name)
+            assert (protein.name in families) == (protein.name in headers[part])
     assert [p.name for p in read_proteins(folder, split="test_new")] == list(new[0])
     table = [line.split("\t") for line in (folder / "families.tsv").read_text().splitlines()]
     assert table[0] == ["family", *record["parts"], "profile", "score_per_residue"]

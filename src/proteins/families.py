@@ -191,7 +191,7 @@ def split_within_families(
         },
         "families": {part: len({families[n] for n in names}) for part, names in parts.items()},
     }
-    return Split(parts, dict(families), report, within_families=True)
+    return Split(parts, dict(families), report, frozenset(families.values()))
 
 
 def _held_out(
@@ -250,7 +250,7 @@ def add_new_families(
     Raises:
         ValueError: a name or a family is in the split already.
     """
-    known = set(split.clusters.values())
+    known = split.families
     for name in new:
         if name in proteins or families[name] in known:
             what = name if name in proteins else f"the family {families[name]}"
@@ -258,6 +258,7 @@ def add_new_families(
     together = {**proteins, **new}
     split.parts[NEW_FAMILIES] = list(new)
     split.clusters.update(families)
+    split.families |= set(families.values())
     split.report["families"][NEW_FAMILIES] = len(set(families.values()))
     split.report["leakage"][NEW_FAMILIES] = family_leakage(
         together, list(new), split.parts["train"], _search_settings(settings)
@@ -344,7 +345,7 @@ def write_profiles(folder: Path, proteins: Mapping[str, str], split: Split, prof
         ValueError: pyhmmer is missing, or ``profiles`` is no HMM file.
     """
     part_of = {name: part for part, names in split.parts.items() for name in names}
-    names = [name for name in part_of if split.clusters[name] != name]
+    names = [name for name in part_of if split.clusters[name] in split.families]
     scores = profile_scores([proteins[name] for name in names], profiles)
     rows: dict[str, list[int]] = defaultdict(list)
     for row, name in enumerate(names):

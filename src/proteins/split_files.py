@@ -120,7 +120,7 @@ def write_split(
         "source": dict(source or {}),
         **{key: split.report[key] for key in keys if key in split.report},
     }
-    if split.within_families:
+    if split.families:
         record["within_families"] = True
     if train_proteins is not None and train_proteins < len(parts["train"]):
         record["full_train"] = {
@@ -145,7 +145,8 @@ def write_split(
 
 
 def _fasta_entry(name: str, residues: str, split: Split) -> str:
-    fields = {FAMILY_KEY: split.clusters[name]} if split.within_families else {}
+    family = split.clusters[name]
+    fields = {FAMILY_KEY: family} if family in split.families else {}
     return fasta_text(FastaRecord(name, residues, fields))
 
 
