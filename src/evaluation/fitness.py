@@ -1,7 +1,7 @@
 """Scores variants of proteins by their likelihood and compares the scores with measurements.
 
 A protein's score is log p(tokens after the first | the first) of its layout, line breaks and end
-counted (:func:`src.evaluation.generation.score_proteins`). Variants are read from FASTA or from
+counted (:func:`src.evaluation.likelihoods.score_proteins`). Variants are read from FASTA or from
 a table such as ProteinGym's substitution benchmark (Notin et al. 2023, NeurIPS): ``mutant``,
 ``mutated_sequence`` and ``DMS_score``. ProteinGym's own ProtGPT2 baseline scores bare sequences,
 averaged over both directions; ours are in the layout that the model was trained on, so the two are
@@ -198,7 +198,7 @@ def score_columns(
         ``{prefix}log_likelihood`` (nats) and ``{prefix}log_likelihood_per_residue``, ``(P,)`` each;
         NaN where a protein does not fit the model.
     """
-    from src.evaluation.generation import score_proteins
+    from src.evaluation.likelihoods import score_proteins
 
     unique = list(dict.fromkeys(residues))
     place = {protein: i for i, protein in enumerate(unique)}

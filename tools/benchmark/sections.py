@@ -326,7 +326,7 @@ def generation_section(bench: Workbench) -> dict[str, Any]:
         tokens["one at a time"] = total
 
     def in_a_batch() -> None:
-        tokens["in a batch"] = sample_proteins(model, tokenizer, settings).tokens
+        tokens["in a batch"] = sample_proteins(model, tokenizer, settings).tally.tokens
 
     torch.manual_seed(0)
     sides = {"one at a time": one_at_a_time, "in a batch": in_a_batch}
