@@ -21,13 +21,18 @@ from torch import Tensor
 from transformers import DynamicCache, GPT2LMHeadModel
 from transformers.cache_utils import DynamicLayer
 
-from src.models.loading import accepts, max_positions, output_head
+from src.models.loading import accepts, max_positions
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 SPARE_COLUMNS = 64
 """Room that the cache gets ahead, so that it is not copied for every token."""
+
+
+def cache_argument(model: PreTrainedModel) -> str:
+    """Return the name by which a model's forward takes its cache; newer transformers renamed it."""
+    return "cache" if accepts(model, "cache") else "past_key_values"
 
 
 class Decoder:
@@ -54,7 +59,7 @@ class Decoder:
             raise ValueError(
                 f"{type(model).__name__}: sampling needs full attention in every layer"
             )
-        self.name = "cache" if accepts(model, "cache") else "past_key_values"
+        self.name = cache_argument(model)
         self.model, self.device = model, model.device
         model(input_ids=prompt[None], use_cache=True, **{self.name: cache})
         # (2, H, p - 1, d) of each layer
@@ -278,5 +283,5 @@ def gpt2_weights(model: Any) -> Gpt2Weights:
         )  # fmt: skip
     return Gpt2Weights(
         base.wte.weight, base.wpe.weight, blocks, base.ln_f.eps, base.ln_f.weight, base.ln_f.bias,
-        *output_head(model),
+        model.lm_head.weight, model.lm_head.bias,
     )  # fmt: skip
