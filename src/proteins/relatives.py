@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import gzip
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -76,31 +78,55 @@ def aligned(aligner: Any, query: str, target: str) -> tuple[int, int, int]:
     return identical, columns, q_stop - q_start
 
 
-def likeliest_relatives(
-    queries: Sequence[str], targets: Sequence[str], count: int = CANDIDATES
-) -> np.ndarray:
-    """Return the targets whose words are most similar to those of each query.
+class Relatives:
+    """Proteins among which the nearest relatives of others are looked for, by their words.
 
     Similarity is the cosine over words of three residues, weighted by inverse document frequency
     ln(targets / targets with the word).
-
-    Returns:
-        ``(Q, min(count, targets))`` indices, the most similar first.
     """
-    count = min(count, len(targets))
-    words = word_sets(targets)
-    frequency = np.asarray(words.sum(0), dtype=np.float64).ravel()
-    weight = np.log((1 + len(targets)) / (1 + frequency))
-    weighted = _unit_rows(words.multiply(weight).tocsr()).T.tocsr()
-    query_words = _unit_rows(word_sets(queries).multiply(weight).tocsr())
-    nearest = np.zeros((len(queries), count), dtype=np.int64)
-    block = max(1, 20_000_000 // max(1, len(targets)))
-    for start in range(0, len(queries), block):
-        cosine = (query_words[start : start + block] @ weighted).toarray()
-        best = np.argpartition(-cosine, count - 1, axis=1)[:, :count]
-        order = np.argsort(-np.take_along_axis(cosine, best, 1), axis=1, kind="stable")
-        nearest[start : start + block] = np.take_along_axis(best, order, 1)
-    return nearest
+
+    def __init__(self, targets: Sequence[str], candidates: int = CANDIDATES) -> None:
+        """Index the targets, of which ``candidates`` are aligned with each query."""
+        self.targets, self.count = targets, min(candidates, len(targets))
+        words = word_sets(targets)
+        frequency = np.asarray(words.sum(0), dtype=np.float64).ravel()
+        self.weight = np.log((1 + len(targets)) / (1 + frequency))
+        self.words = _unit_rows(words.multiply(self.weight).tocsr()).T.tocsr()
+        self.aligner = local_aligner()
+
+    def likeliest(self, queries: Sequence[str]) -> np.ndarray:
+        """Return the targets ``(Q, count)`` whose words are most similar, the most similar first.
+
+        They are indices.
+        """
+        query_words = _unit_rows(word_sets(queries).multiply(self.weight).tocsr())
+        nearest = np.zeros((len(queries), self.count), dtype=np.int64)
+        block = max(1, 20_000_000 // max(1, len(self.targets)))
+        for start in range(0, len(queries), block):
+            cosine = (query_words[start : start + block] @ self.words).toarray()
+            best = np.argpartition(-cosine, self.count - 1, axis=1)[:, : self.count]
+            order = np.argsort(-np.take_along_axis(cosine, best, 1), axis=1, kind="stable")
+            nearest[start : start + block] = np.take_along_axis(best, order, 1)
+        return nearest
+
+    def identities(self, queries: Sequence[str], show: bool = False) -> dict[str, np.ndarray]:
+        """Return :func:`nearest_identities`, with progress where ``show`` is on."""
+        best = {name: np.zeros(len(queries)) for name in ("identity", "local_identity", "coverage")}
+        nearest = np.full(len(queries), -1, dtype=np.int64)
+        likely = self.likeliest(queries)
+        rows = range(len(queries))
+        for row in progress(rows, len(queries), "aligning", "proteins") if show else rows:
+            query = queries[row]
+            for target in likely[row] if query else ():
+                identical, columns, covered = aligned(
+                    self.aligner, query, self.targets[int(target)]
+                )
+                if identical / len(query) > best["identity"][row]:
+                    best["identity"][row] = identical / len(query)
+                    best["local_identity"][row] = identical / columns
+                    best["coverage"][row] = covered / len(query)
+                    nearest[row] = target
+        return {**best, "target": nearest}
 
 
 def _unit_rows(table: sparse.csr_matrix) -> sparse.csr_matrix:
@@ -114,7 +140,7 @@ def nearest_identities(
 ) -> dict[str, np.ndarray]:
     """Return the identity of each query with its closest target.
 
-    The ``candidates`` of :func:`likeliest_relatives` are aligned locally (Smith & Waterman 1981,
+    The ``candidates`` of :meth:`Relatives.likeliest` are aligned locally (Smith & Waterman 1981,
     BLOSUM62, gaps 11 and 1). Identity is **identical pairs / residues of the query**, for the
     target with the most identical pairs: short matches count little, and 1 means that the whole
     query is part of a target. It is a lower bound, because a relative with few common words may be
@@ -126,21 +152,10 @@ def nearest_identities(
         alignment, gaps included); ``coverage`` (aligned share of the query); ``target``, its index,
         or -1.
     """
-    best = {name: np.zeros(len(queries)) for name in ("identity", "local_identity", "coverage")}
-    nearest = np.full(len(queries), -1, dtype=np.int64)
     if queries and targets:
-        aligner = local_aligner()
-        likely = likeliest_relatives(queries, targets, candidates)
-        for row in progress(range(len(queries)), len(queries), "aligning", "proteins"):
-            query = queries[row]
-            for target in likely[row] if query else ():
-                identical, columns, covered = aligned(aligner, query, targets[int(target)])
-                if identical / len(query) > best["identity"][row]:
-                    best["identity"][row] = identical / len(query)
-                    best["local_identity"][row] = identical / columns
-                    best["coverage"][row] = covered / len(query)
-                    nearest[row] = target
-    return {**best, "target": nearest}
+        return Relatives(targets, candidates).identities(queries, show=True)
+    none = {name: np.zeros(len(queries)) for name in ("identity", "local_identity", "coverage")}
+    return {**none, "target": np.full(len(queries), -1, dtype=np.int64)}
 
 
 def check_profiles(profiles: str | Path) -> tuple[int, bool]:
@@ -150,14 +165,14 @@ def check_profiles(profiles: str | Path) -> tuple[int, bool]:
         ValueError: pyhmmer is missing, or the file is missing, empty or no HMM file.
     """
     try:
-        import pyhmmer
+        import pyhmmer  # noqa: F401
     except ImportError:
         raise ValueError("--profiles: the search needs pyhmmer: pip install pyhmmer") from None
     if not Path(profiles).is_file():
         raise ValueError(f"--profiles {profiles}: there is no such HMM file")
     count, gathering = 0, True
     try:
-        with pyhmmer.plan7.HMMFile(str(profiles)) as file:
+        with open_profiles(profiles) as file:
             for profile in file:
                 count += 1
                 gathering = gathering and profile.cutoffs.gathering_available()
@@ -190,27 +205,82 @@ def family_hits(
         ValueError: see :func:`check_profiles`.
     """
     count, gathering = check_profiles(profiles)
+    hit: set[int] = set()
+    families = 0
+    for _profile, hits in _searched(proteins, profiles, count, gathering, evalue, cpus):
+        hit |= set(hits)
+        families += bool(hits)
+    return {
+        "hit": np.array([i in hit for i in range(len(proteins))], dtype=bool),
+        "families": families,
+        "profiles": count,
+        "threshold": "gathering" if gathering else evalue,
+    }
+
+
+def profile_scores(
+    proteins: Sequence[str], profiles: str | Path, evalue: float = EVALUE, cpus: int = 1
+) -> dict[str, np.ndarray]:
+    """Return each profile's scores of all proteins.
+
+    Args:
+        proteins: residues of each.
+        profiles: HMM file; thresholds as in :func:`family_hits`.
+        evalue: threshold without gathering thresholds.
+        cpus: threads.
+
+    Returns:
+        For each profile that hits a protein, by accession (or name, without one), ``(P,)``: the
+        log-odds score against HMMER's background in nats, 0 without a hit.
+
+    Raises:
+        ValueError: see :func:`check_profiles`.
+    """
+    count, gathering = check_profiles(profiles)
+    scores: dict[str, np.ndarray] = {}
+    for profile, hits in _searched(proteins, profiles, count, gathering, evalue, cpus):
+        if hits:
+            scores[profile] = np.zeros(len(proteins))
+            scores[profile][list(hits)] = np.log(2) * np.array(list(hits.values()))
+    return scores
+
+
+def _searched(
+    proteins: Sequence[str],
+    profiles: str | Path,
+    count: int,
+    gathering: bool,
+    evalue: float,
+    cpus: int,
+) -> Iterator[tuple[str, dict[int, float]]]:
+    """Yield each profile's key and its hits: index of the protein, score in bits."""
     import pyhmmer
 
     alphabet = pyhmmer.easel.Alphabet.amino()
     digital = [_named_sequence(str(i), p).digitize(alphabet) for i, p in enumerate(proteins) if p]
     block: Any = pyhmmer.easel.DigitalSequenceBlock(alphabet, digital)
     options: dict[str, Any] = {"bit_cutoffs": "gathering"} if gathering else {"E": evalue}
-    hit: set[str] = set()
-    families = 0
     if len(block):
-        with pyhmmer.plan7.HMMFile(str(profiles)) as file:
+        with open_profiles(profiles) as file:
             # hmmsearch is much faster than hmmscan; Z makes its E-values hmmscan's.
             for hits in pyhmmer.hmmsearch(file, block, cpus=cpus, Z=count, **options):
-                names = {_text(h.name) for h in hits if h.included or h.reported}
-                hit |= names
-                families += bool(names)
-    return {
-        "hit": np.array([str(i) in hit for i in range(len(proteins))], dtype=bool),
-        "families": families,
-        "profiles": count,
-        "threshold": "gathering" if gathering else evalue,
-    }
+                good = (h for h in hits if h.included or h.reported)
+                yield profile_key(hits.query), {int(_text(h.name)): h.score for h in good}
+
+
+def profile_key(profile: Any) -> str:
+    """Return a profile's accession, or its name where it has none."""
+    return _text(profile.accession or profile.name)
+
+
+@contextmanager
+def open_profiles(profiles: str | Path) -> Iterator[Any]:
+    """Open an HMM file, gzipped or not, as an iterable of pyhmmer's profiles."""
+    import pyhmmer
+
+    opened = gzip.open if Path(profiles).suffix == ".gz" else open
+    with opened(profiles, "rb") as raw, pyhmmer.plan7.HMMFile(raw) as file:
+        yield file
 
 
 def _named_sequence(name: str, residues: str) -> Any:

@@ -18,7 +18,7 @@ from src.common.files import atomic_folder, is_plain_name, read_json, write_json
 from src.proteins.fasta import FastaRecord, fasta_text
 from src.proteins.homology import CLUSTERS_HEADER, read_clusters
 from src.proteins.report import ReadReport
-from src.proteins.sources import DUPLICATE, read_proteins
+from src.proteins.sources import DUPLICATE, read_distinct_names, read_proteins
 from src.proteins.splits import Split, leakages, sample_train, split_hash
 
 SPLIT_FILE = "split.json"
@@ -31,18 +31,18 @@ LEAKAGE_COUNTS = ("proteins", "identity_30", "identity_50", "any_hit")
 
 
 def read_named(
-    source: str | Path, keep_ambiguous: bool = False
+    source: str | Path, keep_ambiguous: bool = False, sequence_column: str | None = None
 ) -> tuple[dict[str, str], ReadReport]:
     """Return the residues for each name, in the order of the file, and the report of reading.
 
+    Different proteins of one name get different ones
+    (:func:`src.proteins.sources.read_distinct_names`).
+
     Raises:
-        ValueError: the source is broken, or two different proteins share a name.
+        ValueError: the source is broken.
     """
-    proteins: dict[str, str] = {}
-    report = ReadReport()
-    for name, residues in read_proteins(source, report=report, keep_ambiguous=keep_ambiguous):
-        if proteins.setdefault(name, residues) != residues:
-            raise ValueError(f"{source}: two different proteins are called {name}: rename one")
+    listed, report = read_distinct_names(source, keep_ambiguous, sequence_column)
+    proteins = {protein.name: protein.residues for protein in listed}
     repeated = report.kept - len(proteins)
     if repeated:
         report.drop(DUPLICATE, "the same name and residues", repeated)
@@ -113,14 +113,14 @@ def write_split(
     """
     require_free(folder)
     parts = dict(split.parts)
-    keys = ("leakage", "left_out", "drawn", "all_clusters", "families")
+    keys = ("leakage", "left_out", "drawn", "all_clusters", "families", "others")
     record: dict[str, Any] = {
         "schema_version": SCHEMA_VERSION,
         "settings": {**asdict(settings), "train_proteins": train_proteins},
         "source": dict(source or {}),
         **{key: split.report[key] for key in keys if key in split.report},
     }
-    if split.within_families:
+    if split.families:
         record["within_families"] = True
     if train_proteins is not None and train_proteins < len(parts["train"]):
         record["full_train"] = {
@@ -145,7 +145,8 @@ def write_split(
 
 
 def _fasta_entry(name: str, residues: str, split: Split) -> str:
-    fields = {FAMILY_KEY: split.clusters[name]} if split.within_families else {}
+    family = split.clusters[name]
+    fields = {FAMILY_KEY: family} if family in split.families else {}
     return fasta_text(FastaRecord(name, residues, fields))
 
 
