@@ -128,7 +128,10 @@ ARCHITECTURES: dict[str, dict] = {
     "xlnet": {**D_MODEL, "n_layer": 2, "n_head": 4, "d_inner": 48},
 }
 NOT_CAUSAL = {"bert", "roberta", "electra", "xlnet"}
-LEAKING = {"opt", "xglm", "openai-gpt", "ctrl", "bloom", "mpt", "rwkv", "mamba", "mamba2"}
+LEAKING = {
+    *("opt", "xglm", "openai-gpt", "ctrl", "bloom", "mpt", "biogpt", "bert, decoder"),
+    *("rwkv", "mamba", "mamba2", "jamba", "falcon_h1"),
+}
 """Models whose packed proteins see each other."""
 FORMS = {
     "gemma2": (1.0, 3.0),

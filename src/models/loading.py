@@ -21,9 +21,18 @@ from src.common.cli import one_line, printable, size
 from src.common.devices import machine_memory
 from src.common.files import read_json
 from src.common.settings import BUNDLED_TEACHER, StudentSettings
-from src.models.forward import head_form
+from src.models.forward import head_form, stated_positions
+from src.models.recognition import candidates, writes
 from src.models.sizes import gpt2_parameters
-from src.proteins.layouts import STANDARD_RESIDUES, layout, residues_of
+from src.proteins.layouts import (
+    STANDARD_RESIDUES,
+    TaggedProtein,
+    guess_layout,
+    layout_of,
+    set_layout,
+    spelt_out,
+    stated_layout,
+)
 from src.proteins.tokens import token_letters
 
 MAX_CONFIG_BYTES = 1 << 20
@@ -41,12 +50,18 @@ class NoTokenizerError(ValueError):
     """A model has no tokenizer of proteins."""
 
 
-def load_tokenizer(name: str | Path, revision: str | None = None) -> PreTrainedTokenizerBase:
+def load_tokenizer(
+    name: str | Path, revision: str | None = None, layout: str | None = None
+) -> PreTrainedTokenizerBase:
     """Load a tokenizer; without a padding token it pads with the end-of-text marker.
+
+    It carries a layout (:func:`src.proteins.layouts.layout_of`): the one given, the one that it was
+    saved with, or the first of the table that it can write.
 
     Args:
         name: directory or hub id.
         revision: branch, tag or commit on the hub.
+        layout: name of a layout, or a template.
 
     Raises:
         NoTokenizerError: the model has no tokenizer.
@@ -62,6 +77,12 @@ def load_tokenizer(name: str | Path, revision: str | None = None) -> PreTrainedT
             str(name), revision=revision or "main", trust_remote_code=False
         )
         _keep_no_words(tokenizer)
+    if layout is not None:
+        set_layout(tokenizer, chosen := spelt_out(layout, tokenizer))
+        if not writes(tokenizer, chosen):
+            raise ValueError(f"--layout {layout!r}: the tokenizer of {name} has no tokens for it")
+    with explain_loading("tokenizer", name):
+        _choose_layout(tokenizer)
     if tokenizer.eos_token is None:
         raise ValueError(f"{name}: its tokenizer has no end-of-text token")
     with explain_loading("tokenizer", name):
@@ -74,6 +95,15 @@ def load_tokenizer(name: str | Path, revision: str | None = None) -> PreTrainedT
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token
     return tokenizer
+
+
+def _choose_layout(tokenizer: PreTrainedTokenizerBase) -> None:
+    """Let a tokenizer carry a layout, and know the marker at its end."""
+    if stated_layout(tokenizer) is None and (possible := candidates(tokenizer)):
+        guess_layout(tokenizer, possible[0])
+    after = layout_of(tokenizer).parts[1].strip()
+    if tokenizer.eos_token is None and after in tokenizer.get_vocab():
+        tokenizer.eos_token = after
 
 
 def _keep_no_words(tokenizer: PreTrainedTokenizerBase) -> None:
@@ -119,14 +149,16 @@ def _try_out(tokenizer: PreTrainedTokenizerBase) -> str:
         ValueError: token ids are out of range, or the decoded text is no protein. A broken
             tokenizer may raise any other error.
     """
-    ids = tokenizer(layout(STANDARD_RESIDUES), add_special_tokens=False)["input_ids"]
+    protein = TaggedProtein(STANDARD_RESIDUES, "1.1.1.1")
+    layout = layout_of(tokenizer)
+    ids = tokenizer(layout.text(protein), add_special_tokens=False)["input_ids"]
     text: Any = tokenizer.decode(ids, skip_special_tokens=False, clean_up_tokenization_spaces=False)
     known = [*tokenizer.all_special_ids, *ids]
     if not all(isinstance(i, int) and 0 <= i < len(tokenizer) for i in known):
         raise ValueError("its token ids do not run from 0 to the size of its vocabulary")
     letters = token_letters(tokenizer)
     spelt = "".join(letters[i] for i in ids)
-    return spelt if spelt != STANDARD_RESIDUES else residues_of(text)
+    return spelt if spelt != STANDARD_RESIDUES else str(layout.read(text))
 
 
 def load_causal_lm(
@@ -331,6 +363,16 @@ def shape_of(name: str | Path) -> StudentSettings:
     return StudentSettings(config.n_layer, config.n_head, config.n_embd)
 
 
+MOST_POSITIONS = 4096
+"""A student has its teacher's positions, but beyond these only what its proteins need."""
+
+
+def student_positions(config: Any, max_length: int) -> int:
+    """Return a student's longest input for a teacher's configuration and the run's proteins."""
+    stated = stated_positions(config) or max_length
+    return stated if stated <= MOST_POSITIONS else max(max_length, MOST_POSITIONS)
+
+
 def student_config(
     student: StudentSettings, teacher_config: Any, n_positions: int | None = None
 ) -> GPT2Config:
@@ -383,17 +425,18 @@ def count_parameters(model: nn.Module) -> int:
     return sum(p.numel() for p in model.parameters())
 
 
-def max_positions(config: Any) -> int:
-    """Return the longest input of a model, in tokens.
+def max_positions(config: Any, wanted: int | None = None) -> int:
+    """Return the longest input of a model in tokens, and at most ``wanted``.
 
     Raises:
-        ValueError: the configuration does not say.
+        ValueError: neither is known.
     """
-    for name in ("n_positions", "max_position_embeddings", "n_ctx"):
-        value = getattr(config, name, None)
-        if value:
-            return int(value)
-    raise ValueError("the model's configuration states no longest input")
+    known = [value for value in (stated_positions(config), wanted) if value]
+    if not known:
+        raise ValueError(
+            f"a {config.model_type} model states no longest input (it has none): pass --max_length"
+        )
+    return min(known)
 
 
 def model_fingerprint(model: nn.Module) -> str:
