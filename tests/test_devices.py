@@ -9,7 +9,9 @@ from src.common import devices
 
 
 @pytest.mark.parametrize("count", [0, 2])
-@pytest.mark.parametrize("name", ["meta", "xpu", "mps:0", "cpu:1", "cuda:", "cuda:-1", "cuda:01", ""])
+@pytest.mark.parametrize(
+    "name", ["meta", "xpu", "mps:0", "cpu:1", "cuda:", "cuda:-1", "cuda:01", ""]
+)
 def test_other_devices_are_refused(monkeypatch, count, name):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: count > 0)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: count)
@@ -46,7 +48,9 @@ def test_mps_is_a_device_where_there_is_one(monkeypatch):
 @pytest.mark.parametrize(("native", "chosen"), [(True, "bf16"), (False, "fp16")])
 def test_bf16_is_chosen_only_where_it_is_native(monkeypatch, native, chosen):
     monkeypatch.setattr(
-        torch.cuda, "is_bf16_supported", lambda including_emulation=True: including_emulation or native
+        torch.cuda,
+        "is_bf16_supported",
+        lambda including_emulation=True: including_emulation or native,
     )
     assert devices.choose_precision("auto", torch.device("cuda")) == chosen
 

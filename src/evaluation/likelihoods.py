@@ -69,9 +69,7 @@ def score_proteins(
     """
     ends = [True] * len(proteins) if whole is None else whole
     layout = layout_of(tokenizer)
-    texts = [
-        layout.text(p) if w else layout.prompt(p) for p, w in zip(proteins, ends, strict=True)
-    ]
+    texts = [layout.text(p) if w else layout.prompt(p) for p, w in zip(proteins, ends, strict=True)]
     rows = [
         np.asarray(tokenizer(t, add_special_tokens=False, verbose=False)["input_ids"])
         for t in texts

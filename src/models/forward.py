@@ -231,7 +231,7 @@ def _prove(model: PreTrainedModel) -> HeadForm:
         )
     head: Any = model.get_output_embeddings()
     weight = getattr(head, "weight", None)
-    if products is None or not isinstance(weight, Tensor) or not hidden.shape[:2] == batch.shape:
+    if products is None or not isinstance(weight, Tensor) or hidden.shape[:2] != batch.shape:
         return HeadForm(linear=False)
     bias = getattr(head, "bias", None)
     if not same(F.linear(hidden, weight, bias), products):

@@ -15,6 +15,7 @@ from src.common import processes
 from src.common.cli import say
 from src.common.devices import choose_device, choose_precision, weights_dtype
 from src.common.settings import TrainSettings
+from src.models.forward import require_packing
 from src.models.loading import (
     count_parameters,
     load_causal_lm,
@@ -23,7 +24,6 @@ from src.models.loading import (
     model_fingerprint,
     student_positions,
 )
-from src.models.forward import require_packing
 from src.models.recognition import settle_layout
 from src.models.sharding import load_sharded
 from src.models.teacher_cache import TeacherCache, capture
