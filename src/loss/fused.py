@@ -13,9 +13,10 @@ weight of a position, the gradient of one position's loss, times N, is
 
 times the slope of a scaled or capped head (:meth:`src.loss.chunks.Head.slope`), where g is T times
 the gradient of the divergence D(p̄, q) with respect to z (``src.loss.divergences``). At T = 2,
-exp(z) = exp(z/2)², so that one exponential serves both softmaxes. Logits have the dtype of the inputs (bfloat16 products are
-summed in float32 and rounded once, as in any linear layer). Everything after them is float32, and
-so is the sum of the head's gradient over chunks. Float64 stays float64.
+exp(z) = exp(z/2)², so that one exponential serves both softmaxes. Logits have the dtype of the
+inputs (bfloat16 products are summed in float32 and rounded once, as in any linear layer).
+Everything after them is float32, and so is the sum of the head's gradient over chunks. Float64
+stays float64.
 """
 
 from __future__ import annotations
