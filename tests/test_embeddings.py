@@ -113,6 +113,7 @@ def test_a_stopped_run_goes_on(folder, capsys, monkeypatch):
         )
 
 
+@pytest.mark.slow
 def test_two_processes_share_the_proteins(folder):
     assert run(folder, "one.npz") == 0
     with socket.socket() as free:

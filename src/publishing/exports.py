@@ -108,7 +108,7 @@ def to_onnx(model: PreTrainedModel, path: Path) -> None:
     batch, tokens = torch.export.Dim("batch"), torch.export.Dim("tokens")
     torch.onnx.export(
         Logits().eval(), (torch.zeros((2, 7), dtype=torch.long),), path, dynamo=True,
-        input_names=["input_ids"], output_names=["logits"], external_data=False,
+        input_names=["input_ids"], output_names=["logits"], external_data=False, verbose=False,
         dynamic_shapes={"input_ids": {0: batch, 1: tokens}},
     )  # fmt: skip
 
