@@ -181,7 +181,7 @@ def _number(text: str, kind: type, description: str) -> Any:
 def progress(
     items: Iterable[Item],
     total: int | None = None,
-    description: str = "",
+    description: str | Callable[[], str] = "",
     unit: str = "it",
 ) -> Iterator[Item]:
     """Yield items and show on standard error how many are done, the rate and the remaining time.
@@ -191,15 +191,23 @@ def progress(
     Args:
         items: any iterable.
         total: number of items; None: unknown, or ``len(items)``.
-        description: what is being done.
+        description: what is being done; a function, where that changes.
         unit: name of the items.
     """
     if total is None and hasattr(items, "__len__"):
         total = len(items)  # type: ignore[arg-type]
+
+    def now_said() -> str:
+        return description if isinstance(description, str) else description()
+
     if sys.stderr.isatty():
         from tqdm import tqdm
 
-        yield from tqdm(items, total=total, desc=description, unit=f" {unit}", leave=False)
+        with tqdm(total=total, unit=f" {unit}", leave=False) as bar:
+            for item in items:
+                bar.set_description_str(now_said(), refresh=False)
+                bar.update()
+                yield item
         return
     started = last = time.monotonic()
     for done, item in enumerate(items, start=1):
@@ -212,7 +220,7 @@ def progress(
             of = f" of {total:,}" if total else ""
             pace = f"{rate:,.1f} {unit}/s" if rate >= 1 else f"{1 / rate:,.1f} s each"
             print(
-                f"{description}: {done:,}{of} {unit}, {pace}{left}",
+                f"{now_said()}: {done:,}{of} {unit}, {pace}{left}",
                 file=sys.stderr,
                 flush=True,
             )

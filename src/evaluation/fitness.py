@@ -1,7 +1,7 @@
 """Scores variants of proteins by their likelihood and compares the scores with measurements.
 
 A protein's score is log p(tokens after the first | the first) of its layout, line breaks and end
-counted (:func:`src.evaluation.generation.score_proteins`). Variants are read from FASTA or from
+counted (:func:`src.evaluation.likelihoods.score_proteins`). Variants are read from FASTA or from
 a table such as ProteinGym's substitution benchmark (Notin et al. 2023, NeurIPS): ``mutant``,
 ``mutated_sequence`` and ``DMS_score``. ProteinGym's own ProtGPT2 baseline scores bare sequences,
 averaged over both directions; ours are in the layout that the model was trained on, so the two are
@@ -22,7 +22,10 @@ import numpy as np
 
 from src.common.cli import printable
 from src.common.files import write_text
+from src.evaluation.likelihoods import score_proteins
+from src.evaluation.mutants import Substitution, mutated
 from src.evaluation.statistics import Estimate, cluster_codes
+from src.evaluation.variants import variant_nll, windowed_nll
 from src.proteins.readers import (
     CSV,
     FASTA,
@@ -99,6 +102,23 @@ def read_variants(
     if kind not in (CSV, TSV):
         raise ValueError(f"--input {path}: expected FASTA, CSV or TSV, found {kind}")
     return _read_table(path, "," if kind == CSV else "\t", sequence_column, score_column)
+
+
+def mutant_variants(
+    wild: str, mutants: Sequence[Sequence[Substitution]], names: Sequence[str], first: int = 1
+) -> Variants:
+    """Return the table of a wild type's mutants: ``mutant`` and ``sequence``.
+
+    Args:
+        wild: residues.
+        mutants: substitutions of each.
+        names: of each, as they were written.
+        first: number of the wild type's first residue.
+    """
+    residues = [mutated(wild, mutant, first) for mutant in mutants]
+    clusters = [":".join(str(s.number) for s in mutant) for mutant in mutants]
+    rows = [list(row) for row in zip(names, residues, strict=True)]
+    return Variants([MUTANT_COLUMN, "sequence"], rows, residues, None, clusters)
 
 
 def _read_table(
@@ -185,7 +205,11 @@ def positions(mutant: str) -> str:
 
 
 def score_columns(
-    models: Mapping[str, tuple[Any, Any]], residues: Sequence[str], batch_size: int = 32
+    models: Mapping[str, tuple[Any, Any]],
+    residues: Sequence[str],
+    batch_size: int = 32,
+    wild: str | None = None,
+    windows: bool = False,
 ) -> dict[str, np.ndarray]:
     """Return log-likelihoods of proteins under models, as columns of a table.
 
@@ -193,22 +217,32 @@ def score_columns(
         models: model and tokenizer by prefix of the columns.
         residues: ``(P,)``; equal ones are scored once.
         batch_size: proteins scored at a time.
+        wild: the protein that all are variants of: what they share with it is computed once.
+        windows: score proteins longer than the model in overlapping windows
+            (:func:`src.evaluation.variants.windowed_nll`).
 
     Returns:
         ``{prefix}log_likelihood`` (nats) and ``{prefix}log_likelihood_per_residue``, ``(P,)`` each;
-        NaN where a protein does not fit the model.
+        given ``wild`` also ``{prefix}log_ratio``, log p(protein) - log p(wild type). NaN where a
+        protein does not fit the model.
     """
-    from src.evaluation.generation import score_proteins
-
-    unique = list(dict.fromkeys(residues))
+    unique = list(dict.fromkeys([*([] if wild is None else [wild]), *residues]))
     place = {protein: i for i, protein in enumerate(unique)}
     back = np.array([place[protein] for protein in residues])
     sizes = np.array([len(protein) for protein in residues])
     found = {}
     for prefix, (model, tokenizer) in models.items():
-        nll = score_proteins(model, tokenizer, unique, batch_size=batch_size).nll[back]
-        found[f"{prefix}log_likelihood"] = -nll
-        found[f"{prefix}log_likelihood_per_residue"] = -nll / sizes
+        if wild is None:
+            nll = score_proteins(model, tokenizer, unique, batch_size=batch_size).nll
+        else:
+            nll = variant_nll(model, tokenizer, wild, unique)
+        if windows:
+            for i in np.flatnonzero(np.isnan(nll)):
+                nll[i] = windowed_nll(model, tokenizer, unique[i]).sum()
+        found[f"{prefix}log_likelihood"] = -nll[back]
+        found[f"{prefix}log_likelihood_per_residue"] = -nll[back] / sizes
+        if wild is not None:
+            found[f"{prefix}log_ratio"] = nll[0] - nll[back]
     return found
 
 
@@ -225,6 +259,40 @@ def write_scores(path: str | Path, variants: Variants, scores: Mapping[str, np.n
     for row, *values in zip(variants.rows, *scores.values(), strict=True):
         writer.writerow([*row, *("" if math.isnan(v) else f"{v:.6f}" for v in values)])
     write_text(path, table.getvalue())
+
+
+def lengths_differ(residues: Sequence[str]) -> bool:
+    """Return whether proteins are not all of one length."""
+    return len({len(protein) for protein in residues}) > 1
+
+
+def which_suits(residues: Sequence[str]) -> str:
+    """Return, for a person, which of the two log-likelihoods ranks these proteins."""
+    if not lengths_differ(residues):
+        return "all of one length: the total and the value per residue give the same order"
+    low, high = (end(map(len, residues)) for end in (min, max))
+    return (
+        f"lengths from {low:,} to {high:,} residues: compare log_likelihood_per_residue; the total "
+        "is a sum over residues, so that a truncated protein looks better by it"
+    )
+
+
+def wild_type(given: str) -> str:
+    """Return the residues of ``--wildtype``: given as such, or in a file with one protein.
+
+    Raises:
+        ValueError: they are neither, or the file holds several proteins.
+    """
+    if Path(given).is_file():
+        found = {p.residues for p in read_proteins(given, keep_ambiguous=True)}
+        if len(found) != 1:
+            raise ValueError(f"--wildtype {given}: holds {len(found)} proteins, and not one")
+        return found.pop()
+    report = ReadReport()
+    cleaned = clean(given, report, "--wildtype", keep_ambiguous=True)
+    if cleaned is None:
+        raise ValueError(f"--wildtype {given[:40]!r}: neither a file nor residues")
+    return cleaned
 
 
 def check_columns(variants: Variants, names: Sequence[str] | Mapping[str, Any]) -> None:
