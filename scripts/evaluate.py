@@ -20,7 +20,15 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from src.common import processes
 from src.common import settings as s
-from src.common.cli import HelpFormatter, folder, natural, positive_int, run_script, say
+from src.common.cli import (
+    HelpFormatter,
+    add_data_flags,
+    folder,
+    natural,
+    positive_int,
+    run_script,
+    say,
+)
 from src.common.files import check_outputs
 
 
@@ -30,7 +38,7 @@ def build_parser() -> argparse.ArgumentParser:
     add = parser.add_argument_group("what to measure").add_argument
     add("--student_model", required=True, help="directory or hub id")
     add("--teacher_model", help="(default: the student's, from its run.json)")
-    add("--data", help="held-out proteins (default: what the student's run.json names)")
+    add_data_flags(add, "held-out proteins (default: what the student's run.json names)")
     add("--split", help="part of the data (default: test, else validation, else the whole file)")
     add("--max_proteins", type=positive_int, help="the first so many (default: all)")
     add("--max_length", type=positive_int, help="tokens (default: what both models can take)")
@@ -79,7 +87,7 @@ def run(args: argparse.Namespace) -> dict:
         args.output,
         args.per_protein,
         overwrite=args.overwrite,
-        inputs=(args.data, args.profiles),
+        inputs=(*(args.data or "").split(","), args.profiles),
     )
     from src.common.cli import quiet_libraries
     from src.common.devices import choose_device
@@ -107,6 +115,7 @@ def run(args: argparse.Namespace) -> dict:
         )
     teacher_name = args.teacher_model or inputs.named_teacher(record) or s.DEFAULT_TEACHER
     source = args.data or inputs.named_data(record) or s.DEFAULT_DATA
+    column = args.sequence_column or (None if args.data else inputs.named_column(record))
     split, has_train = inputs.choose_split(source, args.split)
     device = choose_device(args.device)
     tokenizer = inputs.shared_tokenizer(args.student_model, teacher_name)
@@ -128,11 +137,13 @@ def run(args: argparse.Namespace) -> dict:
         args.cache_dir,
         long_proteins="drop",
         max_proteins=args.max_proteins,
+        sequence_column=column,
     )
-    say(f"{source} ({split or 'the whole file'}): {len(test):,} proteins")
+    for line in test.report.lines():
+        say(line)
     train = None
     if has_train:
-        reader = read_proteins(source, split="train", tokenizer=tokenizer)
+        reader = read_proteins(source, split="train", tokenizer=tokenizer, sequence_column=column)
         count = q.NOVELTY_PROTEINS if description.thorough else gates.FLOOR_PROTEINS
         train = [protein.residues for protein in islice(reader, count)]
     measured = evaluate(

@@ -22,6 +22,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from src.common import settings as s
 from src.common.cli import (
     HelpFormatter,
+    add_data_flags,
     folder,
     natural,
     positive_float,
@@ -43,10 +44,10 @@ def build_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=HelpFormatter)
     add = parser.add_argument_group("what to distil").add_argument
     add("--teacher_model", help=f"directory or hub id (default: {s.DEFAULT_TEACHER})")
-    add(
-        "--data",
+    add_data_flags(
+        add,
+        "hub data set, directory of parts, or files: FASTA, text, CSV, Excel, parquet and others",
         default=s.DEFAULT_DATA,
-        help="hub data set, or a local FASTA[.gz], text, CSV, parquet or directory of parts",
     )
     add("--train_size_prop", type=share, default=0.1, help="share of the training proteins")
     add(

@@ -39,6 +39,26 @@ class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescript
         return super()._get_help_string(action)
 
 
+class Joined(argparse.Action):
+    """Keeps the values of a flag that takes several as one text with commas between them."""
+
+    def __call__(self, parser: Any, namespace: Any, values: Any, option_string: Any = None) -> None:
+        """Store the values."""
+        setattr(namespace, self.dest, ",".join(values))
+
+
+def add_data_flags(add: Callable[..., Any], help: str, **options: Any) -> None:
+    """Add ``--data``, which takes files, patterns, a directory or a hub id, and what reads it.
+
+    Args:
+        add: a parser's or a group's ``add_argument``.
+        help: of ``--data``.
+        **options: of ``--data``, such as its default.
+    """
+    add("--data", nargs="+", action=Joined, help=help, **options)
+    add("--sequence_column", help="column of the residues in a table (default: a usual name)")
+
+
 def say(line: str = "") -> None:
     """Print one line and flush, so that it appears at once in a file too."""
     print(line, flush=True)

@@ -12,7 +12,7 @@ from src.evaluation.results import lookup
 from src.evaluation.scoring import EvaluationSettings
 from src.models.loading import NoTokenizerError, load_tokenizer, max_positions
 from src.proteins.homology import read_clusters
-from src.proteins.sources import has_split
+from src.proteins.sources import has_split, local_files
 from src.proteins.split_files import CLUSTERS_FILE, SPLIT_FILE, read_split
 from src.proteins.tokens import tokenizer_fingerprint
 
@@ -38,13 +38,18 @@ def named_data(record: Mapping[str, Any]) -> str | None:
     return source and os.path.expanduser(source)
 
 
+def named_column(record: Mapping[str, Any]) -> str | None:
+    """Return the column of residues that a run names for its data."""
+    return lookup(record, "settings.sequence_column")
+
+
 def choose_split(source: str, wanted: str | None) -> tuple[str | None, bool]:
     """Return the part of a source to evaluate, and whether it has a training part beside it.
 
     Raises:
         ValueError: the source is not there, or has neither the wanted nor a held-out part.
     """
-    if Path(source).is_file():
+    if not Path(source).is_dir() and local_files(source, None) is not None:
         if wanted not in (None, "train"):
             raise ValueError(f"{source} is one file and has no part {wanted!r}: leave out --split")
         return None, False

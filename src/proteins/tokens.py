@@ -207,6 +207,7 @@ def tokenise(
     long_proteins: str = "cut",
     max_proteins: int | None = None,
     keep_ambiguous: bool = False,
+    sequence_column: str | None = None,
     quiet: bool = False,
 ) -> TokenisedProteins:
     """Return a source's tokenised proteins in its order, each sequence once.
@@ -226,6 +227,7 @@ def tokenise(
             ``drop`` leaves it out (evaluation, where every protein must be whole).
         max_proteins: stop reading after this number of kept proteins.
         keep_ambiguous: keep proteins with B, J, O, U, X or Z.
+        sequence_column: of a table; None: a usual one.
         quiet: print nothing.
 
     Raises:
@@ -251,6 +253,7 @@ def tokenise(
         "long_proteins": long_proteins,
         "max_proteins": max_proteins,
         "keep_ambiguous": keep_ambiguous,
+        "sequence_column": sequence_column,
     }
     key = hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()[:32]
     root = Path(cache_dir).expanduser() if cache_dir is not None else default_cache_dir()
@@ -266,6 +269,7 @@ def tokenise(
             report=report,
             tokenizer=tokenizer,
             keep_ambiguous=keep_ambiguous,
+            sequence_column=sequence_column,
         )
         _build(temporary, entries, report, tokenizer, settings, quiet)
 
@@ -410,6 +414,20 @@ def _append_batch(
             residues.append(int(counts[row].sum()))
             kept.append(int(number))
     writer.append(names, rows, residues, kept)
+
+
+def held_out(hashes: np.ndarray, share: float, seed: int) -> np.ndarray:
+    """Return which proteins are set aside, ``(proteins,)`` bool: a share, but enough to measure on.
+
+    They are those of :func:`chosen`, and of few proteins the next ones in its order, so that there
+    are at least one of four proteins and two of ten.
+    """
+    aside = chosen(hashes, share, seed)
+    least = 2 if len(hashes) >= 10 else int(len(hashes) >= 4)
+    if aside.sum() < least:
+        rank = _mixed(np.asarray(hashes, np.uint64) ^ _mixed(np.array([seed], np.uint64)))
+        aside[np.argsort(rank, kind="stable")[:least]] = True
+    return aside
 
 
 def _nothing_left(report: ReadReport, settings: dict[str, Any]) -> str:

@@ -243,8 +243,10 @@ def local_inputs(
     settings: TrainSettings, device_name: str, cache_dir: str | None
 ) -> Ingredients | None:
     """Return teacher and proteins where both are on this machine, else None."""
+    from src.proteins.locations import on_hub
+
     teacher = settings.teacher_model
-    if not Path(settings.data).exists() or not (teacher is None or Path(teacher).is_dir()):
+    if on_hub(settings.data) or not (teacher is None or Path(teacher).is_dir()):
         return None
     from src.training.inputs import gather
 

@@ -25,7 +25,7 @@ from src.models.sharding import load_sharded
 from src.models.teacher_cache import TeacherCache, capture
 from src.proteins.batching import PackedDataset
 from src.proteins.sources import has_split
-from src.proteins.tokens import TokenisedProteins, chosen, tokenise
+from src.proteins.tokens import TokenisedProteins, held_out, tokenise
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -142,7 +142,10 @@ def load_parts(
     Raises:
         ValueError: the source is missing or broken, or nothing is left to train on.
     """
-    options: dict[str, Any] = {"cache_dir": cache_dir}
+    options: dict[str, Any] = {
+        "cache_dir": cache_dir,
+        "sequence_column": settings.sequence_column,
+    }
     separate = has_split(settings.data, "validation")
     train = tokenise(
         settings.data,
@@ -157,15 +160,16 @@ def load_parts(
         validation = tokenise(settings.data, "validation", tokenizer, max_length, **options)
     else:
         share = HELD_OUT_SHARE if settings.early_stopping is None else DECIDING_SHARE
-        aside = chosen(train.hashes, share, settings.data_seed + 1)
+        aside = held_out(train.hashes, share, settings.data_seed + 1)
         validation = train.subset(np.flatnonzero(aside))
         train = train.subset(np.flatnonzero(~aside))
     validation = validation.subset(np.arange(min(len(validation), settings.validation_proteins)))
     if not len(train) or not len(validation):
+        more = f"raise --train_size_prop (now {settings.train_size_prop}) or "
         raise ValueError(
             f"--data {settings.data}: {len(train)} training and {len(validation)} validation "
-            f"proteins are left; give more data or raise --train_size_prop "
-            f"(now {settings.train_size_prop})"
+            f"proteins are left, of which each needs one: "
+            f"{more if settings.train_size_prop < 1 else ''}give more proteins"
         )
     return {"train": train, "validation": validation}
 

@@ -32,7 +32,7 @@ from src.common.runs import (
 )
 from src.common.settings import TrainSettings, as_recorded
 from src.distillation import DistillationTrainer
-from src.evaluation.gates import check_teacher
+from src.evaluation.gates import CHECKED_PROTEINS, check_teacher, sample
 from src.evaluation.results import lookup
 from src.models.loading import count_parameters, keep_head_alone, model_fingerprint
 from src.models.sizes import total_steps
@@ -290,11 +290,11 @@ def models_line(settings: TrainSettings, parameters: int, teacher_parameters: in
 def check(inputs: Ingredients, sharded: bool) -> dict[str, Any]:
     """Return the teacher's check; a sharded teacher is run by all processes, another by one."""
     together = processes.alike if sharded else processes.agreed
-    teacher, parts = inputs.teacher, inputs.parts
+    teacher, train = inputs.teacher, inputs.parts["train"]
     assert teacher is not None
-    return together(
-        lambda: check_teacher(teacher, inputs.tokenizer, parts["validation"], parts["train"])
-    )
+    # Not a measurement of quality: training proteins serve as well, and there are more of them.
+    proteins = sample(train, CHECKED_PROTEINS, 0) + list(inputs.parts["validation"])
+    return together(lambda: check_teacher(teacher, inputs.tokenizer, proteins, train))
 
 
 def fit(
