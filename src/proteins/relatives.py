@@ -193,7 +193,7 @@ def family_hits(
     import pyhmmer
 
     alphabet = pyhmmer.easel.Alphabet.amino()
-    digital = [_named_sequence(str(i), p).digitize(alphabet) for i, p in enumerate(proteins) if p]
+    digital = [named_sequence(str(i), p).digitize(alphabet) for i, p in enumerate(proteins) if p]
     block: Any = pyhmmer.easel.DigitalSequenceBlock(alphabet, digital)
     options: dict[str, Any] = {"bit_cutoffs": "gathering"} if gathering else {"E": evalue}
     hit: set[str] = set()
@@ -202,7 +202,7 @@ def family_hits(
         with pyhmmer.plan7.HMMFile(str(profiles)) as file:
             # hmmsearch is much faster than hmmscan; Z makes its E-values hmmscan's.
             for hits in pyhmmer.hmmsearch(file, block, cpus=cpus, Z=count, **options):
-                names = {_text(h.name) for h in hits if h.included or h.reported}
+                names = {text_of(h.name) for h in hits if h.included or h.reported}
                 hit |= names
                 families += bool(names)
     return {
@@ -213,7 +213,7 @@ def family_hits(
     }
 
 
-def _named_sequence(name: str, residues: str) -> Any:
+def named_sequence(name: str, residues: str) -> Any:
     """Return a sequence for pyhmmer; older versions want names as bytes."""
     from pyhmmer.easel import TextSequence
 
@@ -223,5 +223,6 @@ def _named_sequence(name: str, residues: str) -> Any:
         return TextSequence(name=name.encode(), sequence=residues)  # type: ignore[arg-type]
 
 
-def _text(name: str | bytes) -> str:
+def text_of(name: str | bytes) -> str:
+    """Return a name of pyhmmer; older versions give bytes."""
     return name.decode() if isinstance(name, bytes) else name
