@@ -290,12 +290,13 @@ def judge(
     Raises:
         ValueError: no protein fits all models.
     """
-    fits = np.isfinite(np.stack(list(nll.values()))).all(0)
+    fits = np.asarray(np.isfinite(np.stack(list(nll.values()))).all(0))
     if not fits.any():
         raise ValueError("no held-out member fits all models")
     arrays = {name: values[fits] for name, values in nll.items()}
     arrays["residues"] = np.array([len(p.residues) for p in proteins])[fits]
-    labels = [c for c, taken in zip(clusters, fits.tolist(), strict=True) if taken]
+    places = np.flatnonzero(fits).tolist()
+    labels = [clusters[i] for i in places]
 
     def statistic(sums: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
         figures = {f"nats.{name}": sums[name] / sums["residues"] for name in nll}
@@ -317,7 +318,7 @@ def judge(
     for name, estimate in cluster_bootstrap(statistic, arrays, labels, bootstrap, seed).items():
         put_estimate(record, name, estimate)
     if table is not None:
-        names = [p.name for p, taken in zip(proteins, fits.tolist(), strict=True) if taken]
+        names = [proteins[i].name for i in places]
         columns = {f"nll {name}": arrays[name] for name in nll}
         write_per_protein(
             table, {"protein": names, "cluster": labels, "residues": arrays["residues"], **columns}

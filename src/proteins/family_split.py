@@ -24,9 +24,10 @@ from src.proteins.splits import Split
 LEAST_MEMBERS = 10
 TEST_SHARE, VALIDATION_SHARE = 0.2, 0.1
 MOST_TEST, MOST_VALIDATION = 200, 100
-CLUSTER_SHARES = (0.5, 1.5)
-"""A held-out cluster is at most this share of its part: two clusters give an interval. The second
-is tried if no cluster is as small as the first."""
+VALIDATION_CLUSTER = 1.5
+TEST_CLUSTERS = (0.5, 1.5)
+"""A held-out cluster is at most this share of what its part is to have. Two clusters in the test
+give an interval; the second share is tried if no cluster is as small as the first."""
 NUCLEOTIDES = frozenset("ACGTN")
 NUCLEOTIDE_SHARE = 0.95
 GROUP_SHARE = 0.1
@@ -121,7 +122,9 @@ def connected(names: Sequence[str], hits: Sequence[Hit]) -> list[list[str]]:
     pairs = np.array([[place[h.query], place[h.target]] for h in hits], dtype=int).reshape(-1, 2)
     graph = sparse.coo_matrix((np.ones(len(pairs)), pairs.T), shape=(len(names), len(names)))
     _, labels = csgraph.connected_components(graph, directed=False)
-    groups = [[names[i] for i in np.flatnonzero(labels == label)] for label in np.unique(labels)]
+    groups = [
+        [names[int(i)] for i in np.flatnonzero(labels == label)] for label in np.unique(labels)
+    ]
     return sorted(groups, key=len, reverse=True)
 
 
@@ -183,8 +186,8 @@ def split_family(
         "validation": min(MOST_VALIDATION, max(2, round(VALIDATION_SHARE * count))),
     }
     parts: dict[str, list[str]] = {}
-    for share in CLUSTER_SHARES:
-        parts = _drawn(groups, wanted, share)
+    for share in TEST_CLUSTERS:
+        parts = _drawn(groups, wanted, {"test": share, "validation": VALIDATION_CLUSTER})
         if parts["test"]:
             break
     rng.shuffle(parts["train"])
@@ -207,14 +210,15 @@ def split_family(
 
 
 def _drawn(
-    groups: Sequence[Sequence[str]], wanted: Mapping[str, int], share: float
+    groups: Sequence[Sequence[str]], wanted: Mapping[str, int], shares: Mapping[str, float]
 ) -> dict[str, list[str]]:
     """Give each cluster in turn to the held-out part that lacks most, or to train."""
     parts: dict[str, list[str]] = {"train": [], **{part: [] for part in wanted}}
     for group in groups:
         part = min(wanted, key=lambda name: len(parts[name]) / wanted[name])
         lacks = len(parts[part]) < wanted[part]
-        parts[part if lacks and len(group) <= max(1, share * wanted[part]) else "train"] += group
+        small = len(group) <= max(1, shares[part] * wanted[part])
+        parts[part if lacks and small else "train"] += group
     return parts
 
 

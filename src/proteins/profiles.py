@@ -58,7 +58,8 @@ def align_family(members: Sequence[str], rounds: int = ROUNDS) -> Any:
     digital = [named_sequence(str(i), m).digitize(alphabet) for i, m in enumerate(members)]
     block = pyhmmer.easel.DigitalSequenceBlock(alphabet, digital)
     words = word_sets(members)
-    common = words @ np.asarray(words.sum(0)).ravel() / np.maximum(1, words.sum(1).A1)
+    sizes = np.asarray(words.sum(1)).ravel()
+    common = words @ np.asarray(words.sum(0)).ravel() / np.maximum(1, sizes)
     profile, _, _ = pyhmmer.plan7.Builder(alphabet).build(digital[int(common.argmax())], background)
     alignment = None
     for _ in range(rounds):
@@ -109,14 +110,23 @@ def read_profiles(path: str | Path) -> list[Any]:
 def profile_bits(profiles: Sequence[Any], proteins: Sequence[str]) -> np.ndarray:
     """Return the best Forward score of each protein among profiles, ``(P,)`` in bits.
 
-    Scores are those before HMMER's correction for composition, with its filters off. NaN: no
+    Scores are those without HMMER's correction for composition, with its filters off. NaN: no
     profile has a domain in the protein.
     """
     pyhmmer = require_pyhmmer()
     alphabet = pyhmmer.easel.Alphabet.amino()
     digital = [named_sequence(str(i), p).digitize(alphabet) for i, p in enumerate(proteins) if p]
     block = pyhmmer.easel.DigitalSequenceBlock(alphabet, digital)
-    off = {"F1": 1.0, "F2": 1.0, "F3": 1.0, "bias_filter": False, "E": 1e12, "domE": 1e12, "Z": 1}
+    off = {
+        "F1": 1.0,
+        "F2": 1.0,
+        "F3": 1.0,
+        "bias_filter": False,
+        "null2": False,
+        "E": 1e12,
+        "domE": 1e12,
+        "Z": 1,
+    }
     pipeline = pyhmmer.plan7.Pipeline(alphabet, **off)
     bits = np.full(len(proteins), np.nan)
     for profile in profiles:
