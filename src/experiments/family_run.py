@@ -298,6 +298,11 @@ def make_candidates(run: FamilyRun, family: Family, adapted: Mapping[str, Any]) 
         c.write_candidates(folder, table)
         counts = c.drop_counts(table)
         run.announce(", ".join(f"{n:,} {reason}" for reason, n in counts.items()))
+        if not counts[c.KEPT]:
+            run.announce(
+                "no sample is a candidate: lower --temperature, give more members or a larger "
+                "--model (in another --output_dir)"
+            )
         loaded, tokenizer = load_causal_lm(model, device=device), load_tokenizer(model)
         held_out = [p.residues for p in (*family.validation, *family.test)]
         described = c.describe_candidates(
