@@ -65,7 +65,7 @@ class CandidateSettings:
     top_p: float = 1.0
     max_identity: float = 0.9
     seed: int = 0
-    batch_size: int = 64
+    batch_size: int = 128
 
 
 def sample_family(

@@ -91,9 +91,7 @@ class FitSettings:
 
 ADAPTATION = FitSettings()
 FROM_RANDOM = FitSettings(learning_rates=(3e-3,))
-DISTILLATION = FitSettings(
-    learning_rates=(4e-3,), epochs=20, least_steps=400, batch_size=16, evaluate_each=40
-)
+DISTILLATION = FitSettings(learning_rates=(4e-3,), epochs=5, least_steps=300, evaluate_each=30)
 
 
 def run_stage(
