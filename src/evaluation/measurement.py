@@ -71,6 +71,7 @@ def evaluate(
     *,
     train: Proteins | None = None,
     clusters: Mapping[str, str] | None = None,
+    cluster_kind: str = "clusters",
     announce: Callable[[str], None] = lambda line: None,
 ) -> Evaluation:
     """Measure a student beside its teacher on held-out proteins.
@@ -83,6 +84,7 @@ def evaluate(
         settings: what is measured and how.
         train: training proteins, residues or tokens, to fit the n-gram floors on.
         clusters: cluster of related proteins by name.
+        cluster_kind: what they are: ``clusters`` or ``families``.
         announce: called with one line for each stage.
 
     Returns:
@@ -102,6 +104,7 @@ def evaluate(
         settings,
         train=train,
         clusters=clusters,
+        cluster_kind=cluster_kind,
         announce=announce,
     )
     return evaluations["student"]
@@ -116,6 +119,7 @@ def evaluate_students(
     *,
     train: Proteins | None = None,
     clusters: Mapping[str, str] | None = None,
+    cluster_kind: str = "clusters",
     announce: Callable[[str], None] = lambda line: None,
 ) -> dict[str, Evaluation]:
     """Return the evaluation of each student by name; the teacher runs once for all of them.
@@ -149,7 +153,7 @@ def evaluate_students(
     sizes = np.array([len(r) for r in residues])
     if settings.check and "unigram" in floors:
         check_floor(all_scores[0].sums["nll_teacher"], floors["unigram"], sizes)
-    announce(f"intervals over {len(set(labels)):,} clusters")
+    announce(f"intervals over {len(set(labels)):,} {cluster_kind}")
     device = output_head(teacher)[0].device
     shared = {
         "gates": gates,
@@ -159,6 +163,7 @@ def evaluate_students(
             "residues": int(sizes.sum()),
             "tokens": int(all_scores[0].tokens.sum()),
             "clusters": len(set(labels)),
+            "cluster_kind": cluster_kind,
             "fingerprint": getattr(test, "fingerprint", None),
         },
     }

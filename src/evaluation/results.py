@@ -12,7 +12,7 @@ import functools
 import math
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from pydantic import AfterValidator, TypeAdapter
 from pydantic_core import PydanticCustomError
@@ -94,6 +94,7 @@ SECTIONS: dict[str, Any] = {
     "gates": Object,
     "data": Object,
     **{f"data.{c}": NonNegative for c in ("proteins", "clusters", "residues", "tokens")},
+    "data.cluster_kind": Literal["clusters", "families"],
     "performance": Object,
     "settings": Object,
     "intervals": Intervals,
@@ -313,9 +314,10 @@ def summary_lines(results: Mapping[str, Any]) -> list[str]:
         lines.append(f"floors, perplexity per residue: {', '.join(floors)}")
     lines += cautions(results)
     if lookup(results, "data.proteins") and lookup(results, "data.clusters") is not None:
+        kind = lookup(results, "data.cluster_kind") or "clusters"
         lines.append(
             f"{results['data']['proteins']:,} proteins in {results['data']['clusters']:,} "
-            "clusters; intervals: 95 %, bootstrap over clusters"
+            f"{kind}; intervals: 95 %, bootstrap over {kind}"
         )
     return lines
 

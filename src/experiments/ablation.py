@@ -29,7 +29,7 @@ from src.common.files import (
 from src.common.runs import InUseError, is_begun, locked, provenance
 from src.common.settings import as_recorded
 from src.evaluation.gates import FLOOR_PROTEINS
-from src.evaluation.inputs import clusters_of, longest
+from src.evaluation.inputs import cluster_kind, clusters_of, longest
 from src.evaluation.measurement import Evaluation, evaluate_students
 from src.evaluation.results import check_figures, lookup, read_results, write_results
 from src.evaluation.scoring import EvaluationSettings
@@ -312,6 +312,7 @@ class GridRun:
             settings,
             train=train,
             clusters=clusters_of(shared.data),
+            cluster_kind=cluster_kind(shared.data),
             announce=self.announce,
         )
 

@@ -27,7 +27,7 @@ from src.common.cli import duration, quiet_libraries, say
 from src.common.devices import choose_device
 from src.common.files import read_json, sha256_file, write_json, write_text
 from src.common.runs import locked, read_run
-from src.common.settings import StudentSettings
+from src.common.settings import DEFAULTS, StudentSettings
 from src.evaluation.generation import score_proteins
 from src.evaluation.inputs import clusters_of
 from src.experiments import candidates as c
@@ -419,22 +419,22 @@ def parameters_and_speed(run: FamilyRun, path: str, name: str) -> dict[str, Any]
     record: dict[str, Any] = {"parameters": s.parameters_of(path)}
     if name in (s.ADAPTED, s.SPECIALIST):
         few = c.CandidateSettings(num_candidates=SPEED_SAMPLES, seed=run.candidates.seed)
-        longest = max(p for p in map(len, s_known(run)))
+        longest = max(map(len, candidate_residues(run)))
         drawn = c.sample_family(path, few, longest, choose_device(run.device), lambda line: None)
         record["proteins_per_second"] = drawn["proteins_per_second"]
     return record
 
 
-def s_known(run: FamilyRun) -> list[str]:
+def candidate_residues(run: FamilyRun) -> list[str]:
     """Return the residues of the candidates, for their lengths."""
     return c.read_table(run.output_dir / "candidates" / "candidates.csv")["sequence"]
 
 
 def fit_summary(record: Mapping[str, Any]) -> dict[str, Any]:
     """Return what the page says of a training."""
-    wanted = ("learning_rate", "optimizer", "batch_size", "num_train_epochs")
+    settings = {"optimizer": DEFAULTS.optimizer, **record["settings"]}  # defaults are left out
     return {
-        **{name: record["settings"].get(name) for name in wanted},
+        **{name: settings[name] for name in ("learning_rate", "optimizer", "batch_size")},
         **record["early_stopping"],
         "seconds": record["train_seconds"],
     }

@@ -1,20 +1,25 @@
 """Splits proteins within their families: held-out members are new, their families are known.
 
 A split by homology (:mod:`src.proteins.splits`) measures a model on proteins without any relative
-in training. Here every family is in training and whole clusters of its members are held out, which
-measures how well the model has learnt the families themselves.
+in training. Here every family is in training, and some members are held out together with their
+close relatives, which measures how well the model has learnt the families themselves.
 """
 
 from __future__ import annotations
 
+import gzip
 import random
 from collections import Counter, defaultdict
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from src.proteins.homology import covering_identities, homology_clusters
+import numpy as np
+
+from src.common.files import write_text
+from src.proteins.homology import alignments, covering_identities
 from src.proteins.readers import guarded_lines
+from src.proteins.relatives import open_profiles, profile_key, profile_scores
 from src.proteins.report import ReadReport
 from src.proteins.split_files import FAMILY_KEY
 from src.proteins.splits import Split, SplitSettings
@@ -24,33 +29,30 @@ NEW_FAMILIES = "test_new"
 
 @dataclass(frozen=True)
 class FamilySplitSettings:
-    """How members of families are held out. Identities and coverages are shares in [0, 1]."""
+    """How members of families are held out. Identities, coverages and shares are in (0, 1]."""
 
     seed: int = 0
     identity: float = 0.5
     coverage: float = 0.5
     validation_per_family: int = 6
     test_per_family: int = 12
-    largest_share: float = 0.3
-    """Share of a family's members that is kept out of train at most."""
-    held_out_per_cluster: int = 4
-    """Members of one cluster that are in validation or test at most."""
-    train_per_cluster: int = 60
-    """Members of one cluster that are in train at most: close relatives teach little new."""
-    spare_factor: float = 1.5
-    """Members drawn for each one wanted; some are lost to the search for relatives."""
+    least_test: int = 3
+    """A family that gives fewer test proteins, or fewer than all wanted, is left out."""
+    largest_share: float = 0.4
+    """Share of a family that is kept out of train at most: held-out members and their relatives."""
+    largest_neighbourhood: float = 0.2
+    """Share of a family that one held-out member and its relatives make up at most."""
+    candidates_per_family: int = 72
+    """Members drawn to hold out; most have too many relatives, or relatives held out already."""
 
     def __post_init__(self) -> None:
         """Check every setting. Raises ``ValueError``."""
-        for name in ("identity", "coverage", "largest_share"):
+        for name in ("identity", "coverage", "largest_share", "largest_neighbourhood"):
             if not 0 < getattr(self, name) <= 1:
                 raise ValueError(f"--{name} must be in (0, 1], got {getattr(self, name)}")
         for name in ("validation_per_family", "test_per_family"):
             if getattr(self, name) < 0:
                 raise ValueError(f"--{name} must not be negative, got {getattr(self, name)}")
-        for name in ("held_out_per_cluster", "train_per_cluster"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"--{name} must be at least 1, got {getattr(self, name)}")
 
 
 def read_families(path: str | Path, names: Mapping[str, str]) -> dict[str, str]:
@@ -76,33 +78,46 @@ def read_families(path: str | Path, names: Mapping[str, str]) -> dict[str, str]:
     return {name: families[name] for name in names}
 
 
-def most_diverse_families(
-    families: Mapping[str, str], clusters: Mapping[str, str], count: int, most: int = 10
+def described_families(
+    proteins: Mapping[str, str],
+    families: Mapping[str, str],
+    scores: Mapping[str, float],
+    least_score: float,
+    least_length: float = 60,
 ) -> list[str]:
-    """Return the ``count`` families with the most members, counting ``most`` of a cluster at most.
+    """Return the families that their profiles describe well, the best first.
 
-    A family of many members that are all alike gives few held-out members.
+    The log-odds score of a protein against its family's profile says how much the family's
+    conservation tells about its residues: about what a model can learn that has seen only members.
 
     Args:
+        proteins: residues for each name.
         families: family for each name.
-        clusters: cluster for each name, from :func:`identity_clusters`.
-        count: how many to return, most diverse first.
-        most: members counted of one cluster.
+        scores: log-odds in nats for each name (:func:`src.proteins.relatives.profile_scores`).
+        least_score: nats per residue, over all members.
+        least_length: mean length of the members.
     """
-    members = Counter((families[name], clusters[name]) for name in families)
-    sizes: Counter[str] = Counter()
-    for (family, _cluster), size in members.items():
-        sizes[family] += min(most, size)
-    return sorted(sizes, key=lambda family: (-sizes[family], family))[:count]
+    members: dict[str, list[str]] = defaultdict(list)
+    for name in proteins:
+        members[families[name]].append(name)
+    per_residue = {}
+    for family, names in members.items():
+        residues = sum(len(proteins[name]) for name in names)
+        if residues >= least_length * len(names):
+            per_residue[family] = sum(scores[name] for name in names) / residues
+    chosen = [family for family, score in per_residue.items() if score >= least_score]
+    return sorted(chosen, key=lambda family: (-per_residue[family], family))
 
 
-def identity_clusters(proteins: Mapping[str, str], settings: FamilySplitSettings) -> dict[str, str]:
-    """Return the cluster of each protein: connected components at the settings' identity.
+def best_scores(proteins: Mapping[str, str], profiles: Path) -> dict[str, float]:
+    """Return the highest log-odds score of each protein under any profile, nats; 0 without a hit.
 
     Raises:
-        ValueError: MMseqs2 is missing or fails.
+        ValueError: pyhmmer is missing, or ``profiles`` is no HMM file.
     """
-    return homology_clusters(proteins, _search_settings(settings), connected=True)
+    scores = profile_scores(list(proteins.values()), profiles)
+    best = np.max([*scores.values(), np.zeros(len(proteins))], axis=0)
+    return dict(zip(proteins, best.tolist(), strict=True))
 
 
 def split_within_families(
@@ -111,13 +126,13 @@ def split_within_families(
     settings: FamilySplitSettings,
     announce: Callable[[str], None] = lambda line: None,
 ) -> Split:
-    """Divide the members of each family into train, validation and test by identity clusters.
+    """Hold out members of each family, and keep their relatives out of train.
 
-    Clusters are connected components at ``identity`` over ``coverage`` of both proteins. They are
-    drawn in proportion to their size, as if members were drawn, and no member of a drawn cluster is
-    in train: a family whose members are all alike may give none. A held-out protein is left out if
-    a local alignment over ``coverage`` of its length reaches ``identity`` to a training protein,
-    or that of a test protein to a validation protein.
+    Members are drawn by chance. A relative of a protein has a local alignment with it over
+    ``coverage`` of the drawn protein at ``identity`` or more. A drawn member is held out, and its
+    relatives are in no part, unless it is a relative of a held-out member or would cost too much
+    of the family. The first of each family are in test, the next in validation, the rest of the
+    family is in train.
 
     Args:
         proteins: residues for each name.
@@ -129,39 +144,79 @@ def split_within_families(
         The parts, the family of each protein as its cluster, and the leakage report.
 
     Raises:
-        ValueError: MMseqs2 is missing or fails.
+        ValueError: MMseqs2 is missing or fails, or no family has members to hold out.
     """
     search = _search_settings(settings)
-    announce(f"clustering {len(proteins):,} proteins at {settings.identity:.0%}")
-    clusters = identity_clusters(proteins, settings)
-    drawn, unused = _drawn_parts(proteins, families, clusters, settings)
-    announce(
-        f"searching {len(drawn['test']) + len(drawn['validation']):,} held-out proteins "
-        f"in {len(drawn['train']):,}"
-    )
-    left_out: Counter[str] = Counter({"more members of one cluster than wanted": unused})
-    parts: dict[str, list[str]] = {"train": drawn["train"]}
-    against = list(drawn["train"])
-    for part, count in (
-        ("validation", settings.validation_per_family),
-        ("test", settings.test_per_family),
-    ):
-        best = covering_identities(proteins, drawn[part], against, search)
-        clean = [n for n in drawn[part] if best.get(n, 0.0) < settings.identity]
-        left_out[f"{part}: relative in train or validation"] = len(drawn[part]) - len(clean)
-        parts[part] = _at_most(clean, families, count)
-        against += parts[part]
+    rng = random.Random(settings.seed)
+    members: dict[str, list[str]] = defaultdict(list)
+    for name in sorted(proteins):
+        members[families[name]].append(name)
+    drawn = {
+        family: rng.sample(members[family], len(members[family]))[: settings.candidates_per_family]
+        for family in sorted(members)
+    }
+    queries = [name for names in drawn.values() for name in names]
+    announce(f"searching the relatives of {len(queries):,} proteins among {len(proteins):,}")
+    relatives: dict[str, set[str]] = defaultdict(set)
+    for hit in alignments(proteins, queries, list(proteins), search):
+        if hit.identity >= settings.identity and hit.coverage >= settings.coverage:
+            relatives[hit.query].add(hit.target)
+    parts: dict[str, list[str]] = {"train": [], "validation": [], "test": []}
+    left_out: Counter[str] = Counter()
+    kept_out: set[str] = set()
+    for family, names in drawn.items():
+        test, validation, near = _held_out(names, relatives, len(members[family]), settings)
+        if len(test) < min(settings.least_test, settings.test_per_family):
+            left_out["in a family with too few members to hold out"] += len(members[family])
+            continue
+        parts["test"] += test
+        parts["validation"] += validation
+        parts["train"] += members[family]
+        kept_out |= near
+    if not parts["train"]:
+        raise ValueError(
+            "no family has members whose relatives can be kept out of train: lower "
+            "--least_score, or give families with more, and more diverse, members"
+        )
+    parts["train"] = [name for name in parts["train"] if name not in kept_out]
+    held_out = len(parts["test"]) + len(parts["validation"])
+    left_out["relative of a held-out protein"] = len(kept_out) - held_out
+    rng.shuffle(parts["train"])
     announce("searching for leaks once more, for the report")
     report = {
         "left_out": dict(left_out),
-        "all_clusters": len(set(clusters.values())),
         "leakage": {
             part: family_leakage(proteins, parts[part], parts["train"], search)
             for part in ("validation", "test")
         },
         "families": {part: len({families[n] for n in names}) for part, names in parts.items()},
     }
-    return Split(parts, dict(families), report, within_families=True)
+    return Split(parts, dict(families), report, frozenset(families.values()))
+
+
+def _held_out(
+    drawn: Sequence[str],
+    relatives: Mapping[str, set[str]],
+    members: int,
+    settings: FamilySplitSettings,
+) -> tuple[list[str], list[str], set[str]]:
+    """Return a family's test and validation members, and all that must not be in train."""
+    wanted = settings.test_per_family + settings.validation_per_family
+    near: set[str] = set()
+    held: list[str] = []
+    for name in drawn:
+        more = ({name} | relatives.get(name, set())) - near
+        if (
+            len(held) < wanted
+            and name not in near
+            and not relatives.get(name, set()) & set(held)
+            and len(more) <= settings.largest_neighbourhood * members
+            and len(near) + len(more) <= settings.largest_share * members
+        ):
+            near |= more
+            held.append(name)
+    count = round(len(held) * settings.test_per_family / wanted) if wanted else 0
+    return held[:count], held[count:], near
 
 
 def _search_settings(settings: FamilySplitSettings) -> SplitSettings:
@@ -171,48 +226,6 @@ def _search_settings(settings: FamilySplitSettings) -> SplitSettings:
         cluster_coverage=settings.coverage,
         leak_identity=settings.identity,
     )
-
-
-def _drawn_parts(
-    proteins: Mapping[str, str],
-    families: Mapping[str, str],
-    clusters: Mapping[str, str],
-    settings: FamilySplitSettings,
-) -> tuple[dict[str, list[str]], int]:
-    """Draw clusters of each family for validation and test, and leave the rest to train.
-
-    Returns:
-        The members drawn for each part, and how many members of drawn clusters are in no part.
-    """
-    members: dict[str, dict[str, list[str]]] = defaultdict(lambda: defaultdict(list))
-    for name in sorted(proteins):
-        members[families[name]][clusters[name]].append(name)
-    rng = random.Random(settings.seed)
-    drawn: dict[str, list[str]] = {"train": [], "validation": [], "test": []}
-    unused = 0
-    for family in sorted(members):
-        groups = [members[family][key] for key in sorted(members[family])]
-        room = settings.largest_share * sum(map(len, groups))
-        wanted = {
-            "validation": round(settings.validation_per_family * settings.spare_factor),
-            "test": round(settings.test_per_family * settings.spare_factor),
-        }
-        # Weighted sampling without replacement (Efraimidis and Spirakis 2006): the cluster of a
-        # random member comes first.
-        keys = [rng.random() ** (1 / len(group)) for group in groups]
-        for index in sorted(range(len(groups)), key=lambda i: -keys[i]):
-            group = rng.sample(groups[index], len(groups[index]))
-            part = next((part for part, count in wanted.items() if count > 0), None)
-            if part is None or len(group) > room:
-                part, most = "train", settings.train_per_cluster
-            else:
-                most = min(settings.held_out_per_cluster, wanted[part])
-                room -= len(group)
-                wanted[part] -= min(most, len(group))
-            drawn[part] += group[:most]
-            unused += max(0, len(group) - most)
-    rng.shuffle(drawn["train"])
-    return drawn, unused
 
 
 def add_new_families(
@@ -237,7 +250,7 @@ def add_new_families(
     Raises:
         ValueError: a name or a family is in the split already.
     """
-    known = set(split.clusters.values())
+    known = split.families
     for name in new:
         if name in proteins or families[name] in known:
             what = name if name in proteins else f"the family {families[name]}"
@@ -245,6 +258,7 @@ def add_new_families(
     together = {**proteins, **new}
     split.parts[NEW_FAMILIES] = list(new)
     split.clusters.update(families)
+    split.families |= set(families.values())
     split.report["families"][NEW_FAMILIES] = len(set(families.values()))
     split.report["leakage"][NEW_FAMILIES] = family_leakage(
         together, list(new), split.parts["train"], _search_settings(settings)
@@ -252,15 +266,47 @@ def add_new_families(
     return together
 
 
-def _at_most(names: Sequence[str], families: Mapping[str, str], count: int) -> list[str]:
-    """Return the first ``count`` names of each family."""
-    taken: Counter[str] = Counter()
-    chosen = []
-    for name in names:
-        if taken[families[name]] < count:
-            taken[families[name]] += 1
-            chosen.append(name)
-    return chosen
+def add_other_proteins(
+    split: Split,
+    proteins: Mapping[str, str],
+    others: Mapping[str, str],
+    count: int,
+    settings: FamilySplitSettings,
+) -> dict[str, str]:
+    """Add proteins of no family of the split to train, without relatives of held-out proteins.
+
+    Args:
+        split: from :func:`split_within_families`; changed in place.
+        proteins: residues for each name known so far; none of these is added.
+        others: residues for each name to draw from.
+        count: how many to add.
+        settings: what the split was made with.
+
+    Returns:
+        Residues for each name of all.
+
+    Raises:
+        ValueError: MMseqs2 fails, or ``others`` has too few proteins.
+    """
+    rng = random.Random(settings.seed)
+    sequences = set(proteins.values())
+    names = [n for n in others if n not in proteins and others[n] not in sequences]
+    drawn = rng.sample(names, min(len(names), count + count // 4))
+    together = {**proteins, **{name: others[name] for name in drawn}}
+    held_out = [
+        n for part, part_names in split.parts.items() if part != "train" for n in part_names
+    ]
+    related = {
+        hit.query for hit in alignments(together, drawn, held_out, _search_settings(settings))
+    }
+    added = [name for name in drawn if name not in related][:count]
+    if len(added) < count:
+        raise ValueError(f"--others: {len(added):,} proteins can be added, not {count:,}")
+    split.parts["train"] += added
+    rng.shuffle(split.parts["train"])
+    split.clusters.update({name: name for name in added})
+    split.report["others"] = {"added": len(added), "left_out_as_relatives": len(related)}
+    return {name: residues for name, residues in together.items() if name in split.clusters}
 
 
 def family_leakage(
@@ -277,3 +323,55 @@ def family_leakage(
         "identity_30": sum(identity >= 0.3 for identity in best.values()),
         "identity_50": sum(identity >= 0.5 for identity in best.values()),
     }
+
+
+def write_profiles(folder: Path, proteins: Mapping[str, str], split: Split, profiles: Path) -> int:
+    """Write the profiles of a split's families, and a table of the families, into its directory.
+
+    A family's profile is the one with the highest sum of scores over its members. The table
+    ``families.tsv`` has, for each family, its proteins in each part, its profile, and the mean
+    log-odds score in nats per residue. ``families.hmm.gz`` has the profiles as they were.
+
+    Args:
+        folder: of the split; must exist.
+        proteins: residues for each name.
+        split: with all its parts.
+        profiles: HMM file.
+
+    Returns:
+        The number of profiles written.
+
+    Raises:
+        ValueError: pyhmmer is missing, or ``profiles`` is no HMM file.
+    """
+    part_of = {name: part for part, names in split.parts.items() for name in names}
+    names = [name for name in part_of if split.clusters[name] in split.families]
+    scores = profile_scores([proteins[name] for name in names], profiles)
+    rows: dict[str, list[int]] = defaultdict(list)
+    for row, name in enumerate(names):
+        rows[split.clusters[name]].append(row)
+    kept: set[str] = set()
+    lines = ["\t".join(["family", *split.parts, "profile", "score_per_residue"])]
+    for family in sorted(rows):
+        sums = {key: float(values[rows[family]].sum()) for key, values in scores.items()}
+        key = max(sums, key=lambda k: sums[k])
+        kept.add(key)
+        counts = Counter(part_of[names[row]] for row in rows[family])
+        residues = sum(len(proteins[names[row]]) for row in rows[family])
+        fields = [
+            family,
+            *(counts[part] for part in split.parts),
+            key,
+            f"{sums[key] / residues:.3f}",
+        ]
+        lines.append("\t".join(map(str, fields)))
+    write_text(folder / "families.tsv", "\n".join(lines) + "\n")
+    with (
+        open_profiles(profiles) as file,
+        (folder / "families.hmm.gz").open("wb") as raw,
+        gzip.GzipFile(filename="", mode="wb", fileobj=raw, mtime=0) as packed,
+    ):
+        for profile in file:
+            if profile_key(profile) in kept:
+                profile.write(packed)
+    return len(kept)

@@ -78,16 +78,12 @@ def _write_numbered(path: Path, proteins: Mapping[str, str], names: Sequence[str
             handle.write(f">{number}\n{proteins[name]}\n")
 
 
-def homology_clusters(
-    proteins: Mapping[str, str], settings: SearchSettings, connected: bool = False
-) -> dict[str, str]:
+def homology_clusters(proteins: Mapping[str, str], settings: SearchSettings) -> dict[str, str]:
     """Return the cluster of each protein, named after its representative.
 
     Args:
         proteins: residues for each name.
         settings: identity, coverage and sensitivity.
-        connected: cluster by connected components, so that no two clusters hold similar proteins;
-            by default a cluster is a representative and the proteins similar to it.
 
     Raises:
         ValueError: MMseqs2 is missing or fails.
@@ -101,7 +97,6 @@ def homology_clusters(
             + ["--min-seq-id", str(settings.cluster_identity)]
             + ["-c", str(settings.cluster_coverage), "--cov-mode", "0"]
             + ["-s", str(settings.cluster_sensitivity)]
-            + (["--cluster-mode", "1"] if connected else [])
         )
         numbered = read_clusters(work / "out_cluster.tsv")
     return {names[int(member)]: names[int(cluster)] for member, cluster in numbered.items()}

@@ -18,6 +18,7 @@ from src.common.files import atomic_write
 from src.proteins.relatives import (
     check_profiles,
     named_sequence,
+    open_profiles,
     text_of,
     word_sets,
 )
@@ -103,7 +104,7 @@ def write_profiles(path: str | Path, profiles: Sequence[Any]) -> None:
 def read_profiles(path: str | Path) -> list[Any]:
     """Return the profiles of an HMM file. Raises ``ValueError`` where there are none."""
     check_profiles(path)
-    with require_pyhmmer().plan7.HMMFile(str(path)) as file:
+    with open_profiles(path) as file:
         return list(file)
 
 

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import gzip
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -150,14 +152,14 @@ def check_profiles(profiles: str | Path) -> tuple[int, bool]:
         ValueError: pyhmmer is missing, or the file is missing, empty or no HMM file.
     """
     try:
-        import pyhmmer
+        import pyhmmer  # noqa: F401
     except ImportError:
         raise ValueError("--profiles: the search needs pyhmmer: pip install pyhmmer") from None
     if not Path(profiles).is_file():
         raise ValueError(f"--profiles {profiles}: there is no such HMM file")
     count, gathering = 0, True
     try:
-        with pyhmmer.plan7.HMMFile(str(profiles)) as file:
+        with open_profiles(profiles) as file:
             for profile in file:
                 count += 1
                 gathering = gathering and profile.cutoffs.gathering_available()
@@ -190,27 +192,82 @@ def family_hits(
         ValueError: see :func:`check_profiles`.
     """
     count, gathering = check_profiles(profiles)
+    hit: set[int] = set()
+    families = 0
+    for _profile, hits in _searched(proteins, profiles, count, gathering, evalue, cpus):
+        hit |= set(hits)
+        families += bool(hits)
+    return {
+        "hit": np.array([i in hit for i in range(len(proteins))], dtype=bool),
+        "families": families,
+        "profiles": count,
+        "threshold": "gathering" if gathering else evalue,
+    }
+
+
+def profile_scores(
+    proteins: Sequence[str], profiles: str | Path, evalue: float = EVALUE, cpus: int = 1
+) -> dict[str, np.ndarray]:
+    """Return each profile's scores of all proteins.
+
+    Args:
+        proteins: residues of each.
+        profiles: HMM file; thresholds as in :func:`family_hits`.
+        evalue: threshold without gathering thresholds.
+        cpus: threads.
+
+    Returns:
+        For each profile that hits a protein, by accession (or name, without one), ``(P,)``: the
+        log-odds score against HMMER's background in nats, 0 without a hit.
+
+    Raises:
+        ValueError: see :func:`check_profiles`.
+    """
+    count, gathering = check_profiles(profiles)
+    scores: dict[str, np.ndarray] = {}
+    for profile, hits in _searched(proteins, profiles, count, gathering, evalue, cpus):
+        if hits:
+            scores[profile] = np.zeros(len(proteins))
+            scores[profile][list(hits)] = np.log(2) * np.array(list(hits.values()))
+    return scores
+
+
+def _searched(
+    proteins: Sequence[str],
+    profiles: str | Path,
+    count: int,
+    gathering: bool,
+    evalue: float,
+    cpus: int,
+) -> Iterator[tuple[str, dict[int, float]]]:
+    """Yield each profile's key and its hits: index of the protein, score in bits."""
     import pyhmmer
 
     alphabet = pyhmmer.easel.Alphabet.amino()
     digital = [named_sequence(str(i), p).digitize(alphabet) for i, p in enumerate(proteins) if p]
     block: Any = pyhmmer.easel.DigitalSequenceBlock(alphabet, digital)
     options: dict[str, Any] = {"bit_cutoffs": "gathering"} if gathering else {"E": evalue}
-    hit: set[str] = set()
-    families = 0
     if len(block):
-        with pyhmmer.plan7.HMMFile(str(profiles)) as file:
+        with open_profiles(profiles) as file:
             # hmmsearch is much faster than hmmscan; Z makes its E-values hmmscan's.
             for hits in pyhmmer.hmmsearch(file, block, cpus=cpus, Z=count, **options):
-                names = {text_of(h.name) for h in hits if h.included or h.reported}
-                hit |= names
-                families += bool(names)
-    return {
-        "hit": np.array([str(i) in hit for i in range(len(proteins))], dtype=bool),
-        "families": families,
-        "profiles": count,
-        "threshold": "gathering" if gathering else evalue,
-    }
+                good = (h for h in hits if h.included or h.reported)
+                yield profile_key(hits.query), {int(text_of(h.name)): h.score for h in good}
+
+
+def profile_key(profile: Any) -> str:
+    """Return a profile's accession, or its name where it has none."""
+    return text_of(profile.accession or profile.name)
+
+
+@contextmanager
+def open_profiles(profiles: str | Path) -> Iterator[Any]:
+    """Open an HMM file, gzipped or not, as an iterable of pyhmmer's profiles."""
+    import pyhmmer
+
+    opened = gzip.open if Path(profiles).suffix == ".gz" else open
+    with opened(profiles, "rb") as raw, pyhmmer.plan7.HMMFile(raw) as file:
+        yield file
 
 
 def named_sequence(name: str, residues: str) -> Any:

@@ -113,14 +113,14 @@ def write_split(
     """
     require_free(folder)
     parts = dict(split.parts)
-    keys = ("leakage", "left_out", "drawn", "all_clusters", "families")
+    keys = ("leakage", "left_out", "drawn", "all_clusters", "families", "others")
     record: dict[str, Any] = {
         "schema_version": SCHEMA_VERSION,
         "settings": {**asdict(settings), "train_proteins": train_proteins},
         "source": dict(source or {}),
         **{key: split.report[key] for key in keys if key in split.report},
     }
-    if split.within_families:
+    if split.families:
         record["within_families"] = True
     if train_proteins is not None and train_proteins < len(parts["train"]):
         record["full_train"] = {
@@ -145,7 +145,8 @@ def write_split(
 
 
 def _fasta_entry(name: str, residues: str, split: Split) -> str:
-    fields = {FAMILY_KEY: split.clusters[name]} if split.within_families else {}
+    family = split.clusters[name]
+    fields = {FAMILY_KEY: family} if family in split.families else {}
     return fasta_text(FastaRecord(name, residues, fields))
 
 

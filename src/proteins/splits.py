@@ -50,8 +50,8 @@ class Split:
     parts: dict[str, list[str]]
     clusters: dict[str, str]
     report: dict = field(default_factory=dict)
-    within_families: bool = False
-    """The clusters are families, which are in train and in the held-out parts alike."""
+    families: frozenset[str] = frozenset()
+    """The clusters that are families, which are in train and in the held-out parts alike."""
 
 
 def split_by_homology(

@@ -415,50 +415,6 @@ def _nice_sizes(values: Sequence[float]) -> list[float]:
     return chosen if len(chosen) > 1 else [low / 2, low, low * 2]
 
 
-@styled
-def holdings_over_time(
-    samples: Sequence[Mapping[str, Any]],
-    growths: Mapping[str, Mapping[str, Any]],
-    labels: Mapping[str, tuple[str, str]],
-) -> Figure:
-    """Draw what a process held after each cycle of a soak, with the slope after the warm-up.
-
-    Args:
-        samples: one of each cycle, as ``tests.stress.soaking`` takes them.
-        growths: for each quantity ``per_cycle``, ``intercept``, ``growth`` and its interval.
-        labels: for each quantity what it is called, and its unit.
-
-    Returns:
-        The figure: a panel for each quantity, the warm-up shaded.
-    """
-    figure = Figure(figsize=(WIDTH, 1.35 * len(labels)), layout="constrained")
-    grid = np.atleast_1d(figure.subplots(len(labels), sharex=True))
-    minutes = np.array([sample["seconds"] for sample in samples]) / 60
-    cycles = np.array([sample["cycle"] for sample in samples], dtype=float)
-    for axes, (name, (label, unit)) in zip(grid, labels.items(), strict=True):
-        values = np.array([sample[name] for sample in samples], dtype=float)
-        growth = growths[name]
-        warm = int(growth["warm_up_cycles"])
-        axes.plot(minutes, values, color=COLOURS["student"], linewidth=0.9)
-        line = growth["intercept"] + growth["per_cycle"] * cycles[warm:]
-        axes.plot(minutes[warm:], line, color=COLOURS["teacher"], linestyle="--")
-        axes.axvspan(0, minutes[warm], color=FAINT, alpha=0.15, linewidth=0)
-        low, high = growth["growth_interval"]
-        named = f"{label}, {unit}" if unit else label
-        axes.set_title(f"{named}: {growth['growth']:+.2g} ({low:+.2g} to {high:+.2g})")
-        spread = max(float(np.ptp(values)), growth["bound"])
-        middle = (values.max() + values.min()) / 2
-        axes.set_ylim(max(-0.5, middle - 0.75 * spread), middle + 0.75 * spread)
-        if not unit:
-            axes.yaxis.set_major_locator(MaxNLocator(4, integer=True))
-    grid[-1].set_xlabel(
-        f"minutes ({len(samples):,} cycles). Grey: warm-up;\n"
-        "in the titles: growth after it, 95 % interval"
-    )
-    grid[-1].set_xlim(0, minutes[-1])
-    return figure
-
-
 def save_figure(figure: Figure, path: str | Path) -> None:
     """Write a figure, in the format of the name's ending; the same figure gives the same bytes.
 

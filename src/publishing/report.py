@@ -377,12 +377,13 @@ def _evaluated(results: Mapping[str, Any]) -> str:
     source = short_name(lookup(results, "run.data.source"))
     split = lookup(results, "run.data.split")
     where = f" of {source}" + (f" ({split})" if split else "") if source else ""
-    proteins = {"proteins": f"held-out proteins{where}", "clusters": "clusters"}
+    kind = lookup(results, "data.cluster_kind") or "clusters"
+    proteins = {"proteins": f"held-out proteins{where}", "clusters": kind}
     others = {"residues": "residues", "tokens": "predicted tokens"}
     counts = " in ".join(_counts(results, "data", proteins))
     return (
         f"{_joined(counts, *_counts(results, 'data', others))}. Intervals: 95 %, "
-        "from a bootstrap over clusters of related proteins."
+        f"from a bootstrap over {kind} of related proteins."
     )
 
 

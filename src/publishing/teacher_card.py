@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from src.common.files import read_json
 from src.common.runs import RUN_FILE, read_run
-
-OLDER_FILE = "training.json"
-"""Record of teachers that were made before scripts/train.py made them."""
+from src.proteins.layouts import layout
 
 
 def training_facts(folder: Path) -> dict[str, Any]:
@@ -19,13 +19,11 @@ def training_facts(folder: Path) -> dict[str, Any]:
     Raises:
         ValueError: there is no record, or it lacks something.
     """
-    older = not (folder / RUN_FILE).exists()
-    record = read_json(folder / OLDER_FILE) if older else read_run(folder)
+    record = read_run(folder)
     try:
-        return _older_facts(record) if older else _facts(record, folder)
+        return _facts(record, folder)
     except (KeyError, TypeError) as error:
-        file = OLDER_FILE if older else RUN_FILE
-        raise ValueError(f"{folder / file}: {error} is missing or wrong") from None
+        raise ValueError(f"{folder / RUN_FILE}: {error} is missing or wrong") from None
 
 
 def _facts(record: Mapping[str, Any], folder: Path) -> dict[str, Any]:
@@ -42,25 +40,9 @@ def _facts(record: Mapping[str, Any], folder: Path) -> dict[str, Any]:
         "vocab_size": config["vocab_size"],
         "n_positions": config["n_positions"],
         **{name: settings["student"][name] for name in ("n_layer", "n_head", "n_embd")},
-        "file": RUN_FILE,
         "training": f"{record['steps']:,} steps of {rows} proteins from "
         f"{record['data']['train']['proteins']:,} training proteins, {optimizer}, seed "
         f"{settings['seed']}, in {record['precision']}",
-    }
-
-
-def _older_facts(record: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the facts of a teacher's older record."""
-    settings = record["settings"]
-    shape = ("n_layer", "n_head", "n_embd", "vocab_size", "n_positions")
-    return {
-        "parameters": record["parameters"],
-        **{name: settings[name] for name in shape},
-        "file": OLDER_FILE,
-        "training": f"{settings['total_tokens']:,} tokens, about {settings['batch_tokens']:,} in "
-        f"a step, matrices with Muon (rate {settings['matrix_learning_rate']:g}), the rest with "
-        f"AdamW ({settings['learning_rate']:g}), seed {settings['seed']}, in "
-        f"{settings['precision']} on a CPU",
     }
 
 
@@ -87,6 +69,34 @@ def score_rows(parts: Mapping[str, Mapping[str, Any]]) -> str:
     return "\n".join(rows)
 
 
+def top_1_accuracy(
+    results: Mapping[str, Any], train: Sequence[str], proteins: Any, tokenizer: Any
+) -> dict[str, float]:
+    """Return the share of tokens that a teacher, and a unigram model, think the likeliest.
+
+    Args:
+        results: of an evaluation with the teacher's reliability curve.
+        train: residues of the proteins that the unigram model is fitted on.
+        proteins: token ids of the held-out proteins, by index, with ``len``.
+        tokenizer: of both.
+    """
+    curve = results["teacher_ece"]["reliability"]
+    counts = np.array(curve["count"], dtype=np.float64)
+    correct = sum(
+        count * accuracy
+        for count, accuracy in zip(counts, curve["accuracy"], strict=True)
+        if accuracy is not None
+    )
+    ids = tokenizer([layout(residues) for residues in train], add_special_tokens=False)["input_ids"]
+    seen = np.bincount(np.concatenate(ids), minlength=len(tokenizer))
+    # The first token is the begin marker, which no model predicts.
+    targets = np.concatenate([np.asarray(proteins[i])[1:] for i in range(len(proteins))])
+    return {
+        "teacher": float(correct / counts.sum()),
+        "unigram": float(np.mean(targets == seen.argmax())),
+    }
+
+
 def teacher_card(facts: Mapping[str, Any], parts: Mapping[str, Mapping[str, Any]]) -> str:
     """Return a small teacher's model card in Markdown, with the metadata that the hub reads.
 
@@ -96,6 +106,7 @@ def teacher_card(facts: Mapping[str, Any], parts: Mapping[str, Mapping[str, Any]
     """
     first = next(iter(parts.values()))
     mixed = first["gates"]["shuffled_minus_natural"]
+    accuracy = first["accuracy"]
     shape = "{n_layer} layers, {n_head} heads, {n_embd} wide, vocabulary {vocab_size}".format(
         **facts
     )
@@ -115,16 +126,17 @@ families, and far less than ProtGPT2: do not use it to design proteins.
 
 ## Training
 
-UniProtKB/Swiss-Prot 2014_01 at 90 % identity, 30 to 512 residues, the training part of a homology
-split (`scripts/split_data.py`, seed 0): {facts["training"]}.
-All settings are in `{facts["file"]}`. `docs/TEACHER.md` says how to make it again.
+The training part of `data/proteins`: members of protein families, and as a quarter of all other
+proteins of UniProtKB/Swiss-Prot 2014_01. {facts["training"]}.
+All settings are in `run.json`. `docs/TEACHER.md` says how to make it again.
 
 ## How good it is
 
 Perplexity for each residue, line breaks and end counted, over whole proteins; 95 % intervals from a
-bootstrap over clusters. `test`: no relative at 30 % identity in train. `test_in_family`: members of
-families that are in train. Floors were fitted on {first["floors"]["fitted_proteins"]:,} training
-proteins. All of it is in `evaluation.json`.
+bootstrap over families. `test`: members of families that are in train, without a relative in train
+at 50 % identity over half their length. `test_new`: families that are not in train. Floors
+were fitted on {first["floors"]["fitted_proteins"]:,} training proteins. All of it is in
+`evaluation.json`.
 
 | part | model | perplexity per residue | nats per residue |
 |---|---|---|---|
@@ -132,6 +144,8 @@ proteins. All of it is in `evaluation.json`.
 
 Natural proteins against the same residues shuffled: {mixed["mean"]:.3f} nats per residue more for
 the shuffled ones [{mixed["low"]:.3f}, {mixed["high"]:.3f}], {mixed["pairs"]} pairs.
+The likeliest token is the right one for {accuracy["teacher"]:.1%} of the tokens of `test`; the most
+frequent one for {accuracy["unigram"]:.1%}.
 
 ## Source and licence
 
