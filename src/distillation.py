@@ -53,6 +53,7 @@ from src.trainer.optimizers import muon_with_adamw
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
+
 class DistillationTrainer(TrainerAdapter):
     """A ``transformers.Trainer`` whose loss compares the student with a teacher.
 

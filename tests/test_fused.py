@@ -272,7 +272,9 @@ def test_statistics_by_chunks(chunk_tokens):
     hidden, weight, bias = torch.randn(4, 9, 6), torch.randn(21, 6), torch.randn(21)
     logits = F.linear(hidden, weight, bias)
     valid = torch.rand(4, 9) < 0.7
-    found = teacher_statistics(hidden, OutputHead(weight, bias), valid, 2.0, chunk_tokens=chunk_tokens)
+    found = teacher_statistics(
+        hidden, OutputHead(weight, bias), valid, 2.0, chunk_tokens=chunk_tokens
+    )
     for ours, theirs in (
         (found.entropy, entropy(logits.log_softmax(-1))),
         (found.max_logit, logits.amax(-1)),

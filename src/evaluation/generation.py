@@ -347,9 +347,7 @@ class _Sampler:
         )
         self.begun = self.tokens = 0
         self.rows: list[_Row] = []
-        self.decoder = Decoder(
-            model, torch.tensor(self.prompt, device=self.device), self.room
-        )
+        self.decoder = Decoder(model, torch.tensor(self.prompt, device=self.device), self.room)
         fitting = self._memory() // self.decoder.bytes_of_a_row()
         self.slots = max(1, min(settings.batch_size, fitting))
         # (slots, R) tokens, for the penalty; what opens every protein is nothing new behind it

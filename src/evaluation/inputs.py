@@ -106,4 +106,6 @@ def longest(
 ) -> int:
     """Return the longest protein, in tokens, that both models take and the settings allow."""
     known = [stated_positions(model.config) for model in (student, teacher)]
-    return max_positions(teacher.config, min(filter(None, (*known, settings.max_length)), default=0))
+    return max_positions(
+        teacher.config, min(filter(None, (*known, settings.max_length)), default=0)
+    )

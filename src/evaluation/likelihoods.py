@@ -69,9 +69,7 @@ def score_proteins(
     """
     ends = [True] * len(proteins) if whole is None else whole
     layout = layout_of(tokenizer)
-    texts = [
-        layout.text(p) if w else layout.prompt(p) for p, w in zip(proteins, ends, strict=True)
-    ]
+    texts = [layout.text(p) if w else layout.prompt(p) for p, w in zip(proteins, ends, strict=True)]
     rows = [
         np.asarray(tokenizer(t, add_special_tokens=False, verbose=False)["input_ids"])
         for t in texts
@@ -79,7 +77,9 @@ def score_proteins(
     counts = np.array([len(letters) for letters in token_letters(tokenizer)])
     spelt = np.array([counts[row].sum() for row in rows]) == [len(p) for p in proteins]
     lengths = np.array([len(row) for row in rows], dtype=np.int64)
-    fits = np.flatnonzero(spelt & (lengths <= (stated_positions(model.config) or lengths.max(initial=0))))
+    fits = np.flatnonzero(
+        spelt & (lengths <= (stated_positions(model.config) or lengths.max(initial=0)))
+    )
     require_known(max((int(rows[i].max()) for i in fits), default=0), int(model.config.vocab_size))
     nll = np.full(len(rows), np.nan)
     if len(fits):

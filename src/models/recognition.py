@@ -94,9 +94,7 @@ def writes(tokenizer: Any, layout: Layout) -> bool:
 
 
 @torch.no_grad()
-def nats_per_residue(
-    model: PreTrainedModel, tokenizer: Any, layout: Layout
-) -> np.ndarray:
+def nats_per_residue(model: PreTrainedModel, tokenizer: Any, layout: Layout) -> np.ndarray:
     """Return what each natural protein's residues cost in a layout, without markers and breaks."""
     letters, longest = token_letters(tokenizer), stated_positions(model.config)
     head, costs = output_head(model), []

@@ -143,7 +143,8 @@ def token_letters(tokenizer: Any) -> list[str]:
     special = set(tokenizer.all_special_ids)
     tokens = tokenizer.convert_ids_to_tokens(list(range(len(tokenizer))))
     return [
-        "" if i in special or token is None or _MARKER.fullmatch(token)
+        ""
+        if i in special or token is None or _MARKER.fullmatch(token)
         else "".join(c for c in token if "A" <= c <= "Z")
         for i, token in enumerate(tokens)
     ]

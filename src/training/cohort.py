@@ -22,7 +22,7 @@ from src.common.settings import LossSettings
 from src.distillation import DistillationTrainer
 from src.loss.chunks import OutputHead
 from src.loss.reference import LossParts
-from src.models.forward import final_hidden_states, head_form, output_head
+from src.models.forward import final_hidden_states, output_head
 from src.trainer.checkpoints import read_tensors
 
 if TYPE_CHECKING:

@@ -219,8 +219,8 @@ def teacher_shape(name: str, max_length: int = 512) -> tuple[Any, int]:
     from src.models.loading import (
         count_parameters,
         explain_loading,
-        student_positions,
         require_model_directory,
+        student_positions,
     )
 
     require_model_directory(name)
