@@ -85,6 +85,6 @@ def test_the_comparison_is_that_of_two_distributions(tiny_tokenizer):
     found = x.compare(log_probs(first), log_probs(second), tiny_tokenizer, ["M"])
     assert found["tokens"] == len(ids) - 1
     assert found["kl"] == pytest.approx(0.5 * np.log(2) - 0.25 * np.log(2))
-    expected = [(first - second)[i] if i < 3 else 0.0 for i in ids[1:]]
+    expected = [float((first - second)[i]) if i < 3 else 0.0 for i in ids[1:]]
     assert found["largest_difference"] == pytest.approx(max(map(abs, expected)))
     assert x.perplexity_factor(found) == pytest.approx(np.exp(np.mean(expected)))

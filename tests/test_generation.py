@@ -122,7 +122,8 @@ def test_samples_are_as_likely_as_the_librarys(model, tokenizer):
         scores = score_proteins(model, tokenizer, proteins)
         values.append(np.stack([scores.nll, scores.residues]))
     for first, second in zip(*values, strict=True):
-        assert ttest_ind(first, second).pvalue > 0.001
+        tested: Any = ttest_ind(first, second)
+        assert tested.pvalue > 0.001
 
 
 def test_sampled_proteins_follow_the_models_distribution(model, tokenizer):

@@ -207,7 +207,8 @@ def score_columns(
         given ``wild`` also ``{prefix}log_ratio``, log p(protein) - log p(wild type). NaN where a
         protein does not fit the model.
     """
-    unique = [p for p in dict.fromkeys([*([] if wild is None else [wild]), *residues]) if p]
+    asked = [*([] if wild is None else [wild]), *residues]
+    unique: list[str] = [p for p in dict.fromkeys(asked) if p]
     place = {protein: i for i, protein in enumerate([*unique, ""])}
     back = np.array([place[protein] for protein in residues])
     sizes = np.array([max(1, len(protein)) for protein in residues])

@@ -201,12 +201,13 @@ def split_family(
             "drawn at random and have close relatives in train, so early stopping comes late"
         )
     clusters = {name: group[0] for group in groups for name in group}
+    shared = frozenset(clusters.values()) if within else frozenset()
     tested = parts["test"]
     notes += test_notes(len(tested), len({clusters[n] for n in tested}), settings.test_identity)
     if not tested:
         del parts["test"]
     report = {"all_clusters": len(groups), "leakage": _leakage(parts, hits, settings)}
-    return FamilySplit(Split(parts, clusters, report, within), settings, notes)
+    return FamilySplit(Split(parts, clusters, report, shared), settings, notes)
 
 
 def _drawn(

@@ -278,7 +278,7 @@ def open_profiles(profiles: str | Path) -> Iterator[Any]:
     """Open an HMM file, gzipped or not, as an iterable of pyhmmer's profiles."""
     import pyhmmer
 
-    opened = gzip.open if Path(profiles).suffix == ".gz" else open
+    opened: Any = gzip.open if Path(profiles).suffix == ".gz" else open
     with opened(profiles, "rb") as raw, pyhmmer.plan7.HMMFile(raw) as file:
         yield file
 
