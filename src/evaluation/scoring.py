@@ -119,7 +119,7 @@ def _chunks_of_states(
     Owners are ``(n,)`` in numpy, targets ``(n,)``, logits ``(n, V)`` in float32.
     """
     heads = [output_head(model) for model in models]
-    check_vocabularies(heads[0][0].shape[0], heads[-1][0].shape[0])
+    check_vocabularies(student=heads[-1][0].shape[0], teacher=heads[0][0].shape[0])
     device = heads[0][0].device
     tokens = settings.batch_tokens or BATCH_TOKENS.get(device.type, BATCH_TOKENS["cuda"])
     batches = length_batches(lengths, settings.batch_size, tokens)
