@@ -54,10 +54,10 @@ def run(args: argparse.Namespace) -> dict:
     from src.common.cli import quiet_libraries
     from src.common.devices import choose_device
     from src.common.files import sha256_file
+    from src.models.forward import stated_positions
     from src.models.loading import (
         load_causal_lm,
         load_tokenizer,
-        max_positions,
         model_fingerprint,
     )
     from src.proteins.sources import read_proteins
@@ -69,8 +69,8 @@ def run(args: argparse.Namespace) -> dict:
     tokenizer = load_tokenizer(args.model)
     model = load_causal_lm(args.model, device=choose_device(args.device))
     every = [(p.name, p.residues) for p in read_proteins(args.input, keep_ambiguous=True)]
-    limit = max_positions(model.config)
     lengths = [len(row) for row in encode(tokenizer, [residues for _, residues in every])]
+    limit = stated_positions(model.config) or max(lengths, default=0)
     fitting = [entry for entry, length in zip(every, lengths, strict=True) if length <= limit]
     if lost := len(every) - len(fitting):
         first = next(n for (n, _), length in zip(every, lengths, strict=True) if length > limit)

@@ -294,5 +294,75 @@ def test_a_tokenizer_with_more_tokens_than_the_model(folder, tiny_lm, capsys):
     assert "more tokens than the model" in capsys.readouterr().err
 
 
+def test_mutants_of_a_wild_type(folder, capsys):
+    given = ["--model", folder / "student", "--wildtype", WILD]
+    mutants = ["--mutants", "K1A:A3V,WT"]
+    assert call(*given, *mutants, "--output", folder / "m.csv") == 0
+    shown = capsys.readouterr().out
+    assert "mutants: numbered from 0" in shown
+    assert "all of one length" in shown
+    rows = list(csv.DictReader((folder / "m.csv").open()))
+    assert [row["mutant"] for row in rows] == ["K1A:A3V", "WT"]
+    assert rows[0]["sequence"] == "MATVYIAKQRQISFVKSHFSRQLEERLGLIEVQ"
+    assert float(rows[1]["log_ratio"]) == 0
+    difference = float(rows[0]["log_likelihood"]) - float(rows[1]["log_likelihood"])
+    assert float(rows[0]["log_ratio"]) == pytest.approx(difference, abs=2e-6)
+
+
+def test_a_scan_with_its_map(folder):
+    (folder / "wild.fasta").write_text(f">w\n{WILD}\n")
+    given = ["--model", folder / "student", "--wildtype", folder / "wild.fasta", "--scan"]
+    given += ["--heat_map", folder / "scan.png", "--output", folder / "scan.csv"]
+    assert call(*given) == 0
+    assert (folder / "scan.png").read_bytes()[:4] == b"\x89PNG"
+    rows = list(csv.DictReader((folder / "scan.csv").open()))
+    assert len(rows) == 19 * len(WILD)
+    plain = ["--model", folder / "student", "--input", folder / "dms.csv"]
+    assert call(*plain, "--output", folder / "s.csv") == 0
+    scanned = {row["sequence"]: row["log_likelihood"] for row in rows}
+    for row in csv.DictReader((folder / "s.csv").open()):
+        if row["mutated_sequence"] != WILD:
+            expected = float(scanned[row["mutated_sequence"]])
+            assert float(row["log_likelihood"]) == pytest.approx(expected, abs=1e-4)
+
+
+def test_lengths_that_differ_are_told(folder, capsys):
+    lines = [f"{WILD[:n]},{n}" for n in (8, 14, 20, 26, 33)]
+    (folder / "cut.csv").write_text("\n".join(["sequence,DMS_score", *lines]) + "\n")
+    given = ["--model", folder / "student", "--input", folder / "cut.csv"]
+    results = ["--output", folder / "o.csv", "--correlations", folder / "c.json"]
+    assert call(*given, *results) == 0
+    shown = capsys.readouterr().out
+    assert "lengths from 8 to 33 residues: compare log_likelihood_per_residue" in shown
+    assert "by the total, which follows the length as well: student -1.000" in shown
+    assert json.loads((folder / "c.json").read_text())["spearman_total"] == {"student": -1.0}
+
+
+def test_windows_score_what_does_not_fit(folder, capsys):
+    (folder / "long.fasta").write_text(f">a\n{WILD * 20}\n")
+    given = ["--model", folder / "student", "--input", folder / "long.fasta"]
+    assert call(*given, "--output", folder / "o.csv") == 0
+    assert "--windows scores long ones" in capsys.readouterr().out
+    assert call(*given, "--output", folder / "w.csv", "--windows") == 0
+    (row,) = csv.DictReader((folder / "w.csv").open())
+    assert float(row["log_likelihood_per_residue"]) < 0
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ([], "give --input, or --wildtype"),
+        (["--wildtype", WILD], "pass --mutants or --scan"),
+        (["--wildtype", WILD, "--mutants", "W2A"], "W2: the wild type has K there"),
+        (["--wildtype", WILD, "--mutants", "W2"], "'W2' is no mutant"),
+        (["--wildtype", "M1", "--scan"], "neither a file nor residues"),
+        (["--wildtype", WILD, "--mutants", "K2A", "--heat_map", "x.png"], "pass --scan"),
+    ],
+)
+def test_wrong_mutants_are_one_line(folder, refusal, arguments, message):
+    given = ["--model", folder / "student", "--output", folder / "o.csv"]
+    assert message in refusal(call(*given, *arguments))
+
+
 def call(*arguments) -> int:
     return script.main([str(a) for a in arguments])

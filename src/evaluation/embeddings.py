@@ -25,7 +25,7 @@ from src.common import processes
 from src.common.cli import progress
 from src.common.files import atomic_write, read_json, remove_folder, write_json
 from src.evaluation.scoring import BATCH_TOKENS, length_batches
-from src.models.loading import accepts, max_positions
+from src.models.forward import accepts, stated_positions
 from src.proteins.batching import padded
 from src.proteins.tokens import encode, token_letters
 
@@ -90,7 +90,7 @@ def residue_embeddings(
     check_layer(model, settings.layer)
     rows = [np.asarray(row) for row in encode(tokenizer, proteins)]
     counts = np.array([len(letters) for letters in token_letters(tokenizer)])
-    limit = max_positions(model.config)
+    limit = stated_positions(model.config) or max(map(len, rows))
     for protein, row in zip(proteins, rows, strict=True):
         if len(row) > limit:
             raise TooLong(f"{len(row)} tokens, and the model takes {limit}")

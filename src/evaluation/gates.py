@@ -12,8 +12,8 @@ import numpy as np
 from src.evaluation.results import finite_or_none
 from src.evaluation.scoring import EvaluationSettings, Proteins, Tokens, protein_nll
 from src.evaluation.statistics import PairedTest, paired_test
-from src.models.loading import max_positions, output_head
-from src.proteins.layouts import residues_of, shuffled
+from src.models.forward import stated_positions
+from src.proteins.layouts import layout_of, shuffled
 from src.proteins.ngrams import UNIFORM_NATS, NgramModel, fit_ngrams
 from src.proteins.tokens import encode
 
@@ -44,7 +44,7 @@ def residues_of_tokens(proteins: Proteins, tokenizer: Any) -> list[str]:
                 clean_up_tokenization_spaces=False,
             )
             try:
-                protein = residues_of(text)
+                protein = layout_of(tokenizer).read(text)
             except ValueError as error:
                 raise ValueError(
                     f"protein {index + 1} does not read back from its tokens ({error}): "
@@ -109,7 +109,7 @@ def _pairs(
     model: PreTrainedModel, tokenizer: Any, proteins: Sequence[np.ndarray], seed: int, name: str
 ) -> tuple[list[np.ndarray], list[str], list[np.ndarray]]:
     """Return tokens and residues of the proteins that fit, and tokens of the same shuffled."""
-    limit = max_positions(model.config)
+    limit = stated_positions(model.config) or max(map(len, proteins), default=0)
     chosen = [ids for ids in proteins if len(ids) <= limit]
     residues = residues_of_tokens(chosen, tokenizer)
     mixtures = encode(tokenizer, [shuffled(r, seed) for r in residues])
@@ -176,7 +176,7 @@ def check_teacher(
     if unigram is None:
         unigram = fit_ngrams(drawn if len(drawn) > 1 else drawn * 2, seed=seed)["unigram"]
     floor = unigram.nll(residues)
-    vocabulary = output_head(model)[0].shape[0]
+    vocabulary = int(model.config.vocab_size)
     token_floor = token_unigram_nll(chosen, encode(tokenizer, drawn), vocabulary)
     test = paired_test((mixed - natural) / lengths)
     per_residue = {

@@ -24,10 +24,16 @@ from src.common.settings import require_moderate
 from src.evaluation.draws import Warp, attempt_stream, pick
 from src.evaluation.filters import SEEN, Filters, banned_tokens
 from src.evaluation.likelihoods import require_known, score_proteins
-from src.models.decoding import Decoder
-from src.models.loading import max_positions
+from src.models.decoding import Decoder, sampling_room
 from src.proteins.fasta import FastaRecord
-from src.proteins.layouts import END_OF_TEXT, PROTEIN_LETTERS, prompt_layout, residues_of
+from src.proteins.layouts import (
+    END_OF_TEXT,
+    PROTEIN_LETTERS,
+    PROTGPT2,
+    RESIDUES_PER_LINE,
+    layout_of,
+    stop_token,
+)
 from src.proteins.tokens import token_letters
 
 if TYPE_CHECKING:
@@ -319,11 +325,12 @@ class _Sampler:
         self, model: PreTrainedModel, tokenizer: Any, settings: GenerationSettings
     ) -> None:
         self.tokenizer, self.settings, self.device = tokenizer, settings, model.device
-        self.end = int(tokenizer.eos_token_id)
-        self.room = max_positions(model.config)
+        self.layout, self.end = layout_of(tokenizer), stop_token(tokenizer)
         self.prompt: list[int] = tokenizer(
-            prompt_layout(settings.prompt), add_special_tokens=False, verbose=False
+            self.layout.prompt(settings.prompt), add_special_tokens=False, verbose=False
         )["input_ids"]
+        wanted = None if settings.max_length is None else self._tokens_of(settings.max_length)
+        self.room = sampling_room(model, wanted)
         vocabulary = int(model.config.vocab_size)
         letters = token_letters(tokenizer)[:vocabulary]
         self._check(vocabulary, letters)
@@ -340,16 +347,21 @@ class _Sampler:
         )
         self.begun = self.tokens = 0
         self.rows: list[_Row] = []
-        self.decoder = Decoder(model, torch.tensor(self.prompt, device=self.device))
+        self.decoder = Decoder(model, torch.tensor(self.prompt, device=self.device), self.room)
         fitting = self._memory() // self.decoder.bytes_of_a_row()
         self.slots = max(1, min(settings.batch_size, fitting))
-        # (slots, R) tokens, for the penalty; the end opens every protein, so it is nothing new
-        self.ids = torch.full((self.slots, self.room), self.end, device=self.device)
+        # (slots, R) tokens, for the penalty; what opens every protein is nothing new behind it
+        self.ids = torch.full((self.slots, self.room), self.prompt[0], device=self.device)
+
+    def _tokens_of(self, residues: int) -> int:
+        """Return how many tokens a protein takes at most, with line breaks and markers."""
+        return len(self.prompt) + residues + residues // RESIDUES_PER_LINE + 3
 
     def _check(self, vocabulary: int, letters: list[str]) -> None:
         """Raise ``ValueError`` where tokenizer, model, prompt and lengths do not fit together."""
         settings = self.settings
-        if self.prompt[0] != self.end or self.end >= vocabulary:
+        opens = self.layout != PROTGPT2 or self.prompt[0] == self.end
+        if not opens or self.end >= vocabulary:
             raise ValueError(
                 f"the tokenizer or the model does not know {END_OF_TEXT} as its end: this is no "
                 "model of proteins in ProtGPT2's layout"
@@ -404,7 +416,7 @@ class _Sampler:
         if index < len(self.rows):
             self.rows[index] = last
             self.ids[index] = self.ids[len(self.rows)]
-        self.ids[len(self.rows)] = self.end
+        self.ids[len(self.rows)] = self.prompt[0]
 
     def step(self) -> list[tuple[int, GeneratedProtein | str]]:
         """Sample a token of each protein; return what is done, or why it is discarded."""
@@ -441,7 +453,7 @@ class _Sampler:
             row.tokens, skip_special_tokens=False, clean_up_tokenization_spaces=False
         )
         try:
-            residues = residues_of(text)
+            residues = self.layout.read(text)
         except ValueError:
             return NO_PROTEIN
         if not residues:

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 from src.common.runs import RUN_FILE, read_run
 from src.evaluation.results import lookup
 from src.evaluation.scoring import EvaluationSettings
+from src.models.forward import stated_positions
 from src.models.loading import NoTokenizerError, load_tokenizer, max_positions
 from src.proteins.homology import read_clusters
 from src.proteins.sources import has_split, local_files
@@ -104,5 +105,7 @@ def longest(
     student: PreTrainedModel, teacher: PreTrainedModel, settings: EvaluationSettings
 ) -> int:
     """Return the longest protein, in tokens, that both models take and the settings allow."""
-    limit = min(max_positions(student.config), max_positions(teacher.config))
-    return min(limit, settings.max_length or limit)
+    known = [stated_positions(model.config) for model in (student, teacher)]
+    return max_positions(
+        teacher.config, min(filter(None, (*known, settings.max_length)), default=0)
+    )

@@ -10,8 +10,8 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from src.evaluation.scoring import EvaluationSettings, protein_nll
-from src.models.loading import max_positions
-from src.proteins.layouts import layout, prompt_layout
+from src.models.forward import stated_positions
+from src.proteins.layouts import layout_of
 from src.proteins.tokens import token_letters
 
 if TYPE_CHECKING:
@@ -68,7 +68,8 @@ def score_proteins(
         ValueError: the model does not know a token.
     """
     ends = [True] * len(proteins) if whole is None else whole
-    texts = [layout(p) if w else prompt_layout(p) for p, w in zip(proteins, ends, strict=True)]
+    layout = layout_of(tokenizer)
+    texts = [layout.text(p) if w else layout.prompt(p) for p, w in zip(proteins, ends, strict=True)]
     rows = [
         np.asarray(tokenizer(t, add_special_tokens=False, verbose=False)["input_ids"])
         for t in texts
@@ -76,7 +77,9 @@ def score_proteins(
     counts = np.array([len(letters) for letters in token_letters(tokenizer)])
     spelt = np.array([counts[row].sum() for row in rows]) == [len(p) for p in proteins]
     lengths = np.array([len(row) for row in rows], dtype=np.int64)
-    fits = np.flatnonzero(spelt & (lengths <= max_positions(model.config)))
+    fits = np.flatnonzero(
+        spelt & (lengths <= (stated_positions(model.config) or lengths.max(initial=0)))
+    )
     require_known(max((int(rows[i].max()) for i in fits), default=0), int(model.config.vocab_size))
     nll = np.full(len(rows), np.nan)
     if len(fits):

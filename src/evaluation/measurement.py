@@ -27,7 +27,7 @@ from src.evaluation.metrics import MODELS, compute_metrics
 from src.evaluation.results import put_estimate
 from src.evaluation.scoring import EvaluationSettings, Proteins, Scores, score_students
 from src.evaluation.statistics import Estimate, cluster_bootstrap, plain_estimates
-from src.models.loading import count_parameters, output_head
+from src.models.loading import count_parameters
 from src.models.sizes import threshold_for
 
 if TYPE_CHECKING:
@@ -157,7 +157,7 @@ def evaluate_students(
         if warning:
             announce(warning)
     announce(f"intervals over {len(set(labels)):,} {cluster_kind}")
-    device = output_head(teacher)[0].device
+    device = teacher.device
     shared = {
         "gates": gates,
         "data": {

@@ -25,9 +25,9 @@ from transformers.cache_utils import DynamicLayer
 from src.common.cli import progress
 from src.evaluation.likelihoods import score_proteins
 from src.models.decoding import cache_argument
-from src.models.loading import max_positions
+from src.models.forward import stated_positions
 from src.proteins.batching import cut_batches, padded
-from src.proteins.layouts import RESIDUES_PER_LINE, layout, prompt_layout
+from src.proteins.layouts import RESIDUES_PER_LINE, layout_of
 from src.proteins.tokens import encode, token_letters
 
 if TYPE_CHECKING:
@@ -37,6 +37,10 @@ BATCH_ROWS = 64
 BATCH_TOKENS = 2048
 BATCH_LOGITS = 1 << 25
 """Tokens of a batch, at most, and logits that exist at a time (128 MB)."""
+
+
+WINDOW_TOKENS = 1024
+"""Window of a model that states no longest input."""
 
 
 def variant_nll(
@@ -55,7 +59,7 @@ def variant_nll(
     """
     rows = [np.asarray(row) for row in encode(tokenizer, [wild, *variants])]
     reference, others = rows[0], rows[1:]
-    limit = max_positions(model.config)
+    limit = stated_positions(model.config) or max(map(len, rows))
     cache = _cache(model)
     if len(reference) > limit or cache is None or not others:
         return score_proteins(model, tokenizer, variants).nll
@@ -171,14 +175,17 @@ def windowed_nll(model: PreTrainedModel, tokenizer: Any, residues: str) -> np.nd
     Raises:
         ValueError: the model's positions hold no window, or the tokens do not spell the protein.
     """
-    window = window_residues(max_positions(model.config))
+    window = window_residues(stated_positions(model.config) or WINDOW_TOKENS)
+    layout = layout_of(tokenizer)
     found = np.zeros(len(residues))
     counts = np.array([len(letters) for letters in token_letters(tokenizer)])
     for start, stop, first in windows_of(len(residues), window):
         text = residues[start:stop]
         whole = stop == len(residues)
         ids = tokenizer(
-            layout(text) if whole else prompt_layout(text), add_special_tokens=False, verbose=False
+            layout.text(text) if whole else layout.prompt(text),
+            add_special_tokens=False,
+            verbose=False,
         )["input_ids"]
         sizes = counts[ids]
         if sizes.sum() != len(text):

@@ -34,7 +34,7 @@ from src.evaluation.measurement import Evaluation, evaluate_students
 from src.evaluation.results import check_figures, lookup, read_results, write_results
 from src.evaluation.scoring import EvaluationSettings
 from src.experiments.grids import Cell, Grid, read_rates, settings_key
-from src.models.loading import count_parameters, load_causal_lm, model_fingerprint, output_head
+from src.models.loading import count_parameters, load_causal_lm, model_fingerprint
 from src.models.sizes import total_steps
 from src.models.teacher_cache import TeacherCache
 from src.proteins.sources import has_split, on_hub, read_proteins
@@ -292,7 +292,7 @@ class GridRun:
         inputs, shared = self.ingredients, self.grid.shared
         teacher = inputs.teacher
         assert teacher is not None
-        if output_head(teacher)[0].dtype != torch.float32:
+        if teacher.dtype != torch.float32:
             teacher = load_causal_lm(str(shared.teacher_model), device=inputs.device)
         settings = EvaluationSettings(bootstrap=BOOTSTRAP, check=False)
         test = self._held_out(next(iter(students.values())), teacher, settings)

@@ -241,10 +241,7 @@ class Pipeline:
             if self._child is not None:
                 self._child.send_signal(number)
 
-        before = {
-            number: signal.signal(number, forward)
-            for number in FORWARDED
-        }
+        before = {number: signal.signal(number, forward) for number in FORWARDED}
         before[signal.SIGHUP] = signal.signal(signal.SIGHUP, signal.SIG_IGN)
         try:
             yield

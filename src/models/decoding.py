@@ -19,9 +19,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 from transformers import DynamicCache, GPT2LMHeadModel
-from transformers.cache_utils import DynamicLayer
+from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 
-from src.models.loading import accepts, max_positions
+from src.models.forward import accepts
+from src.models.loading import max_positions
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -35,6 +36,32 @@ def cache_argument(model: PreTrainedModel) -> str:
     return "cache" if accepts(model, "cache") else "past_key_values"
 
 
+def sampling_room(model: PreTrainedModel, wanted: int | None = None) -> int:
+    """Return how many tokens a sampled row may have: positions, and windows that never slide.
+
+    Args:
+        model: a causal language model.
+        wanted: tokens that are asked for; None: as many as the model takes.
+
+    Raises:
+        ValueError: the model keeps something else than keys and values of all that came before, or
+            neither it nor the caller says how long a row may be.
+    """
+    room = max_positions(model.config, wanted)
+    layers = (
+        DynamicCache(config=model.config).layers if accepts(model, cache_argument(model)) else []
+    )
+    windows = [x.sliding_window for x in layers if type(x) is DynamicSlidingWindowLayer]
+    full = sum(type(layer) is DynamicLayer for layer in layers)
+    if not layers or full + len(windows) < len(layers):
+        raise ValueError(
+            f"{type(model).__name__}: proteins cannot be sampled from it, because that needs keys "
+            "and values of all tokens before, which not all of its layers keep; training, "
+            "evaluation without samples and scoring work"
+        )
+    return min([room, *windows])
+
+
 class Decoder:
     """The cache of a batch of rows, and the logits after each row's newest token.
 
@@ -44,21 +71,19 @@ class Decoder:
         lengths: tokens of each row in use, the newest included.
     """
 
-    def __init__(self, model: PreTrainedModel, prompt: Tensor) -> None:
+    def __init__(self, model: PreTrainedModel, prompt: Tensor, room: int | None = None) -> None:
         """Compute the prompt's keys and values once for all rows.
 
         Args:
             model: a causal language model in eval mode.
             prompt: ``(p,)`` tokens that every row begins with; the last is each row's first input.
+            room: most tokens of a row; None: as many as the model takes.
 
         Raises:
             ValueError: a layer of the model does not attend to all that came before.
         """
-        cache = DynamicCache(config=model.config)
-        if any(type(layer) is not DynamicLayer for layer in cache.layers):
-            raise ValueError(
-                f"{type(model).__name__}: sampling needs full attention in every layer"
-            )
+        self.room = sampling_room(model, room)
+        cache = DynamicCache()  # in no row anything falls out of a sliding window
         self.name = cache_argument(model)
         self.model, self.device = model, model.device
         model(input_ids=prompt[None], use_cache=True, **{self.name: cache})
@@ -75,13 +100,13 @@ class Decoder:
             self.weights = gpt2_weights(model)
             self.logits = self._gpt2
         else:
-            self.cache = DynamicCache(config=model.config)
+            self.cache = DynamicCache()
             self.cache.layers = [_Window(self, i) for i in range(len(self.buffers))]  # type: ignore[assignment]
             self.logits = self._library
 
     def bytes_of_a_row(self) -> int:
         """Return the size of the keys and values of a row that fills the model's positions."""
-        columns = max_positions(self.model.config)
+        columns = self.room
         heads = sum(o.shape[0] * o.shape[1] * o.shape[3] for o in self.opening)
         return heads * columns * self.opening[0].element_size()
 

@@ -1,4 +1,4 @@
-"""Loads teachers and tokenizers, builds students, and splits a model before its output head.
+"""Loads teachers and tokenizers, and builds students.
 
 Files from elsewhere may be hostile: no code in them is run, files that transformers would read
 without limits are checked first, and a configuration is compared with its weights before a model of
@@ -8,7 +8,6 @@ that size is built.
 from __future__ import annotations
 
 import hashlib
-import inspect
 import math
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -16,14 +15,24 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from src.common.cli import one_line, printable, size
 from src.common.devices import machine_memory
 from src.common.files import read_json
 from src.common.settings import BUNDLED_TEACHER, StudentSettings
+from src.models.forward import head_form, stated_positions
+from src.models.recognition import candidates, writes
 from src.models.sizes import gpt2_parameters
-from src.proteins.layouts import STANDARD_RESIDUES, layout, residues_of
+from src.proteins.layouts import (
+    STANDARD_RESIDUES,
+    TaggedProtein,
+    guess_layout,
+    layout_of,
+    set_layout,
+    spelt_out,
+    stated_layout,
+)
 from src.proteins.tokens import token_letters
 
 MAX_CONFIG_BYTES = 1 << 20
@@ -41,12 +50,18 @@ class NoTokenizerError(ValueError):
     """A model has no tokenizer of proteins."""
 
 
-def load_tokenizer(name: str | Path, revision: str | None = None) -> PreTrainedTokenizerBase:
+def load_tokenizer(
+    name: str | Path, revision: str | None = None, layout: str | None = None
+) -> PreTrainedTokenizerBase:
     """Load a tokenizer; without a padding token it pads with the end-of-text marker.
+
+    It carries a layout (:func:`src.proteins.layouts.layout_of`): the one given, the one that it was
+    saved with, or the first of the table that it can write.
 
     Args:
         name: directory or hub id.
         revision: branch, tag or commit on the hub.
+        layout: name of a layout, or a template.
 
     Raises:
         NoTokenizerError: the model has no tokenizer.
@@ -62,6 +77,12 @@ def load_tokenizer(name: str | Path, revision: str | None = None) -> PreTrainedT
             str(name), revision=revision or "main", trust_remote_code=False
         )
         _keep_no_words(tokenizer)
+    if layout is not None:
+        set_layout(tokenizer, chosen := spelt_out(layout, tokenizer))
+        if not writes(tokenizer, chosen):
+            raise ValueError(f"--layout {layout!r}: the tokenizer of {name} has no tokens for it")
+    with explain_loading("tokenizer", name):
+        _choose_layout(tokenizer)
     if tokenizer.eos_token is None:
         raise ValueError(f"{name}: its tokenizer has no end-of-text token")
     with explain_loading("tokenizer", name):
@@ -74,6 +95,15 @@ def load_tokenizer(name: str | Path, revision: str | None = None) -> PreTrainedT
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token
     return tokenizer
+
+
+def _choose_layout(tokenizer: PreTrainedTokenizerBase) -> None:
+    """Let a tokenizer carry a layout, and know the marker at its end."""
+    if stated_layout(tokenizer) is None and (possible := candidates(tokenizer)):
+        guess_layout(tokenizer, possible[0])
+    after = layout_of(tokenizer).parts[1].strip()
+    if tokenizer.eos_token is None and after in tokenizer.get_vocab():
+        tokenizer.eos_token = after
 
 
 def _keep_no_words(tokenizer: PreTrainedTokenizerBase) -> None:
@@ -119,14 +149,16 @@ def _try_out(tokenizer: PreTrainedTokenizerBase) -> str:
         ValueError: token ids are out of range, or the decoded text is no protein. A broken
             tokenizer may raise any other error.
     """
-    ids = tokenizer(layout(STANDARD_RESIDUES), add_special_tokens=False)["input_ids"]
+    protein = TaggedProtein(STANDARD_RESIDUES, "1.1.1.1")
+    layout = layout_of(tokenizer)
+    ids = tokenizer(layout.text(protein), add_special_tokens=False)["input_ids"]
     text: Any = tokenizer.decode(ids, skip_special_tokens=False, clean_up_tokenization_spaces=False)
     known = [*tokenizer.all_special_ids, *ids]
     if not all(isinstance(i, int) and 0 <= i < len(tokenizer) for i in known):
         raise ValueError("its token ids do not run from 0 to the size of its vocabulary")
     letters = token_letters(tokenizer)
     spelt = "".join(letters[i] for i in ids)
-    return spelt if spelt != STANDARD_RESIDUES else residues_of(text)
+    return spelt if spelt != STANDARD_RESIDUES else str(layout.read(text))
 
 
 def load_causal_lm(
@@ -135,7 +167,7 @@ def load_causal_lm(
     device: str | torch.device = "cpu",
     revision: str | None = None,
 ) -> PreTrainedModel:
-    """Load a causal language model in eval mode, and run it on one token.
+    """Load a causal language model in eval mode, and try it out on a few tokens.
 
     Directories must hold safetensors. A hub model without them is read with PyTorch's
     ``weights_only`` loader, which runs no code.
@@ -181,21 +213,18 @@ def load_causal_lm(
 
 
 def require_runnable(model: PreTrainedModel) -> None:
-    """Check that every weight is finite, and the output for one token.
+    """Check that every weight is finite, and what the model computes (:mod:`src.models.forward`).
 
     Raises:
-        ValueError: a weight or an output is not finite. A broken model may raise any other error.
+        ValueError: a weight or an output is not finite, or the model is not causal. A broken model
+            may raise any other error.
     """
     for name, weight in model.named_parameters():
         if not torch.isfinite(weight).all():
             raise ValueError(
                 f"{name} has a value that is no finite number: the weights are damaged"
             )
-    token = torch.zeros(1, 1, dtype=torch.long, device=model.device)
-    with torch.inference_mode():
-        logits = model(input_ids=token).logits
-    if not torch.isfinite(logits).all():
-        raise ValueError("its outputs are not finite: the weights are damaged")
+    head_form(model)
 
 
 def require_fitting_weights(folder: Path) -> None:
@@ -334,6 +363,16 @@ def shape_of(name: str | Path) -> StudentSettings:
     return StudentSettings(config.n_layer, config.n_head, config.n_embd)
 
 
+MOST_POSITIONS = 4096
+"""A student has its teacher's positions, but beyond these only what its proteins need."""
+
+
+def student_positions(config: Any, max_length: int) -> int:
+    """Return a student's longest input for a teacher's configuration and the run's proteins."""
+    stated = stated_positions(config) or max_length
+    return stated if stated <= MOST_POSITIONS else max(max_length, MOST_POSITIONS)
+
+
 def student_config(
     student: StudentSettings, teacher_config: Any, n_positions: int | None = None
 ) -> GPT2Config:
@@ -386,17 +425,18 @@ def count_parameters(model: nn.Module) -> int:
     return sum(p.numel() for p in model.parameters())
 
 
-def max_positions(config: Any) -> int:
-    """Return the longest input of a model, in tokens.
+def max_positions(config: Any, wanted: int | None = None) -> int:
+    """Return the longest input of a model in tokens, and at most ``wanted``.
 
     Raises:
-        ValueError: the configuration does not say.
+        ValueError: neither is known.
     """
-    for name in ("n_positions", "max_position_embeddings", "n_ctx"):
-        value = getattr(config, name, None)
-        if value:
-            return int(value)
-    raise ValueError("the model's configuration states no longest input")
+    known = [value for value in (stated_positions(config), wanted) if value]
+    if not known:
+        raise ValueError(
+            f"a {config.model_type} model states no longest input (it has none): pass --max_length"
+        )
+    return min(known)
 
 
 def model_fingerprint(model: nn.Module) -> str:
@@ -409,16 +449,6 @@ def model_fingerprint(model: nn.Module) -> str:
     return digest.hexdigest()
 
 
-def positions_from_mask(attention_mask: Tensor) -> Tensor:
-    """Return position ids ``(B, T)`` that count attended tokens from 0, for padding on any side."""
-    return (attention_mask.long().cumsum(-1) - 1).clamp(min=0)
-
-
-def accepts(model: nn.Module, argument: str) -> bool:
-    """Return whether a model's forward takes an argument of that name."""
-    return argument in inspect.signature(model.forward).parameters
-
-
 def set_dropout(model: nn.Module, probability: float) -> None:
     """Set every dropout probability of a GPT-2."""
     for module in model.modules():
@@ -428,79 +458,8 @@ def set_dropout(model: nn.Module, probability: float) -> None:
         setattr(model.config, name, probability)
 
 
-def block_lists(model: PreTrainedModel) -> dict[str, nn.ModuleList]:
-    """Return the lists of blocks of a base model, by name."""
-    children = model.base_model.named_children()
-    return {name: module for name, module in children if isinstance(module, nn.ModuleList)}
-
-
-def keep_head_alone(model: PreTrainedModel) -> None:
-    """Free a model's blocks if only its output head is still needed."""
-    for name in block_lists(model):
-        setattr(model.base_model, name, nn.ModuleList())
-
-
 def has_dropout(model: nn.Module) -> bool:
     """Return whether a model uses dropout in train mode."""
     return any(isinstance(m, nn.Dropout) and m.p > 0 for m in model.modules()) or (
         getattr(getattr(model, "config", None), "attn_pdrop", 0.0) > 0
     )
-
-
-def output_head(model: PreTrainedModel) -> tuple[Tensor, Tensor | None]:
-    """Return the weight ``(V, E)`` and the bias ``(V,)`` or None of a model's output head.
-
-    Raises:
-        ValueError: the model has no linear output head.
-    """
-    head = model.get_output_embeddings()
-    if head is None or not isinstance(getattr(head, "weight", None), Tensor):
-        raise ValueError(f"{type(model).__name__} has no linear output head")
-    return head.weight, getattr(head, "bias", None)  # type: ignore[return-value]
-
-
-def final_hidden_states(
-    model: PreTrainedModel,
-    input_ids: Tensor,
-    attention_mask: Tensor | None = None,
-    position_ids: Tensor | None = None,
-) -> Tensor:
-    """Return the input of a model's output head: hidden states after the last norm.
-
-    Args:
-        model: a causal language model.
-        input_ids: ``(B, T)``.
-        attention_mask: ``(B, T)``, 0 at padding.
-        position_ids: ``(B, T)``; None: count attended tokens.
-
-    Returns:
-        ``(B, T, E)`` in the model's compute dtype.
-    """
-    inputs = model_inputs(model, input_ids, attention_mask, position_ids)
-    return model.base_model(**inputs, use_cache=False).last_hidden_state
-
-
-def model_inputs(
-    model: nn.Module,
-    input_ids: Tensor,
-    attention_mask: Tensor | None = None,
-    position_ids: Tensor | None = None,
-) -> dict[str, Tensor]:
-    """Return the keyword arguments for a forward pass over a possibly padded or packed batch.
-
-    A packed batch has no attention mask, and ``position_ids`` that begin again at each protein:
-    transformers then keeps attention inside each protein. A row without attended tokens gets one,
-    because attention over nothing gives NaN.
-    """
-    inputs = {"input_ids": input_ids}
-    if attention_mask is not None:
-        empty = ~attention_mask.bool().any(-1)
-        if empty.any():
-            attention_mask = attention_mask.clone()
-            attention_mask[empty, 0] = 1
-        inputs["attention_mask"] = attention_mask
-        if position_ids is None:
-            position_ids = positions_from_mask(attention_mask)
-    if position_ids is not None and accepts(model, "position_ids"):
-        inputs["position_ids"] = position_ids
-    return inputs

@@ -69,7 +69,7 @@ class Record(NamedTuple):
 
 
 def file_records(
-    path: Path, report: ReadReport, sequence_column: str | None = None
+    path: Path, report: ReadReport, sequence_column: str | None = None, tag: str | None = None
 ) -> Iterator[Record]:
     """Yield the records of a file.
 
@@ -77,6 +77,7 @@ def file_records(
         path: the file.
         report: counts what the reader mends or skips.
         sequence_column: of a table; None: the first of the usual ones.
+        tag: column of a table whose cells the titles of its records are to hold, as ``tag=cell``.
 
     Raises:
         ValueError: the file is refused, as :mod:`src.proteins.sources` lists; the message names the
@@ -90,8 +91,8 @@ def file_records(
         return reader(path, report)
     if kind == PARQUET:
         return _parquet_records(path, report, sequence_column)
-    return table_records(path, open_table(path, kind, report, sequence_column), report,
-                         sequence_column)  # fmt: skip
+    table = open_table(path, kind, report, sequence_column)
+    return table_records(path, table, report, sequence_column, tag)
 
 
 def fasta_records(path: Path, report: ReadReport) -> Iterator[Record]:
@@ -203,19 +204,25 @@ def _are_blocks(words: Sequence[str]) -> bool:
 
 
 def table_records(
-    path: Path, table: Table, report: ReadReport, sequence_column: str | None = None
+    path: Path,
+    table: Table,
+    report: ReadReport,
+    sequence_column: str | None = None,
+    tag: str | None = None,
 ) -> Iterator[Record]:
     """Yield the rows of a table with a column of residues."""
     data = table.sequence(sequence_column)
     name = table.find(None, NAME_COLUMNS, "")
+    tags = None if tag is None else table.find(tag, (), "--layout")
     column = table.columns[data]
     if key(column) == "input_ids":
         raise ValueError(f"{path}: tokens are read from parquet alone: use parquet")
     report.column = column
     for number, row in table.rows:
         place = f"{path.name}:{number}"
-        title = f"row_{number}" if name is None or name == data else row[name]
-        yield from cell_records(row[data], title, place, report)
+        own = f"row_{number}" if name is None or name == data else row[name]
+        title = "" if tags is None else f"{tag}={row[tags]}"
+        yield from cell_records(row[data], own, place, report, title)
 
 
 def _parquet_records(
@@ -231,9 +238,11 @@ def _parquet_records(
             yield from cell_records(cell, name, place, report)
 
 
-def cell_records(cell: str, name: str, place: str, report: ReadReport) -> Iterator[Record]:
+def cell_records(
+    cell: str, name: str, place: str, report: ReadReport, title: str = ""
+) -> Iterator[Record]:
     """Yield the proteins in a cell of a table; a laid-out text may hold several."""
-    return pieces("" if is_missing(cell) else cell, name, place, report)
+    return pieces("" if is_missing(cell) else cell, name, place, report, title)
 
 
 def pieces(

@@ -58,6 +58,8 @@ from src.proteins.layouts import (
     END_OF_TEXT,
     STANDARD_RESIDUES,
     layout,
+    layout_of,
+    tagged,
 )
 from src.proteins.locations import has_split, hub_split, local_files, on_hub, unread_files
 from src.proteins.readers import Record, file_records, hub_records
@@ -235,11 +237,14 @@ def read_entries(
     """
     report = ReadReport() if report is None else report
     report.source = str(source) if split is None else f"{source} ({split})"
-    for record in _records(source, split, report, sequence_column):
+    tag = None if tokenizer is None else layout_of(tokenizer).tag
+    for record in _records(source, split, report, sequence_column, tag):
         if record.ids is not None:
             yield from _token_entries(record, report, tokenizer, keep_ambiguous, str(source))
             continue
         residues = usable(record, report, keep_ambiguous)
+        if residues is not None and tag is not None:
+            residues = _with_tag(residues, tag, record, report)
         if residues is not None:
             yield SourceProtein(_clean_name(record.name), residues, title=record.title)
         if report.read == FIRST_LOOK:
@@ -248,7 +253,11 @@ def read_entries(
 
 
 def _records(
-    source: str | Path, split: str | None, report: ReadReport, sequence_column: str | None
+    source: str | Path,
+    split: str | None,
+    report: ReadReport,
+    sequence_column: str | None,
+    tag: str | None = None,
 ) -> Iterable[Record]:
     files = local_files(source, split)
     if files is None:
@@ -260,7 +269,17 @@ def _records(
         unread = unread_files(Path(source))
         if unread:
             report.note(f"not read: {printable(', '.join(unread[:10]))}")
-    return (record for path in files for record in file_records(path, report, sequence_column))
+    return (record for path in files for record in file_records(path, report, sequence_column, tag))
+
+
+def _with_tag(residues: str, tag: str, record: Record, report: ReadReport) -> str | None:
+    """Return residues with a record's tag, or None without one; the report counts it."""
+    found = tagged(residues, tag, record.title)
+    if found is None:
+        report.kept -= 1
+        report.residues -= len(residues)
+        report.drop(f"no {tag}=... in the header, or no column {tag}", record.place)
+    return found
 
 
 def usable(record: Record, report: ReadReport, keep_ambiguous: bool = False) -> str | None:

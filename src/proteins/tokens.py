@@ -11,6 +11,7 @@ import contextlib
 import hashlib
 import json
 import os
+import re
 import shutil
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -22,7 +23,7 @@ from filelock import FileLock, Timeout
 from src.common.cli import progress, say
 from src.common.files import atomic_folder, names_full_disk, sha256_file, write_json
 from src.common.manifest import file_entry, signature
-from src.proteins.layouts import layout
+from src.proteins.layouts import PROTGPT2, layout_of
 from src.proteins.report import ReadReport
 from src.proteins.sources import CUT_IN_SOURCE, DUPLICATE, SourceProtein, local_files, read_entries
 from src.proteins.store import (
@@ -40,6 +41,7 @@ BATCH_RESIDUES = 1 << 18
 """Most residues tokenised together: a tokenizer needs some hundred bytes of memory a token."""
 SMALL_BYTES = 1 << 26
 """Smaller sources are identified by their content, larger ones by path, size and time."""
+_MARKER = re.compile(r"<.*>|\[.*\]")
 LONG_PROTEINS = ("cut", "drop")
 BEYOND = "beyond --max_proteins"
 UNKNOWN_RESIDUES = "residues that the tokenizer does not know"
@@ -129,7 +131,10 @@ def tokenizer_fingerprint(tokenizer: Any) -> str:
         rules.pop("padding", None)
     else:
         rules = {"class": type(tokenizer).__name__, "vocab": tokenizer.get_vocab()}
-    state = json.dumps([rules, tokenizer.eos_token_id], sort_keys=True)
+    parts = [rules, tokenizer.eos_token_id]
+    if layout_of(tokenizer) != PROTGPT2:
+        parts.append(layout_of(tokenizer).template)
+    state = json.dumps(parts, sort_keys=True)
     return hashlib.sha256(state.encode()).hexdigest()
 
 
@@ -138,7 +143,9 @@ def token_letters(tokenizer: Any) -> list[str]:
     special = set(tokenizer.all_special_ids)
     tokens = tokenizer.convert_ids_to_tokens(list(range(len(tokenizer))))
     return [
-        "" if i in special or token is None else "".join(c for c in token if "A" <= c <= "Z")
+        ""
+        if i in special or token is None or _MARKER.fullmatch(token)
+        else "".join(c for c in token if "A" <= c <= "Z")
         for i, token in enumerate(tokens)
     ]
 
@@ -147,8 +154,9 @@ def encode(tokenizer: Any, proteins: Sequence[str]) -> list[list[int]]:
     """Return the token ids of laid-out proteins, whole and without padding."""
     if not proteins:
         return []
+    layout = layout_of(tokenizer)
     return tokenizer(
-        [layout(residues) for residues in proteins],
+        [layout.text(residues) for residues in proteins],
         add_special_tokens=False,
         padding=False,
         truncation=False,
@@ -158,6 +166,8 @@ def encode(tokenizer: Any, proteins: Sequence[str]) -> list[list[int]]:
 
 
 def _require_layout(tokenizer: Any) -> None:
+    if layout_of(tokenizer) != PROTGPT2:
+        return
     marker = tokenizer.eos_token_id
     name = getattr(tokenizer, "name_or_path", "")
     ids = encode(tokenizer, ["M"])[0]

@@ -20,6 +20,7 @@ from src.models.loading import (
     load_tokenizer,
     max_positions,
     model_fingerprint,
+    student_positions,
 )
 from src.models.sharding import load_sharded
 from src.models.teacher_cache import TeacherCache, capture
@@ -62,7 +63,13 @@ class Ingredients:
     def model_shape(self) -> Any:
         """The configuration that decides a student's vocabulary, positions and marker."""
         if self.teacher is not None:
-            return self.teacher.config
+            config = self.teacher.config
+            return SimpleNamespace(
+                vocab_size=config.vocab_size,
+                n_positions=student_positions(config, self.max_length),
+                bos_token_id=config.bos_token_id,
+                eos_token_id=config.eos_token_id,
+            )
         return shape_without_teacher(self.tokenizer, self.max_length)
 
     @property
@@ -110,7 +117,7 @@ def gather(
         teacher, fingerprint = load_teacher(
             settings.teacher_model, precision, device, shard_teacher
         )
-        max_length = min(max_length, max_positions(teacher.config))
+        max_length = max_positions(teacher.config, max_length)
     parts = load_parts(settings, tokenizer, max_length, cache_dir)
     return Ingredients(teacher, fingerprint, tokenizer, parts, device, precision, max_length)
 

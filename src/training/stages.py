@@ -34,7 +34,8 @@ from src.common.settings import TrainSettings, as_recorded
 from src.distillation import DistillationTrainer
 from src.evaluation.gates import CHECKED_PROTEINS, check_teacher, sample
 from src.evaluation.results import lookup
-from src.models.loading import count_parameters, keep_head_alone, model_fingerprint
+from src.models.forward import keep_head_alone
+from src.models.loading import count_parameters, model_fingerprint
 from src.models.sizes import total_steps
 from src.models.teacher_cache import TeacherCache
 from src.proteins.tokens import data_summary
