@@ -153,7 +153,10 @@ def _read_table(
         residues.append(usable(Record("", place, text), report, keep_ambiguous=True) or "")
         if score is not None:
             where = f"{place}: {table.columns[score]}"
-            measured.append(number_of(row[score], where, decimal_comma=table.divider != ","))
+            comma = table.divider != ","
+            measured.append(number_of(row[score], where, decimal_comma=comma))
+            if comma and "," in row[score]:
+                report.fix("decimal commas", place)
     require_proteins(report)
     clusters: list[Any] = [_positions(m) or f"row {i}" for i, m in enumerate(parsed)]
     return Variants(
