@@ -70,7 +70,7 @@ def build_parser() -> argparse.ArgumentParser:
     add = parser.add_argument_group("where").add_argument
     add("--results", type=Path, help="directory of results (default: results/GRID)")
     add("--work", type=Path, help="directory of checkpoints (default: models/GRID)")
-    add("--device", default="auto", help="auto, cpu or cuda")
+    add("--device", default="auto", help="auto, cpu, cuda, cuda:N or mps")
     add("--cache_dir", type=folder, help="where tokenised proteins are kept")
     add("--threads", type=positive_int, help="CPU threads (default: PyTorch's choice)")
     return parser

@@ -20,6 +20,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from src.common import settings as s
 from src.common.cli import (
+    LAYOUT_HELP,
     HelpFormatter,
     add_data_flags,
     folder,
@@ -42,10 +43,11 @@ def build_parser() -> argparse.ArgumentParser:
     add_data_flags(add, "as for scripts/train.py", default=s.DEFAULT_DATA)
     add("--train_size_prop", type=share, default=0.1, help="share of the training proteins")
     add("--data_seed", type=natural, default=0, help="chooses that share")
+    add("--layout", help=LAYOUT_HELP)
     add("--max_length", type=positive_int, default=512, help="tokens; longer proteins are cut")
     add("--validation_proteins", type=positive_int, default=500, help="watched while training")
     add("--precision", choices=s.PRECISIONS, default="auto", help="bf16 on a GPU, else fp32")
-    add("--device", default="auto", help="auto, cpu or cuda")
+    add("--device", default="auto", help="auto, cpu, cuda, cuda:N or mps")
     add(
         "--shard_teacher",
         action="store_true",

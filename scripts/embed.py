@@ -19,7 +19,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from src.common.cli import HelpFormatter, positive_int, run_script, say
+from src.common.cli import LAYOUT_HELP, HelpFormatter, positive_int, run_script, say
 from src.common.files import check_outputs, names_full_disk
 
 
@@ -29,12 +29,13 @@ def build_parser() -> argparse.ArgumentParser:
     add = parser.add_argument_group("what to embed").add_argument
     add("--model", required=True, help="directory or hub id")
     add("--input", type=Path, required=True, help="FASTA or another file of proteins")
+    add("--layout", help=LAYOUT_HELP)
     add("--layer", type=int, default=-1, help="0: input of the first block; n: output of the n-th")
     add("--per_residue", action="store_true", help="a vector for each residue, not mean and last")
 
     add = parser.add_argument_group("how").add_argument
     add("--batch_size", type=positive_int, default=64, help="proteins of a batch, at most")
-    add("--device", default="auto", help="auto, cpu or cuda")
+    add("--device", default="auto", help="auto, cpu, cuda, cuda:N or mps")
 
     add = parser.add_argument_group("output").add_argument
     add("--output", type=Path, required=True, help=".parquet or .npz")
@@ -60,14 +61,16 @@ def run(args: argparse.Namespace) -> dict:
         load_tokenizer,
         model_fingerprint,
     )
+    from src.models.recognition import settle_layout
     from src.proteins.sources import read_proteins
     from src.proteins.tokens import encode
 
     quiet_libraries()
     processes.join(args.device)
     told = say if processes.is_first() else (lambda line: None)
-    tokenizer = load_tokenizer(args.model)
+    tokenizer = load_tokenizer(args.model, layout=args.layout)
     model = load_causal_lm(args.model, device=choose_device(args.device))
+    settle_layout(model, tokenizer, told)
     every = [(p.name, p.residues) for p in read_proteins(args.input, keep_ambiguous=True)]
     lengths = [len(row) for row in encode(tokenizer, [residues for _, residues in every])]
     limit = stated_positions(model.config) or max(lengths, default=0)

@@ -19,6 +19,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from src.common.cli import (
+    LAYOUT_HELP,
     HelpFormatter,
     natural,
     positive_float,
@@ -41,6 +42,7 @@ def build_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=HelpFormatter)
     add = parser.add_argument_group("what to generate").add_argument
     add("--model", required=True, help="directory or hub id")
+    add("--layout", help=LAYOUT_HELP)
     add("--num_sequences", type=positive_int, default=10, help="how many proteins")
     add("--min_length", type=positive_int, default=1, help="residues; shorter ones are discarded")
     add("--max_length", type=positive_int, help="residues; longer ones are discarded")
@@ -65,7 +67,7 @@ def build_parser() -> argparse.ArgumentParser:
     add("--temperature", type=positive_float, default=1.0, help="divides the logits")
     add("--seed", type=natural, default=0, help="of all random numbers")
     add("--batch_size", type=positive_int, default=64, help="at a time; does not change the result")
-    add("--device", default="auto", help="auto, cpu or cuda")
+    add("--device", default="auto", help="auto, cpu, cuda, cuda:N or mps")
 
     add = parser.add_argument_group("output").add_argument
     add("--output", type=Path, required=True, help="FASTA file")
@@ -85,6 +87,7 @@ def run(args: argparse.Namespace) -> dict:
     from src.evaluation import generation as g
     from src.evaluation.filters import Filters
     from src.models.loading import load_causal_lm, load_tokenizer
+    from src.models.recognition import settle_layout
     from src.proteins.fasta import write_fasta
     from src.proteins.sources import read_proteins
 
@@ -100,12 +103,14 @@ def run(args: argparse.Namespace) -> dict:
     known = args.against and [p.residues for p in read_proteins(args.against, keep_ambiguous=True)]
     filters = Filters(args.drop_repeats, args.max_identity, known or (), args.distinct)
     device = choose_device(args.device)
-    tokenizer = load_tokenizer(args.model)
+    tokenizer = load_tokenizer(args.model, layout=args.layout)
     model = load_causal_lm(args.model, device=device)
+    settle_layout(model, tokenizer)
     scorer, scorer_tokenizer = model, tokenizer
     if args.scorer:  # before the sampling: what is wrong with it shows at once
         scorer_tokenizer = load_tokenizer(args.scorer)
         scorer = load_causal_lm(args.scorer, device=device)
+        settle_layout(scorer, scorer_tokenizer)
     result = g.sample_proteins(model, tokenizer, settings, filters, say)
     lost = result.tally.reasons
     say(f"{result.tally.attempts:,} attempts: {result.tally.kept:,} kept" + (lost and f", {lost}"))

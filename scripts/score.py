@@ -20,7 +20,7 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from src.common.cli import HelpFormatter, natural, positive_int, run_script, say
+from src.common.cli import LAYOUT_HELP, HelpFormatter, natural, positive_int, run_script, say
 from src.common.files import check_outputs
 from src.evaluation.results import put_estimate, with_interval
 
@@ -39,6 +39,7 @@ def build_parser() -> argparse.ArgumentParser:
     )
     add("--mutants", help="of it: A12C:D45E,G5A, or a file with one on each line")
     add("--scan", action="store_true", help="every single substitution of it")
+    add("--layout", help=LAYOUT_HELP)
     add("--sequence_column", help="column of the residues in a table (default: a usual name)")
     add("--score_column", help="measured fitness (default: DMS_score where there is one)")
 
@@ -47,7 +48,7 @@ def build_parser() -> argparse.ArgumentParser:
     add("--batch_size", type=positive_int, default=32, help="proteins of a batch, at most")
     add("--bootstrap", type=natural, default=2000, help="replicates for intervals; 0: none")
     add("--seed", type=natural, default=0, help="of the bootstrap")
-    add("--device", default="auto", help="auto, cpu or cuda")
+    add("--device", default="auto", help="auto, cpu, cuda, cuda:N or mps")
 
     add = parser.add_argument_group("output").add_argument
     add("--output", type=Path, required=True, help="CSV: the input's columns, then the scores")
@@ -107,13 +108,16 @@ def run(args: argparse.Namespace) -> dict:
     from src.common.files import sha256_file, write_json
     from src.common.runs import provenance
     from src.models.loading import load_causal_lm, load_tokenizer, model_fingerprint
+    from src.models.recognition import settle_layout
 
     quiet_libraries()
     device = choose_device(args.device)
     models = {
-        prefix: (load_causal_lm(name, device=device), load_tokenizer(name))
+        prefix: (load_causal_lm(name, device=device), load_tokenizer(name, layout=args.layout))
         for prefix, name in names.items()
     }
+    for model, tokenizer in models.values():
+        settle_layout(model, tokenizer)
     scores = f.score_columns(models, variants.residues, args.batch_size, wild, args.windows)
     columns = {"student": scores[kinds[1]]}
     if args.teacher_model:

@@ -21,6 +21,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from src.common import settings as s
 from src.common.cli import (
+    LAYOUT_HELP,
     HelpFormatter,
     add_data_flags,
     folder,
@@ -60,6 +61,7 @@ def build_parser() -> argparse.ArgumentParser:
         "--tokenizer",
         help="train from random weights with this tokenizer and no teacher (with --alpha 1)",
     )
+    add("--layout", help=LAYOUT_HELP)
     add("--max_length", type=positive_int, default=512, help="tokens; longer proteins are cut")
 
     add = parser.add_argument_group("student").add_argument
@@ -167,7 +169,7 @@ def build_parser() -> argparse.ArgumentParser:
     add("--save_steps", type=positive_int, help="(default: ten times a run)")
     add("--validation_proteins", type=positive_int, default=500, help="watched while training")
     add("--report_to", choices=("none", "wandb", "tensorboard"), default="none", help="tracker")
-    add("--device", default="auto", help="auto, cpu or cuda")
+    add("--device", default="auto", help="auto, cpu, cuda, cuda:N or mps")
     add(
         "--num_workers",
         type=workers,

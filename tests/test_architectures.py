@@ -40,6 +40,7 @@ COMMON = {
     "eos_token_id": 2,
 }
 GPT = {"vocab_size": VOCABULARY, "n_embd": 32, "n_layer": 2, "n_head": 4, "n_positions": 64}
+GPT |= {"initializer_range": 0.2}
 D_MODEL = {"vocab_size": VOCABULARY, "d_model": 32}
 ARCHITECTURES: dict[str, dict] = {
     "gpt2": GPT,

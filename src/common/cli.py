@@ -25,6 +25,10 @@ LARGEST_COUNT = (1 << 32) - 1
 LARGEST = 1e12
 """Largest other number of a flag: its square is well within float32, which ends at 3e38."""
 WORKERS_A_CPU = 4
+LAYOUT_HELP = (
+    "how proteins are written for the model: protgpt2, plain, spaced, progen, zymctrl, or a "
+    "template such as '{begin}{tag}<start>{residues}{end}' (default: found at loading)"
+)
 SHOWN = 40
 """Characters of a wrong value that a message repeats."""
 

@@ -243,6 +243,7 @@ class TrainSettings:
     sequence_column: str | None = None
     teacher_model: str | None = DEFAULT_TEACHER
     tokenizer: str | None = None
+    layout: str | None = None
     train_size_prop: float = 0.1
     data_seed: int = 0
     optimizer: str = "adamw"
@@ -284,6 +285,7 @@ class TrainSettings:
 DEFAULTS = TrainSettings()
 ADDED_LATER = (
     "early_stopping",
+    "layout",
     "optimizer",
     "other_learning_rate",
     "sequence_column",

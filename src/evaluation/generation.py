@@ -428,7 +428,8 @@ class _Sampler:
         width = max(self.decoder.lengths) - 1
         scores, ids = self.warp(logits, self.ids[: len(rows), :width])
         levels = torch.tensor([row.levels[len(row.tokens) - prompt] for row in rows])
-        chosen = pick(scores, levels.to(self.device))
+        place = "cpu" if scores.device.type == "mps" else scores.device  # mps has no float64
+        chosen = pick(scores.to(place), levels.to(place)).to(scores.device)
         if ids is not None:
             chosen = ids.gather(1, chosen[:, None]).squeeze(1)
         tokens = chosen.tolist()

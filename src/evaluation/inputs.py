@@ -13,6 +13,7 @@ from src.evaluation.scoring import EvaluationSettings
 from src.models.forward import stated_positions
 from src.models.loading import NoTokenizerError, load_tokenizer, max_positions
 from src.proteins.homology import read_clusters
+from src.proteins.layouts import guess_layout, layout_of, set_layout, stated_layout
 from src.proteins.sources import has_split, local_files
 from src.proteins.split_files import CLUSTERS_FILE, SPLIT_FILE, read_split
 from src.proteins.tokens import tokenizer_fingerprint
@@ -82,17 +83,21 @@ def cluster_kind(source: str | Path) -> str:
     return "families" if within else "clusters"
 
 
-def shared_tokenizer(student: str, teacher: str) -> Any:
+def shared_tokenizer(student: str, teacher: str, layout: str | None = None) -> Any:
     """Load the teacher's tokenizer, and make sure that the student has no other.
 
     Raises:
         ValueError: there is none, or the two differ.
     """
-    tokenizer = load_tokenizer(teacher)
+    tokenizer = load_tokenizer(teacher, layout=layout)
     try:
-        own = load_tokenizer(student)
+        own = load_tokenizer(student, layout=layout)
     except NoTokenizerError:
         return tokenizer  # weights alone: vocabularies are compared later
+    if stated_layout(own) and not stated_layout(tokenizer):  # found when the student was made
+        set_layout(tokenizer, layout_of(own))
+    else:
+        guess_layout(own, layout_of(tokenizer))
     if tokenizer_fingerprint(own) != tokenizer_fingerprint(tokenizer):
         raise ValueError(
             f"{student} and {teacher} have different tokenizers: their likelihoods cannot be "
@@ -106,6 +111,5 @@ def longest(
 ) -> int:
     """Return the longest protein, in tokens, that both models take and the settings allow."""
     known = [stated_positions(model.config) for model in (student, teacher)]
-    return max_positions(
-        teacher.config, min(filter(None, (*known, settings.max_length)), default=0)
-    )
+    least = min(filter(None, (*known, settings.max_length)), default=0)
+    return max_positions(teacher.config, least)

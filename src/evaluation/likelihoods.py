@@ -77,9 +77,8 @@ def score_proteins(
     counts = np.array([len(letters) for letters in token_letters(tokenizer)])
     spelt = np.array([counts[row].sum() for row in rows]) == [len(p) for p in proteins]
     lengths = np.array([len(row) for row in rows], dtype=np.int64)
-    fits = np.flatnonzero(
-        spelt & (lengths <= (stated_positions(model.config) or lengths.max(initial=0)))
-    )
+    limit = stated_positions(model.config) or lengths.max(initial=0)
+    fits = np.flatnonzero(spelt & (lengths <= limit))
     require_known(max((int(rows[i].max()) for i in fits), default=0), int(model.config.vocab_size))
     nll = np.full(len(rows), np.nan)
     if len(fits):

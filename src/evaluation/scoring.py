@@ -162,7 +162,7 @@ def protein_nll(
         [model], proteins, lengths, settings, description
     ):
         nll = F.cross_entropy(logits, targets, reduction="none")
-        total += np.bincount(owners, nll.double().cpu().numpy(), minlength=len(total))
+        total += np.bincount(owners, nll.cpu().double().numpy(), minlength=len(total))
     model.train(training)
     return total
 
@@ -217,7 +217,7 @@ class _Tally:
 
     def add(self, owners: np.ndarray, statistics: Mapping[str, Tensor]) -> None:
         """Add a chunk's figures to the proteins that its tokens belong to."""
-        table = torch.stack(list(statistics.values())).double().cpu().numpy()  # (K, n)
+        table = torch.stack(list(statistics.values())).cpu().double().numpy()  # (K, n)
         if np.isnan(table).any():
             raise ValueError("a model's output is not a number: its weights are broken or overflow")
         for name, values in zip(statistics, table, strict=True):

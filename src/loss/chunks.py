@@ -21,7 +21,7 @@ LONG_SEQUENCE = 4
 
 
 class OutputHead(NamedTuple):
-    """What a model makes its logits with: z = c tanh(s (W h + b) / c), or s (W h + b) without a cap.
+    """What makes a model's logits: z = c tanh(s (W h + b) / c), or s (W h + b) without a cap.
 
     Attributes:
         weight: W ``(V, E)``; None: the hidden states are the logits themselves ``(..., V)``.

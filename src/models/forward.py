@@ -231,7 +231,7 @@ def _prove(model: PreTrainedModel) -> HeadForm:
         )
     head: Any = model.get_output_embeddings()
     weight = getattr(head, "weight", None)
-    if products is None or not isinstance(weight, Tensor) or not hidden.shape[:2] == batch.shape:
+    if products is None or not isinstance(weight, Tensor) or hidden.shape[:2] != batch.shape:
         return HeadForm(linear=False)
     bias = getattr(head, "bias", None)
     if not same(F.linear(hidden, weight, bias), products):
@@ -307,7 +307,7 @@ def same(one: Tensor, other: Tensor) -> bool:
 
 
 def keeps_packed_apart(model: PreTrainedModel) -> bool:
-    """Return whether proteins that share a row, told apart by their positions, ignore each other."""
+    """Return whether proteins that share a row ignore each other, told apart by their positions."""
     head_form(model)  # refuses what is not causal
     if not accepts(model, "position_ids"):
         return False
@@ -326,3 +326,13 @@ def keeps_packed_apart(model: PreTrainedModel) -> bool:
     finally:
         model.train(training)
     return same(packed[:, width:], alone)
+
+
+def require_packing(model: PreTrainedModel) -> None:
+    """Raise ``ValueError`` if packed proteins would see each other."""
+    if not keeps_packed_apart(model):
+        raise ValueError(
+            f"--batching packed: in {type(model).__name__} proteins that share a row see each "
+            "other, which would change their probabilities: leave --batching out, or pass "
+            "--teacher_cache"
+        )

@@ -256,9 +256,7 @@ def set_layout(tokenizer: Any, chosen: Layout) -> None:
 
 
 def stop_token(tokenizer: Any) -> int:
-    """Return the id of the token that ends a protein: the first after the residues that is no
-    line break, or the tokenizer's end-of-text token.
-    """
+    """Return the id of the token that ends a protein: the first that follows its last line."""
     after = layout_of(tokenizer).parts[1].strip()
     ids = tokenizer(after, add_special_tokens=False)["input_ids"] if after else []
     return int(ids[0]) if ids else int(tokenizer.eos_token_id)

@@ -11,9 +11,11 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 
+from src.common import processes
 from src.common.cli import say
 from src.common.devices import choose_device, choose_precision, weights_dtype
 from src.common.settings import TrainSettings
+from src.models.forward import require_packing
 from src.models.loading import (
     count_parameters,
     load_causal_lm,
@@ -22,9 +24,11 @@ from src.models.loading import (
     model_fingerprint,
     student_positions,
 )
+from src.models.recognition import settle_layout
 from src.models.sharding import load_sharded
 from src.models.teacher_cache import TeacherCache, capture
 from src.proteins.batching import PackedDataset
+from src.proteins.layouts import layout_of, set_layout
 from src.proteins.sources import has_split
 from src.proteins.tokens import TokenisedProteins, held_out, tokenise
 
@@ -111,13 +115,17 @@ def gather(
     max_length = settings.max_length
     if settings.teacher_model is None:
         assert settings.tokenizer is not None
-        tokenizer = load_tokenizer(settings.tokenizer)
+        tokenizer = load_tokenizer(settings.tokenizer, layout=settings.layout)
+        set_layout(tokenizer, layout_of(tokenizer))
     else:
-        tokenizer = load_tokenizer(settings.teacher_model)
+        tokenizer = load_tokenizer(settings.teacher_model, layout=settings.layout)
         teacher, fingerprint = load_teacher(
             settings.teacher_model, precision, device, shard_teacher
         )
         max_length = max_positions(teacher.config, max_length)
+        settle_layout(teacher, tokenizer, say if processes.is_first() else lambda line: None)
+        if settings.batching == "packed" and not settings.cached_teacher:
+            require_packing(teacher)
     parts = load_parts(settings, tokenizer, max_length, cache_dir)
     return Ingredients(teacher, fingerprint, tokenizer, parts, device, precision, max_length)
 

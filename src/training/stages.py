@@ -18,7 +18,7 @@ import torch
 
 from src.common import processes
 from src.common.cli import duration, quiet_libraries, say, size
-from src.common.devices import describe_device, peak_memory
+from src.common.devices import describe_device, peak_memory, require_one_gpu
 from src.common.files import check_outputs, names_full_disk, remove_unfinished
 from src.common.runs import (
     FINISHED,
@@ -155,6 +155,8 @@ def train(settings: TrainSettings, output_dir: Path, **options: Any) -> dict[str
         ValueError: anything that the user can mend.
     """
     run = RunOptions(output_dir, **options)
+    if processes.count() == 1:
+        require_one_gpu(run.device_name)
     quiet_libraries()
     require_tracker(run.report_to)
     processes.join(run.device_name)
