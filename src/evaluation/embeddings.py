@@ -168,7 +168,7 @@ def write_embeddings(
         part = entries[starts[number] : starts[number] + PART]
         arrays = _arrays(model, tokenizer, part, settings)
         with atomic_write(files[number], "wb") as handle:
-            np.savez(handle, **arrays)
+            np.savez(handle, **arrays)  # type: ignore[arg-type]
     if processes.is_first():
         processes.wait_until(lambda: all(file.exists() for file in files))
         (_join_parquet if path.suffix == ".parquet" else _join_npz)(path, files)
@@ -200,7 +200,7 @@ def _join_npz(path: Path, files: Sequence[Path]) -> None:
     if "embeddings" in joined:
         joined["offsets"] = np.concatenate([[0], np.cumsum(joined["residues"])])
     with atomic_write(path, "wb") as handle:
-        np.savez(handle, **joined)
+        np.savez(handle, **joined)  # type: ignore[arg-type]
 
 
 def _join_parquet(path: Path, files: Sequence[Path]) -> None:

@@ -226,7 +226,8 @@ def score_columns(
         given ``wild`` also ``{prefix}log_ratio``, log p(protein) - log p(wild type). NaN where a
         protein does not fit the model.
     """
-    unique = list(dict.fromkeys([*([] if wild is None else [wild]), *residues]))
+    first = [] if wild is None else [wild]
+    unique: list[str] = list(dict.fromkeys([*first, *residues]))
     place = {protein: i for i, protein in enumerate(unique)}
     back = np.array([place[protein] for protein in residues])
     sizes = np.array([len(protein) for protein in residues])

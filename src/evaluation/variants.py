@@ -88,7 +88,7 @@ def _fill(
     logits = model(input_ids=ids, use_cache=True, **{cache_argument(model): cache}).logits[0, :-1]
     nll = F.cross_entropy(logits.float(), ids[0, 1:], reduction="none").double().cpu().numpy()
     before = np.concatenate([[0.0], np.cumsum(nll)])  # (T,): of the tokens up to each
-    layers = [(layer.keys, layer.values) for layer in cache.layers]
+    layers = [(layer.keys, layer.values) for layer in cache.layers]  # type: ignore[union-attr]
     # Those that differ late first: rows of a batch share what the earliest of them shares.
     order = fits[np.argsort(-shared[fits], kind="stable")]
     rest = np.array([len(row) for row in others]) - shared + 1
@@ -119,7 +119,7 @@ def _after(
         return model(input_ids=inputs, use_cache=False).logits
     cache = DynamicCache(config=model.config)
     for layer, (keys, values) in zip(cache.layers, layers, strict=True):
-        layer.update(
+        layer.update(  # type: ignore[union-attr]
             keys[:, :, :start].expand(rows, -1, -1, -1),
             values[:, :, :start].expand(rows, -1, -1, -1),
         )

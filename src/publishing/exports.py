@@ -59,7 +59,7 @@ def to_ctranslate2(
         ValueError: CTranslate2 is not installed, or does not know the model.
     """
     require("ctranslate2", "ctranslate2")
-    from ctranslate2.converters import TransformersConverter
+    from ctranslate2.converters import TransformersConverter  # type: ignore[import-not-found]
 
     with tempfile.TemporaryDirectory() as work:
         model.save_pretrained(work)
