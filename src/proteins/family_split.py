@@ -192,8 +192,8 @@ def split_family(
             break
     rng.shuffle(parts["train"])
     notes = []
-    within = not parts["validation"]
-    if within:
+    drawn_at_random = not parts["validation"]
+    if drawn_at_random:
         size = wanted["validation"]
         parts["validation"], parts["train"] = parts["train"][:size], parts["train"][size:]
         notes.append(
@@ -206,7 +206,8 @@ def split_family(
     if not tested:
         del parts["test"]
     report = {"all_clusters": len(groups), "leakage": _leakage(parts, hits, settings)}
-    return FamilySplit(Split(parts, clusters, report, within), settings, notes)
+    shared = frozenset(clusters[n] for n in parts["validation"]) if drawn_at_random else frozenset()
+    return FamilySplit(Split(parts, clusters, report, shared), settings, notes)
 
 
 def _drawn(
