@@ -70,8 +70,8 @@ def open_tracker(tracker: str, folder: Path) -> None:
     """Open W&B's run, named like the folder, before anything that takes long.
 
     A run that is resumed goes on as the same run of W&B, whose identifier the folder keeps; offline
-    both parts have it, and ``wandb sync`` joins them. The Trainer's callback, which starts later, uses the run that is open. TensorBoard has nothing
-    to open.
+    both parts have it, and ``wandb sync`` joins them. The Trainer's callback, which starts later,
+    uses the run that is open. TensorBoard has nothing to open.
 
     Raises:
         ValueError: there is no key, or W&B cannot be reached.
