@@ -28,9 +28,7 @@ def choose_device(name: str) -> torch.device:
         return torch.device(name)
     if name == "mps":
         if not torch.backends.mps.is_available():
-            raise ValueError(
-                "--device mps: PyTorch sees no GPU of a Mac; pass --device cpu or auto"
-            )
+            raise ValueError("--device mps: PyTorch sees no GPU of a Mac; pass --device cpu")
         return torch.device(name)
     match = re.fullmatch(r"cuda(?::(0|[1-9][0-9]{0,3}))?", name)
     if match is None:

@@ -11,11 +11,12 @@ weight of a position, the gradient of one position's loss, times N, is
 
     dz = α (h - onehot) + (1 - α) T w g
 
-where g is T times the gradient of the divergence D(p̄, q) with respect to z (``src.loss.divergences``
-has it for each divergence), times the slope of a scaled or capped head. At T = 2, exp(z) = exp(z/2)², so that one
-exponential serves both softmaxes. Logits have the dtype of the inputs (bfloat16 products are
-summed in float32 and rounded once, as in any linear layer). Everything after them is float32, and
-so is the sum of the head's gradient over chunks. Float64 stays float64.
+times the slope of a scaled or capped head (:meth:`src.loss.chunks.Head.slope`), where g is T times
+the gradient of the divergence D(p̄, q) with respect to z (``src.loss.divergences``). At T = 2,
+exp(z) = exp(z/2)², so that one exponential serves both softmaxes. Logits have the dtype of the
+inputs (bfloat16 products are summed in float32 and rounded once, as in any linear layer).
+Everything after them is float32, and so is the sum of the head's gradient over chunks. Float64
+stays float64.
 """
 
 from __future__ import annotations
@@ -414,7 +415,7 @@ class _StudentPass:
             self._add_gradients(logits, rows, chunk)
 
     def _add_gradients(self, dz: Tensor, rows: Tensor, chunk: tuple[int, int]) -> None:
-        """Add the products of ``dz`` ``(n, V)``, by W h + b, with W and ``rows`` ``(n, E)``."""
+        """Add the products of ``dz`` ``(n, V)`` with the head's weight and with ``rows``."""
         scale = 1.0 / self._count
         d_rows, d_weight, d_bias = self._gradients
         if d_rows is not None:

@@ -48,9 +48,9 @@ def sampling_room(model: PreTrainedModel, wanted: int | None = None) -> int:
             neither it nor the caller says how long a row may be.
     """
     room = max_positions(model.config, wanted)
-    layers = (
-        DynamicCache(config=model.config).layers if accepts(model, cache_argument(model)) else []
-    )
+    layers = []
+    if accepts(model, cache_argument(model)):
+        layers = DynamicCache(config=model.config).layers
     windows = [x.sliding_window for x in layers if type(x) is DynamicSlidingWindowLayer]
     full = sum(type(layer) is DynamicLayer for layer in layers)
     if not layers or full + len(windows) < len(layers):

@@ -1,29 +1,28 @@
-"""Loads teachers and tokenizers, and builds students.
-
-Files from elsewhere may be hostile: no code in them is run, files that transformers would read
-without limits are checked first, and a configuration is compared with its weights before a model of
-that size is built.
-"""
+"""Loads teachers and tokenizers, and builds students."""
 
 from __future__ import annotations
 
 import hashlib
-import math
-from collections.abc import Iterator
-from contextlib import contextmanager
+import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
 
-from src.common.cli import one_line, printable, size
+from src.common.cli import printable, size
 from src.common.devices import machine_memory
 from src.common.files import read_json
-from src.common.settings import BUNDLED_TEACHER, StudentSettings
+from src.common.settings import StudentSettings
 from src.models.forward import head_form, stated_positions
 from src.models.recognition import candidates, writes
 from src.models.sizes import gpt2_parameters
+from src.models.weights import (
+    explain_loading,
+    refuse_code,
+    require_fitting_weights,
+    require_model_directory,
+)
 from src.proteins.layouts import (
     STANDARD_RESIDUES,
     TaggedProtein,
@@ -35,12 +34,6 @@ from src.proteins.layouts import (
 )
 from src.proteins.tokens import token_letters
 
-MAX_CONFIG_BYTES = 1 << 20
-MAX_CONFIG_NUMBER = 1 << 20
-"""transformers makes lists as long as a configuration says. The largest vocabularies have about
-260,000 tokens; inputs of protein models are much shorter."""
-MAX_LABELS = 10_000
-"""Language models have no labels; transformers makes two names for each label."""
 if TYPE_CHECKING:
     from transformers import GPT2Config, GPT2LMHeadModel, PreTrainedModel
     from transformers.tokenization_utils_base import PreTrainedTokenizerBase
@@ -103,7 +96,7 @@ def _choose_layout(tokenizer: PreTrainedTokenizerBase) -> None:
         guess_layout(tokenizer, possible[0])
     after = layout_of(tokenizer).parts[1].strip()
     if tokenizer.eos_token is None and after in tokenizer.get_vocab():
-        tokenizer.eos_token = after
+        tokenizer.add_special_tokens({"eos_token": after})
 
 
 def _keep_no_words(tokenizer: PreTrainedTokenizerBase) -> None:
@@ -125,7 +118,7 @@ def _check_tokenizer_files(folder: Path) -> None:
         ValueError: a file is broken or brings code.
     """
     path = folder / "tokenizer_config.json"
-    _refuse_code(read_json(path) if path.is_file() else {}, path)
+    refuse_code(read_json(path) if path.is_file() else {}, path)
     for name in ("special_tokens_map.json", "added_tokens.json", "vocab.json"):
         if (folder / name).is_file():
             read_json(folder / name)
@@ -169,8 +162,8 @@ def load_causal_lm(
 ) -> PreTrainedModel:
     """Load a causal language model in eval mode, and try it out on a few tokens.
 
-    Directories must hold safetensors. A hub model without them is read with PyTorch's
-    ``weights_only`` loader, which runs no code.
+    Without safetensors PyTorch's own files are read, with its ``weights_only`` loader, which runs
+    no code.
 
     Args:
         name: directory or hub id.
@@ -184,8 +177,7 @@ def load_causal_lm(
     """
     from transformers import AutoModelForCausalLM
 
-    local = require_model_directory(name)
-    if local:
+    if require_model_directory(name):
         require_fitting_weights(Path(name))
     options: dict[str, Any] = {
         "dtype": dtype,
@@ -193,17 +185,10 @@ def load_causal_lm(
         "trust_remote_code": False,
         "output_loading_info": True,
     }
+    # Else transformers asks the hub to convert a model of its own that has no safetensors.
+    os.environ.setdefault("DISABLE_SAFETENSORS_CONVERSION", "1")
     with explain_loading("model", name):
-        try:
-            loaded: Any = AutoModelForCausalLM.from_pretrained(
-                str(name), use_safetensors=True, **options
-            )
-        except OSError as error:
-            if local or "safetensors" not in str(error):
-                raise
-            loaded = AutoModelForCausalLM.from_pretrained(
-                str(name), use_safetensors=False, weights_only=True, **options
-            )
+        loaded: Any = AutoModelForCausalLM.from_pretrained(str(name), weights_only=True, **options)
         model, information = loaded
         if missing := sorted(information["missing_keys"]):
             raise ValueError(f"{len(missing)} weights are missing, the first is {missing[0]}")
@@ -225,126 +210,6 @@ def require_runnable(model: PreTrainedModel) -> None:
                 f"{name} has a value that is no finite number: the weights are damaged"
             )
     head_form(model)
-
-
-def require_fitting_weights(folder: Path) -> None:
-    """Check that a directory's weights are enough for its configuration, without loading them.
-
-    Raises:
-        ValueError: there are no safetensors, a file is broken, or the configuration has more
-            blocks or parameters than the weights.
-    """
-    from safetensors import safe_open
-    from transformers import AutoConfig, AutoModelForCausalLM
-
-    for name in ("generation_config.json", "model.safetensors.index.json"):
-        if (folder / name).is_file():
-            read_json(folder / name)
-    tensors, numbers = 0, 0
-    with explain_loading("model", folder):
-        files = sorted(folder.glob("model*.safetensors"))
-        if not files:
-            raise ValueError("it holds no safetensors; pickled weights are not read")
-        for path in files:
-            with safe_open(path, framework="pt") as weights:
-                for key in weights.keys():  # noqa: SIM118
-                    tensors += 1
-                    numbers += math.prod(weights.get_slice(key).get_shape())
-        config = AutoConfig.from_pretrained(str(folder), trust_remote_code=False)
-        blocks = getattr(config, "num_hidden_layers", 0)
-        if not isinstance(blocks, int) or not 0 <= blocks <= tensors:
-            raise ValueError(
-                f"config.json has {blocks!r:.40} blocks, the weights {tensors} tensors"
-            )
-        with torch.device("meta"):
-            wanted = count_parameters(AutoModelForCausalLM.from_config(config))
-        if wanted > numbers:
-            raise ValueError(
-                f"config.json asks for {wanted:,} numbers, the weights hold {numbers:,}"
-            )
-
-
-def _refuse_code(config: Any, path: Path) -> None:
-    """Raise ``ValueError`` if a configuration names code: ``auto_map``, or a kernel of the hub."""
-    if not isinstance(config, dict):
-        raise ValueError(f"{path}: expected an object at the top")
-    if config.get("auto_map"):
-        raise ValueError(
-            f"{path}: names code of its own (auto_map), which is never run: give a model of an "
-            "architecture that transformers has, or take the entry out"
-        )
-    for key in ("attn_implementation", "_attn_implementation", "experts_implementation"):
-        if "/" in str(config.get(key)):
-            raise ValueError(f"{path}: names code from elsewhere ({key}), which is never run")
-
-
-def _refuse_absurd(value: Any, path: Path, name: str = "") -> None:
-    """Raise ``ValueError`` if a number in a configuration is larger than that of any model."""
-    if isinstance(value, dict):
-        for key, inner in value.items():
-            _refuse_absurd(inner, path, key)
-    elif isinstance(value, list):
-        for inner in value:
-            _refuse_absurd(inner, path, name)
-    elif isinstance(value, int) and not name.endswith("theta"):  # rotary base
-        most = MAX_LABELS if name == "num_labels" else MAX_CONFIG_NUMBER
-        if abs(value) > most:
-            raise ValueError(
-                f"{path}: {printable(name)[:40]} is {str(value)[:20]}: no protein language model "
-                f"has over {most:,} there"
-            )
-
-
-def require_model_directory(name: str | Path) -> bool:
-    """Return whether ``name`` is a local directory with a safe configuration, not a hub id.
-
-    Raises:
-        ValueError: ``name`` looks like a path but is no directory with a ``config.json``; that file
-            is broken, names code or has absurd numbers; or the directory has a pipe or a device,
-            whose reading may not end.
-    """
-    path = Path(name)
-    if path.is_dir():
-        for entry in sorted(path.iterdir()):
-            if entry.exists() and not (entry.is_file() or entry.is_dir()):
-                raise ValueError(f"{entry}: is no file: take it out of the model's directory")
-        config = path / "config.json"
-        if not config.is_file():
-            raise ValueError(f"{name}: no finished model (config.json is missing)")
-        settings = read_json(config, MAX_CONFIG_BYTES)
-        _refuse_code(settings, config)
-        _refuse_absurd(settings, config)
-        return True
-    text = str(name)
-    if path.exists():
-        raise ValueError(f"{name}: is a file; a model is a directory or a hub id")
-    # models/ holds this project's students; the hub has no owner of that name.
-    if text.startswith((".", "/", "~", "models/")) or text.count("/") > 1:
-        raise ValueError(f"{name}: there is no such directory")
-    return False
-
-
-@contextmanager
-def explain_loading(kind: str, name: str | Path) -> Iterator[None]:
-    """Turn every error of a loader into a ``ValueError`` that says what to do."""
-    try:
-        yield
-    except BaseException as error:  # broken files raise errors of any kind
-        # A panic in tokenizers' Rust code is no Exception; interrupts are passed on.
-        if not isinstance(error, Exception) and type(error).__name__ != "PanicException":
-            raise
-        raise ValueError(_why_not_loaded(kind, name, error)) from error
-
-
-def _why_not_loaded(kind: str, name: str | Path, error: BaseException) -> str:
-    """Return why a model or tokenizer was not loaded and what to do."""
-    if Path(name).is_dir():
-        reason = one_line(error)[:200]
-        return f"{name}: the {kind} cannot be loaded ({reason})"
-    return (
-        f"the {kind} {name!r} is neither a directory here nor to be had from the hub (no network, "
-        f"or no such model): pass a directory instead, for example {BUNDLED_TEACHER}"
-    )
 
 
 def shape_of(name: str | Path) -> StudentSettings:
@@ -418,11 +283,6 @@ def build_student(config: GPT2Config, seed: int) -> GPT2LMHeadModel:
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         return GPT2LMHeadModel(config).train()
-
-
-def count_parameters(model: nn.Module) -> int:
-    """Return the number of parameters; tied ones count once."""
-    return sum(p.numel() for p in model.parameters())
 
 
 def max_positions(config: Any, wanted: int | None = None) -> int:

@@ -1,10 +1,10 @@
 """Keeps a teacher's final hidden states on disk, so that it runs once for any number of students.
 
 Each token has the input of the teacher's output head (the hidden state after the last norm, in the
-dtype it was computed in; the logits themselves where a teacher has no linear head) and three
-statistics of the distribution at T = 1: entropy, largest logit and log-sum-exp. The head gives the exact logits, so one cache serves every temperature, α,
-weighting, smoothing, divergence, student and seed. For ProtGPT2 it takes 2,560 bytes a token in
-bfloat16; the logits would take 100,514.
+dtype it was computed in; where the head is not linear, the logits) and three statistics of the
+distribution at T = 1: entropy, largest logit and log-sum-exp. The head gives the exact logits, so
+one cache serves every temperature, α, weighting, smoothing, divergence, student and seed. For
+ProtGPT2 it takes 2,560 bytes a token in bfloat16; the logits would take 100,514.
 
 A cache is a directory ``<teacher>-<data>-<dtype>`` of shards and a manifest. Shards are written
 atomically, so a killed capture continues at the shard it was writing.
