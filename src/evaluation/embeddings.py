@@ -101,7 +101,7 @@ def residue_embeddings(
     last = settings.layer == -1
     for batch in length_batches(lengths, settings.batch_size, tokens):
         ids, mask = (t.to(model.device) for t in padded([rows[i] for i in batch]))
-        inputs = {"input_ids": ids, "attention_mask": mask}
+        inputs: dict[str, Any] = {"input_ids": ids, "attention_mask": mask}
         if accepts(model, "use_cache"):
             inputs["use_cache"] = False
         out = model.base_model(**inputs, output_hidden_states=not last)
