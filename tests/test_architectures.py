@@ -250,7 +250,7 @@ def test_a_cache_of_a_capped_teacher_holds_its_own_figures(tmp_path):
     teacher = build("gemma2")
     tokens: Any = Tokens(4)
     tokens.rows = [row % VOCABULARY for row in tokens.rows]
-    tokens.fingerprint = "f" * 64
+    tokens.fingerprint = "f" * 64  # type: ignore[attr-defined]
     cache = capture(teacher, tokens, tmp_path, announce=lambda line: None)
     hidden, figures = cache[2]
     with torch.no_grad():

@@ -74,9 +74,11 @@ class Batch:
         return parts
 
     def fused_all(self, students: list[StudentStates], **options):
+        hidden, head = self.teacher
         return fused_distillation_losses(
             students,
-            *self.teacher,
+            hidden,
+            head,
             self.labels,
             self.mask,
             segments=self.segments,
