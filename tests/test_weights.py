@@ -85,7 +85,7 @@ def test_a_missing_configuration(folder):
     assert "no such directory" in refused(require_model_directory, folder)
 
 
-def hub_error(kind: type) -> OSError:
+def hub_error(kind: type[BaseException]) -> OSError:
     """As transformers raises it: an OSError because of the client's error."""
     error = OSError("We couldn't load it")
     error.__cause__ = kind.__new__(kind)  # the client's own answer is not needed
