@@ -28,7 +28,15 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from src.common.cli import HelpFormatter, folder, positive_int, run_script, say, share
+from src.common.cli import (
+    HelpFormatter,
+    add_data_flags,
+    folder,
+    positive_int,
+    run_script,
+    say,
+    share,
+)
 from src.common.settings import PRESETS
 from src.experiments.grids import GRIDS, RATES_FILE, SWEPT, Grid, sweep_of_run
 
@@ -54,7 +62,7 @@ def build_parser() -> argparse.ArgumentParser:
     add("--rates", type=float, nargs="+", help="learning rates instead of the grid's own")
     add("--values", type=float, nargs="+", help="of a sweep around a run, instead of the usual")
     add("--teacher_model", help="(default: the bundled teacher)")
-    add("--data", help="(default: the bundled proteins)")
+    add_data_flags(add, "(default: the bundled proteins)")
     add("--train_size_prop", type=share, help="share of the training proteins (default: all)")
     add("--max_steps", type=positive_int, help="of every cell (default: the grid's)")
     add("--max_proteins", type=positive_int, help="measure on the first so many (default: all)")
@@ -62,7 +70,7 @@ def build_parser() -> argparse.ArgumentParser:
     add = parser.add_argument_group("where").add_argument
     add("--results", type=Path, help="directory of results (default: results/GRID)")
     add("--work", type=Path, help="directory of checkpoints (default: models/GRID)")
-    add("--device", default="auto", help="auto, cpu or cuda")
+    add("--device", default="auto", help="auto, cpu, cuda, cuda:N or mps")
     add("--cache_dir", type=folder, help="where tokenised proteins are kept")
     add("--threads", type=positive_int, help="CPU threads (default: PyTorch's choice)")
     return parser
@@ -140,7 +148,7 @@ def chosen(args: argparse.Namespace) -> Grid:
                     f"--{name} {unknown[0]}: the grid {grid.name} has {', '.join(known)}"
                 )
             grid = replace(grid, **{name: {key: known[key] for key in wanted}})
-    names = ("teacher_model", "data", "train_size_prop", "max_steps")
+    names = ("teacher_model", "data", "sequence_column", "train_size_prop", "max_steps")
     shared = {k: v for k in names if (v := getattr(args, k)) is not None}
     if args.teacher_model and grid.shared.init_from == grid.shared.teacher_model:
         shared["init_from"] = args.teacher_model

@@ -19,7 +19,17 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from src.common import settings as s
-from src.common.cli import HelpFormatter, folder, natural, positive_int, run_script, say, share
+from src.common.cli import (
+    LAYOUT_HELP,
+    HelpFormatter,
+    add_data_flags,
+    folder,
+    natural,
+    positive_int,
+    run_script,
+    say,
+    share,
+)
 
 DEFAULTS = s.TrainSettings()
 
@@ -30,13 +40,14 @@ def build_parser() -> argparse.ArgumentParser:
     add = parser.add_argument
     add("--teacher_cache", type=Path, required=True, help="directory that holds the caches")
     add("--teacher_model", default=s.DEFAULT_TEACHER, help="directory or hub id of the teacher")
-    add("--data", default=s.DEFAULT_DATA, help="as for scripts/train.py")
+    add_data_flags(add, "as for scripts/train.py", default=s.DEFAULT_DATA)
     add("--train_size_prop", type=share, default=0.1, help="share of the training proteins")
     add("--data_seed", type=natural, default=0, help="chooses that share")
+    add("--layout", help=LAYOUT_HELP)
     add("--max_length", type=positive_int, default=512, help="tokens; longer proteins are cut")
     add("--validation_proteins", type=positive_int, default=500, help="watched while training")
     add("--precision", choices=s.PRECISIONS, default="auto", help="bf16 on a GPU, else fp32")
-    add("--device", default="auto", help="auto, cpu or cuda")
+    add("--device", default="auto", help="auto, cpu, cuda, cuda:N or mps")
     add(
         "--shard_teacher",
         action="store_true",
@@ -61,6 +72,8 @@ def run(args: argparse.Namespace) -> dict:
     tell = say if processes.is_first() else unheard
     inputs = gather(settings, args.device, args.cache_dir, args.shard_teacher)
     caches = capture_parts(inputs, args.teacher_cache, tell, thorough=True)
+    for line in inputs.parts["train"].report.lines():
+        tell(line)
     for name, cache in caches.items():
         tell(f"{name}: {len(inputs.parts[name]):,} proteins in {cache.folder}")
     return {name: str(cache.folder) for name, cache in caches.items()}

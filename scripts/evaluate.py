@@ -20,7 +20,16 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from src.common import processes
 from src.common import settings as s
-from src.common.cli import HelpFormatter, folder, natural, positive_int, run_script, say
+from src.common.cli import (
+    LAYOUT_HELP,
+    HelpFormatter,
+    add_data_flags,
+    folder,
+    natural,
+    positive_int,
+    run_script,
+    say,
+)
 from src.common.files import check_outputs
 
 
@@ -30,9 +39,10 @@ def build_parser() -> argparse.ArgumentParser:
     add = parser.add_argument_group("what to measure").add_argument
     add("--student_model", required=True, help="directory or hub id")
     add("--teacher_model", help="(default: the student's, from its run.json)")
-    add("--data", help="held-out proteins (default: what the student's run.json names)")
+    add_data_flags(add, "held-out proteins (default: what the student's run.json names)")
     add("--split", help="part of the data (default: test, else validation, else the whole file)")
     add("--max_proteins", type=positive_int, help="the first so many (default: all)")
+    add("--layout", help=LAYOUT_HELP)
     add("--max_length", type=positive_int, help="tokens (default: what both models can take)")
 
     add = parser.add_argument_group("how").add_argument
@@ -40,7 +50,7 @@ def build_parser() -> argparse.ArgumentParser:
     add("--bootstrap", type=natural, default=2000, help="replicates for intervals; 0: none")
     add("--batch_size", type=positive_int, default=32, help="proteins of a batch, at most")
     add("--seed", type=natural, default=0, help="of samples, shuffles and bootstrap")
-    add("--device", default="auto", help="auto, cpu or cuda")
+    add("--device", default="auto", help="auto, cpu, cuda, cuda:N or mps")
     add("--cache_dir", type=folder, help="where tokenised proteins are kept")
     add("--skip_teacher_check", action="store_true", help="measure even a nonsensical teacher")
 
@@ -79,7 +89,7 @@ def run(args: argparse.Namespace) -> dict:
         args.output,
         args.per_protein,
         overwrite=args.overwrite,
-        inputs=(args.data, args.profiles),
+        inputs=(*(args.data or "").split(","), args.profiles),
     )
     from src.common.cli import quiet_libraries
     from src.common.devices import choose_device
@@ -89,7 +99,9 @@ def run(args: argparse.Namespace) -> dict:
     from src.evaluation.measurement import evaluate, write_per_protein
     from src.evaluation.results import print_table, write_results
     from src.evaluation.scoring import EvaluationSettings
+    from src.models.decoding import sampling_room
     from src.models.loading import load_causal_lm, require_model_directory
+    from src.models.recognition import settle_layout
     from src.proteins.sources import read_proteins
     from src.proteins.tokens import tokenise
 
@@ -107,11 +119,17 @@ def run(args: argparse.Namespace) -> dict:
         )
     teacher_name = args.teacher_model or inputs.named_teacher(record) or s.DEFAULT_TEACHER
     source = args.data or inputs.named_data(record) or s.DEFAULT_DATA
+    column = args.sequence_column or (None if args.data else inputs.named_column(record))
     split, has_train = inputs.choose_split(source, args.split)
     device = choose_device(args.device)
-    tokenizer = inputs.shared_tokenizer(args.student_model, teacher_name)
+    tokenizer = inputs.shared_tokenizer(args.student_model, teacher_name, args.layout)
     student = load_causal_lm(args.student_model, device=device)
     teacher = load_causal_lm(teacher_name, device=device)
+    settle_layout(teacher, tokenizer)
+    samples = args.num_samples or (q.THOROUGH_SAMPLES if description.thorough else 0)
+    if samples:  # before an hour of measuring: what cannot be sampled shows at once
+        for model in (student, teacher):
+            sampling_room(model, args.max_length)
     settings = EvaluationSettings(
         batch_size=args.batch_size,
         max_length=args.max_length,
@@ -128,11 +146,13 @@ def run(args: argparse.Namespace) -> dict:
         args.cache_dir,
         long_proteins="drop",
         max_proteins=args.max_proteins,
+        sequence_column=column,
     )
-    say(f"{source} ({split or 'the whole file'}): {len(test):,} proteins")
+    for line in test.report.lines():
+        say(line)
     train = None
     if has_train:
-        reader = read_proteins(source, split="train", tokenizer=tokenizer)
+        reader = read_proteins(source, split="train", tokenizer=tokenizer, sequence_column=column)
         count = q.NOVELTY_PROTEINS if description.thorough else gates.FLOOR_PROTEINS
         train = [protein.residues for protein in islice(reader, count)]
     measured = evaluate(
@@ -147,19 +167,6 @@ def run(args: argparse.Namespace) -> dict:
         announce=say,
     )
     results: dict[str, Any] = measured.results
-    samples = args.num_samples or (q.THOROUGH_SAMPLES if description.thorough else 0)
-    if samples:
-        q.measure_generation(
-            results,
-            {"student": student, "teacher": teacher},
-            tokenizer,
-            gates.residues_of_tokens(test, tokenizer),
-            samples,
-            description,
-            batch_size=args.batch_size,
-            train=train,
-            clusters=measured.per_protein["cluster"],
-        )
     results["run"] = {
         **provenance(),
         "arguments": recorded(args),
@@ -172,6 +179,20 @@ def run(args: argparse.Namespace) -> dict:
     write_results(args.output, results, args.overwrite)
     if args.per_protein:
         write_per_protein(args.per_protein, measured.per_protein)
+    if samples:
+        say(f"written, without generated proteins yet: {args.output}")
+        q.measure_generation(
+            results,
+            {"student": student, "teacher": teacher},
+            tokenizer,
+            gates.residues_of_tokens(test, tokenizer),
+            samples,
+            description,
+            batch_size=args.batch_size,
+            train=train,
+            clusters=measured.per_protein["cluster"],
+        )
+        write_results(args.output, results, overwrite=True)
     print_table(results)
     for path in filter(None, (args.output, args.per_protein)):
         say(f"written: {path}")

@@ -5,6 +5,9 @@ Examples:
   python scripts/generate.py --model models/demo --num_sequences 100 --output new.fasta
   python scripts/generate.py --model models/demo --prompt MKT --min_length 100 --max_length 300 \
       --rank_by_perplexity --scorer data/small_teacher --output ranked.fasta
+  python scripts/generate.py --model models/demo --num_sequences 1000 --length 80-120 \
+      --ban_residues C --drop_repeats --distinct --max_identity 0.7 --against train.fasta \
+      --output wanted.fasta
 """
 
 from __future__ import annotations
@@ -16,6 +19,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from src.common.cli import (
+    LAYOUT_HELP,
     HelpFormatter,
     natural,
     positive_float,
@@ -27,21 +31,34 @@ from src.common.cli import (
 from src.common.files import check_outputs, names_full_disk
 
 
+def residue_range(text: str) -> tuple[int, int]:
+    """Argparse type: two numbers of residues with a dash between them, or one for both."""
+    low, _, high = text.partition("-")
+    return positive_int(low), positive_int(high or low)
+
+
 def build_parser() -> argparse.ArgumentParser:
     """Return the parser of this script."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=HelpFormatter)
     add = parser.add_argument_group("what to generate").add_argument
     add("--model", required=True, help="directory or hub id")
+    add("--layout", help=LAYOUT_HELP)
     add("--num_sequences", type=positive_int, default=10, help="how many proteins")
     add("--min_length", type=positive_int, default=1, help="residues; shorter ones are discarded")
     add("--max_length", type=positive_int, help="residues; longer ones are discarded")
+    add("--length", type=residue_range, metavar="80-120", help="both, in one flag")
     add("--prompt", default="", help="first residues of every protein")
+    add("--ban_residues", default="", metavar="C", help="residues that no protein holds")
     add(
         "--allow_unfinished",
         action="store_true",
         help="keep proteins that the model did not end, cut at --max_length",
     )
     add("--max_attempts", type=positive_int, help="give up after (default: 20 a protein, or 200)")
+    add("--drop_repeats", action="store_true", help="discard proteins with tandem repeats")
+    add("--distinct", action="store_true", help="keep the first of equal proteins")
+    add("--max_identity", type=share, help="discard proteins closer than this to one of --against")
+    add("--against", type=Path, help="known proteins: FASTA or another file of proteins")
 
     add = parser.add_argument_group("sampling").add_argument
     add("--top_k", type=natural, default=950, help="among so many likeliest tokens; 0: all")
@@ -50,7 +67,7 @@ def build_parser() -> argparse.ArgumentParser:
     add("--temperature", type=positive_float, default=1.0, help="divides the logits")
     add("--seed", type=natural, default=0, help="of all random numbers")
     add("--batch_size", type=positive_int, default=64, help="at a time; does not change the result")
-    add("--device", default="auto", help="auto, cpu or cuda")
+    add("--device", default="auto", help="auto, cpu, cuda, cuda:N or mps")
 
     add = parser.add_argument_group("output").add_argument
     add("--output", type=Path, required=True, help="FASTA file")
@@ -68,35 +85,46 @@ def run(args: argparse.Namespace) -> dict:
     from src.common.cli import quiet_libraries
     from src.common.devices import choose_device
     from src.evaluation import generation as g
+    from src.evaluation.filters import Filters
     from src.models.loading import load_causal_lm, load_tokenizer
+    from src.models.recognition import settle_layout
     from src.proteins.fasta import write_fasta
+    from src.proteins.sources import read_proteins
 
     quiet_libraries()
+    if args.length:
+        if args.min_length != 1 or args.max_length:
+            raise ValueError("--length sets both: leave out --min_length and --max_length")
+        args.min_length, args.max_length = args.length
     settings = g.GenerationSettings(
         **{k: v for k, v in vars(args).items() if k in g.GenerationSettings.__dataclass_fields__},
         whole_only=not args.allow_unfinished,
     )
+    known = args.against and [p.residues for p in read_proteins(args.against, keep_ambiguous=True)]
+    filters = Filters(args.drop_repeats, args.max_identity, known or (), args.distinct)
     device = choose_device(args.device)
-    tokenizer = load_tokenizer(args.model)
+    tokenizer = load_tokenizer(args.model, layout=args.layout)
     model = load_causal_lm(args.model, device=device)
+    settle_layout(model, tokenizer)
     scorer, scorer_tokenizer = model, tokenizer
     if args.scorer:  # before the sampling: what is wrong with it shows at once
         scorer_tokenizer = load_tokenizer(args.scorer)
         scorer = load_causal_lm(args.scorer, device=device)
-    result = g.sample_proteins(model, tokenizer, settings, say)
-    lost = g.reasons_line(result.discarded)
-    say(f"{result.attempts:,} attempts: {len(result.proteins):,} kept" + (lost and f", {lost}"))
+        settle_layout(scorer, scorer_tokenizer)
+    result = g.sample_proteins(model, tokenizer, settings, filters, say)
+    lost = result.tally.reasons
+    say(f"{result.tally.attempts:,} attempts: {result.tally.kept:,} kept" + (lost and f", {lost}"))
     if len(result.proteins) < args.num_sequences:
         few = (
             f"only {len(result.proteins)} of {args.num_sequences} proteins found: widen "
-            "--min_length and --max_length, pass --allow_unfinished or raise --max_attempts"
+            "--length, loosen the filters, pass --allow_unfinished or raise --max_attempts"
         )
         if not result.proteins:
             raise ValueError(f"{few} ({lost})")
         say(few)
     say(
         f"{len(result.proteins) / result.seconds:.1f} proteins/s, "
-        f"{result.tokens / result.seconds:,.0f} tokens/s"
+        f"{result.tally.tokens / result.seconds:,.0f} tokens/s"
     )
     scored = list(
         zip(result.proteins, g.perplexities(scorer, scorer_tokenizer, result.proteins), strict=True)

@@ -29,7 +29,7 @@ from typing import Any
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from scripts import ablation, evaluate, train
-from src.common.cli import HelpFormatter, folder, run_script, say
+from src.common.cli import HelpFormatter, add_data_flags, folder, run_script, say
 from src.common.runs import claim_folder
 from src.common.settings import PRESETS, PUBLISHED_STUDENTS, TrainSettings, as_recorded
 from src.experiments.pipeline import Pipeline, Stage, evaluation_state, shown_command
@@ -62,7 +62,7 @@ def build_parser() -> argparse.ArgumentParser:
 
     add = parser.add_argument_group("for all stages").add_argument
     add("--teacher_model", help="directory or hub id of the teacher")
-    add("--data", help="proteins")
+    add_data_flags(add, "proteins, as for scripts/train.py")
     add("--device", help="auto, cpu or cuda")
     add("--cache_dir", type=folder, help="where tokenised proteins are kept")
     add("--evaluate_args", default="", metavar="'...'", help="flags of scripts/evaluate.py")
@@ -109,6 +109,8 @@ def require_free(words: Sequence[str], own: Sequence[str], where: str) -> None:
 
 def preset_stages(args: argparse.Namespace, name: str) -> list[Stage]:
     """Return trainings and evaluations of the presets, then of the published students."""
+    from src.proteins.locations import on_hub
+
     presets = args.presets or (BASELINES if args.baselines else ENHANCED)
     sizes = [preset.removeprefix("hf-") for preset in presets]
     for preset in presets:
@@ -119,11 +121,11 @@ def preset_stages(args: argparse.Namespace, name: str) -> list[Stage]:
     if len(set(sizes)) < len(sizes):
         raise ValueError("--presets: two of them would be written to the same directory")
     both = given(args, "device", "cache_dir")
-    train_args = [*given(args, "teacher_model", "data"), *both, *args.train_args]
+    train_args = [*given(args, "teacher_model", "data", "sequence_column"), *both, *args.train_args]
     settings = train_settings(train_args)
-    on_hub = not Path(settings.data).exists()
+    hub = on_hub(settings.data)
     evaluate_args = ["--num_samples", "100", "--compute_ece"]
-    evaluate_args += ["--max_proteins", HUB_PROTEINS] if on_hub else []
+    evaluate_args += ["--max_proteins", HUB_PROTEINS] if hub else []
     evaluate_args += [*both, *shlex.split(args.evaluate_args)]
 
     def evaluation(title: str, student: Path | str, output: Path, *more: object) -> Stage:
@@ -172,15 +174,22 @@ def result_file(args: argparse.Namespace, name: str, size: str) -> Path:
 
 def sweep_stages(args: argparse.Namespace, name: str) -> list[Stage]:
     """Return the sweep's training, its choice, and a table of all values with intervals."""
+    from src.proteins.locations import on_hub
+
     presets = args.presets or ["tiny"]
     if len(presets) > 1:
         raise ValueError("--sweep: takes one preset")
-    run_args = [*given(args, "teacher_model", "data"), *args.train_args, "--preset", presets[0]]
+    run_args = [
+        *given(args, "teacher_model", "data", "sequence_column"),
+        *args.train_args,
+        "--preset",
+        presets[0],
+    ]
     run_args += () if args.baselines else ENHANCEMENTS
     words = ["--grid", args.sweep, *(["--values", *args.values] if args.values else [])]
     words += ["--results", str(args.results_dir / name), "--work", str(args.models_dir / name)]
     words += given(args, "device", "cache_dir")
-    if not Path(train_settings(run_args).data).exists():
+    if on_hub(train_settings(run_args).data):
         words += ["--max_proteins", HUB_PROTEINS]
     parsed = ablation.parse_for(
         ablation.build_parser(), [*words, "--", *run_args], "scripts/ablation.py"

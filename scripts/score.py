@@ -5,6 +5,10 @@ Examples:
   python scripts/score.py --model models/demo --input proteins.fasta --output scores.csv
   python scripts/score.py --model models/demo --teacher_model data/small_teacher \
       --input BLAT_ECOLX_Stiffler_2015.csv --output scores.csv --correlations spearman.json
+  python scripts/score.py --model models/demo --wildtype wild.fasta --mutants A12C:D45E,G5A \
+      --output scores.csv
+  python scripts/score.py --model models/demo --wildtype wild.fasta --scan --heat_map scan.png \
+      --output scan.csv
 """
 
 from __future__ import annotations
@@ -16,7 +20,7 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from src.common.cli import HelpFormatter, natural, positive_int, run_script, say
+from src.common.cli import LAYOUT_HELP, HelpFormatter, natural, positive_int, run_script, say
 from src.common.files import check_outputs
 from src.evaluation.results import put_estimate, with_interval
 
@@ -27,30 +31,73 @@ def build_parser() -> argparse.ArgumentParser:
     add = parser.add_argument_group("what to score").add_argument
     add("--model", required=True, help="directory or hub id")
     add("--teacher_model", help="a second model, to score beside it")
-    add("--input", type=Path, required=True, help="FASTA, text, CSV or TSV, gzipped or not")
-    add("--sequence_column", help="of a table (default: mutated_sequence or sequence)")
+    add("--input", type=Path, help="proteins: FASTA, text, CSV, TSV, Excel and others")
+    add(
+        "--wildtype",
+        help="residues, or a file with one protein: of the next two flags, or of a table in "
+        "--input that has mutants and no sequences",
+    )
+    add("--mutants", help="of it: A12C:D45E,G5A, or a file with one on each line")
+    add("--scan", action="store_true", help="every single substitution of it")
+    add("--layout", help=LAYOUT_HELP)
+    add("--sequence_column", help="column of the residues in a table (default: a usual name)")
     add("--score_column", help="measured fitness (default: DMS_score where there is one)")
 
     add = parser.add_argument_group("how").add_argument
+    add("--windows", action="store_true", help="longer than the model: in overlapping windows")
     add("--batch_size", type=positive_int, default=32, help="proteins of a batch, at most")
     add("--bootstrap", type=natural, default=2000, help="replicates for intervals; 0: none")
     add("--seed", type=natural, default=0, help="of the bootstrap")
-    add("--device", default="auto", help="auto, cpu or cuda")
+    add("--device", default="auto", help="auto, cpu, cuda, cuda:N or mps")
 
     add = parser.add_argument_group("output").add_argument
     add("--output", type=Path, required=True, help="CSV: the input's columns, then the scores")
     add("--correlations", type=Path, help="JSON with Spearman's correlations and what made them")
+    add("--heat_map", type=Path, help="PNG of a scan, by the (first) model")
     add("--overwrite", action="store_true", help="replace these files")
     return parser
 
 
+def chosen_variants(args: argparse.Namespace) -> tuple[Any, str | None]:
+    """Return what is to be scored, and its wild type where there is one."""
+    from src.evaluation import fitness as f
+    from src.evaluation import mutants as m
+
+    if not args.input and not args.wildtype:
+        raise ValueError("give --input, or --wildtype with --mutants or --scan")
+    if args.input and (args.mutants or args.scan):
+        raise ValueError("--input holds what is scored: without --mutants and --scan")
+    if args.heat_map and not args.scan:
+        raise ValueError("--heat_map is of a scan: pass --scan")
+    if args.input:
+        wild = f.wild_type(args.wildtype) if args.wildtype else None
+        columns = args.sequence_column, args.score_column
+        return f.read_variants(args.input, *columns, wild), wild
+    if bool(args.mutants) == args.scan:
+        raise ValueError("--wildtype: of which mutants? pass --mutants or --scan")
+    wild = f.wild_type(args.wildtype)
+    if args.scan:
+        scan = m.every_substitution(wild)
+        names = [f"{s.wild}{s.number}{s.new}" for s in scan]
+        return f.mutant_variants(wild, [[s] for s in scan], names), wild
+    names = m.read_mutants(args.mutants)
+    parsed = [m.parse_mutant(name) for name in names]
+    begin = m.numbering(parsed, wild)
+    say(f"mutants: {begin}")
+    return f.mutant_variants(wild, parsed, names, begin.first), wild
+
+
 def run(args: argparse.Namespace) -> dict:
     """Score, compare, write. Returns what was summary."""
-    outputs = (args.output, args.correlations)
-    check_outputs(*outputs, overwrite=args.overwrite, inputs=[args.input])
+    outputs = (args.output, args.correlations, args.heat_map)
+    inputs = [args.input] if args.input else []
+    check_outputs(*outputs, overwrite=args.overwrite, inputs=inputs)
     from src.evaluation import fitness as f
 
-    variants = f.read_variants(args.input, args.sequence_column, args.score_column)
+    variants, wild = chosen_variants(args)
+    report = variants.report.lines() if args.input else [f"{len(variants.rows):,} mutants"]
+    for line in report:
+        say(line)
     if args.correlations:
         f.require_comparable(variants)
     names = {"": args.model} | ({"teacher_": args.teacher_model} if args.teacher_model else {})
@@ -61,29 +108,43 @@ def run(args: argparse.Namespace) -> dict:
     from src.common.files import sha256_file, write_json
     from src.common.runs import provenance
     from src.models.loading import load_causal_lm, load_tokenizer, model_fingerprint
+    from src.models.recognition import settle_layout
 
     quiet_libraries()
     device = choose_device(args.device)
     models = {
-        prefix: (load_causal_lm(name, device=device), load_tokenizer(name))
+        prefix: (load_causal_lm(name, device=device), load_tokenizer(name, layout=args.layout))
         for prefix, name in names.items()
     }
-    say(f"{args.input}: {len(variants.rows):,} proteins")
-    scores = f.score_columns(models, variants.residues, args.batch_size)
+    for model, tokenizer in models.values():
+        settle_layout(model, tokenizer)
+    scores = f.score_columns(models, variants.residues, args.batch_size, wild, args.windows)
     columns = {"student": scores[kinds[1]]}
     if args.teacher_model:
         columns["teacher"] = scores[f"teacher_{kinds[1]}"]
     if args.correlations:  # before anything is written
         f.require_comparable(variants, *columns.values())
     f.write_scores(args.output, variants, scores)
-    lost = int(sum(~f.comparable(*columns.values())))
+    empty = variants.residues.count("")
+    if empty:
+        say(f"{empty:,} rows have no usable sequence, see above: their scores are empty")
+    lost = int(sum(~f.comparable(*columns.values()))) - empty
     if lost:
         say(
             f"{lost:,} proteins are longer than a model takes, or have residues that its tokenizer "
             "does not know: their scores are empty"
+            + ("" if args.windows else " (--windows scores long ones)")
         )
+    say(f.which_suits(variants.residues))
+    if args.heat_map:
+        from src.evaluation.mutants import every_substitution
+        from src.publishing.heatmap import scan_map
+        from src.publishing.plots import save_figure
+
+        save_figure(scan_map(wild, every_substitution(wild), scores["log_ratio"]), args.heat_map)  # type: ignore[arg-type]
+        say(f"written: {args.heat_map}")
     say(f"written: {args.output}")
-    summary: dict[str, Any] = {"proteins": len(variants.rows), "not_scored": lost}
+    summary: dict[str, Any] = {"proteins": len(variants.rows), "not_scored": lost + empty}
     if variants.measured is None:
         return summary
     if sum(f.comparable(variants.measured, *columns.values())) < f.LEAST_COMPARED:
@@ -97,6 +158,12 @@ def run(args: argparse.Namespace) -> dict:
         put_estimate(summary, f"spearman.{name}", estimate)
         shown = with_interval(summary, f"spearman.{name}")
         say(f"Spearman, {name}: {shown} over {count:,} variants")
+    if f.lengths_differ(variants.residues):
+        totals = {n: scores[("teacher_" if n == "teacher" else "") + kinds[0]] for n in columns}
+        by_total, _ = f.spearman(totals, variants.measured, variants.clusters, 0)
+        summary["spearman_total"] = {n: e.estimate for n, e in by_total.items()}
+        shown = ", ".join(f"{n} {e.estimate:+.3f}" for n, e in by_total.items())
+        say(f"by the total, which follows the length as well: {shown}")
     if args.correlations:
         summary["run"] = {
             **provenance(),

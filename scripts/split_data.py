@@ -26,6 +26,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from src.common.cli import (
     HelpFormatter,
+    add_data_flags,
     natural,
     positive_float,
     positive_int,
@@ -44,7 +45,7 @@ def build_parser() -> argparse.ArgumentParser:
     """Return the parser of this script."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=HelpFormatter)
     add = parser.add_argument
-    add("--data", required=True, help="one file: FASTA[.gz], text, CSV or parquet")
+    add_data_flags(add, "files: FASTA, text, CSV, Excel, parquet and others", required=True)
     add("--output", type=Path, required=True, help="directory to make")
     add("--seed", type=natural, default=0, help="seed of the draw of clusters and samples")
     add("--keep_ambiguous", action="store_true", help="keep proteins with B, J, O, U, X or Z")
@@ -85,7 +86,7 @@ def run(args: argparse.Namespace) -> dict:
 
     refuse_flags_of_other_mode(args)
     require_free(args.output)
-    proteins, report = read_named(args.data, args.keep_ambiguous)
+    proteins, report = read_named(args.data, args.keep_ambiguous, args.sequence_column)
     for line in report.lines():
         say(line)
     if args.within_families:
@@ -108,6 +109,16 @@ def run(args: argparse.Namespace) -> dict:
     return record
 
 
+def named(args: argparse.Namespace, source: str) -> dict[str, str]:
+    """Return the residues of each name of another source than ``--data``, and say what was read."""
+    from src.proteins.split_files import read_named
+
+    proteins, report = read_named(source, args.keep_ambiguous, args.sequence_column)
+    for line in report.lines():
+        say(line)
+    return proteins
+
+
 def refuse_flags_of_other_mode(args: argparse.Namespace) -> None:
     """Raise ``ValueError`` if a flag of the other mode was given."""
     parser = build_parser()
@@ -117,27 +128,33 @@ def refuse_flags_of_other_mode(args: argparse.Namespace) -> None:
             raise ValueError(f"--{name} {how} --within_families")
 
 
-def source_record(path: str | Path) -> dict:
-    """Return the name and hash of an input file."""
+def source_record(source: str | Path) -> dict:
+    """Return the name and hash of an input file, or of several."""
     from src.common.files import sha256_file
+    from src.proteins.sources import local_files
 
-    return {"file": Path(path).name, "sha256": sha256_file(path)}
+    files = local_files(source, None) or []
+    return {
+        "file": ",".join(path.name for path in files),
+        "sha256": ",".join(sha256_file(path) for path in files),
+    }
 
 
 def by_homology(args: argparse.Namespace, proteins: dict[str, str]) -> tuple:
     """Return the split by homology and its settings."""
-    from src.proteins.homology import read_clusters
+    from src.proteins.homology import clusters_of_names, read_clusters
     from src.proteins.splits import SplitSettings, split_by_homology
 
     settings = SplitSettings(**{f.name: getattr(args, f.name) for f in fields(SplitSettings)})
-    clusters = read_clusters(args.clusters) if args.clusters else None
+    clusters = None
+    if args.clusters:
+        clusters = clusters_of_names(read_clusters(args.clusters), list(proteins))
     return split_by_homology(proteins, settings, clusters, say), settings
 
 
 def within_families(args: argparse.Namespace, proteins: dict[str, str]) -> tuple:
     """Return all proteins, the split within families and its settings."""
     from src.proteins import families as f
-    from src.proteins.split_files import read_named
 
     settings = f.FamilySplitSettings(
         seed=args.seed,
@@ -156,13 +173,13 @@ def within_families(args: argparse.Namespace, proteins: dict[str, str]) -> tuple
         say(f"{len(chosen)} families score {args.least_score} nats per residue or more")
     split = f.split_within_families(proteins, family_of, settings, say)
     if args.new_families:
-        new, _ = read_named(args.new_families, args.keep_ambiguous)
+        new = named(args, args.new_families)
         proteins = f.add_new_families(
             split, proteins, new, f.read_families(args.new_families, new), settings
         )
     if args.others:
         say(f"adding {args.num_others:,} proteins of {args.others} to train")
-        others, _ = read_named(args.others, args.keep_ambiguous)
+        others = named(args, args.others)
         proteins = f.add_other_proteins(split, proteins, others, args.num_others, settings)
     return proteins, split, settings
 

@@ -21,7 +21,9 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from src.common import settings as s
 from src.common.cli import (
+    LAYOUT_HELP,
     HelpFormatter,
+    add_data_flags,
     folder,
     natural,
     positive_float,
@@ -43,10 +45,10 @@ def build_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=HelpFormatter)
     add = parser.add_argument_group("what to distil").add_argument
     add("--teacher_model", help=f"directory or hub id (default: {s.DEFAULT_TEACHER})")
-    add(
-        "--data",
+    add_data_flags(
+        add,
+        "hub data set, directory of parts, or files: FASTA, text, CSV, Excel, parquet and others",
         default=s.DEFAULT_DATA,
-        help="hub data set, or a local FASTA[.gz], text, CSV, parquet or directory of parts",
     )
     add("--train_size_prop", type=share, default=0.1, help="share of the training proteins")
     add(
@@ -59,6 +61,7 @@ def build_parser() -> argparse.ArgumentParser:
         "--tokenizer",
         help="train from random weights with this tokenizer and no teacher (with --alpha 1)",
     )
+    add("--layout", help=LAYOUT_HELP)
     add("--max_length", type=positive_int, default=512, help="tokens; longer proteins are cut")
 
     add = parser.add_argument_group("student").add_argument
@@ -166,7 +169,7 @@ def build_parser() -> argparse.ArgumentParser:
     add("--save_steps", type=positive_int, help="(default: ten times a run)")
     add("--validation_proteins", type=positive_int, default=500, help="watched while training")
     add("--report_to", choices=("none", "wandb", "tensorboard"), default="none", help="tracker")
-    add("--device", default="auto", help="auto, cpu or cuda")
+    add("--device", default="auto", help="auto, cpu, cuda, cuda:N or mps")
     add(
         "--num_workers",
         type=workers,

@@ -20,11 +20,11 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers.trainer_utils import EvalLoopOutput
 
 from src.common.settings import LOSS_IMPLEMENTATIONS, OPTIMIZERS, LossSettings
+from src.loss.chunks import OutputHead
 from src.loss.fused import StudentStates, fused_distillation_losses, teacher_statistics
 from src.loss.reference import (
     IGNORED_LABEL,
@@ -36,7 +36,14 @@ from src.loss.reference import (
     segments_from_positions,
     valid_positions,
 )
-from src.models.loading import accepts, final_hidden_states, has_dropout, model_inputs, output_head
+from src.models.forward import (
+    accepts,
+    final_hidden_states,
+    head_form,
+    model_inputs,
+    output_head,
+)
+from src.models.loading import has_dropout
 from src.models.sharding import in_step
 from src.proteins.batching import EpochSampler, PackedDataset, ProteinDataset
 from src.trainer.adapter import TrainerAdapter
@@ -45,9 +52,6 @@ from src.trainer.optimizers import muon_with_adamw
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
-
-Head = tuple[Tensor, Tensor | None]
-"""Weight ``(V, E)`` and bias ``(V,)`` or None of an output head."""
 
 
 class DistillationTrainer(TrainerAdapter):
@@ -123,12 +127,17 @@ class DistillationTrainer(TrainerAdapter):
                 "--nproc_per_node N', or choose one with CUDA_VISIBLE_DEVICES=0"
             )
         student: PreTrainedModel = self.accelerator.unwrap_model(self.model)  # type: ignore[assignment]
+        self._prove(student)
         self.teacher_model = self._adopt_teacher(teacher_model, student)
         # Our loss is a sum over N positions of the whole step: accumulation must not divide again.
         self.model_accepts_loss_kwargs = True
         self.loss_is_scaled_for_ga = True
         self._can_skip_head = accepts(student, "logits_to_keep")
         self.interval = LogInterval(len(self.all_settings))
+
+    def _prove(self, student: PreTrainedModel) -> None:
+        """Find out how the student's logits are made, before it is wrapped for training."""
+        head_form(student)
 
     def _adopt_teacher(
         self, teacher: PreTrainedModel | None, student: PreTrainedModel
@@ -200,11 +209,11 @@ class DistillationTrainer(TrainerAdapter):
         valid = valid_positions(labels, inputs.get("attention_mask"), segments)
         hidden = self._teacher_hidden(inputs)
         inputs["teacher_hidden_states"] = hidden  # type: ignore[index]
-        weight, bias = output_head(self.teacher_model)
+        head = output_head(self.teacher_model)
         shifted = None if segments is None else segments[:, :-1]
         uncertainties = []
         for temperature in temperatures:
-            teacher = teacher_statistics(hidden[:, :-1], weight, bias, valid, temperature)
+            teacher = teacher_statistics(hidden[:, :-1], head, valid, temperature)
             uncertainties.append(torch.where(valid, 1.0 - teacher.max_prob, 0.0).sum())
         weights = published_weights(teacher.entropy, valid, shifted)
         return torch.stack([weights.sum(), valid.sum().to(weights.dtype), *uncertainties])
@@ -296,8 +305,7 @@ class DistillationTrainer(TrainerAdapter):
         outputs = model(**forward, use_cache=False)
         teacher_logits = outputs.logits.detach()  # α = 1: anything of the right shape will do
         if self.teacher_model is not None:
-            weight, bias = output_head(self.teacher_model)
-            teacher_logits = F.linear(self._teacher_hidden(inputs), weight, bias)
+            teacher_logits = output_head(self.teacher_model).logits(self._teacher_hidden(inputs))
         parts = distillation_loss(
             outputs.logits,
             teacher_logits,
@@ -321,18 +329,17 @@ class DistillationTrainer(TrainerAdapter):
         """Return each student's loss from hidden states, chunk by chunk."""
         forward, labels, segments = self._split_inputs(inputs)
         states = self.hidden_states_and_heads(model, forward)
-        teacher_hidden = teacher_weight = teacher_bias = None
+        teacher_hidden = teacher_head = None
         if self.teacher_model is not None and any(s.alpha < 1.0 for s in self.all_settings):
             teacher_hidden = self._teacher_hidden(inputs)
-            teacher_weight, teacher_bias = output_head(self.teacher_model)
+            teacher_head = output_head(self.teacher_model)
         return fused_distillation_losses(
             [
-                StudentStates(hidden, *head, settings, self._uncertainty_mean(inputs, settings))
+                StudentStates(hidden, head, settings, self._uncertainty_mean(inputs, settings))
                 for (hidden, head), settings in zip(states, self.all_settings, strict=True)
             ],
             teacher_hidden,
-            teacher_weight,
-            teacher_bias,
+            teacher_head,
             labels,
             inputs.get("attention_mask"),
             segments=segments,
@@ -343,30 +350,43 @@ class DistillationTrainer(TrainerAdapter):
 
     def hidden_states_and_heads(
         self, model: nn.Module, forward: Mapping[str, Tensor]
-    ) -> list[tuple[Tensor, Head]]:
+    ) -> list[tuple[Tensor, OutputHead]]:
         """Run the student up to its head and return hidden states ``(B, T, E)`` and the head.
 
         The wrapped model is called, so that autocast and gradient averaging over processes work as
-        in any Trainer; a hook takes the hidden states, and the head is asked for no position.
+        in any Trainer; a hook takes the hidden states, and the head is asked for no position where
+        it need not be run.
         """
         student = self.accelerator.unwrap_model(model)
+        form, head = head_form(student), output_head(student)
         self.seed_dropout(student)
         captured: list[Tensor] = []
-        hook = student.base_model.register_forward_hook(
-            lambda module, arguments, output: captured.append(output[0])
-        )
-        options = {"logits_to_keep": torch.zeros(0, dtype=torch.long, device=self.args.device)}
+        options = {}
+        if form.direct:
+            hook = student.base_model.register_forward_hook(
+                lambda module, arguments, output: captured.append(output[0])
+            )
+            if self._can_skip_head:
+                none = torch.zeros(0, dtype=torch.long, device=self.args.device)
+                options["logits_to_keep"] = none
+        elif form.linear:
+            hook = student.get_output_embeddings().register_forward_pre_hook(
+                lambda module, arguments: captured.append(arguments[0])
+            )
+        else:
+            hook = student.register_forward_hook(
+                lambda module, arguments, output: captured.append(output.logits)
+            )
         try:
-            model(**forward, use_cache=False, **(options if self._can_skip_head else {}))
+            model(**forward, use_cache=False, **options)
         finally:
             hook.remove()
-        return [self.in_product_dtype(captured[0], output_head(student))]
+        return [self.in_product_dtype(captured[0], head)]
 
-    def in_product_dtype(self, hidden: Tensor, head: Head) -> tuple[Tensor, Head]:
+    def in_product_dtype(self, hidden: Tensor, head: OutputHead) -> tuple[Tensor, OutputHead]:
         """Return hidden states and head in the dtype in which they are to be multiplied."""
-        weight, bias = head
         dtype = torch.bfloat16 if self.args.bf16 else at_least_float32(hidden[:0]).dtype
-        return hidden.to(dtype), (weight.to(dtype), None if bias is None else bias.to(dtype))
+        return hidden.to(dtype), head.to(dtype)
 
     # Evaluation and logging --------------------------------------------------------------------
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import csv
 import errno
 import gzip
@@ -20,7 +21,8 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from src.proteins import readers, sources
+from src.common.cli import add_data_flags
+from src.proteins import lines, readers, sources, tables
 from src.proteins.layouts import END_OF_TEXT, layout, prompt_layout, residues_of
 from src.proteins.report import ReadReport
 from src.proteins.sources import has_split, read_proteins
@@ -29,6 +31,7 @@ from src.proteins.tokens import (
     TokenisedProteins,
     chosen,
     data_summary,
+    held_out,
     open_store,
     sequence_hash,
     token_letters,
@@ -217,7 +220,11 @@ def test_fixed_and_counted(tmp_path, text, expected, fixed):
         ("MKéVL", sources.NO_RESIDUE),
         ("MKſVL", sources.NO_RESIDUE),
         (b"MK\xff\xfeVL", sources.NO_RESIDUE),
-        (f"MK{END_OF_TEXT}VL", sources.NO_RESIDUE),
+        ("MKVLXXXXXXXXXXMKVL", sources.RUN_OF_X),
+        ("ATGGCTCTGGCTGATATCTCTGG", sources.NUCLEIC),
+        ("auggcucuggcugauaucucugg", sources.NUCLEIC),
+        ("MK" * 50_001, readers.TOO_LONG),
+        ("A" * (2 << 20), readers.TOO_LONG),
     ],
 )
 def test_dropped_and_counted(tmp_path, text, reason):
@@ -241,7 +248,7 @@ def test_crlf_and_byte_order_mark(tmp_path):
     content = b"\xef\xbb\xbf" + fasta([A, B]).replace("\n", "\r\n").encode()
     found, report = read(write(tmp_path / "a.fasta", content))
     assert found == [A, B]
-    assert counts(report.fixed) == {readers.CRLF: 4}
+    assert counts(report.fixed) == {lines.CRLF: 4}
 
 
 REFUSED = {
@@ -251,17 +258,30 @@ REFUSED = {
     "headers only": ("a.fasta", b">a\n>b\n", "none of its 2 proteins is usable.*no residues"),
     "text before a header": ("a.fasta", b"\nMKV\n>a\nMK\n", r"a\.fasta:2: text before"),
     "NUL": ("a.fasta", b">a\nMK\0V\n", r"a\.fasta:2: a NUL byte"),
-    "UTF-16": ("a.txt", "MKV\n".encode("utf-16"), r"a\.txt:1: a NUL byte"),
+    "UTF-16 without its mark": ("a.txt", "MKV\n".encode("utf-16-le"), r"a\.txt:1: a NUL byte"),
     "lone carriage returns": ("a.fasta", b">a\rMKV\r>b\rMK\r", r"a\.fasta:1: a carriage return"),
     "truncated gzip": ("a.fasta.gz", gzip.compress(b">a\nMK\n" * 999)[:-20], "truncated gzip"),
     "altered gzip": ("a.fa.gz", gzip.compress(b">a\nMK\n")[:-8] + b"12345678", "broken or trunc"),
     "rubbish after gzip": ("a.fa.gz", gzip.compress(b">a\nMK\n") + b"rubbish", "broken or trunc"),
     "not gzip": ("a.fasta.gz", b">a\nMK\n", "is named .gz but is not gzip"),
     "zip": ("a.fasta", b"PK\x03\x04rest", "packed by zip"),
-    "long line": ("a.fasta", b">a\n" + b"A" * (2 << 20), r"a\.fasta:2: the line is longer"),
-    "long protein": ("a.fasta", b">a\nMK\n>b\n" + b"A" * 60_000 + b"\n" + b"A" * 60_000 + b"\n",
-                     r"a\.fasta:3: the protein is longer"),
-    "long text": ("a.txt", b"MK\n" + b"A" * 100_001, r"a\.txt:2: the protein is longer"),
+    "long line": ("a.csv", b"sequence\n" + b"A" * (2 << 20), r"a\.csv:2: the line is longer"),
+    "tar": ("a.fasta.gz", gzip.compress(b"x" * 257 + b"ustar" + b"x" * 300), "tar archive: unpack"),
+    "LFS pointer": ("a.csv", b"version https://git-lfs.github.com/spec/v1\noid sha256:a1\n",
+                    "git lfs pull"),
+    "web page": ("a.fasta", b"<!DOCTYPE html>\n<html>", "a web page"),
+    "old Excel": ("a.xls", b"\xd0\xcf\x11\xe0rest", "save it as .xlsx"),
+    "Stockholm": ("a.txt", b"# STOCKHOLM 1.0\na MKV\n", "convert it to FASTA"),
+    "alignment of a complex": ("a.a3m", b"#4,5\t1,1\n>101\t102\nMKVLMKVLA\n", "joined chains"),
+    "DNA": ("a.fasta", b">a\nATGGCTCTGGCTGATATC\n>b\nATGGCTCTGGCTGATATCGG\n>c\nMKV\n",
+            "2 of 3 sequences are nucleic acids, the first at a.fasta:1"),
+    "DNA in a table": ("a.csv", b"id,sequence\nx,ATGGCTCTGGCTGATATC\n", "--sequence_column"),
+    "words in a line": ("a.txt", b"MKV\nMKV 0.5 good\n", r"a\.txt:2: 3 words in a line"),
+    "JSON array": ("a.json", b'[{"sequence": "MK"}]', "one object a line"),
+    "broken JSON": ("a.jsonl", b'{"sequence": "MK"}\n{"sequ', r"a\.jsonl:2: broken JSON"),
+    "paired antibodies": (
+        "a.csv", b"aa_heavy,aa_light\nMKVLAAGITMKVLAAGIT,MKVLAAGITMKVLAAGIV\n",
+        r"pass --sequence_column \(aa_heavy, aa_light look like it\)"),
     "unknown": ("a.xyz", b"MKV\n", "not clear"),
     "CSV without a column": ("a.csv", b"name,length\na,3\n", "no column 'sequence'.*name, length"),
     "CSV with a comma in a name": ("a.csv", b"name,sequence\nKinase 0, alpha,MKT\n",
@@ -272,10 +292,6 @@ REFUSED = {
     "CSV with a column twice": ("a.csv", b"Sequence,sequence\nMKT,AAA\n",
                                 "2 columns are named 'sequence': rename or drop"),
     "CSV with two names": ("a.csv", b"id,id,sequence\na,b,MKT\n", "2 columns are named 'id'"),
-    "CSV with semicolons": ("a.csv", b"name;sequence\na;MKT\n",
-                            "divided by a semicolon, not a comma: put commas there"),
-    "CSV with tabs": ("a.csv", b"name\tsequence\na\tMKT\n", "divided by a tab.*: name it .tsv"),
-    "TSV with commas": ("a.tsv", b"name,sequence\na,MKT\n", "by a comma.*: name it .csv"),
     "CSV with an open quote": ("a.csv", b'sequence\n"MKV\nMK\n', r"a\.csv:3: broken CSV"),
     "CSV of tokens": ("a.csv", b"input_ids\n1\n", "use parquet"),
     "parquet of nothing": ("a.parquet", b"PAR1rubbishPAR1", "broken parquet"),
@@ -301,7 +317,7 @@ def test_refused_with_file_and_line(tmp_path, case):
         ({"input_ids": [1, 2]}, "holds int64, not lists"),
         ({"input_ids": [[1.5]]}, "not lists of whole numbers"),
         ({"input_ids": [[1, None]]}, "a token is null"),
-        ({"other": ["MK"]}, "no column .*: rename the one with the residues"),
+        ({"other": ["MK"]}, "no column .*: pass --sequence_column"),
         ({"sequence": ["MK"], "Sequence": ["MV"]}, "2 columns are named 'sequence'"),
         ({"sequence": pa.array([], pa.string())}, "no protein"),
     ],
@@ -322,7 +338,7 @@ def test_nulls_and_empty_cells_are_dropped(tmp_path):
 
 
 def test_decompression_bomb(tmp_path, monkeypatch):
-    monkeypatch.setattr(readers, "FREE_EXPANSION_BYTES", 1 << 20)
+    monkeypatch.setattr(lines, "FREE_EXPANSION_BYTES", 1 << 20)
     bomb = gzip.compress((">a\n" + ("A" * 60 + "\n") * 1000).encode() * 100)
     path = tmp_path / "bomb.fasta.gz"
     path.write_bytes(bomb)
@@ -340,7 +356,7 @@ def test_an_empty_name_is_not_the_working_directory(tmp_path, monkeypatch):
 
 
 def test_a_row_of_csv_is_bounded(tmp_path, monkeypatch):
-    monkeypatch.setattr(readers, "MAX_ROW_BYTES", 1 << 16)
+    monkeypatch.setattr(tables, "MAX_ROW_BYTES", 1 << 16)
     path = write(tmp_path / "a.csv", "sequence\n" + '"a\n",' * 50_000)
     with pytest.raises(ValueError, match="a row of over"):
         read(path)
@@ -395,7 +411,8 @@ def test_hub_rows_are_streamed(monkeypatch, tiny_tokenizer):
     monkeypatch.setitem(sys.modules, "datasets", fake)
     stream = read_proteins("owner/proteins", split="validation")
     assert [next(stream).residues, next(stream).residues] == [A, B]
-    with pytest.raises(ValueError, match="row 2: the stream broke .the line went dead"):
+    monkeypatch.setattr(readers, "HUB_PAUSES", ())
+    with pytest.raises(ValueError, match="row 3: the stream broke 1 times .the line went dead"):
         next(stream)
     ids = tiny_tokenizer([layout(A), layout(B)])["input_ids"]
     fake.load_dataset = lambda *a, **k: [{"input_ids": row} for row in ids]
@@ -776,3 +793,140 @@ def test_reading_is_lazy_and_bounded(tmp_path):
     with pytest.raises(ValueError, match=":60002: a NUL"):
         for _ in stream:
             pass
+
+
+# Files as people bring them
+
+LONG = "MKVLAAGITMSTNPKPQRKTKRN"
+
+
+@pytest.mark.parametrize(
+    ("name", "text", "expected"),
+    [
+        ("a.txt", f"{END_OF_TEXT}\n{A}\n{B}\n{END_OF_TEXT}\n{C}\n{END_OF_TEXT}\n", [A + B, C]),
+        ("a.txt", f"{A}\n{B}\n{END_OF_TEXT}{C}\n", [A + B, C]),
+        ("a.fasta", f">1\n{END_OF_TEXT}\n{A}\n{END_OF_TEXT}\n>2\n{B}\n", [A, B]),
+        ("a.txt", f"; a comment\n>x\n{A}\n# another\n{B}\n", [A + B]),
+        ("a.fasta", f"# one\n\n; two\n>x\n{A}\n", [A]),
+        ("a.txt", f"# names are no residues\nID\tSEQ\nHEWLA\t{A}\nVARA\t{B}\n", [A, B]),
+        ("a.txt", f"HEWLA\t{LONG}\nVARA\t{LONG}\n", [LONG, LONG]),
+        ("a.txt", f"HEWLA {LONG}\nVARA  {A}\n", [LONG, A]),
+        ("a.txt", "MKVLAAGITM STNPKPQRKT KRN\n", [LONG]),
+        ("a.fasta", ">x\n        1 mkvlaagitm stnpkpqrkt\n       21 krn\n", [LONG]),
+        ("a.fasta", f">x\n{A} 9\n{B}   36\n", [A + B]),
+        ("a.a3m", f"#9\t1\n>q\n{A}\n>h\n--{A[2:5]}aa{A[5:]}\n\0", [A, A[2:5] + "AA" + A[5:]]),
+        ("a.csv", f"sep=;\nname;Sequence\nx;{A}\n;\n;\n", [A]),
+        ("a.csv", f"Assay of today,,\n\nID,Mutated Sequence,x\n1,{A},\n,,\n", [A]),
+        ("a.tsv", f"name,sequence\nx,{A}\n", [A]),
+        ("a.csv", f"x,{LONG}\ny,{LONG}\n", [LONG, LONG]),
+        ("a.tsv", f"sequence\tsequence_aa\nATGGCT\t{A}\n", [A]),
+        ("a.jsonl", f'{{"id": "x", "sequence": "{A}"}}\n\n{{"sequence": "{B}", "y": 1}}\n', [A, B]),
+        ("a.dat", f'{{"Sequence": "{A}"}}\n', [A]),
+        ("a.csv", f'"{{""Run"": ""X""}}"\nsequence,sequence_alignment_aa\nATG,{A}\n', [A]),
+    ],
+)  # fmt: skip
+def test_files_as_people_bring_them(tmp_path, name, text, expected):
+    found, report = read(write(tmp_path / name, text))
+    assert found == expected
+    assert not report.dropped
+    for encoding in ("utf-16", "utf-8-sig"):
+        if not name.endswith(("a3m", "dat")):
+            path = tmp_path / name
+            path.write_bytes(text.encode(encoding))
+            assert read(path)[0] == expected
+
+
+def test_a_named_column_is_read(tmp_path):
+    path = write(tmp_path / "a.csv", f"sequence,Other\n{A},{B}\n")
+    report = ReadReport()
+    proteins = read_proteins(path, report=report, sequence_column="other")
+    assert [p.residues for p in proteins] == [B]
+    assert "  residues from the column 'Other'" in report.lines()
+    with pytest.raises(ValueError, match="no column 'none' among its columns"):
+        list(read_proteins(path, sequence_column="none"))
+    with pytest.raises(ValueError, match="has no columns"):
+        list(read_proteins(write(tmp_path / "a.fasta", ">a\nMK\n"), sequence_column="x"))
+
+
+def test_excel(tmp_path):
+    openpyxl = pytest.importorskip("openpyxl")
+    book = openpyxl.Workbook()
+    for row in (["My assay"], [], ["Name", "Sequence", "Score"], ["x", A, 0.5], [None, B, None]):
+        book.active.append(row)
+    book.save(tmp_path / "a.xlsx")
+    assert read(tmp_path / "a.xlsx")[0] == [A, B]
+    (tmp_path / "b.xlsx").write_bytes((tmp_path / "a.xlsx").read_bytes()[:-300])
+    with pytest.raises(ValueError, match=r"b\.xlsx: broken Excel file"):
+        read(tmp_path / "b.xlsx")
+
+
+def test_excel_without_its_package_is_one_line(tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "openpyxl", None)
+    path = write(tmp_path / "a.xlsx", "PK\x03\x04")
+    with pytest.raises(ValueError, match="pip install openpyxl, or save the sheet as CSV"):
+        read(path)
+
+
+def test_parts_have_several_names_and_other_files_are_named(tmp_path):
+    for name, protein in (("Training.fa", A), ("dev.fasta", B), ("TEST.txt", C), ("more.csv", A)):
+        write(tmp_path / name, protein if name.endswith("txt") else f">x\n{protein}\n")
+    write(tmp_path / "notes.md", "text")
+    for split, protein in (("train", A), ("validation", B), ("test", C)):
+        found, report = read(tmp_path, split=split)
+        assert found == [protein]
+        assert report.notes == ["not read: more.csv"]
+    write(tmp_path / "val.fasta", ">x\nMK\n")
+    with pytest.raises(ValueError, match="several files for the part 'validation'"):
+        has_split(tmp_path, "validation")
+
+
+def test_several_files_and_patterns(tmp_path):
+    for name, protein in (("a1.fasta", A), ("a2.fasta", B), ("b.csv", C)):
+        write(tmp_path / name, f"sequence\n{C}\n" if name == "b.csv" else f">x\n{protein}\n")
+    source = f"{tmp_path}/a*.fasta,{tmp_path}/b.csv"
+    assert read(source)[0] == [A, B, C]  # type: ignore[arg-type]
+    assert has_split(source, "train")
+    assert not has_split(source, "test")
+    assert not sources.on_hub(source)
+    with pytest.raises(ValueError, match=r"c\.csv: there is no such file"):
+        read(f"{tmp_path}/a1.fasta,{tmp_path}/c.csv")  # type: ignore[arg-type]
+    parser = argparse.ArgumentParser()
+    add_data_flags(parser.add_argument, "proteins")
+    assert parser.parse_args(["--data", "x y.fa", "z.fa"]).data == "x y.fa,z.fa"
+
+
+def test_a_stream_that_breaks_goes_on_at_its_row(monkeypatch, capsys):
+    pauses = []
+    monkeypatch.setattr(readers.time, "sleep", pauses.append)
+
+    class Rows:
+        def __init__(self, start=0, breaks=None):
+            self.start, self.breaks = start, [3, 3, 5] if breaks is None else breaks
+
+        def skip(self, count):
+            return Rows(count, self.breaks)
+
+        def __iter__(self):
+            for number in range(self.start, 8):
+                if self.breaks and self.breaks[0] == number:
+                    self.breaks.pop(0)
+                    raise OSError("reset by peer")
+                yield {"sequence": "M" + "K" * number}
+
+    fake = types.SimpleNamespace(load_dataset=lambda *a, **k: Rows())
+    monkeypatch.setitem(sys.modules, "datasets", fake)
+    found = [p.residues for p in read_proteins("owner/proteins", split="train")]
+    assert found == ["M" + "K" * n for n in range(8)]
+    assert pauses == [1, 4, 1]
+    assert "row 4: the stream broke (reset by peer): going on at this row in 1 s" in (
+        capsys.readouterr().out
+    )
+
+
+def test_few_proteins_still_give_validation_proteins():
+    for count, least in ((3, 0), (4, 1), (9, 1), (10, 2), (100, 2)):
+        hashes = np.array([sequence_hash(str(i)) for i in range(count)], np.uint64)
+        aside = held_out(hashes, 1e-9, 1)
+        assert aside.sum() == least
+        assert (held_out(hashes[::-1], 1e-9, 1) == aside[::-1]).all()
+        assert (held_out(hashes, 0.5, 1) >= aside).all()

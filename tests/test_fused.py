@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import random
+from typing import Any
 
 import pytest
 import torch
@@ -12,6 +13,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from src.common.settings import DIVERGENCES, LossSettings
 from src.loss import elementwise
+from src.loss.chunks import OutputHead
 from src.loss.divergences import Divergence
 from src.loss.elementwise import Scratch
 from src.loss.fused import (
@@ -29,7 +31,7 @@ from src.loss.reference import (
     smoothing_epsilon,
     valid_positions,
 )
-from src.models.loading import final_hidden_states, output_head
+from src.models.forward import final_hidden_states, output_head
 from tests.loss_cases import random_settings, settings_with
 
 PARTS = ("loss", "hard", "soft", "mean_weight", "mean_epsilon", "teacher_entropy")
@@ -40,7 +42,8 @@ class Batch:
     hidden: torch.Tensor
     weight: torch.Tensor
     bias: torch.Tensor | None
-    teacher: tuple
+    teacher: tuple[Any, Any]
+    shape: tuple
     labels: torch.Tensor
     mask: torch.Tensor | None
     segments: torch.Tensor | None
@@ -53,14 +56,12 @@ class Batch:
         ]
         hidden, weight, bias = tensors
         assert hidden is not None
-        assert weight is not None
-        return StudentStates(hidden, weight, bias, settings)
+        return StudentStates(hidden, OutputHead(weight, bias, *self.shape), settings)
 
     def reference(self, student: StudentStates, **options):
-        teacher_hidden, teacher_weight, teacher_bias = self.teacher
         return distillation_loss(
-            F.linear(student.hidden, student.weight, student.bias),
-            F.linear(teacher_hidden, teacher_weight, teacher_bias),
+            plain_logits(student.hidden, student.head),
+            plain_logits(*self.teacher),
             self.labels,
             self.mask,
             student.settings,
@@ -73,17 +74,20 @@ class Batch:
         return parts
 
     def fused_all(self, students: list[StudentStates], **options):
-        teacher_hidden, teacher_weight, teacher_bias = self.teacher
         return fused_distillation_losses(
             students,
-            teacher_hidden,
-            teacher_weight,
-            teacher_bias,
+            *self.teacher,
             self.labels,
             self.mask,
             segments=self.segments,
             **options,
         )
+
+
+def plain_logits(hidden, head: OutputHead):
+    """The definition, in one line of its own."""
+    z = hidden if head.weight is None else F.linear(hidden, head.weight, head.bias) * head.scale
+    return z if head.cap is None else head.cap * torch.tanh(z / head.cap)
 
 
 def random_batch(seed: int, dtype=torch.float64, vocabulary: int | None = None) -> Batch:
@@ -115,11 +119,17 @@ def random_batch(seed: int, dtype=torch.float64, vocabulary: int | None = None) 
             mask[row, width - padding :] = 0
             if rng.random() < 0.5:
                 mask[row] = mask[row].flip(0)
-    return Batch(hidden, weight, bias, (*teacher, teacher_bias), labels, mask, segments)
+    # Every fifth student and every seventh teacher has a scaled and capped head.
+    shape, teacher_shape = (
+        (0.7, 2.0) if seed % every == 1 else (1.3, None) if seed % every == 2 else (1.0, None)
+        for every in (5, 7)
+    )
+    teacher_head = OutputHead(teacher[1], teacher_bias, *teacher_shape)
+    return Batch(hidden, weight, bias, (teacher[0], teacher_head), shape, labels, mask, segments)
 
 
 def gradients(parts, student: StudentStates) -> list[torch.Tensor]:
-    leaves = [t for t in student[:3] if t is not None]
+    leaves = [t for t in (student.hidden, *student.head[:2]) if t is not None]
     return list(torch.autograd.grad(parts.loss, leaves))
 
 
@@ -161,7 +171,7 @@ def test_equals_the_plain_loss_in_float32(seed):
     settings = random_settings(seed)
     mine, exact = batch.student(settings), batch.student(settings, torch.float64)
     ours = batch.fused(mine)
-    batch.teacher = tuple(None if t is None else t.double() for t in batch.teacher)
+    batch.teacher = tuple(t.to(torch.float64) for t in batch.teacher)
     theirs = batch.reference(exact)
     assert ours.loss.dtype == torch.float32
     assert_same_parts(ours, theirs, 1e-5, 1e-6, names_for(settings))
@@ -174,15 +184,16 @@ def test_half_precision_products_are_summed_in_float32(seed):
     """bfloat16 inputs: only the logits and the products with dz are rounded, never the sums."""
     batch = random_batch(seed, torch.float32)
     settings = random_settings(seed, weighting="published", smoothing="published")
-    for tensors in (batch.hidden, batch.weight, *batch.teacher):
+    teacher_hidden, teacher_head = batch.teacher
+    for tensors in (batch.hidden, batch.weight, teacher_hidden, *teacher_head[:2]):
         if tensors is not None:
             tensors.copy_(tensors.bfloat16().float())
     half = batch.student(settings, torch.bfloat16)
     exact = batch.student(settings, torch.float64)
     single = batch.teacher
-    batch.teacher = tuple(None if t is None else t.bfloat16() for t in single)
+    batch.teacher = tuple(t.to(torch.bfloat16) for t in single)
     ours = batch.fused(half)
-    batch.teacher = tuple(None if t is None else t.double() for t in single)
+    batch.teacher = tuple(t.to(torch.float64) for t in single)
     theirs = batch.reference(exact)
     assert ours.loss.dtype == torch.float32
     names = tuple(n for n in ("loss", "hard", "soft") if n in names_for(settings))
@@ -202,10 +213,11 @@ def test_gradcheck(divergence, seed):
     batch.teacher = (batch.teacher[0][:2], *batch.teacher[1:])
     settings = random_settings(seed, divergence=divergence, alpha=0.4)
     student = batch.student(settings)
-    leaves = [t for t in student[:3] if t is not None]
+    leaves = [t for t in (student.hidden, *student.head[:2]) if t is not None]
 
     def loss(hidden, weight, bias=None):
-        return batch.fused(StudentStates(hidden, weight, bias, settings), chunk_tokens=3).loss
+        head = OutputHead(weight, bias, *batch.shape)
+        return batch.fused(StudentStates(hidden, head, settings), chunk_tokens=3).loss
 
     assert torch.autograd.gradcheck(loss, leaves)
 
@@ -218,8 +230,7 @@ def test_students_that_share_a_pass_get_the_bits_of_students_alone(seed):
     # A wider student beside them: sizes may differ.
     wide = StudentStates(
         torch.randn(*batch.labels.shape, 11, requires_grad=True),
-        torch.randn(37, 11, requires_grad=True),
-        None,
+        OutputHead(torch.randn(37, 11, requires_grad=True)),
         kinds[0],
     )
     shared = batch.fused_all([*together, wide])
@@ -243,8 +254,8 @@ def test_a_tied_head_adds_its_gradient_to_the_embeddings(tiny_lm):
             with torch.no_grad():
                 taught = final_hidden_states(teacher, ids)
             head, teacher_head = output_head(student), output_head(teacher)
-            states = StudentStates(hidden, *head, settings)
-            (parts,) = fused_distillation_losses([states], taught, *teacher_head, ids)
+            states = StudentStates(hidden, head, settings)
+            (parts,) = fused_distillation_losses([states], taught, teacher_head, ids)
         else:
             with torch.no_grad():
                 logits = teacher(ids).logits
@@ -262,7 +273,9 @@ def test_statistics_by_chunks(chunk_tokens):
     hidden, weight, bias = torch.randn(4, 9, 6), torch.randn(21, 6), torch.randn(21)
     logits = F.linear(hidden, weight, bias)
     valid = torch.rand(4, 9) < 0.7
-    found = teacher_statistics(hidden, weight, bias, valid, 2.0, chunk_tokens=chunk_tokens)
+    found = teacher_statistics(
+        hidden, OutputHead(weight, bias), valid, 2.0, chunk_tokens=chunk_tokens
+    )
     for ours, theirs in (
         (found.entropy, entropy(logits.log_softmax(-1))),
         (found.max_logit, logits.amax(-1)),
@@ -276,8 +289,7 @@ def test_cached_entropies_give_the_same_loss():
     for seed in range(8):
         batch = random_batch(seed)
         settings = random_settings(seed, use_uncertainty_weighting=True, alpha=0.5)
-        hidden, weight, bias = batch.teacher
-        figures = teacher_statistics(hidden, weight, bias)
+        figures = teacher_statistics(*batch.teacher)
         one, other = batch.student(settings), batch.student(settings)
         plain = batch.fused(one)
         cached = batch.fused(other, teacher_entropy=figures.entropy)
@@ -290,7 +302,8 @@ def test_no_tensor_of_the_batchs_logits_is_made():
     rows, width = 4, 128
     batch.hidden, batch.labels = torch.randn(rows, width, 8), torch.randint(0, 4096, (rows, width))
     batch.weight, batch.bias, batch.mask, batch.segments = torch.randn(4096, 8), None, None, None
-    batch.teacher = (torch.randn(rows, width, 8), torch.randn(4096, 8), None)
+    batch.shape = (1.0, None)
+    batch.teacher = (torch.randn(rows, width, 8), OutputHead(torch.randn(4096, 8)))
     student = batch.student(LossSettings())
     largest = 0
 
@@ -313,7 +326,7 @@ def test_no_tensor_of_the_batchs_logits_is_made():
         ({"labels": torch.full((2, 5), 99)}, "outside the vocabulary"),
         ({"labels": torch.zeros(2, 6, dtype=torch.long)}, "do not fit labels"),
         ({"teacher_hidden": None}, "needed unless alpha is 1"),
-        ({"teacher_weight": torch.randn(8, 3)}, "vocabulary of"),
+        ({"teacher_head": OutputHead(torch.randn(8, 3))}, "vocabulary of"),
         ({"student_weight": torch.randn(9, 2)}, "features, their head"),
         ({"teacher_entropy": torch.zeros(3, 3)}, "do not fit a batch"),
     ],
@@ -321,12 +334,11 @@ def test_no_tensor_of_the_batchs_logits_is_made():
 def test_what_does_not_fit_is_refused(change, message):
     inputs = {
         "teacher_hidden": torch.randn(2, 5, 3),
-        "teacher_weight": torch.randn(9, 3),
-        "teacher_bias": None,
+        "teacher_head": OutputHead(torch.randn(9, 3)),
         "labels": torch.randint(0, 9, (2, 5)),
     }
     head = change.pop("student_weight", torch.randn(9, 4))
-    student = StudentStates(torch.randn(2, 5, 4), head, None, LossSettings())
+    student = StudentStates(torch.randn(2, 5, 4), OutputHead(head), LossSettings())
     with pytest.raises(ValueError, match=message):
         fused_distillation_losses([student], **{**inputs, **change})
 
@@ -335,12 +347,11 @@ def test_what_does_not_fit_is_refused(change, message):
 def test_a_batch_without_a_valid_position_costs_nothing(alpha):
     student = StudentStates(
         torch.randn(2, 5, 4, requires_grad=True),
-        torch.randn(9, 4, requires_grad=True),
-        None,
+        OutputHead(torch.randn(9, 4, requires_grad=True)),
         LossSettings(alpha=alpha),
     )
     labels = torch.full((2, 5), -100)
-    teacher = (torch.randn(2, 5, 3), torch.randn(9, 3), None)
+    teacher = (torch.randn(2, 5, 3), OutputHead(torch.randn(9, 3)))
     (parts,) = fused_distillation_losses([student], *teacher, labels)
     assert parts.loss.item() == 0
     assert valid_positions(labels).sum() == 0

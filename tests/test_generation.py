@@ -8,8 +8,17 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from scipy.stats import chisquare
+from scipy.stats import chisquare, ttest_ind
+from transformers.generation.logits_process import (
+    LogitsProcessorList,
+    RepetitionPenaltyLogitsProcessor,
+    TemperatureLogitsWarper,
+    TopKLogitsWarper,
+    TopPLogitsWarper,
+)
 
+from src.evaluation.draws import Warp, attempt_stream, likeliest, pick
+from src.evaluation.filters import SEEN, TOO_CLOSE, Filters, banned_tokens
 from src.evaluation.generation import (
     EMPTY,
     NO_PROTEIN,
@@ -18,14 +27,14 @@ from src.evaluation.generation import (
     UNFINISHED,
     GeneratedProtein,
     GenerationSettings,
-    attempt_stream,
+    Tally,
+    _Sampler,
     fasta_records,
-    logits_warp,
     perplexities,
-    pick,
+    sample,
     sample_proteins,
-    score_proteins,
 )
+from src.evaluation.likelihoods import score_proteins
 from src.proteins.fasta import FastaRecord, fasta_text, format_header, write_fasta
 from src.proteins.layouts import layout, prompt_layout
 from src.proteins.sources import read_proteins
@@ -70,6 +79,53 @@ def test_picked_tokens_follow_the_distribution():
     assert pick(scores, torch.zeros(1, dtype=torch.float64)).item() == 1
 
 
+def test_the_first_tokens_of_1e5_attempts_follow_the_models_distribution(tiny_lm, tokenizer):
+    model = ending(tiny_lm(n_embd=24, seed=4, n_positions=8), 2.0)
+    settings = GenerationSettings(top_k=20, repetition_penalty=1.2, batch_size=25_000, seed=3)
+    counts = np.zeros(64, dtype=np.int64)
+    with torch.inference_mode():
+        for start in range(0, 100_000, 25_000):
+            sampler = _Sampler(model, tokenizer, settings)
+            sampler.begun = start
+            sampler.begin(25_000)
+            rows = list(sampler.rows)
+            sampler.step()
+            counts += np.bincount([row.tokens[2] for row in rows], minlength=64)
+        ids: Any = torch.tensor([tokenizer(prompt_layout())["input_ids"]])
+        library = LogitsProcessorList([RepetitionPenaltyLogitsProcessor(1.2), TopKLogitsWarper(20)])
+        expected = library(ids, model(ids).logits[:, -1])[0].softmax(-1).numpy()
+    possible = expected > 0
+    assert possible.sum() == 20
+    assert counts[~possible].sum() == 0
+    assert counts.sum() == 100_000
+    assert chisquare(counts[possible], expected[possible] * 1e5).pvalue > 0.001
+
+
+def test_samples_are_as_likely_as_the_librarys(model, tokenizer):
+    """The mean log-likelihood of 500 whole attempts, against 500 of ``model.generate``."""
+    settings = GenerationSettings(
+        num_sequences=500, top_k=30, repetition_penalty=1.1, batch_size=100, max_attempts=2000
+    )
+    ours = sample_proteins(model, tokenizer, settings)
+    prompt = torch.tensor([tokenizer(prompt_layout())["input_ids"]])
+    torch.manual_seed(0)
+    theirs: Any = model.generate(
+        prompt, attention_mask=torch.ones_like(prompt), do_sample=True, max_length=256, top_k=30,
+        repetition_penalty=1.1, num_return_sequences=500, pad_token_id=0,
+    )  # fmt: skip
+    texts = [tokenizer.decode(row.tolist()).split("<|endoftext|>") for row in theirs]
+    whole = [text[1].replace("\n", "") for text in texts if len(text) > 2]
+    known = [p for p in whole if p]
+    assert len(known) > 300
+    values = []
+    for proteins in (ours.sequences, known):
+        scores = score_proteins(model, tokenizer, proteins)
+        values.append(np.stack([scores.nll, scores.residues]))
+    for first, second in zip(*values, strict=True):
+        tested: Any = ttest_ind(first, second)
+        assert tested.pvalue > 0.001
+
+
 def test_sampled_proteins_follow_the_models_distribution(model, tokenizer):
     """The first residues of a thousand proteins, against softmax of the model's logits."""
     settings = GenerationSettings(
@@ -111,23 +167,59 @@ def test_one_likeliest_token_is_the_librarys_greedy_decoding(model, tokenizer, p
     assert result.sequences == [text]
 
 
-def test_warps_are_the_librarys_in_its_order():
+@pytest.mark.parametrize("size", [64, 5000])
+@pytest.mark.parametrize(
+    "warp",
+    [Warp(1.3, 0.7, 10, 0.8), Warp(top_k=50), Warp(1.2, 1.0, 950), Warp(top_p=0.5), Warp()],
+    ids=str,
+)
+def test_warps_are_the_librarys_in_its_order(size, warp):
     torch.manual_seed(1)
-    ids: Any = torch.randint(0, 64, (3, 9))
-    scores = torch.randn(3, 64)
-    settings = GenerationSettings(top_k=10, top_p=0.8, repetition_penalty=1.3, temperature=0.7)
-    warped = logits_warp(settings)(ids, scores.clone())
-    expected = scores.clone()
-    for row in range(3):
-        for token in set(ids[row].tolist()):
-            value = expected[row, token]
-            expected[row, token] = value * 1.3 if value < 0 else value / 1.3
-    expected = expected / 0.7
-    kept = warped > -torch.inf
-    assert (kept.sum(-1) <= 10).all()
-    torch.testing.assert_close(warped[kept], expected[kept])
-    none = GenerationSettings(top_k=0, repetition_penalty=1.0)
-    assert len(logits_warp(none)) == 0
+    ids: Any = torch.randint(0, size, (3, 9))
+    logits = torch.randn(3, size)
+    if warp.top_p == 1:  # of equal ones, which top p leaves is chance
+        logits[1, 5:9] = logits[1].topk(10).values[-1]  # equal to the tenth
+    logits[2, : size // 2] = -torch.inf
+    library = LogitsProcessorList()
+    if warp.repetition_penalty != 1.0:
+        library.append(RepetitionPenaltyLogitsProcessor(warp.repetition_penalty))
+    library.append(TemperatureLogitsWarper(warp.temperature))
+    if warp.top_k:
+        library.append(TopKLogitsWarper(warp.top_k))
+    library.append(TopPLogitsWarper(warp.top_p))
+    expected = library(ids, logits.clone()).softmax(-1)  # type: ignore[arg-type]
+    scores, columns = warp(logits.clone(), ids)
+    found = scores.softmax(-1)
+    if columns is not None:
+        assert columns.shape[1] < size
+        assert all((row[: k + 1].diff() > 0).all() for row, k in _real(columns, scores))
+        found = torch.zeros(3, size).scatter_add_(1, columns, found)
+    torch.testing.assert_close(found, expected)
+    levels = torch.rand(3, dtype=torch.float64)
+    drawn = pick(scores, levels)
+    drawn = drawn if columns is None else columns.gather(1, drawn[:, None])[:, 0]
+    assert drawn.tolist() == pick(library(ids, logits.clone()), levels).tolist()  # type: ignore[arg-type]
+
+
+def _real(columns, scores):
+    """Return each row of ids with the place of the last candidate that is possible."""
+    return [
+        (row, int((values > -torch.inf).nonzero()[-1]))
+        for row, values in zip(columns, scores, strict=True)
+    ]
+
+
+def test_the_largest_scores_of_long_and_short_rows():
+    torch.manual_seed(2)
+    for size in (30, 4096, 4097, 20_011):
+        scores = torch.randn(5, size)
+        for k in (1, 7, 29, size - 1):
+            kept, ids = likeliest(scores, k)
+            if ids is not None:
+                kept = torch.full_like(scores, -torch.inf).scatter_reduce_(1, ids, kept, "amax")
+            least = scores.topk(k).values[:, -1:]
+            expected = scores.masked_fill(scores < least, -torch.inf)
+            assert torch.equal(kept, expected), (size, k)
 
 
 @pytest.mark.parametrize("prompt", ["", "MKTAYIAKQRQISFVKSHFSRQ"])
@@ -139,10 +231,12 @@ def test_batches_do_not_change_what_is_sampled(model, tokenizer, prompt):
             num_sequences=14, batch_size=batch, seed=5, min_length=30, max_length=150, prompt=prompt
         )
         result = sample_proteins(model, tokenizer, settings)
-        found.append((result.proteins, result.attempts, result.discarded))
+        tally = result.tally
+        tally.surplus = tally.tokens = 0  # these depend on the batch
+        found.append((result.proteins, tally))
         assert len(result.proteins) == 14
     assert found[0] == found[1] == found[2] == found[3]
-    assert found[0][2]  # some were discarded, or nothing was tested
+    assert found[0][1].discarded  # some were discarded, or nothing was tested
     assert all(s.startswith(prompt) for s in [p.residues for p in found[0][0]])
 
 
@@ -169,12 +263,12 @@ def test_dropout_is_off_for_the_while(tiny_lm, tokenizer):
 def test_cached_steps_equal_uncached_ones(model, tokenizer):
     """Each protein, found with slots and cache, is the one that full passes find."""
     settings = GenerationSettings(num_sequences=6, seed=11, top_k=20, batch_size=2)
-    warp = logits_warp(settings)
+    warp = Warp(settings.repetition_penalty, settings.temperature, settings.top_k)
     for protein in sample_proteins(model, tokenizer, settings).proteins:
         ids: Any = torch.tensor([tokenizer(prompt_layout())["input_ids"]])
         for level in torch.from_numpy(attempt_stream(11, protein.attempt, 256)):
             with torch.no_grad():
-                scores = warp(ids, model(ids).logits[:, -1].float())
+                scores, _ = warp(model(ids).logits[:, -1].float(), ids)
             ids = torch.cat([ids, pick(scores, level[None])[None]], -1)
             if ids[0, -1] == tokenizer.eos_token_id:
                 break
@@ -186,14 +280,14 @@ def test_every_attempt_is_accounted_for(model, tokenizer):
     settings = GenerationSettings(num_sequences=12, min_length=8, max_length=25, batch_size=5)
     result = sample_proteins(model, tokenizer, settings)
     assert len(result.proteins) == 12
-    assert result.attempts == 12 + sum(result.discarded.values())
-    assert result.counts == {"attempts": result.attempts, "kept": 12, **result.discarded}
-    assert set(result.discarded) <= {EMPTY, TOO_SHORT, TOO_LONG, UNFINISHED, NO_PROTEIN}
-    assert {TOO_SHORT, TOO_LONG} <= set(result.discarded)
+    assert result.tally.attempts == 12 + sum(result.tally.discarded.values())
+    assert result.counts == {"attempts": result.tally.attempts, "kept": 12} | result.tally.discarded
+    assert set(result.tally.discarded) <= {EMPTY, TOO_SHORT, TOO_LONG, UNFINISHED, NO_PROTEIN}
+    assert {TOO_SHORT, TOO_LONG} <= set(result.tally.discarded)
     assert all(8 <= len(p.residues) <= 25 and p.whole for p in result.proteins)
     assert [p.attempt for p in result.proteins] == sorted(p.attempt for p in result.proteins)
-    assert result.surplus >= 0
-    assert result.tokens > sum(len(p.residues) for p in result.proteins) / 3
+    assert result.tally.surplus >= 0
+    assert result.tally.tokens > sum(len(p.residues) for p in result.proteins) / 3
     assert not model.training
 
 
@@ -203,6 +297,76 @@ def test_short_proteins_are_not_preferred(model, tokenizer):
     many = GenerationSettings(num_sequences=40, batch_size=40, min_length=30, max_length=200)
     first = sample_proteins(model, tokenizer, few).proteins
     assert first == sample_proteins(model, tokenizer, many).proteins[:10]
+
+
+def test_banned_residues_never_come_though_tokens_hold_several(model, tokenizer):
+    settings = GenerationSettings(num_sequences=40, ban_residues="CW", seed=1)
+    free = GenerationSettings(num_sequences=40, seed=1)
+    assert any(set(s) & set("CW") for s in sample_proteins(model, tokenizer, free).sequences)
+    sequences = sample_proteins(model, tokenizer, settings).sequences
+    assert len(sequences) == 40
+    assert not any(set(s) & set("CW") for s in sequences)
+    banned = banned_tokens(tokenizer, "C", 70)
+    tokens = tokenizer.convert_ids_to_tokens(list(range(64)))
+    assert banned[:64].tolist() == ["C" in token for token in tokens]
+    assert not banned[64:].any()
+    assert any("C" in token and len(token) > 1 for token in tokens)
+    with pytest.raises(ValueError, match="--prompt holds C, which --ban_residues bans"):
+        GenerationSettings(prompt="MC", ban_residues="CW")
+    with pytest.raises(ValueError, match="--ban_residues: 'c' is none of"):
+        sample_proteins(model, tokenizer, GenerationSettings(ban_residues="c"))
+
+
+def test_distinct_proteins_whatever_the_batch(model, tokenizer):
+    """Of equal proteins the first attempt stays, though a later one may be done before it."""
+    options: Any = {"max_length": 1, "whole_only": False, "num_sequences": 12, "seed": 2}
+    found = []
+    for batch in (1, 7, 40):
+        result = sample_proteins(
+            model, tokenizer, GenerationSettings(**options, batch_size=batch),
+            Filters(distinct=True),
+        )  # fmt: skip
+        found.append((result.proteins, result.counts))
+    assert found[0] == found[1] == found[2]
+    assert len(set(result.sequences)) == 12
+    every = GenerationSettings(**options | {"num_sequences": found[0][1]["attempts"]})
+    alone = sample_proteins(model, tokenizer, every)
+    assert list(dict.fromkeys(alone.sequences)) == result.sequences
+    assert found[0][1][SEEN] > 0
+
+
+def test_filters_judge_each_protein(model, tokenizer):
+    settings = GenerationSettings(num_sequences=8, min_length=20)
+    plain = sample_proteins(model, tokenizer, settings)
+    known = [s[2:] for s in plain.sequences[:3]]
+    result = sample_proteins(model, tokenizer, settings, Filters(max_identity=0.9, against=known))
+    # The first three are 18 residues and more of a known one.
+    close = [len(k) / (len(k) + 2) > 0.9 for k in known]
+    assert any(close)
+    kept = [s for s, c in zip(plain.sequences, [*close, *[False] * 5], strict=True) if not c]
+    assert result.sequences[: len(kept)] == kept
+    assert result.counts[TOO_CLOSE] == sum(close)
+
+
+def test_the_generator_gives_the_same_proteins_and_may_be_left(model, tokenizer):
+    settings = GenerationSettings(num_sequences=9, min_length=10, seed=4, batch_size=3)
+    everything = sample_proteins(model, tokenizer, settings)
+    tally = Tally()
+    model.train()
+    found = []
+    for protein in sample(model, tokenizer, settings, tally=tally):
+        assert not model.training
+        found.append(protein)
+        assert tally.kept == len(found)
+        assert tally.attempts == protein.attempt + 1
+        if len(found) == 5:
+            break
+    del protein
+    assert found == everything.proteins[:5]
+    iterator = sample(model, tokenizer, settings)
+    next(iterator)
+    iterator.close()  # type: ignore[attr-defined]
+    assert model.training
 
 
 def test_both_bounds_of_the_length_are_allowed(model, tokenizer):
@@ -217,7 +381,9 @@ def test_both_bounds_of_the_length_are_allowed(model, tokenizer):
 def test_a_model_that_never_ends(tiny_lm, tokenizer):
     endless = ending(tiny_lm(n_layer=1, n_positions=40), -50.0)
     lines = []
-    result = sample_proteins(endless, tokenizer, GenerationSettings(num_sequences=1), lines.append)
+    result = sample_proteins(
+        endless, tokenizer, GenerationSettings(num_sequences=1), announce=lines.append
+    )
     assert result.proteins == []
     assert result.counts == {"attempts": 200, "kept": 0, UNFINISHED: 200}
     assert len(lines) == 1
@@ -227,7 +393,7 @@ def test_a_model_that_never_ends(tiny_lm, tokenizer):
     assert [(len(p.residues), p.whole) for p in kept] == [(12, False)] * 3
     one = GenerationSettings(num_sequences=1, whole_only=False)
     all_positions = 40 - len(tokenizer(prompt_layout())["input_ids"])
-    assert sample_proteins(endless, tokenizer, one).tokens == all_positions
+    assert sample_proteins(endless, tokenizer, one).tally.tokens == all_positions
     to_the_end = GenerationSettings(num_sequences=3, whole_only=False, repetition_penalty=1.0)
     for protein in sample_proteins(endless, tokenizer, to_the_end).proteins:
         assert len(protein.residues) > 12

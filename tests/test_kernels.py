@@ -14,6 +14,7 @@ import torch
 
 from src.common.settings import DIVERGENCES, LossSettings
 from src.loss import elementwise, fused
+from src.loss.chunks import OutputHead
 from src.loss.divergences import Divergence
 from src.loss.elementwise import Scratch
 from src.loss.fused import StudentStates, fused_distillation_losses, teacher_statistics
@@ -156,14 +157,14 @@ def test_the_fused_loss_with_the_kernels(forced, monkeypatch, seed):
     settings = random_settings(seed, alpha=[0.5, 1.0][seed % 4 == 0])
     torch.manual_seed(seed)
     labels = torch.randint(0, 37, (3, 11), device=DEVICE)
-    teacher = (torch.randn(3, 11, 5, device=DEVICE), torch.randn(37, 5, device=DEVICE), None)
+    teacher = (torch.randn(3, 11, 5, device=DEVICE), OutputHead(torch.randn(37, 5, device=DEVICE)))
     found = []
     for choice in ("triton", "torch"):
         monkeypatch.setenv(fused.KERNELS_VARIABLE, choice)
         torch.manual_seed(seed)
         hidden = torch.randn(3, 11, 6, device=DEVICE, requires_grad=True)
         weight = torch.randn(37, 6, device=DEVICE, requires_grad=True)
-        student = StudentStates(hidden, weight, None, settings)
+        student = StudentStates(hidden, OutputHead(weight), settings)
         (parts,) = fused_distillation_losses([student], *teacher, labels)
         parts.loss.backward()
         means = (parts.loss, parts.mean_weight, parts.mean_epsilon, parts.teacher_entropy)
@@ -292,7 +293,10 @@ def test_the_true_shape_on_a_gpu(monkeypatch):
     torch.manual_seed(0)
     labels = torch.randint(0, 50_257, (16, 512), device="cuda")
     make = {"device": "cuda", "dtype": torch.bfloat16}
-    teacher = (torch.randn(16, 512, 1280, **make), torch.randn(50_257, 1280, **make) / 36, None)
+    teacher = (
+        torch.randn(16, 512, 1280, **make),
+        OutputHead(torch.randn(50_257, 1280, **make) / 36),
+    )
     settings = LossSettings(use_uncertainty_weighting=True, use_calibration_smoothing=True)
     found = []
     for choice in ("triton", "torch"):
@@ -300,7 +304,7 @@ def test_the_true_shape_on_a_gpu(monkeypatch):
         torch.manual_seed(1)
         hidden = torch.randn(16, 512, 512, **make, requires_grad=True)
         weight = (torch.randn(50_257, 512, **make) / 22).requires_grad_()
-        student = StudentStates(hidden, weight, None, settings)
+        student = StudentStates(hidden, OutputHead(weight), settings)
         (parts,) = fused_distillation_losses([student], *teacher, labels)
         parts.loss.backward()
         found.append([parts.loss.detach(), hidden.grad, weight.grad])

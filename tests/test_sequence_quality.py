@@ -46,7 +46,7 @@ def test_lengths_composition_and_validity():
     ],
 )
 def test_tandem_repeats(residues, share):
-    assert quality.repeat_share(residues) == pytest.approx(share)
+    assert composition.repeat_share(residues) == pytest.approx(share)
 
 
 def test_repetitiveness_against_its_parts(random_proteins):

@@ -18,7 +18,8 @@ from src.common.runs import locked
 from src.distillation import DistillationTrainer
 from src.loss.reference import entropy
 from src.models import teacher_cache as tc
-from src.models.loading import final_hidden_states, keep_head_alone, model_fingerprint
+from src.models.forward import final_hidden_states, keep_head_alone
+from src.models.loading import model_fingerprint
 from src.models.teacher_cache import CachedCollator, TeacherCache, capture
 from src.proteins.batching import PackedDataset, PackingCollator, PaddingCollator, ProteinDataset
 from tests.test_distillation import BOTH, arguments

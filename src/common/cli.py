@@ -25,6 +25,10 @@ LARGEST_COUNT = (1 << 32) - 1
 LARGEST = 1e12
 """Largest other number of a flag: its square is well within float32, which ends at 3e38."""
 WORKERS_A_CPU = 4
+LAYOUT_HELP = (
+    "how proteins are written for the model: protgpt2, plain, spaced, progen, zymctrl, or a "
+    "template such as '{begin}{tag}<start>{residues}{end}' (default: found at loading)"
+)
 SHOWN = 40
 """Characters of a wrong value that a message repeats."""
 
@@ -37,6 +41,26 @@ class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescript
         if action.default is None or action.default is False:
             return action.help
         return super()._get_help_string(action)
+
+
+class Joined(argparse.Action):
+    """Keeps the values of a flag that takes several as one text with commas between them."""
+
+    def __call__(self, parser: Any, namespace: Any, values: Any, option_string: Any = None) -> None:
+        """Store the values."""
+        setattr(namespace, self.dest, ",".join(values))
+
+
+def add_data_flags(add: Callable[..., Any], help: str, **options: Any) -> None:
+    """Add ``--data``, which takes files, patterns, a directory or a hub id, and what reads it.
+
+    Args:
+        add: a parser's or a group's ``add_argument``.
+        help: of ``--data``.
+        **options: of ``--data``, such as its default.
+    """
+    add("--data", nargs="+", action=Joined, help=help, **options)
+    add("--sequence_column", help="column of the residues in a table (default: a usual name)")
 
 
 def say(line: str = "") -> None:
@@ -181,7 +205,7 @@ def _number(text: str, kind: type, description: str) -> Any:
 def progress(
     items: Iterable[Item],
     total: int | None = None,
-    description: str = "",
+    description: str | Callable[[], str] = "",
     unit: str = "it",
 ) -> Iterator[Item]:
     """Yield items and show on standard error how many are done, the rate and the remaining time.
@@ -191,15 +215,23 @@ def progress(
     Args:
         items: any iterable.
         total: number of items; None: unknown, or ``len(items)``.
-        description: what is being done.
+        description: what is being done; a function, where that changes.
         unit: name of the items.
     """
     if total is None and hasattr(items, "__len__"):
         total = len(items)  # type: ignore[arg-type]
+
+    def now_said() -> str:
+        return description if isinstance(description, str) else description()
+
     if sys.stderr.isatty():
         from tqdm import tqdm
 
-        yield from tqdm(items, total=total, desc=description, unit=f" {unit}", leave=False)
+        with tqdm(total=total, unit=f" {unit}", leave=False) as bar:
+            for item in items:
+                bar.set_description_str(now_said(), refresh=False)
+                bar.update()
+                yield item
         return
     started = last = time.monotonic()
     for done, item in enumerate(items, start=1):
@@ -212,7 +244,7 @@ def progress(
             of = f" of {total:,}" if total else ""
             pace = f"{rate:,.1f} {unit}/s" if rate >= 1 else f"{1 / rate:,.1f} s each"
             print(
-                f"{description}: {done:,}{of} {unit}, {pace}{left}",
+                f"{now_said()}: {done:,}{of} {unit}, {pace}{left}",
                 file=sys.stderr,
                 flush=True,
             )

@@ -240,8 +240,10 @@ class TrainSettings:
     student: StudentSettings = field(default_factory=StudentSettings)
     loss: LossSettings = field(default_factory=LossSettings)
     data: str = DEFAULT_DATA
+    sequence_column: str | None = None
     teacher_model: str | None = DEFAULT_TEACHER
     tokenizer: str | None = None
+    layout: str | None = None
     train_size_prop: float = 0.1
     data_seed: int = 0
     optimizer: str = "adamw"
@@ -281,7 +283,14 @@ class TrainSettings:
 
 
 DEFAULTS = TrainSettings()
-ADDED_LATER = ("early_stopping", "optimizer", "other_learning_rate", "tokenizer")
+ADDED_LATER = (
+    "early_stopping",
+    "layout",
+    "optimizer",
+    "other_learning_rate",
+    "sequence_column",
+    "tokenizer",
+)
 """Settings that older records lack."""
 
 

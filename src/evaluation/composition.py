@@ -15,6 +15,11 @@ LOW_COMPLEXITY_BITS = 2.2
 """Window and entropy of SEG's first pass (Wootton & Federhen 1993, Computers & Chemistry 17:149)"""
 LONG_RUN = 6
 """Residues of one kind in a row that count as a repeat."""
+LONGEST_UNIT = 30
+"""Residues of the longest unit looked for in tandem repeats."""
+LEAST_COPIES = 3
+LEAST_REPEAT = LONG_RUN
+"""A repeat is at least three copies of its unit and at least six residues."""
 PSEUDOCOUNT = 0.5
 
 SWISSPROT_PERCENT = {
@@ -39,6 +44,27 @@ def residue_counts(proteins: Iterable[str]) -> np.ndarray:
     for residues in proteins:
         counts += [residues.count(letter) for letter in STANDARD_RESIDUES]
     return counts
+
+
+def repeat_share(residues: str, longest_unit: int = LONGEST_UNIT) -> float:
+    """Return the share of residues in tandem repeats.
+
+    A tandem repeat is a stretch that equals itself shifted by its unit of 1 to ``longest_unit``
+    residues, at least three copies and six residues long: QQQQQQ, GSGSGS, ADEADEADE.
+
+    Returns:
+        A share in [0, 1]; 0 of an empty protein.
+    """
+    letters = np.frombuffer(residues.encode("ascii"), np.uint8)
+    covered = np.zeros(len(letters) + 1, dtype=np.int64)
+    for unit in range(1, min(longest_unit, len(letters) // LEAST_COPIES) + 1):
+        same = np.concatenate([[0], letters[unit:] == letters[:-unit], [0]]).astype(np.int8)
+        edges = np.flatnonzero(np.diff(same))
+        for start, stop in zip(edges[::2], edges[1::2], strict=True):
+            if stop - start + unit >= max(LEAST_COPIES * unit, LEAST_REPEAT):
+                covered[start] += 1
+                covered[stop + unit] -= 1
+    return float((covered.cumsum()[:-1] > 0).mean()) if len(letters) else 0.0
 
 
 def swissprot_frequencies() -> np.ndarray:

@@ -10,9 +10,11 @@ from typing import TYPE_CHECKING, Any
 from src.common.runs import RUN_FILE, read_run
 from src.evaluation.results import lookup
 from src.evaluation.scoring import EvaluationSettings
+from src.models.forward import stated_positions
 from src.models.loading import NoTokenizerError, load_tokenizer, max_positions
 from src.proteins.homology import read_clusters
-from src.proteins.sources import has_split
+from src.proteins.layouts import guess_layout, layout_of, set_layout, stated_layout
+from src.proteins.sources import has_split, local_files
 from src.proteins.split_files import CLUSTERS_FILE, SPLIT_FILE, read_split
 from src.proteins.tokens import tokenizer_fingerprint
 
@@ -38,13 +40,18 @@ def named_data(record: Mapping[str, Any]) -> str | None:
     return source and os.path.expanduser(source)
 
 
+def named_column(record: Mapping[str, Any]) -> str | None:
+    """Return the column of residues that a run names for its data."""
+    return lookup(record, "settings.sequence_column")
+
+
 def choose_split(source: str, wanted: str | None) -> tuple[str | None, bool]:
     """Return the part of a source to evaluate, and whether it has a training part beside it.
 
     Raises:
         ValueError: the source is not there, or has neither the wanted nor a held-out part.
     """
-    if Path(source).is_file():
+    if not Path(source).is_dir() and local_files(source, None) is not None:
         if wanted not in (None, "train"):
             raise ValueError(f"{source} is one file and has no part {wanted!r}: leave out --split")
         return None, False
@@ -76,17 +83,21 @@ def cluster_kind(source: str | Path) -> str:
     return "families" if within else "clusters"
 
 
-def shared_tokenizer(student: str, teacher: str) -> Any:
+def shared_tokenizer(student: str, teacher: str, layout: str | None = None) -> Any:
     """Load the teacher's tokenizer, and make sure that the student has no other.
 
     Raises:
         ValueError: there is none, or the two differ.
     """
-    tokenizer = load_tokenizer(teacher)
+    tokenizer = load_tokenizer(teacher, layout=layout)
     try:
-        own = load_tokenizer(student)
+        own = load_tokenizer(student, layout=layout)
     except NoTokenizerError:
         return tokenizer  # weights alone: vocabularies are compared later
+    if stated_layout(own) and not stated_layout(tokenizer):  # found when the student was made
+        set_layout(tokenizer, layout_of(own))
+    else:
+        guess_layout(own, layout_of(tokenizer))
     if tokenizer_fingerprint(own) != tokenizer_fingerprint(tokenizer):
         raise ValueError(
             f"{student} and {teacher} have different tokenizers: their likelihoods cannot be "
@@ -99,5 +110,6 @@ def longest(
     student: PreTrainedModel, teacher: PreTrainedModel, settings: EvaluationSettings
 ) -> int:
     """Return the longest protein, in tokens, that both models take and the settings allow."""
-    limit = min(max_positions(student.config), max_positions(teacher.config))
-    return min(limit, settings.max_length or limit)
+    known = [stated_positions(model.config) for model in (student, teacher)]
+    least = min(filter(None, (*known, settings.max_length)), default=0)
+    return max_positions(teacher.config, least)

@@ -15,9 +15,9 @@ from src.common.files import atomic_write
 from src.evaluation.calibration import CalibrationSums, reliability_curve
 from src.evaluation.gates import (
     FLOOR_PROTEINS,
-    check_floor,
     check_teacher,
     floor_nll,
+    floor_warning,
     floors_record,
     residues_of_tokens,
     sample,
@@ -27,7 +27,7 @@ from src.evaluation.metrics import MODELS, compute_metrics
 from src.evaluation.results import put_estimate
 from src.evaluation.scoring import EvaluationSettings, Proteins, Scores, score_students
 from src.evaluation.statistics import Estimate, cluster_bootstrap, plain_estimates
-from src.models.loading import count_parameters, output_head
+from src.models.loading import count_parameters
 from src.models.sizes import threshold_for
 
 if TYPE_CHECKING:
@@ -149,12 +149,15 @@ def evaluate_students(
         gates = check_teacher(
             teacher, tokenizer, proteins, drawn, seed=settings.seed, settings=settings
         )
+        announce(gates["summary"])
     all_scores = score_students(list(students.values()), teacher, proteins, settings)
     sizes = np.array([len(r) for r in residues])
     if settings.check and "unigram" in floors:
-        check_floor(all_scores[0].sums["nll_teacher"], floors["unigram"], sizes)
+        warning = floor_warning(all_scores[0].sums["nll_teacher"], floors["unigram"], sizes)
+        if warning:
+            announce(warning)
     announce(f"intervals over {len(set(labels)):,} {cluster_kind}")
-    device = output_head(teacher)[0].device
+    device = teacher.device
     shared = {
         "gates": gates,
         "data": {

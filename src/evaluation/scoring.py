@@ -19,7 +19,7 @@ from src.common.cli import progress
 from src.evaluation.metrics import MODELS
 from src.evaluation.token_statistics import token_statistics
 from src.loss.reference import check_vocabularies
-from src.models.loading import final_hidden_states, output_head
+from src.models.forward import final_hidden_states, output_head
 from src.proteins.batching import TokenSequences, cut_batches, padded
 
 if TYPE_CHECKING:
@@ -119,8 +119,8 @@ def _chunks_of_states(
     Owners are ``(n,)`` in numpy, targets ``(n,)``, logits ``(n, V)`` in float32.
     """
     heads = [output_head(model) for model in models]
-    check_vocabularies(heads[0][0].shape[0], heads[-1][0].shape[0])
-    device = heads[0][0].device
+    check_vocabularies(student=models[-1].config.vocab_size, teacher=models[0].config.vocab_size)
+    device = models[0].device
     tokens = settings.batch_tokens or BATCH_TOKENS.get(device.type, BATCH_TOKENS["cuda"])
     batches = length_batches(lengths, settings.batch_size, tokens)
     for batch in progress(batches, len(batches), description, "batches"):
@@ -132,8 +132,8 @@ def _chunks_of_states(
         for start in range(0, len(targets), settings.chunk_tokens):
             part = slice(start, start + settings.chunk_tokens)
             logits = [
-                F.linear(state[part], weight, bias).float()  # (chunk, V)
-                for state, (weight, bias) in zip(states, heads, strict=True)
+                head.logits(state[part]).float()  # (chunk, V)
+                for state, head in zip(states, heads, strict=True)
             ]
             yield owners[part], targets[part], logits
 
@@ -162,7 +162,7 @@ def protein_nll(
         [model], proteins, lengths, settings, description
     ):
         nll = F.cross_entropy(logits, targets, reduction="none")
-        total += np.bincount(owners, nll.double().cpu().numpy(), minlength=len(total))
+        total += np.bincount(owners, nll.cpu().double().numpy(), minlength=len(total))
     model.train(training)
     return total
 
@@ -217,7 +217,7 @@ class _Tally:
 
     def add(self, owners: np.ndarray, statistics: Mapping[str, Tensor]) -> None:
         """Add a chunk's figures to the proteins that its tokens belong to."""
-        table = torch.stack(list(statistics.values())).double().cpu().numpy()  # (K, n)
+        table = torch.stack(list(statistics.values())).cpu().double().numpy()  # (K, n)
         if np.isnan(table).any():
             raise ValueError("a model's output is not a number: its weights are broken or overflow")
         for name, values in zip(statistics, table, strict=True):

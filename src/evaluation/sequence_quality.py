@@ -35,11 +35,6 @@ from src.proteins.relatives import (
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-LONGEST_UNIT = 30
-"""Residues of the longest unit looked for in tandem repeats."""
-LEAST_COPIES = 3
-LEAST_REPEAT = composition.LONG_RUN
-"""A repeat is at least three copies of its unit and at least six residues."""
 PAIRS = 500
 """Pairs, at most, whose identity is aligned for diversity."""
 NOVELTY_LEVELS = (0.3, 0.5, 0.9)
@@ -76,27 +71,6 @@ def composition_shares(proteins: Iterable[str]) -> dict[str, float]:
         letter: float(value)
         for letter, value in zip(STANDARD_RESIDUES, counts / max(1, counts.sum()), strict=True)
     }
-
-
-def repeat_share(residues: str, longest_unit: int = LONGEST_UNIT) -> float:
-    """Return the share of residues in tandem repeats.
-
-    A tandem repeat is a stretch that equals itself shifted by its unit of 1 to ``longest_unit``
-    residues, at least three copies and six residues long: QQQQQQ, GSGSGS, ADEADEADE.
-
-    Returns:
-        A share in [0, 1]; 0 of an empty protein.
-    """
-    letters = np.frombuffer(residues.encode("ascii"), np.uint8)
-    covered = np.zeros(len(letters) + 1, dtype=np.int64)
-    for unit in range(1, min(longest_unit, len(letters) // LEAST_COPIES) + 1):
-        same = np.concatenate([[0], letters[unit:] == letters[:-unit], [0]]).astype(np.int8)
-        edges = np.flatnonzero(np.diff(same))
-        for start, stop in zip(edges[::2], edges[1::2], strict=True):
-            if stop - start + unit >= max(LEAST_COPIES * unit, LEAST_REPEAT):
-                covered[start] += 1
-                covered[stop + unit] -= 1
-    return float((covered.cumsum()[:-1] > 0).mean()) if len(letters) else 0.0
 
 
 def diversity(
@@ -278,7 +252,7 @@ def per_protein_sums(proteins: Sequence[str]) -> dict[str, np.ndarray]:
         "counts": counts,
         "run": runs,
         "long_run": runs >= composition.LONG_RUN,
-        "tandem": sizes * np.array([repeat_share(p) for p in proteins]),
+        "tandem": sizes * np.array([composition.repeat_share(p) for p in proteins]),
         "low_complexity": sizes * np.array([composition.low_complexity_share(p) for p in proteins]),
     }
 
@@ -410,7 +384,8 @@ def measure_generation(
         train: training proteins, for novelty.
         clusters: of the natural proteins.
     """
-    from src.evaluation.generation import GenerationSettings, sample_proteins, score_proteins
+    from src.evaluation.generation import GenerationSettings, sample_proteins
+    from src.evaluation.likelihoods import score_proteins
 
     settings = settings or DescriptionSettings()
     wanted = GenerationSettings(num_sequences=count, seed=settings.seed, batch_size=batch_size)

@@ -34,10 +34,10 @@ from src.evaluation.measurement import Evaluation, evaluate_students
 from src.evaluation.results import check_figures, lookup, read_results, write_results
 from src.evaluation.scoring import EvaluationSettings
 from src.experiments.grids import Cell, Grid, read_rates, settings_key
-from src.models.loading import count_parameters, load_causal_lm, model_fingerprint, output_head
+from src.models.loading import count_parameters, load_causal_lm, model_fingerprint
 from src.models.sizes import total_steps
 from src.models.teacher_cache import TeacherCache
-from src.proteins.sources import has_split, read_proteins
+from src.proteins.sources import has_split, on_hub, read_proteins
 from src.proteins.tokens import TokenisedProteins, tokenise
 from src.trainer.callbacks import ConsoleProgress
 from src.trainer.checkpoints import newest_valid
@@ -175,7 +175,7 @@ class GridRun:
         """Raise ``ValueError`` before the first training if the part to measure on is missing."""
         source, split = self.grid.shared.data, self.grid.split
         # A hub data set is not asked here, because there may be no network yet.
-        if Path(source).exists() and not has_split(source, split):
+        if not on_hub(source) and not has_split(source, split):
             raise ValueError(
                 f"--data {source} has no {split} part, which the grid {self.grid.name} is measured "
                 "on: divide it with scripts/split_data.py"
@@ -292,14 +292,19 @@ class GridRun:
         inputs, shared = self.ingredients, self.grid.shared
         teacher = inputs.teacher
         assert teacher is not None
-        if output_head(teacher)[0].dtype != torch.float32:
+        if teacher.dtype != torch.float32:
             teacher = load_causal_lm(str(shared.teacher_model), device=inputs.device)
         settings = EvaluationSettings(bootstrap=BOOTSTRAP, check=False)
         test = self._held_out(next(iter(students.values())), teacher, settings)
         train = [
             protein.residues
             for protein, _ in zip(
-                read_proteins(shared.data, split="train", tokenizer=inputs.tokenizer),
+                read_proteins(
+                    shared.data,
+                    split="train",
+                    tokenizer=inputs.tokenizer,
+                    sequence_column=shared.sequence_column,
+                ),
                 range(FLOOR_PROTEINS),
                 strict=False,
             )
@@ -325,6 +330,7 @@ class GridRun:
             self.cache_dir,
             long_proteins="drop",
             max_proteins=self.max_proteins,
+            sequence_column=self.grid.shared.sequence_column,
             quiet=True,
         )
 

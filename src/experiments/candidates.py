@@ -13,14 +13,10 @@ from scipy import stats
 
 from src.common.cli import say
 from src.common.files import atomic_write
-from src.evaluation.composition import low_complexity_share
-from src.evaluation.generation import (
-    GenerationSettings,
-    reasons_line,
-    sample_proteins,
-    score_proteins,
-)
-from src.evaluation.sequence_quality import DescriptionSettings, describe_all, repeat_share
+from src.evaluation.composition import low_complexity_share, repeat_share
+from src.evaluation.generation import GenerationSettings, sample_proteins
+from src.evaluation.likelihoods import score_proteins
+from src.evaluation.sequence_quality import DescriptionSettings, describe_all
 from src.models.loading import load_causal_lm, load_tokenizer
 from src.proteins.fasta import FastaRecord, write_fasta
 from src.proteins.profiles import profile_bits, read_profiles
@@ -102,13 +98,13 @@ def sample_family(
         batch_size=settings.batch_size,
         max_attempts=ATTEMPTS * settings.num_candidates,
     )
-    result = sample_proteins(loaded, tokenizer, wanted, announce)
+    result = sample_proteins(loaded, tokenizer, wanted, announce=announce)
     if not result.proteins:
-        raise ValueError(f"{model} ended no protein ({reasons_line(result.discarded)})")
+        raise ValueError(f"{model} ended no protein ({result.tally.reasons})")
     if len(result.proteins) < settings.num_candidates:
         announce(
             f"only {len(result.proteins):,} of {settings.num_candidates:,} proteins were ended "
-            f"within {result.attempts:,} attempts ({reasons_line(result.discarded)})"
+            f"within {result.tally.attempts:,} attempts ({result.tally.reasons})"
         )
     samples = result.sequences
     return {

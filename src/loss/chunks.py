@@ -6,16 +6,50 @@ import itertools
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
-from src.loss.reference import check_vocabularies
+from src.loss.reference import at_least_float32, check_vocabularies
 
 CHUNK_ELEMENTS = {"cpu": 1 << 24, "cuda": 1 << 26}
 """Logits of a chunk: enough positions for fast matrix products, little beside the batch's."""
 LONG_SEQUENCE = 4
 """A chunk grows to at most this many times its usual size to hold one sequence whole."""
+
+
+class OutputHead(NamedTuple):
+    """What makes a model's logits: z = c tanh(s (W h + b) / c), or s (W h + b) without a cap.
+
+    Attributes:
+        weight: W ``(V, E)``; None: the hidden states are the logits themselves ``(..., V)``.
+        bias: b ``(V,)`` or None.
+        scale: s, as in Cohere and Granite.
+        cap: c, the largest logit, as in Gemma 2.
+    """
+
+    weight: Tensor | None
+    bias: Tensor | None = None
+    scale: float = 1.0
+    cap: float | None = None
+
+    def to(self, dtype: torch.dtype) -> OutputHead:
+        """Return the head with weight and bias in a dtype."""
+        weight, bias = (None if t is None else t.to(dtype) for t in self[:2])
+        return self._replace(weight=weight, bias=bias)
+
+    def logits(self, hidden: Tensor) -> Tensor:
+        """Return the logits ``(..., V)`` of hidden states ``(..., E)``, in their dtype."""
+        if self.weight is None:
+            return hidden
+        return self.shaped(F.linear(hidden, self.weight, self.bias))
+
+    def shaped(self, products: Tensor) -> Tensor:
+        """Return W h + b ``(..., V)`` scaled and capped."""
+        scaled = products if self.scale == 1.0 else products * self.scale
+        return scaled if self.cap is None else (scaled / self.cap).tanh() * self.cap
 
 
 @dataclass
@@ -24,31 +58,30 @@ class Head:
 
     hidden: Tensor  # (B·T, E)
     shape: torch.Size  # (B, T, E)
-    weight: Tensor  # (V, E)
-    bias: Tensor | None  # (V,)
+    form: OutputHead  # detached
 
     @classmethod
-    def of(cls, hidden: Tensor, weight: Tensor, bias: Tensor | None) -> Head:
+    def of(cls, hidden: Tensor, head: OutputHead) -> Head:
         """Return the head, detached. Raises ``ValueError`` where it does not fit ``hidden``."""
+        weight = hidden[:0] if head.weight is None else head.weight
         if hidden.shape[-1] != weight.shape[-1]:
             raise ValueError(
                 f"hidden states have {hidden.shape[-1]} features, their head {weight.shape[-1]}"
             )
-        dtype = _product_dtype(hidden, weight)
+        weight, bias = (None if t is None else t.detach() for t in head[:2])
         flat = hidden.detach().reshape(-1, hidden.shape[-1])
-        weight = weight.detach().to(dtype)
-        bias = None if bias is None else bias.detach().to(dtype)
-        return cls(flat, hidden.shape, weight, bias)
+        form = head._replace(weight=weight, bias=bias)
+        return cls(flat, hidden.shape, form.to(_product_dtype(hidden, weight)))
 
     @property
     def dtype(self) -> torch.dtype:
         """Of the products."""
-        return self.weight.dtype
+        return self.hidden.dtype if self.form.weight is None else self.form.weight.dtype
 
     @property
     def vocabulary(self) -> int:
         """V."""
-        return len(self.weight)
+        return self.shape[-1] if self.form.weight is None else len(self.form.weight)
 
     def buffer(self, positions: int) -> Tensor:
         """Return an uninitialised buffer for the logits ``(positions, V)``.
@@ -57,21 +90,41 @@ class Head:
         length, such as 50,257, are slow.
         """
         width = self.vocabulary
-        if self.weight.device.type == "cuda":
+        if self.hidden.device.type == "cuda":
             width = math.ceil(width / 64) * 64
-        buffer = torch.empty(positions, width, dtype=self.dtype, device=self.weight.device)
+        buffer = torch.empty(positions, width, dtype=self.dtype, device=self.hidden.device)
         return buffer[:, : self.vocabulary]
 
     def project(self, rows: Tensor, buffer: Tensor) -> Tensor:
         """Return the logits ``(n, V)`` of ``rows`` ``(n, E)``, held in ``buffer``."""
         out = buffer[: len(rows)]
-        if self.bias is None:
-            return torch.mm(rows.to(self.dtype), self.weight.t(), out=out)
-        return torch.addmm(self.bias, rows.to(self.dtype), self.weight.t(), out=out)
+        weight, bias, scale, cap = self.form
+        rows = rows.to(self.dtype)
+        if weight is None:
+            return out.copy_(rows)
+        if bias is None:
+            torch.mm(rows, weight.t(), out=out)
+        else:
+            torch.addmm(bias, rows, weight.t(), out=out)
+        if scale != 1.0:
+            out.mul_(scale)
+        return out if cap is None else out.div_(cap).tanh_().mul_(cap)
+
+    def slope(self, logits: Tensor) -> Tensor | float | None:
+        """Return dz / d(W h + b) = s (1 - (z / c)²) at the logits z ``(n, V)``; None where it is 1.
+
+        Without a cap it is the number s.
+        """
+        scale, cap = self.form.scale, self.form.cap
+        if cap is None:
+            return None if scale == 1.0 else scale
+        return (at_least_float32(logits) / cap).square_().neg_().add_(1.0).mul_(scale)
 
 
-def _product_dtype(hidden: Tensor, weight: Tensor) -> torch.dtype:
+def _product_dtype(hidden: Tensor, weight: Tensor | None) -> torch.dtype:
     """Return the dtype in which a linear layer would multiply these, also under autocast."""
+    if weight is None:
+        return hidden.dtype
     if torch.float64 in (hidden.dtype, weight.dtype):
         return torch.float64
     if torch.is_autocast_enabled(hidden.device.type):

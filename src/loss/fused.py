@@ -11,11 +11,12 @@ weight of a position, the gradient of one position's loss, times N, is
 
     dz = α (h - onehot) + (1 - α) T w g
 
-where g is T times the gradient of the divergence D(p̄, q) with respect to z
-(``src.loss.divergences`` has it for each divergence). At T = 2, exp(z) = exp(z/2)², so that one
-exponential serves both softmaxes. Logits have the dtype of the inputs (bfloat16 products are
-summed in float32 and rounded once, as in any linear layer). Everything after them is float32, and
-so is the sum of the head's gradient over chunks. Float64 stays float64.
+times the slope of a scaled or capped head (:meth:`src.loss.chunks.Head.slope`), where g is T times
+the gradient of the divergence D(p̄, q) with respect to z (``src.loss.divergences``). At T = 2,
+exp(z) = exp(z/2)², so that one exponential serves both softmaxes. Logits have the dtype of the
+inputs (bfloat16 products are summed in float32 and rounded once, as in any linear layer).
+Everything after them is float32, and so is the sum of the head's gradient over chunks. Float64
+stays float64.
 """
 
 from __future__ import annotations
@@ -33,7 +34,7 @@ from torch.autograd.function import once_differentiable
 
 from src.common.settings import LossSettings, require_choice
 from src.loss import divergences, elementwise
-from src.loss.chunks import Head, Plan, check_inputs, even_chunks, usual_chunk
+from src.loss.chunks import Head, OutputHead, Plan, check_inputs, even_chunks, usual_chunk
 from src.loss.divergences import wide
 from src.loss.elementwise import Scratch, TeacherStatistics
 from src.loss.reference import LossParts, position_weights, valid_positions
@@ -47,14 +48,13 @@ HEAD_TILE_ELEMENTS = {"cpu": 1 << 21, "cuda": 1 << 26}
 class StudentStates(NamedTuple):
     """Hidden states and head of one student, with its loss settings.
 
-    ``hidden`` ``(B, T, E)`` after the last norm, ``weight`` ``(V, E)`` and ``bias`` ``(V,)`` or
-    None of its output head, which may be tied to the input embedding. ``uncertainty_mean`` is the
-    mean of 1 - max p over the whole optimiser step; None: over this batch.
+    ``hidden`` ``(B, T, E)`` is the input of its output head ``head``, whose weight may be tied to
+    the input embedding. ``uncertainty_mean`` is the mean of 1 - max p over the whole optimiser
+    step; None: over this batch.
     """
 
     hidden: Tensor
-    weight: Tensor
-    bias: Tensor | None
+    head: OutputHead
     settings: LossSettings
     uncertainty_mean: Tensor | float | None = None
 
@@ -62,8 +62,7 @@ class StudentStates(NamedTuple):
 def fused_distillation_losses(
     students: Sequence[StudentStates],
     teacher_hidden: Tensor | None,
-    teacher_weight: Tensor | None,
-    teacher_bias: Tensor | None,
+    teacher_head: OutputHead | None,
     labels: Tensor,
     attention_mask: Tensor | None = None,
     *,
@@ -81,8 +80,7 @@ def fused_distillation_losses(
         students: on a CPU the result of each is, to the bit, that of a list of one.
         teacher_hidden: ``(B, T, F)``; never gets a gradient. None where every α is 1. Of a student
             with α = 1 soft loss, ε and entropy are reported as 0 and weights as 1.
-        teacher_weight: ``(V, F)``.
-        teacher_bias: ``(V,)`` or None.
+        teacher_head: its output head, W ``(V, F)``.
         labels: ``(B, T)`` token ids, not shifted; -100 where there is nothing to predict.
         attention_mask: ``(B, T)``, 0 at padding.
         segments: ``(B, T)`` protein number within packed rows.
@@ -103,10 +101,10 @@ def fused_distillation_losses(
     """
     teacher = None
     if any(student.settings.alpha < 1.0 for student in students):
-        if teacher_hidden is None or teacher_weight is None:
+        if teacher_hidden is None or teacher_head is None:
             raise ValueError("teacher hidden states and head are needed unless alpha is 1")
-        teacher = Head.of(teacher_hidden, teacher_weight, teacher_bias)
-    heads = [Head.of(s.hidden, s.weight, s.bias) for s in students]
+        teacher = Head.of(teacher_hidden, teacher_head)
+    heads = [Head.of(s.hidden, s.head) for s in students]
     check_inputs(heads if teacher is None else [*heads, teacher], labels)
     valid = valid_positions(labels, attention_mask, segments)
     plan = Plan.make(valid, labels, segments, heads[0].vocabulary, chunk_tokens)
@@ -136,8 +134,7 @@ def fused_distillation_losses(
 @torch.no_grad()
 def teacher_statistics(
     hidden: Tensor,
-    weight: Tensor,
-    bias: Tensor | None = None,
+    output_head: OutputHead,
     valid: Tensor | None = None,
     temperature: float = 1.0,
     *,
@@ -146,9 +143,8 @@ def teacher_statistics(
     """Return entropy, largest logit, log-sum-exp and largest probability at each position.
 
     Args:
-        hidden: ``(..., E)`` hidden states after the last norm.
-        weight: ``(V, E)`` output head.
-        bias: ``(V,)`` or None.
+        hidden: ``(..., E)`` inputs of the output head.
+        output_head: of the model.
         valid: ``(...)`` bool, where to compute; None: everywhere.
         temperature: of ``max_prob`` alone.
         chunk_tokens: positions for which logits are held at a time.
@@ -161,7 +157,7 @@ def teacher_statistics(
     where = None if valid is None else valid.flatten().nonzero().squeeze(-1)
     if where is not None:
         rows = rows.index_select(0, where)
-    head = Head.of(rows, weight, bias)
+    head = Head.of(rows, output_head)
     chunks = even_chunks(len(rows), chunk_tokens or usual_chunk(head.vocabulary, rows.device))
     of_chunks = []
     scratch = Scratch()
@@ -374,7 +370,7 @@ class _StudentPass:
             torch.empty(tensor.shape, dtype=self._dtype, device=rows.device)
             if with_grad and tensor is not None and tensor.requires_grad
             else None
-            for tensor in (rows, student.weight, student.bias)
+            for tensor in (rows, *student.head[:2])
         ]
         self._with_gradient = any(gradient is not None for gradient in self._gradients)
         if self._gradients[2] is not None:
@@ -392,6 +388,7 @@ class _StudentPass:
         settings = self.student.settings
         rows = self._rows.detach()[slice(*chunk)].to(self.head.dtype)
         logits = self.head.project(rows, buffer)
+        slope = self.head.slope(logits) if self._with_gradient else None
         mean = teacher_logits = divergence = None
         if settings.alpha == 1.0 or teacher is None:
             weights = torch.ones(len(rows), dtype=self._dtype, device=rows.device)
@@ -413,18 +410,22 @@ class _StudentPass:
         columns = (losses.hard, losses.soft, weights, losses.epsilon, entropy)
         self._sums += torch.stack([wide(column).sum() for column in columns])
         if self._with_gradient:
+            if slope is not None:
+                logits.mul_(slope)
             self._add_gradients(logits, rows, chunk)
 
     def _add_gradients(self, dz: Tensor, rows: Tensor, chunk: tuple[int, int]) -> None:
-        """Add the products of ``dz`` ``(n, V)`` with the head and with ``rows`` ``(n, E)``."""
+        """Add the products of ``dz`` ``(n, V)`` with the head's weight and with ``rows``."""
         scale = 1.0 / self._count
         d_rows, d_weight, d_bias = self._gradients
         if d_rows is not None:
-            own = d_rows[slice(*chunk)]
-            if dz.dtype == self._dtype:
-                torch.addmm(own, dz, self.head.weight, beta=0, alpha=scale, out=own)
+            own, weight = d_rows[slice(*chunk)], self.head.form.weight
+            if weight is None:
+                own.copy_(dz).mul_(scale)
+            elif dz.dtype == self._dtype:
+                torch.addmm(own, dz, weight, beta=0, alpha=scale, out=own)
             else:
-                own.copy_(torch.mm(dz, self.head.weight)).mul_(scale)
+                own.copy_(torch.mm(dz, weight)).mul_(scale)
         if d_weight is not None:
             if dz.dtype == self._dtype:
                 beta = 0 if self._first else 1
@@ -457,7 +458,7 @@ class _StudentPass:
             d_weight = self._gradients[1]
             if self._first and d_weight is not None:
                 d_weight.zero_()
-            inputs = (self._rows, self.student.weight, self.student.bias)
+            inputs = (self._rows, *self.student.head[:2])
             loss = _Loss.apply(loss, *inputs, *self._gradients)
         return LossParts(loss, hard, soft, *(sums[2:] / positions), positions=here)
 

@@ -1,37 +1,39 @@
-"""Loads teachers and tokenizers, builds students, and splits a model before its output head.
-
-Files from elsewhere may be hostile: no code in them is run, files that transformers would read
-without limits are checked first, and a configuration is compared with its weights before a model of
-that size is built.
-"""
+"""Loads teachers and tokenizers, and builds students."""
 
 from __future__ import annotations
 
 import hashlib
-import inspect
-import math
-from collections.abc import Iterator
-from contextlib import contextmanager
+import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
-from src.common.cli import one_line, printable, size
+from src.common.cli import printable, size
 from src.common.devices import machine_memory
 from src.common.files import read_json
-from src.common.settings import BUNDLED_TEACHER, StudentSettings
+from src.common.settings import StudentSettings
+from src.models.forward import head_form, stated_positions
+from src.models.recognition import candidates, writes
 from src.models.sizes import gpt2_parameters
-from src.proteins.layouts import STANDARD_RESIDUES, layout, residues_of
+from src.models.weights import (
+    explain_loading,
+    refuse_code,
+    require_fitting_weights,
+    require_model_directory,
+)
+from src.proteins.layouts import (
+    STANDARD_RESIDUES,
+    TaggedProtein,
+    guess_layout,
+    layout_of,
+    set_layout,
+    spelt_out,
+    stated_layout,
+)
 from src.proteins.tokens import token_letters
 
-MAX_CONFIG_BYTES = 1 << 20
-MAX_CONFIG_NUMBER = 1 << 20
-"""transformers makes lists as long as a configuration says. The largest vocabularies have about
-260,000 tokens; inputs of protein models are much shorter."""
-MAX_LABELS = 10_000
-"""Language models have no labels; transformers makes two names for each label."""
 if TYPE_CHECKING:
     from transformers import GPT2Config, GPT2LMHeadModel, PreTrainedModel
     from transformers.tokenization_utils_base import PreTrainedTokenizerBase
@@ -41,12 +43,18 @@ class NoTokenizerError(ValueError):
     """A model has no tokenizer of proteins."""
 
 
-def load_tokenizer(name: str | Path, revision: str | None = None) -> PreTrainedTokenizerBase:
+def load_tokenizer(
+    name: str | Path, revision: str | None = None, layout: str | None = None
+) -> PreTrainedTokenizerBase:
     """Load a tokenizer; without a padding token it pads with the end-of-text marker.
+
+    It carries a layout (:func:`src.proteins.layouts.layout_of`): the one given, the one that it was
+    saved with, or the first of the table that it can write.
 
     Args:
         name: directory or hub id.
         revision: branch, tag or commit on the hub.
+        layout: name of a layout, or a template.
 
     Raises:
         NoTokenizerError: the model has no tokenizer.
@@ -62,6 +70,12 @@ def load_tokenizer(name: str | Path, revision: str | None = None) -> PreTrainedT
             str(name), revision=revision or "main", trust_remote_code=False
         )
         _keep_no_words(tokenizer)
+    if layout is not None:
+        set_layout(tokenizer, chosen := spelt_out(layout, tokenizer))
+        if not writes(tokenizer, chosen):
+            raise ValueError(f"--layout {layout!r}: the tokenizer of {name} has no tokens for it")
+    with explain_loading("tokenizer", name):
+        _choose_layout(tokenizer)
     if tokenizer.eos_token is None:
         raise ValueError(f"{name}: its tokenizer has no end-of-text token")
     with explain_loading("tokenizer", name):
@@ -74,6 +88,15 @@ def load_tokenizer(name: str | Path, revision: str | None = None) -> PreTrainedT
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token
     return tokenizer
+
+
+def _choose_layout(tokenizer: PreTrainedTokenizerBase) -> None:
+    """Let a tokenizer carry a layout, and know the marker at its end."""
+    if stated_layout(tokenizer) is None and (possible := candidates(tokenizer)):
+        guess_layout(tokenizer, possible[0])
+    after = layout_of(tokenizer).parts[1].strip()
+    if tokenizer.eos_token is None and after in tokenizer.get_vocab():
+        tokenizer.add_special_tokens({"eos_token": after})
 
 
 def _keep_no_words(tokenizer: PreTrainedTokenizerBase) -> None:
@@ -95,7 +118,7 @@ def _check_tokenizer_files(folder: Path) -> None:
         ValueError: a file is broken or brings code.
     """
     path = folder / "tokenizer_config.json"
-    _refuse_code(read_json(path) if path.is_file() else {}, path)
+    refuse_code(read_json(path) if path.is_file() else {}, path)
     for name in ("special_tokens_map.json", "added_tokens.json", "vocab.json"):
         if (folder / name).is_file():
             read_json(folder / name)
@@ -119,14 +142,16 @@ def _try_out(tokenizer: PreTrainedTokenizerBase) -> str:
         ValueError: token ids are out of range, or the decoded text is no protein. A broken
             tokenizer may raise any other error.
     """
-    ids = tokenizer(layout(STANDARD_RESIDUES), add_special_tokens=False)["input_ids"]
+    protein = TaggedProtein(STANDARD_RESIDUES, "1.1.1.1")
+    layout = layout_of(tokenizer)
+    ids = tokenizer(layout.text(protein), add_special_tokens=False)["input_ids"]
     text: Any = tokenizer.decode(ids, skip_special_tokens=False, clean_up_tokenization_spaces=False)
     known = [*tokenizer.all_special_ids, *ids]
     if not all(isinstance(i, int) and 0 <= i < len(tokenizer) for i in known):
         raise ValueError("its token ids do not run from 0 to the size of its vocabulary")
     letters = token_letters(tokenizer)
     spelt = "".join(letters[i] for i in ids)
-    return spelt if spelt != STANDARD_RESIDUES else residues_of(text)
+    return spelt if spelt != STANDARD_RESIDUES else str(layout.read(text))
 
 
 def load_causal_lm(
@@ -135,10 +160,10 @@ def load_causal_lm(
     device: str | torch.device = "cpu",
     revision: str | None = None,
 ) -> PreTrainedModel:
-    """Load a causal language model in eval mode, and run it on one token.
+    """Load a causal language model in eval mode, and try it out on a few tokens.
 
-    Directories must hold safetensors. A hub model without them is read with PyTorch's
-    ``weights_only`` loader, which runs no code.
+    Without safetensors PyTorch's own files are read, with its ``weights_only`` loader, which runs
+    no code.
 
     Args:
         name: directory or hub id.
@@ -152,8 +177,7 @@ def load_causal_lm(
     """
     from transformers import AutoModelForCausalLM
 
-    local = require_model_directory(name)
-    if local:
+    if require_model_directory(name):
         require_fitting_weights(Path(name))
     options: dict[str, Any] = {
         "dtype": dtype,
@@ -161,17 +185,10 @@ def load_causal_lm(
         "trust_remote_code": False,
         "output_loading_info": True,
     }
+    # Else transformers asks the hub to convert a model of its own that has no safetensors.
+    os.environ.setdefault("DISABLE_SAFETENSORS_CONVERSION", "1")
     with explain_loading("model", name):
-        try:
-            loaded: Any = AutoModelForCausalLM.from_pretrained(
-                str(name), use_safetensors=True, **options
-            )
-        except OSError as error:
-            if local or "safetensors" not in str(error):
-                raise
-            loaded = AutoModelForCausalLM.from_pretrained(
-                str(name), use_safetensors=False, weights_only=True, **options
-            )
+        loaded: Any = AutoModelForCausalLM.from_pretrained(str(name), weights_only=True, **options)
         model, information = loaded
         if missing := sorted(information["missing_keys"]):
             raise ValueError(f"{len(missing)} weights are missing, the first is {missing[0]}")
@@ -181,141 +198,18 @@ def load_causal_lm(
 
 
 def require_runnable(model: PreTrainedModel) -> None:
-    """Check that every weight is finite, and the output for one token.
+    """Check that every weight is finite, and what the model computes (:mod:`src.models.forward`).
 
     Raises:
-        ValueError: a weight or an output is not finite. A broken model may raise any other error.
+        ValueError: a weight or an output is not finite, or the model is not causal. A broken model
+            may raise any other error.
     """
     for name, weight in model.named_parameters():
         if not torch.isfinite(weight).all():
             raise ValueError(
                 f"{name} has a value that is no finite number: the weights are damaged"
             )
-    token = torch.zeros(1, 1, dtype=torch.long, device=model.device)
-    with torch.inference_mode():
-        logits = model(input_ids=token).logits
-    if not torch.isfinite(logits).all():
-        raise ValueError("its outputs are not finite: the weights are damaged")
-
-
-def require_fitting_weights(folder: Path) -> None:
-    """Check that a directory's weights are enough for its configuration, without loading them.
-
-    Raises:
-        ValueError: there are no safetensors, a file is broken, or the configuration has more
-            blocks or parameters than the weights.
-    """
-    from safetensors import safe_open
-    from transformers import AutoConfig, AutoModelForCausalLM
-
-    for name in ("generation_config.json", "model.safetensors.index.json"):
-        if (folder / name).is_file():
-            read_json(folder / name)
-    tensors, numbers = 0, 0
-    with explain_loading("model", folder):
-        files = sorted(folder.glob("model*.safetensors"))
-        if not files:
-            raise ValueError("it holds no safetensors; pickled weights are not read")
-        for path in files:
-            with safe_open(path, framework="pt") as weights:
-                for key in weights.keys():  # noqa: SIM118
-                    tensors += 1
-                    numbers += math.prod(weights.get_slice(key).get_shape())
-        config = AutoConfig.from_pretrained(str(folder), trust_remote_code=False)
-        blocks = getattr(config, "num_hidden_layers", 0)
-        if not isinstance(blocks, int) or not 0 <= blocks <= tensors:
-            raise ValueError(
-                f"config.json has {blocks!r:.40} blocks, the weights {tensors} tensors"
-            )
-        with torch.device("meta"):
-            wanted = count_parameters(AutoModelForCausalLM.from_config(config))
-        if wanted > numbers:
-            raise ValueError(
-                f"config.json asks for {wanted:,} numbers, the weights hold {numbers:,}"
-            )
-
-
-def _refuse_code(config: Any, path: Path) -> None:
-    """Raise ``ValueError`` if a configuration names code: ``auto_map``, or a kernel of the hub."""
-    if not isinstance(config, dict):
-        raise ValueError(f"{path}: expected an object at the top")
-    if config.get("auto_map"):
-        raise ValueError(
-            f"{path}: names code of its own (auto_map), which is never run: give a model of an "
-            "architecture that transformers has, or take the entry out"
-        )
-    for key in ("attn_implementation", "_attn_implementation", "experts_implementation"):
-        if "/" in str(config.get(key)):
-            raise ValueError(f"{path}: names code from elsewhere ({key}), which is never run")
-
-
-def _refuse_absurd(value: Any, path: Path, name: str = "") -> None:
-    """Raise ``ValueError`` if a number in a configuration is larger than that of any model."""
-    if isinstance(value, dict):
-        for key, inner in value.items():
-            _refuse_absurd(inner, path, key)
-    elif isinstance(value, list):
-        for inner in value:
-            _refuse_absurd(inner, path, name)
-    elif isinstance(value, int) and not name.endswith("theta"):  # rotary base
-        most = MAX_LABELS if name == "num_labels" else MAX_CONFIG_NUMBER
-        if abs(value) > most:
-            raise ValueError(
-                f"{path}: {printable(name)[:40]} is {str(value)[:20]}: no protein language model "
-                f"has over {most:,} there"
-            )
-
-
-def require_model_directory(name: str | Path) -> bool:
-    """Return whether ``name`` is a local directory with a safe configuration, not a hub id.
-
-    Raises:
-        ValueError: ``name`` looks like a path but is no directory with a ``config.json``; that file
-            is broken, names code or has absurd numbers; or the directory has a pipe or a device,
-            whose reading may not end.
-    """
-    path = Path(name)
-    if path.is_dir():
-        for entry in sorted(path.iterdir()):
-            if entry.exists() and not (entry.is_file() or entry.is_dir()):
-                raise ValueError(f"{entry}: is no file: take it out of the model's directory")
-        config = path / "config.json"
-        if not config.is_file():
-            raise ValueError(f"{name}: no finished model (config.json is missing)")
-        settings = read_json(config, MAX_CONFIG_BYTES)
-        _refuse_code(settings, config)
-        _refuse_absurd(settings, config)
-        return True
-    text = str(name)
-    if path.exists():
-        raise ValueError(f"{name}: is a file; a model is a directory or a hub id")
-    # models/ holds this project's students; the hub has no owner of that name.
-    if text.startswith((".", "/", "~", "models/")) or text.count("/") > 1:
-        raise ValueError(f"{name}: there is no such directory")
-    return False
-
-
-@contextmanager
-def explain_loading(kind: str, name: str | Path) -> Iterator[None]:
-    """Turn every error of a loader into a ``ValueError`` that says what to do."""
-    try:
-        yield
-    except BaseException as error:  # broken files raise errors of any kind
-        # A panic in tokenizers' Rust code is no Exception; interrupts are passed on.
-        if not isinstance(error, Exception) and type(error).__name__ != "PanicException":
-            raise
-        raise ValueError(_why_not_loaded(kind, name, error)) from error
-
-
-def _why_not_loaded(kind: str, name: str | Path, error: BaseException) -> str:
-    """Return why a model or tokenizer was not loaded and what to do."""
-    if Path(name).is_dir():
-        reason = one_line(error)[:200]
-        return f"{name}: the {kind} cannot be loaded ({reason})"
-    return (
-        f"the {kind} {name!r} is neither a directory here nor to be had from the hub (no network, "
-        f"or no such model): pass a directory instead, for example {BUNDLED_TEACHER}"
-    )
+    head_form(model)
 
 
 def shape_of(name: str | Path) -> StudentSettings:
@@ -332,6 +226,16 @@ def shape_of(name: str | Path) -> StudentSettings:
     if config.model_type != "gpt2":
         raise ValueError(f"{name}: is a {config.model_type}, not a GPT-2")
     return StudentSettings(config.n_layer, config.n_head, config.n_embd)
+
+
+MOST_POSITIONS = 4096
+"""A student has its teacher's positions, but beyond these only what its proteins need."""
+
+
+def student_positions(config: Any, max_length: int) -> int:
+    """Return a student's longest input for a teacher's configuration and the run's proteins."""
+    stated = stated_positions(config) or max_length
+    return stated if stated <= MOST_POSITIONS else max(max_length, MOST_POSITIONS)
 
 
 def student_config(
@@ -381,22 +285,18 @@ def build_student(config: GPT2Config, seed: int) -> GPT2LMHeadModel:
         return GPT2LMHeadModel(config).train()
 
 
-def count_parameters(model: nn.Module) -> int:
-    """Return the number of parameters; tied ones count once."""
-    return sum(p.numel() for p in model.parameters())
-
-
-def max_positions(config: Any) -> int:
-    """Return the longest input of a model, in tokens.
+def max_positions(config: Any, wanted: int | None = None) -> int:
+    """Return the longest input of a model in tokens, and at most ``wanted``.
 
     Raises:
-        ValueError: the configuration does not say.
+        ValueError: neither is known.
     """
-    for name in ("n_positions", "max_position_embeddings", "n_ctx"):
-        value = getattr(config, name, None)
-        if value:
-            return int(value)
-    raise ValueError("the model's configuration states no longest input")
+    known = [value for value in (stated_positions(config), wanted) if value]
+    if not known:
+        raise ValueError(
+            f"a {config.model_type} model states no longest input (it has none): pass --max_length"
+        )
+    return min(known)
 
 
 def model_fingerprint(model: nn.Module) -> str:
@@ -409,16 +309,6 @@ def model_fingerprint(model: nn.Module) -> str:
     return digest.hexdigest()
 
 
-def positions_from_mask(attention_mask: Tensor) -> Tensor:
-    """Return position ids ``(B, T)`` that count attended tokens from 0, for padding on any side."""
-    return (attention_mask.long().cumsum(-1) - 1).clamp(min=0)
-
-
-def accepts(model: nn.Module, argument: str) -> bool:
-    """Return whether a model's forward takes an argument of that name."""
-    return argument in inspect.signature(model.forward).parameters
-
-
 def set_dropout(model: nn.Module, probability: float) -> None:
     """Set every dropout probability of a GPT-2."""
     for module in model.modules():
@@ -428,79 +318,8 @@ def set_dropout(model: nn.Module, probability: float) -> None:
         setattr(model.config, name, probability)
 
 
-def block_lists(model: PreTrainedModel) -> dict[str, nn.ModuleList]:
-    """Return the lists of blocks of a base model, by name."""
-    children = model.base_model.named_children()
-    return {name: module for name, module in children if isinstance(module, nn.ModuleList)}
-
-
-def keep_head_alone(model: PreTrainedModel) -> None:
-    """Free a model's blocks if only its output head is still needed."""
-    for name in block_lists(model):
-        setattr(model.base_model, name, nn.ModuleList())
-
-
 def has_dropout(model: nn.Module) -> bool:
     """Return whether a model uses dropout in train mode."""
     return any(isinstance(m, nn.Dropout) and m.p > 0 for m in model.modules()) or (
         getattr(getattr(model, "config", None), "attn_pdrop", 0.0) > 0
     )
-
-
-def output_head(model: PreTrainedModel) -> tuple[Tensor, Tensor | None]:
-    """Return the weight ``(V, E)`` and the bias ``(V,)`` or None of a model's output head.
-
-    Raises:
-        ValueError: the model has no linear output head.
-    """
-    head = model.get_output_embeddings()
-    if head is None or not isinstance(getattr(head, "weight", None), Tensor):
-        raise ValueError(f"{type(model).__name__} has no linear output head")
-    return head.weight, getattr(head, "bias", None)  # type: ignore[return-value]
-
-
-def final_hidden_states(
-    model: PreTrainedModel,
-    input_ids: Tensor,
-    attention_mask: Tensor | None = None,
-    position_ids: Tensor | None = None,
-) -> Tensor:
-    """Return the input of a model's output head: hidden states after the last norm.
-
-    Args:
-        model: a causal language model.
-        input_ids: ``(B, T)``.
-        attention_mask: ``(B, T)``, 0 at padding.
-        position_ids: ``(B, T)``; None: count attended tokens.
-
-    Returns:
-        ``(B, T, E)`` in the model's compute dtype.
-    """
-    inputs = model_inputs(model, input_ids, attention_mask, position_ids)
-    return model.base_model(**inputs, use_cache=False).last_hidden_state
-
-
-def model_inputs(
-    model: nn.Module,
-    input_ids: Tensor,
-    attention_mask: Tensor | None = None,
-    position_ids: Tensor | None = None,
-) -> dict[str, Tensor]:
-    """Return the keyword arguments for a forward pass over a possibly padded or packed batch.
-
-    A packed batch has no attention mask, and ``position_ids`` that begin again at each protein:
-    transformers then keeps attention inside each protein. A row without attended tokens gets one,
-    because attention over nothing gives NaN.
-    """
-    inputs = {"input_ids": input_ids}
-    if attention_mask is not None:
-        empty = ~attention_mask.bool().any(-1)
-        if empty.any():
-            attention_mask = attention_mask.clone()
-            attention_mask[empty, 0] = 1
-        inputs["attention_mask"] = attention_mask
-        if position_ids is None:
-            position_ids = positions_from_mask(attention_mask)
-    if position_ids is not None and accepts(model, "position_ids"):
-        inputs["position_ids"] = position_ids
-    return inputs

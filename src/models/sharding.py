@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, TypeVar
 import torch
 
 from src.common import processes
-from src.models.loading import block_lists, final_hidden_states, output_head
+from src.models.forward import block_lists, final_hidden_states, states_shape
 
 if TYPE_CHECKING:
     from torch.distributed.device_mesh import DeviceMesh
@@ -101,8 +101,7 @@ def is_sharded(model: PreTrainedModel) -> bool:
 @torch.no_grad()
 def run_idle(teacher: PreTrainedModel, times: int) -> None:
     """Run a teacher on a single token, so that all processes gather its blocks."""
-    weight, _ = output_head(teacher)
-    token = torch.zeros(1, 1, dtype=torch.long, device=weight.device)
+    token = torch.zeros(1, 1, dtype=torch.long, device=states_shape(teacher)[2])
     for _ in range(times):
         final_hidden_states(teacher, token)
 

@@ -1,10 +1,10 @@
 """Keeps a teacher's final hidden states on disk, so that it runs once for any number of students.
 
 Each token has the input of the teacher's output head (the hidden state after the last norm, in the
-dtype it was computed in) and three statistics of the distribution at T = 1: entropy, largest logit
-and log-sum-exp. The head gives the exact logits, so one cache serves every temperature, α,
-weighting, smoothing, divergence, student and seed. For ProtGPT2 it takes 2,560 bytes a token in
-bfloat16; the logits would take 100,514.
+dtype it was computed in; where the head is not linear, the logits) and three statistics of the
+distribution at T = 1: entropy, largest logit and log-sum-exp. The head gives the exact logits, so
+one cache serves every temperature, α, weighting, smoothing, divergence, student and seed. For
+ProtGPT2 it takes 2,560 bytes a token in bfloat16; the logits would take 100,514.
 
 A cache is a directory ``<teacher>-<data>-<dtype>`` of shards and a manifest. Shards are written
 atomically, so a killed capture continues at the shard it was writing.
@@ -35,7 +35,8 @@ from src.common.files import (
 from src.common.manifest import first_fault, is_record
 from src.common.runs import locked
 from src.loss.fused import teacher_statistics
-from src.models.loading import final_hidden_states, model_fingerprint, output_head
+from src.models.forward import final_hidden_states, output_head, states_shape
+from src.models.loading import model_fingerprint
 from src.models.sharding import in_step
 from src.proteins.batching import PaddingCollator, cut_batches
 
@@ -311,13 +312,12 @@ def capture(
         ValueError: the disk is too small, another process is capturing, or the directory holds
             another teacher's cache or one of other proteins.
     """
-    weight, _ = output_head(teacher)
+    width, dtype, _ = states_shape(teacher)
     teacher_print, data_print = fingerprint or model_fingerprint(teacher), proteins.fingerprint
-    folder = Path(directory) / cache_key(teacher_print, data_print, _name_of(weight.dtype))
+    folder = Path(directory) / cache_key(teacher_print, data_print, _name_of(dtype))
     lengths = np.asarray(proteins.lengths)
-    width = weight.shape[1]
-    ranges = shard_ranges(lengths, needed_bytes(1, width, weight.dtype), shard_bytes)
-    job = _Job(folder, teacher_print, data_print, weight.dtype, width, lengths, ranges)
+    ranges = shard_ranges(lengths, needed_bytes(1, width, dtype), shard_bytes)
+    job = _Job(folder, teacher_print, data_print, dtype, width, lengths, ranges)
 
     broken = processes.agreed(job.manifest.exists)
     existing = processes.agreed(lambda: job.open_whole(thorough)) if broken else None
@@ -383,17 +383,17 @@ def _capture_range(
     batch_tokens: int,
 ) -> tuple[Tensor, Tensor]:
     """Return hidden states ``(tokens, E)`` and statistics ``(tokens, 3)`` of some proteins."""
-    weight, bias = output_head(teacher)
+    head, (width, dtype, device) = output_head(teacher), states_shape(teacher)
     offsets = np.cumsum([0, *lengths[first:last]])
-    hidden = torch.empty(int(offsets[-1]), weight.shape[1], dtype=weight.dtype)
+    hidden = torch.empty(int(offsets[-1]), width, dtype=dtype)
     statistics = torch.empty(int(offsets[-1]), len(STATISTICS))
     collate = PaddingCollator(0)
     for rows in _batches(lengths[first:last], batch_tokens):
         batch = collate([{"input_ids": proteins[int(first + row)]} for row in rows])
-        batch = {name: value.to(weight.device) for name, value in batch.items()}
+        batch = {name: value.to(device) for name, value in batch.items()}
         mask = batch["attention_mask"]
         states = final_hidden_states(teacher, batch["input_ids"], mask)
-        computed = teacher_statistics(states, weight, bias, mask.bool())
+        computed = teacher_statistics(states, head, mask.bool())
         table = torch.stack([getattr(computed, name) for name in STATISTICS], -1)  # (B, T, 3)
         for place, row in enumerate(rows):
             where = slice(int(offsets[row]), int(offsets[row + 1]))

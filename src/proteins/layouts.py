@@ -1,14 +1,21 @@
-"""The alphabet of proteins and the text layout that the language models are trained on.
+"""The alphabet of proteins and the text layouts that language models are trained on.
 
-ProtGPT2 was trained on FASTA bodies (Ferruz et al. 2022, Nature Communications 13:4348, Methods):
-an end-of-text marker, a newline, the residues with a newline after each 60, a newline, and the
-end-of-text marker again. All code builds and reads such texts with :func:`layout`,
-:func:`prompt_layout` and :func:`residues_of`.
+A layout is a template: text with ``{residues}`` in it, or ``{lines}`` (a newline after each 60
+residues) or ``{spaced}`` (a space after each). ``{begin}`` and ``{end}`` are the tokenizer's
+markers. Any other name is a tag: of each protein the value of that key in its FASTA header
+(``>P1 EC=3.2.1.17``) or of that column of its table.
+
+:data:`LAYOUTS` is the one table of layouts. A tokenizer carries its own
+(:func:`layout_of`, :func:`set_layout`), also on disk, in ``tokenizer_config.json``.
 """
 
 from __future__ import annotations
 
 import random
+import re
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
 
 END_OF_TEXT = "<|endoftext|>"
 RESIDUES_PER_LINE = 60
@@ -16,13 +23,152 @@ STANDARD_RESIDUES = "ACDEFGHIKLMNPQRSTVWY"
 AMBIGUOUS_RESIDUES = "BJOUXZ"
 """Other letters of UniProt: ambiguity codes, selenocysteine and pyrrolysine."""
 PROTEIN_LETTERS = frozenset(STANDARD_RESIDUES + AMBIGUOUS_RESIDUES)
+LAYOUTS = {
+    "protgpt2": f"{END_OF_TEXT}\n{{lines}}\n{END_OF_TEXT}",
+    "zymctrl": "{EC}<sep><start>{residues}<end>",
+    "progen": "1{residues}2",
+    "plain": "{begin}{residues}{end}",
+    "spaced": "{begin} {spaced} {end}",
+}
+"""Templates by name. ProtGPT2: Ferruz et al. 2022, Nature Communications 13:4348, Methods, a FASTA
+body between end-of-text markers; ZymCTRL: Munsamy et al. 2022, NeurIPS MLSB; ProGen2: Nijkamp et
+al. 2023, Cell Systems 14:968, ``1`` and ``2`` for the two ends."""
+CONFIG_KEY = "protein_layout"
+"""Of a tokenizer's configuration."""
+_GUESS = "_protein_layout"
+_BODIES = ("residues", "lines", "spaced")
+_FIELD = re.compile(r"\{(\w+)\}")
+
+
+class TaggedProtein(str):
+    """Residues with the tag that a layout asks for."""
+
+    tag: str
+
+    def __new__(cls, residues: str, tag: str) -> TaggedProtein:
+        """Return residues that carry a tag."""
+        protein = super().__new__(cls, residues)
+        protein.tag = tag
+        return protein
+
+
+@dataclass(frozen=True)
+class Layout:
+    r"""A template without ``{begin}`` and ``{end}``, which are spelt out.
+
+    Raises:
+        ValueError: the template has no residues, or more than one tag.
+    """
+
+    template: str
+
+    def __post_init__(self) -> None:
+        """Check the template."""
+        names = _FIELD.findall(self.template)
+        bodies = [name for name in names if name in _BODIES]
+        if len(bodies) != 1 or len(names) > 2 or names[-1] not in _BODIES:
+            raise ValueError(
+                f"--layout {self.template!r}: needs {{residues}} once (or {{lines}} or {{spaced}}) "
+                "and at most one tag before it, for example '{begin}{tag}<start>{residues}{end}'"
+            )
+
+    @property
+    def name(self) -> str:
+        """Its name in the table, or its template."""
+        return next((n for n, t in LAYOUTS.items() if t == self.template), self.template)
+
+    @cached_property
+    def tag(self) -> str | None:
+        """The key of the tag, or None."""
+        return next((n for n in _FIELD.findall(self.template) if n not in _BODIES), None)
+
+    @cached_property
+    def body(self) -> str:
+        """The kind of body: ``residues``, ``lines`` or ``spaced``."""
+        return next(n for n in _FIELD.findall(self.template) if n in _BODIES)
+
+    @cached_property
+    def parts(self) -> tuple[str, str]:
+        """The text before and after the residues, the tag's place still in the first."""
+        before, after = self.template.split(f"{{{self.body}}}")
+        return before, after
+
+    def text(self, residues: str) -> str:
+        """Return a protein as text for a model.
+
+        Args:
+            residues: one-letter codes, without white space; a :class:`TaggedProtein` where the
+                layout has a tag.
+
+        Raises:
+            ValueError: ``residues`` is empty, holds a character that is no upper-case letter, or
+                has no tag.
+        """
+        if not residues:
+            raise ValueError("a protein needs at least one residue")
+        _require_letters(residues, ": clean the protein before laying it out")
+        return self._before(residues) + self._body(residues) + self.parts[1]
+
+    def prompt(self, residues: str = "") -> str:
+        """Return the beginning of a protein, up to its last residue, for a model to continue."""
+        if not residues:
+            return self._before(residues)
+        return self.text(residues).removesuffix(self.parts[1])
+
+    def _before(self, residues: str) -> str:
+        if self.tag is None:
+            return self.parts[0]
+        tag = getattr(residues, "tag", "")
+        if not tag:
+            raise ValueError(
+                f"the layout {self.template} needs {self.tag} of each protein: write "
+                f"'{self.tag}=...' into FASTA headers, give a table with a column {self.tag}, or "
+                "pass one value for all in --layout"
+            )
+        return self.parts[0].replace(f"{{{self.tag}}}", tag)
+
+    def _body(self, residues: str) -> str:
+        if self.body == "lines":
+            return "\n".join(lines_of(residues))
+        return " ".join(residues) if self.body == "spaced" else str(residues)
+
+    def read(self, text: str) -> str:
+        """Return the residues of a laid-out protein, with its tag if it has one.
+
+        Args:
+            text: of one protein; the markers at its ends may be missing, and white space may be
+                anywhere, as in generated text.
+
+        Raises:
+            ValueError: there is a marker between residues (more than one protein), or a character
+                that is neither an upper-case letter nor white space.
+        """
+        before, after = ("".join(part.split()) for part in self.parts)
+        joined, tag = "".join(text.split()), ""
+        if self.tag is not None:
+            front, back = before.split(f"{{{self.tag}}}")
+            before = back
+            if back and back in joined:
+                tag, _, joined = joined.removeprefix(front).partition(back)
+        residues = joined.removeprefix(before) if before else joined
+        residues = residues.removesuffix(after) if after else residues
+        if any(marker and marker in residues for marker in (before, after)):
+            raise ValueError("more than one protein in the text: split it at its markers")
+        _require_letters(residues, "")
+        return TaggedProtein(residues, tag) if tag else residues
+
+
+def _require_letters(residues: str, advice: str) -> None:
+    if residues and not (residues.isascii() and residues.isalpha() and residues.isupper()):
+        bad = next(c for c in residues if not ("A" <= c <= "Z"))
+        raise ValueError(f"{bad!r} is not a residue{advice}")
+
+
+PROTGPT2 = Layout(LAYOUTS["protgpt2"])
 
 
 def layout(residues: str) -> str:
-    r"""Return a protein as text for a model.
-
-    Args:
-        residues: one-letter codes, without white space.
+    r"""Return a protein in ProtGPT2's layout.
 
     Returns:
         ``<|endoftext|>\n`` + lines of 60 residues joined by ``\n`` + ``\n<|endoftext|>``.
@@ -30,12 +176,7 @@ def layout(residues: str) -> str:
     Raises:
         ValueError: ``residues`` is empty or holds a character that is no upper-case letter.
     """
-    if not residues:
-        raise ValueError("a protein needs at least one residue")
-    if not (residues.isascii() and residues.isalpha() and residues.isupper()):
-        bad = next(c for c in residues if not ("A" <= c <= "Z"))
-        raise ValueError(f"{bad!r} is not a residue: clean the protein before laying it out")
-    return f"{END_OF_TEXT}\n" + "\n".join(lines_of(residues)) + f"\n{END_OF_TEXT}"
+    return PROTGPT2.text(residues)
 
 
 def lines_of(residues: str) -> list[str]:
@@ -45,43 +186,77 @@ def lines_of(residues: str) -> list[str]:
 
 
 def prompt_layout(residues: str = "") -> str:
-    """Return the beginning of a laid-out protein, for a model to continue.
-
-    Args:
-        residues: the first residues, possibly none.
-
-    Returns:
-        The text of :func:`layout` up to the last residue; without residues, the marker and the
-        first newline.
-    """
-    if not residues:
-        return f"{END_OF_TEXT}\n"
-    return layout(residues).removesuffix(f"\n{END_OF_TEXT}")
+    """Return the beginning of a protein in ProtGPT2's layout (:meth:`Layout.prompt`)."""
+    return PROTGPT2.prompt(residues)
 
 
 def residues_of(text: str) -> str:
-    """Return the residues of a laid-out protein: the inverse of :func:`layout`.
-
-    Args:
-        text: of one protein; the markers at its ends may be missing, and line breaks may be
-            anywhere, as in generated text.
-
-    Raises:
-        ValueError: ``text`` has a marker between residues (more than one protein), or a character
-            that is neither an upper-case letter nor white space.
-    """
-    body = text.strip().removeprefix(END_OF_TEXT).removesuffix(END_OF_TEXT)
-    residues = "".join(body.split())
-    if END_OF_TEXT in residues:
-        raise ValueError("more than one protein in the text: split it at the end-of-text markers")
-    if residues and not (residues.isascii() and residues.isalpha() and residues.isupper()):
-        bad = next(c for c in residues if not ("A" <= c <= "Z"))
-        raise ValueError(f"{bad!r} is not a residue")
-    return residues
+    """Return the residues of a protein in ProtGPT2's layout (:meth:`Layout.read`)."""
+    return PROTGPT2.read(text)
 
 
 def shuffled(residues: str, seed: int = 0) -> str:
     """Return the residues in a random order that depends on them and the seed alone."""
     letters = list(residues)
     random.Random(f"{seed} {residues}").shuffle(letters)
-    return "".join(letters)
+    mixed = "".join(letters)
+    return TaggedProtein(mixed, residues.tag) if isinstance(residues, TaggedProtein) else mixed
+
+
+def tagged(residues: str, key: str, header: str) -> TaggedProtein | None:
+    """Return residues with the value of a key of a header (``EC=3.2.1.17``); None without one."""
+    match = re.search(rf"(?:^|[\s|;,\[(]){re.escape(key)}[=:]\s*([^\s|;,\])]+)", header, re.I)
+    return None if match is None else TaggedProtein(residues, match[1])
+
+
+# The layout of a tokenizer
+
+
+def spelt_out(template: str, tokenizer: Any) -> Layout:
+    """Return a layout of the table, or a template, with a tokenizer's markers in it.
+
+    Raises:
+        ValueError: the template is none, or names a marker that the tokenizer lacks.
+    """
+    template = LAYOUTS.get(template, template).replace("\\n", "\n")
+    begins = (tokenizer.bos_token, tokenizer.cls_token, tokenizer.eos_token)
+    ends = (tokenizer.eos_token, tokenizer.sep_token)
+    for field, markers in (("begin", begins), ("end", ends)):
+        if f"{{{field}}}" in template:
+            marker = next(filter(None, markers), None)
+            if marker is None:
+                raise ValueError(f"--layout: the tokenizer has no marker for {{{field}}}")
+            template = template.replace(f"{{{field}}}", str(marker))
+    return Layout(template)
+
+
+def layout_of(tokenizer: Any) -> Layout:
+    """Return the layout that a tokenizer carries; ProtGPT2's where it carries none."""
+    template = stated_layout(tokenizer) or getattr(tokenizer, _GUESS, None)
+    return Layout(template) if isinstance(template, str) else PROTGPT2
+
+
+def stated_layout(tokenizer: Any) -> str | None:
+    """Return the template that a tokenizer was saved with or given, None without one."""
+    return getattr(tokenizer, "init_kwargs", {}).get(CONFIG_KEY)
+
+
+def guess_layout(tokenizer: Any, guess: Layout) -> None:
+    """Let a tokenizer carry a layout for as long as it is given no other."""
+    setattr(tokenizer, _GUESS, guess.template)
+
+
+def set_layout(tokenizer: Any, chosen: Layout) -> None:
+    """Let a tokenizer carry a layout, also where it is saved."""
+    guess_layout(tokenizer, chosen)
+    if chosen == PROTGPT2:
+        tokenizer.init_kwargs.pop(CONFIG_KEY, None)
+    else:
+        tokenizer.init_kwargs[CONFIG_KEY] = chosen.template
+
+
+def stop_token(tokenizer: Any) -> int:
+    """Return the id of the token that ends a protein: the first that follows its last line."""
+    after = layout_of(tokenizer).parts[1].strip()
+    ids = tokenizer(after, add_special_tokens=False)["input_ids"] if after else []
+    return int(ids[0]) if ids else int(tokenizer.eos_token_id)

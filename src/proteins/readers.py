@@ -1,203 +1,122 @@
-"""Reads records of proteins from FASTA, text, CSV, TSV and parquet files and from the hub."""
+"""Reads records of proteins from FASTA, text, tables and data sets on the hub."""
 
 from __future__ import annotations
 
-import csv
-import gzip
-import io
-import zlib
+import re
+import time
 from collections.abc import Iterator, Sequence
+from itertools import chain
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 
-from src.common.cli import one_line, printable
+from src.common.cli import say
 from src.common.settings import BUNDLED_DATA
-from src.proteins.layouts import END_OF_TEXT, residues_of
+from src.proteins.layouts import END_OF_TEXT, PROTEIN_LETTERS
+from src.proteins.lines import (
+    FASTA,
+    LAID_OUT,
+    PARQUET,
+    TEXT,
+    guarded_lines,
+    kind_of,
+    reason,
+)
 from src.proteins.report import ReadReport
+from src.proteins.tables import (
+    MAX_ROW_TOKENS,
+    NAME_COLUMNS,
+    Table,
+    is_missing,
+    key,
+    open_table,
+    parquet_proteins,
+)
 
-MAX_LINE_BYTES = 1 << 20
+__all__ = ["Record", "file_records", "guarded_lines", "hub_records", "kind_of"]
+
 MAX_RESIDUES = 100_000
 """Limit of a protein; the longest one known, titin, has about 35,000 residues."""
-MAX_ROW_TOKENS = 1 << 20
-MAX_ROW_BYTES = 1 << 22
-ROWS_TOGETHER = 512
-MAX_EXPANSION = 200
-"""Compression shrinks proteins two- to fivefold; larger factors mean a decompression bomb."""
-FREE_EXPANSION_BYTES = 1 << 24
-LINES_A_CHECK = 1024
-BOMB = "refused as a decompression bomb"
-
-FASTA, TEXT, CSV, TSV, PARQUET = "FASTA", "text", "CSV", "TSV", "parquet"
-SUFFIXES = {
-    ".fasta": FASTA,
-    ".fa": FASTA,
-    ".faa": FASTA,
-    ".fas": FASTA,
-    ".txt": TEXT,
-    ".seq": TEXT,
-    ".csv": CSV,
-    ".tsv": TSV,
-    ".parquet": PARQUET,
-    ".pq": PARQUET,
-}
-DIVIDERS = {",": "comma", "\t": "tab", ";": "semicolon"}
-PACKED_BY = {b"PK\x03\x04": "zip", b"BZh": "bzip2", b"\xfd7zXZ": "xz", b"\x28\xb5\x2f\xfd": "zstd"}
-NAME_COLUMNS = ("name", "id", "accession", "entry", "protein", "header")
-
-CRLF = "CRLF line ends"
+TOO_LONG = f"longer than {MAX_RESIDUES:,} characters: no protein is"
+MARKERS = "end-of-text markers between proteins"
+LINE_NUMBERS = "numbers beside the residues"
+NAMES_BESIDE = "a name before the residues"
+NUMBERED = re.compile(r"^\s*\d+\s+|\s+\d+\s*$")
+"""GenBank's numbers at the beginning of a line, EMBL's and Clustal's at its end."""
+HUB_PAUSES = (1, 4, 16, 60, 120)
+"""Seconds before each new attempt to go on with a stream that broke."""
 
 
 class Record(NamedTuple):
-    """One protein of a source before cleaning; ``place`` is its file and line, for messages."""
+    """One protein of a source before cleaning.
+
+    Attributes:
+        name: the first word of a header, or a cell.
+        place: its file and line, for messages.
+        text: holds the residues.
+        ids: tokens, where the source holds these instead of text.
+        fault: why the protein cannot be used, where the reader knows.
+        title: the whole header.
+    """
 
     name: str
     place: str
     text: str = ""
     ids: np.ndarray | None = None
+    fault: str = ""
+    title: str = ""
 
 
-def kind_of(path: Path) -> str:
-    """Return the format of a file, by its suffix or else by its first bytes.
-
-    Raises:
-        ValueError: the file is empty, packed by another program than gzip, or of unknown format.
-    """
-    with path.open("rb") as handle:
-        head = handle.read(512)
-    if not head:
-        raise ValueError(f"{path}: the file is empty: give one with proteins")
-    for magic, packer in PACKED_BY.items():
-        if head.startswith(magic):
-            raise ValueError(f"{path}: is packed by {packer}: unpack it, or pack it with gzip")
-    suffixes = [s.lower() for s in path.suffixes]
-    packed = head.startswith(b"\x1f\x8b")
-    if suffixes[-1:] == [".gz"]:
-        if not packed:
-            raise ValueError(f"{path}: is named .gz but is not gzip: rename or pack it")
-        suffixes.pop()
-    kind = SUFFIXES.get(suffixes[-1]) if suffixes else None
-    if head.startswith(b"PAR1") or kind == PARQUET:
-        return PARQUET
-    if kind in (None, TEXT):
-        first = next((line for _, line in guarded_lines(path, ReadReport()) if line.strip()), "")
-        if first.startswith(">"):
-            return FASTA
-    if kind is None:
-        raise ValueError(
-            f"{path}: what it holds is not clear: name it .fasta, .txt, .csv, .parquet"
-        )
-    return kind
-
-
-# Reading lines
-
-
-def guarded_lines(path: Path, report: ReadReport) -> Iterator[tuple[int, str]]:
-    """Yield a text file's lines, numbered from 1 and without line ends, gzipped or not.
+def file_records(
+    path: Path, report: ReadReport, sequence_column: str | None = None, tag: str | None = None
+) -> Iterator[Record]:
+    """Yield the records of a file.
 
     Args:
         path: the file.
-        report: counts CRLF line ends.
-
-    Yields:
-        Number and text of each line; bytes that are no UTF-8 become replacement characters.
-
-    Raises:
-        ValueError: a NUL byte, a carriage return inside a line, a line over ``MAX_LINE_BYTES``,
-            broken gzip, or gzip that unpacks to over ``MAX_EXPANSION`` times its size.
-    """
-    with path.open("rb") as raw:
-        packed = raw.read(2) == b"\x1f\x8b"
-        raw.seek(0)
-        stream: Any = raw
-        if packed:
-            stream = io.BufferedReader(gzip.GzipFile(fileobj=raw, mode="rb"), 1 << 18)  # type: ignore[arg-type]
-        number = unpacked = 0
-        while True:
-            number += 1
-            try:
-                line: bytes = stream.readline(MAX_LINE_BYTES + 1)
-            except (EOFError, zlib.error, gzip.BadGzipFile) as error:
-                raise ValueError(
-                    f"{path}:{number}: broken or truncated gzip ({_reason(error)}): copy or "
-                    "download the file again"
-                ) from None
-            if not line:
-                return
-            if len(line) > MAX_LINE_BYTES:
-                raise ValueError(
-                    f"{path}:{number}: the line is longer than {MAX_LINE_BYTES:,} bytes: is this "
-                    "a file of proteins?"
-                )
-            unpacked += len(line)
-            if (
-                packed
-                and number % LINES_A_CHECK == 0
-                and unpacked > max(FREE_EXPANSION_BYTES, MAX_EXPANSION * raw.tell())
-            ):
-                raise ValueError(
-                    f"{path}:{number}: unpacks to more than {MAX_EXPANSION} times its size: {BOMB}"
-                )
-            yield number, "" if line == b"\n" else _text_of_line(path, number, line, report)
-
-
-def _text_of_line(path: Path, number: int, line: bytes, report: ReadReport) -> str:
-    if b"\0" in line:
-        raise ValueError(
-            f"{path}:{number}: a NUL byte: the file is binary, UTF-16 or damaged; save it as "
-            "plain text"
-        )
-    if line.endswith(b"\n"):
-        line = line[:-1]
-    if line.endswith(b"\r"):
-        line = line[:-1]
-        report.fix(CRLF, f"{path.name}:{number}")
-    if b"\r" in line:
-        raise ValueError(
-            f"{path}:{number}: a carriage return inside the line: convert the line ends (dos2unix, "
-            "or mac2unix)"
-        )
-    if number == 1 and line.startswith(b"\xef\xbb\xbf"):
-        line = line[3:]
-    return line.decode("utf-8", errors="replace")
-
-
-def _reason(error: BaseException) -> str:
-    return one_line(error)[:150]
-
-
-# Reading records
-
-
-def file_records(path: Path, report: ReadReport) -> Iterator[Record]:
-    """Yield the records of a file.
+        report: counts what the reader mends or skips.
+        sequence_column: of a table; None: the first of the usual ones.
+        tag: column of a table whose cells the titles of its records are to hold, as ``tag=cell``.
 
     Raises:
         ValueError: the file is refused, as :mod:`src.proteins.sources` lists; the message names the
             file and the line or row.
     """
     kind = kind_of(path)
-    if kind == FASTA:
-        return fasta_records(path, report)
-    if kind == TEXT:
-        return text_records(path, report)
+    if kind in (FASTA, LAID_OUT, TEXT):
+        if sequence_column:
+            raise ValueError(f"--sequence_column {sequence_column}: {path} has no columns")
+        reader = {FASTA: fasta_records, LAID_OUT: laid_out_records, TEXT: text_records}[kind]
+        return reader(path, report)
     if kind == PARQUET:
-        return parquet_records(path)
-    return csv_records(path, "," if kind == CSV else "\t")
+        return _parquet_records(path, report, sequence_column)
+    table = open_table(path, kind, report, sequence_column)
+    return table_records(path, table, report, sequence_column, tag)
 
 
 def fasta_records(path: Path, report: ReadReport) -> Iterator[Record]:
     """Yield the entries of a FASTA file; the first word of a header is the name."""
-    name, place, size = "", 0, 0
+    title, place, size = "", 0, 0
     parts: list[str] = []
-    for number, line in guarded_lines(path, report):
+
+    def entries() -> Iterator[Record]:
+        words = title.split(None, 1)
+        name = words[0] if words else f"line_{place}"
+        where = f"{path.name}:{place}"
+        text = "".join(parts)
+        if size > MAX_RESIDUES:
+            yield Record(name, where, fault=TOO_LONG, title=title)
+        elif END_OF_TEXT in text:
+            yield from pieces(text, name, where, report, title)
+        else:
+            yield Record(name, where, text, title=title)
+
+    for number, line in guarded_lines(path, report, content=True):
         if line.startswith(">"):
             if place:
-                yield Record(name, f"{path.name}:{place}", "".join(parts))
-            words = line[1:].split(None, 1)
-            name, place, size = words[0] if words else f"line_{number}", number, 0
+                yield from entries()
+            title, place, size = line[1:].strip(), number, 0
             parts.clear()
         elif not place:
             if line.strip():
@@ -206,208 +125,210 @@ def fasta_records(path: Path, report: ReadReport) -> Iterator[Record]:
                     "with one protein a line is named .txt"
                 )
         elif line:
+            if not line.isalpha() and NUMBERED.search(line):
+                bare = NUMBERED.sub("", NUMBERED.sub("", line))
+                if bare != line and not bare.isdigit():
+                    report.fix(LINE_NUMBERS, f"{path.name}:{number}")
+                    line = "".join(bare.split())
             size += len(line)
-            if size > MAX_RESIDUES:
-                _refuse_long(path, place)
-            parts.append(line)
+            if size <= MAX_RESIDUES:
+                parts.append(line)
     if place:
-        yield Record(name, f"{path.name}:{place}", "".join(parts))
+        yield from entries()
+
+
+def laid_out_records(path: Path, report: ReadReport) -> Iterator[Record]:
+    """Yield the proteins of a text with end-of-text markers between them, as ProtGPT2 learnt."""
+    parts: list[str] = []
+    size, place = 0, 0
+
+    def record() -> Iterator[Record]:
+        where = f"{path.name}:{place}"
+        if size > MAX_RESIDUES:
+            yield Record(f"line_{place}", where, fault=TOO_LONG)
+        elif "".join(parts):
+            yield Record(f"line_{place}", where, "".join(parts))
+
+    for number, line in guarded_lines(path, report, content=True):
+        for index, piece in enumerate(line.split(END_OF_TEXT)):
+            if index:
+                yield from record()
+                parts.clear()
+                size = 0
+            piece = piece.strip()
+            if piece:
+                place = place if parts or size else number
+                size += len(piece)
+                if size <= MAX_RESIDUES:
+                    parts.append(piece)
+    yield from record()
 
 
 def text_records(path: Path, report: ReadReport) -> Iterator[Record]:
-    """Yield the lines of a plain text file, one protein each; blank lines are skipped."""
-    for number, line in guarded_lines(path, report):
-        if line.strip():
-            if len(line) > MAX_RESIDUES:
-                _refuse_long(path, number)
-            yield Record(f"line_{number}", f"{path.name}:{number}", line)
+    """Yield the lines of a plain text file, one protein each; blank lines are skipped.
+
+    A line may begin with a name, and residues may stand in blocks of ten.
+
+    Raises:
+        ValueError: a line holds several words of which none is known to be the residues.
+    """
+    for number, line in guarded_lines(path, report, content=True):
+        if not line.strip():
+            continue
+        name, place = f"line_{number}", f"{path.name}:{number}"
+        if len(line) > MAX_RESIDUES:
+            yield Record(name, place, fault=TOO_LONG)
+            continue
+        words = line.split()
+        if len(words) > 1 and not _are_blocks(words):
+            if len(words) == 2 and PROTEIN_LETTERS.issuperset(words[1].rstrip("*").upper()):
+                report.fix(NAMES_BESIDE, place)
+                name, line = words
+            else:
+                raise ValueError(
+                    f"{path}:{number}: {len(words)} words in a line: give one protein a line, "
+                    "FASTA, or a table with a header (name, sequence)"
+                )
+        yield from pieces(line, name, place, report)
 
 
-def _refuse_long(path: Path | str, place: int | str) -> None:
-    raise ValueError(
-        f"{path}:{place}: the protein is longer than {MAX_RESIDUES:,} characters: no protein is; "
-        "take it out or cut it"
+def _are_blocks(words: Sequence[str]) -> bool:
+    """Return whether words are residues in blocks of equal length, the last one perhaps shorter."""
+    width = len(words[0])
+    return (
+        {len(word) for word in words[:-1]} == {width}
+        and len(words[-1]) <= width
+        and (len(words) > 2 or width == 10)
+        and all(word.isalpha() for word in words)
     )
 
 
-def csv_records(path: Path, delimiter: str) -> Iterator[Record]:
-    """Yield the rows of a CSV or TSV file with a header line."""
-    row_bytes = 0
-
-    def lines() -> Iterator[str]:
-        nonlocal row_bytes
-        # CRLF is the line end of CSV (RFC 4180): not counted as fixed.
-        for number, line in guarded_lines(path, ReadReport()):
-            row_bytes += len(line)
-            if row_bytes > MAX_ROW_BYTES:
-                raise ValueError(f"{path}:{number}: a row of over {MAX_ROW_BYTES:,} bytes")
-            yield f"{line}\n"
-
-    reader = csv.reader(lines(), delimiter=delimiter, strict=True)
-    header: list[str] = []
-    columns: _Columns | None = None
-    try:
-        for row in reader:
-            row_bytes = 0
-            if not row:
-                continue
-            if columns is None:
-                header = row
-                columns = _Columns.of(header, str(path), other_divider(header, delimiter))
-                if columns.kind == "input_ids":
-                    raise ValueError(f"{path}:1: tokens in CSV are not read: use parquet")
-                continue
-            require_cells(row, header, f"{path}:{reader.line_num}", delimiter)
-            place = f"{path.name}:{reader.line_num}"
-            name = f"row_{reader.line_num}" if columns.name is None else row[columns.name]
-            yield from _text_cell(row[columns.data], name, place, columns.kind, str(path))
-    except csv.Error as error:
-        raise ValueError(f"{path}:{reader.line_num}: broken CSV ({_reason(error)})") from None
+def table_records(
+    path: Path,
+    table: Table,
+    report: ReadReport,
+    sequence_column: str | None = None,
+    tag: str | None = None,
+) -> Iterator[Record]:
+    """Yield the rows of a table with a column of residues."""
+    data = table.sequence(sequence_column)
+    name = table.find(None, NAME_COLUMNS, "")
+    tags = None if tag is None else table.find(tag, (), "--layout")
+    column = table.columns[data]
+    if key(column) == "input_ids":
+        raise ValueError(f"{path}: tokens are read from parquet alone: use parquet")
+    report.column = column
+    for number, row in table.rows:
+        place = f"{path.name}:{number}"
+        own = f"row_{number}" if name is None or name == data else row[name]
+        title = "" if tags is None else f"{tag}={row[tags]}"
+        yield from cell_records(row[data], own, place, report, title)
 
 
-def require_cells(row: Sequence[str], header: Sequence[str], place: str, delimiter: str) -> None:
-    """Raise ``ValueError`` if a row has more or fewer cells than the header."""
-    if len(row) != len(header):
-        raise ValueError(
-            f"{place}: {len(row)} cells for {len(header)} columns: a cell with a "
-            f"{DIVIDERS[delimiter]} in it needs double quotes"
-        )
+def _parquet_records(
+    path: Path, report: ReadReport, sequence_column: str | None
+) -> Iterator[Record]:
+    for row, title, cell, kind in parquet_proteins(path, sequence_column, report):
+        place, name = f"{path.name} row {row}", title or f"row_{row}"
+        if kind == "input_ids":
+            if len(cell) > MAX_ROW_TOKENS:
+                raise ValueError(f"{path}: row {row}: over {MAX_ROW_TOKENS:,} tokens")
+            yield Record(name, place, ids=cell)
+        else:
+            yield from cell_records(cell, name, place, report)
 
 
-def require_once(header: Sequence[str], column: str, place: Path | str) -> None:
-    """Raise ``ValueError`` if a column that is read exists more than once."""
-    if header.count(column) > 1:
-        raise ValueError(
-            f"{place}: {header.count(column)} columns are named {printable(column)!r}: rename or "
-            "drop all but one"
-        )
+def cell_records(
+    cell: str, name: str, place: str, report: ReadReport, title: str = ""
+) -> Iterator[Record]:
+    """Yield the proteins in a cell of a table; a laid-out text may hold several."""
+    return pieces("" if is_missing(cell) else cell, name, place, report, title)
 
 
-def other_divider(header: Sequence[str], delimiter: str) -> str:
-    """Return advice if a header line uses another delimiter, else an empty text."""
-    for divider, name in DIVIDERS.items():
-        if divider != delimiter and len(header) == 1 and divider in header[0]:
-            advice = {",": "name it .csv", "\t": "name it .tsv"}.get(divider, "put commas there")
-            return f": its cells are divided by a {name}, not a {DIVIDERS[delimiter]}: {advice}"
-    return ""
+def pieces(
+    text: str, name: str, place: str, report: ReadReport, title: str = ""
+) -> Iterator[Record]:
+    """Yield the proteins of a text that may have end-of-text markers."""
+    found = [text]
+    if END_OF_TEXT in text:
+        # Line breaks belong to the layout and are not counted as fixed.
+        found = ["".join(p.split()) for p in text.split(END_OF_TEXT) if p.strip()] or [""]
+        if len(found) > 1:
+            report.fix(MARKERS, place)
+    for number, piece in enumerate(found, start=1):
+        own = name if len(found) == 1 else f"{name}_{number}"
+        if len(piece) > MAX_RESIDUES:
+            yield Record(own, place, fault=TOO_LONG, title=title)
+        else:
+            yield Record(own, place, piece, title=title)
 
 
-def parquet_records(path: Path) -> Iterator[Record]:
-    """Yield the rows of a parquet file, ``ROWS_TOGETHER`` in memory at a time."""
-    import pyarrow as pa
-    import pyarrow.parquet as pq
-
-    broken = (pa.ArrowException, OSError, ValueError, MemoryError, OverflowError, LookupError)
-
-    def problem(error: BaseException) -> ValueError:
-        return ValueError(f"{path}: row {row + 1}: broken parquet ({_reason(error)})")
-
-    row = 0
-    try:
-        file = pq.ParquetFile(path, memory_map=True, page_checksum_verification=True)
-        schema = file.schema_arrow
-    except broken as error:
-        raise problem(error) from None
-    with file:
-        columns = _Columns.of(schema.names, str(path))
-        wanted = [columns.data] + ([] if columns.name is None else [columns.name])
-        _require_type(pa, schema.field(columns.data).type, columns.kind, path)
-        try:
-            _require_bounded_expansion(file.metadata, path)
-            names = [schema.names[i] for i in wanted]
-            batches = file.iter_batches(batch_size=ROWS_TOGETHER, columns=names)
-        except broken as error:
-            raise problem(error) from None
-        while True:
-            try:
-                batch = next(batches, None)
-                if batch is None:
-                    return
-                cells, titles = _batch_cells(batch, names, columns.kind)
-            except broken as error:
-                raise problem(error) from None
-            for cell, title in zip(cells, titles, strict=True):
-                row += 1
-                place, name = f"{path.name} row {row}", title or f"row_{row}"
-                if columns.kind == "input_ids":
-                    if len(cell) > MAX_ROW_TOKENS:
-                        raise ValueError(f"{path}: row {row}: over {MAX_ROW_TOKENS:,} tokens")
-                    yield Record(name, place, ids=cell)
-                else:
-                    yield from _text_cell(cell, name, place, columns.kind, f"{path}: row {row}")
+# The hub
 
 
-def _require_bounded_expansion(metadata: Any, path: Path) -> None:
-    groups = (metadata.row_group(number) for number in range(metadata.num_row_groups))
-    unpacked = max((group.total_byte_size for group in groups), default=0)
-    if unpacked > FREE_EXPANSION_BYTES and unpacked > MAX_EXPANSION * path.stat().st_size:
-        raise ValueError(f"unpacks to more than {MAX_EXPANSION} times its size: {BOMB}")
-
-
-def _batch_cells(batch: Any, names: Sequence[str], kind: str) -> tuple[list, list]:
-    column = batch.column(names[0])
-    if kind == "input_ids":
-        values = column.flatten()
-        if values.null_count:
-            raise ValueError("a token is null")
-        lengths = column.value_lengths().fill_null(0).to_numpy(zero_copy_only=False)
-        cells = np.split(values.to_numpy(zero_copy_only=False), np.cumsum(lengths)[:-1])
-    else:
-        cells = [cell or "" for cell in column.to_pylist()]
-    if len(names) == 1:
-        return cells, [None] * len(cells)
-    return cells, ["" if v is None else str(v) for v in batch.column(names[1]).to_pylist()]
-
-
-def _require_type(pa: Any, actual: Any, kind: str, path: Path) -> None:
-    types = pa.types
-    if kind == "input_ids":
-        is_list = types.is_list(actual) or types.is_large_list(actual)
-        right = (is_list or types.is_fixed_size_list(actual)) and types.is_integer(
-            actual.value_type
-        )
-        wanted = "lists of whole numbers"
-    else:
-        text = actual.value_type if types.is_dictionary(actual) else actual
-        right = types.is_string(text) or types.is_large_string(text) or types.is_string_view(text)
-        wanted = "text"
-    if not right:
-        raise ValueError(f"{path}: the column {kind} holds {actual}, not {wanted}")
-
-
-def hub_records(source: str, split: str) -> Iterator[Record]:
-    """Yield the rows of a data set on the hub, as a stream.
+def hub_records(
+    source: str, split: str, report: ReadReport, sequence_column: str | None = None
+) -> Iterator[Record]:
+    """Yield the rows of a data set on the hub, as a stream that is taken up again when it breaks.
 
     Raises:
-        ValueError: the package ``datasets`` or the network is missing, or the stream breaks.
+        ValueError: the package ``datasets`` or the network is missing, or the stream keeps
+            breaking.
     """
     try:
         from datasets import load_dataset
 
-        rows = iter(load_dataset(source, split=split, streaming=True))
-        first = next(rows, None)
+        rows = load_dataset(source, split=split, streaming=True)
+        stream = iter(rows)
+        first = next(stream, None)
     except Exception as error:  # the client may raise any error
         raise ValueError(hub_problem(source, error)) from None
     if first is None:
         raise ValueError(f"{source}: the part {split!r} on the hub is empty")
     keys = list(first)
-    columns = _Columns.of(keys, f"{source} ({split})")
-    number, row = 0, first
-    while row is not None:
-        number += 1
+    table = Table(f"{source} ({split})", keys, iter(()))
+    data, title = table.sequence(sequence_column), table.find(None, NAME_COLUMNS, "")
+    kind = key(keys[data])
+    report.column = keys[data]
+    for number, row in enumerate(_steady(rows, chain([first], stream), f"{source} {split}"), 1):
         place = f"{source} {split} row {number}"
-        name = f"row_{number}" if columns.name is None else str(row[keys[columns.name]])
-        cell = row[keys[columns.data]]
-        if columns.kind == "input_ids":
+        name = f"row_{number}" if title is None else str(row[keys[title]])
+        cell = row[keys[data]]
+        if kind == "input_ids":
             if len(cell or ()) > MAX_ROW_TOKENS:
                 raise ValueError(f"{place}: over {MAX_ROW_TOKENS:,} tokens")
             yield Record(name, place, ids=np.asarray(cell or (), dtype=np.int64))
         else:
-            yield from _text_cell(str(cell or ""), name, place, columns.kind, place)
+            yield from cell_records(str(cell or ""), name, place, report)
+
+
+def _steady(rows: Any, stream: Iterator[Any], place: str) -> Iterator[Any]:
+    """Yield the rows of a data set once each, in order; a broken stream goes on at its row.
+
+    Raises:
+        ValueError: no row came after the last pause of ``HUB_PAUSES``.
+    """
+    done = attempts = 0
+    while True:
         try:
-            row = next(rows, None)
-        except Exception as error:
-            raise ValueError(f"{place}: the stream broke ({_reason(error)}): try again") from None
+            for row in stream:
+                done, attempts = done + 1, 0
+                yield row
+            return
+        except Exception as error:  # the client may raise any error
+            if attempts == len(HUB_PAUSES):
+                raise ValueError(
+                    f"{place} row {done + 1}: the stream broke {attempts + 1} times "
+                    f"({reason(error)}): try again later, or download the files"
+                ) from None
+            pause = HUB_PAUSES[attempts]
+            attempts += 1
+            say(
+                f"{place} row {done + 1}: the stream broke ({reason(error)}): "
+                f"going on at this row in {pause} s"
+            )
+            time.sleep(pause)
+            stream = iter(rows.skip(done))
 
 
 def hub_problem(source: str, error: Exception) -> str:
@@ -420,48 +341,3 @@ def hub_problem(source: str, error: Exception) -> str:
         f"{source}: no such file or directory here, and it cannot be had from the hub ({why}): "
         f"pass --data FILE or --data {BUNDLED_DATA}"
     )
-
-
-class _Columns(NamedTuple):
-    """The columns of a table that hold the protein and its name."""
-
-    kind: str
-    data: int
-    name: int | None
-
-    @classmethod
-    def of(cls, names: Sequence[str], place: str, advice: str = "") -> _Columns:
-        lower = [name.strip().lower() for name in names]
-        kind = next((k for k in ("sequence", "text", "input_ids") if k in lower), None)
-        if kind is None:
-            shown = printable(", ".join(str(name)[:30] for name in names[:8]))
-            raise ValueError(
-                f"{place}: no column 'sequence', 'text' or 'input_ids' among its columns ({shown})"
-                f"{advice or ': rename the one with the residues'}"
-            )
-        title = next((k for k in NAME_COLUMNS if k in lower), None)
-        for column in filter(None, (kind, title)):
-            require_once(lower, column, place)
-        return cls(kind, lower.index(kind), None if title is None else lower.index(title))
-
-
-def _text_cell(text: str, name: str, place: str, kind: str, where: str) -> Iterator[Record]:
-    """Yield the proteins in a cell; a laid-out text may hold several."""
-    if kind == "text" and END_OF_TEXT in text:
-        pieces = [piece for piece in text.split(END_OF_TEXT) if piece.strip()] or [""]
-    else:
-        pieces = [text]
-    for number, piece in enumerate(pieces, start=1):
-        if kind == "text":
-            # Line breaks belong to the layout and are not counted as fixed.
-            piece = _laid_out(piece)
-        if len(piece) > MAX_RESIDUES:
-            _refuse_long(where, number)
-        yield Record(name if len(pieces) == 1 else f"{name}_{number}", place, piece)
-
-
-def _laid_out(text: str) -> str:
-    try:
-        return residues_of(text)
-    except ValueError:
-        return "".join(text.splitlines())

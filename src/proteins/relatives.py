@@ -78,31 +78,55 @@ def aligned(aligner: Any, query: str, target: str) -> tuple[int, int, int]:
     return identical, columns, q_stop - q_start
 
 
-def likeliest_relatives(
-    queries: Sequence[str], targets: Sequence[str], count: int = CANDIDATES
-) -> np.ndarray:
-    """Return the targets whose words are most similar to those of each query.
+class Relatives:
+    """Proteins among which the nearest relatives of others are looked for, by their words.
 
     Similarity is the cosine over words of three residues, weighted by inverse document frequency
     ln(targets / targets with the word).
-
-    Returns:
-        ``(Q, min(count, targets))`` indices, the most similar first.
     """
-    count = min(count, len(targets))
-    words = word_sets(targets)
-    frequency = np.asarray(words.sum(0), dtype=np.float64).ravel()
-    weight = np.log((1 + len(targets)) / (1 + frequency))
-    weighted = _unit_rows(words.multiply(weight).tocsr()).T.tocsr()
-    query_words = _unit_rows(word_sets(queries).multiply(weight).tocsr())
-    nearest = np.zeros((len(queries), count), dtype=np.int64)
-    block = max(1, 20_000_000 // max(1, len(targets)))
-    for start in range(0, len(queries), block):
-        cosine = (query_words[start : start + block] @ weighted).toarray()
-        best = np.argpartition(-cosine, count - 1, axis=1)[:, :count]
-        order = np.argsort(-np.take_along_axis(cosine, best, 1), axis=1, kind="stable")
-        nearest[start : start + block] = np.take_along_axis(best, order, 1)
-    return nearest
+
+    def __init__(self, targets: Sequence[str], candidates: int = CANDIDATES) -> None:
+        """Index the targets, of which ``candidates`` are aligned with each query."""
+        self.targets, self.count = targets, min(candidates, len(targets))
+        words = word_sets(targets)
+        frequency = np.asarray(words.sum(0), dtype=np.float64).ravel()
+        self.weight = np.log((1 + len(targets)) / (1 + frequency))
+        self.words = _unit_rows(words.multiply(self.weight).tocsr()).T.tocsr()
+        self.aligner = local_aligner()
+
+    def likeliest(self, queries: Sequence[str]) -> np.ndarray:
+        """Return the targets ``(Q, count)`` whose words are most similar, the most similar first.
+
+        They are indices.
+        """
+        query_words = _unit_rows(word_sets(queries).multiply(self.weight).tocsr())
+        nearest = np.zeros((len(queries), self.count), dtype=np.int64)
+        block = max(1, 20_000_000 // max(1, len(self.targets)))
+        for start in range(0, len(queries), block):
+            cosine = (query_words[start : start + block] @ self.words).toarray()
+            best = np.argpartition(-cosine, self.count - 1, axis=1)[:, : self.count]
+            order = np.argsort(-np.take_along_axis(cosine, best, 1), axis=1, kind="stable")
+            nearest[start : start + block] = np.take_along_axis(best, order, 1)
+        return nearest
+
+    def identities(self, queries: Sequence[str], show: bool = False) -> dict[str, np.ndarray]:
+        """Return :func:`nearest_identities`, with progress where ``show`` is on."""
+        best = {name: np.zeros(len(queries)) for name in ("identity", "local_identity", "coverage")}
+        nearest = np.full(len(queries), -1, dtype=np.int64)
+        likely = self.likeliest(queries)
+        rows = range(len(queries))
+        for row in progress(rows, len(queries), "aligning", "proteins") if show else rows:
+            query = queries[row]
+            for target in likely[row] if query else ():
+                identical, columns, covered = aligned(
+                    self.aligner, query, self.targets[int(target)]
+                )
+                if identical / len(query) > best["identity"][row]:
+                    best["identity"][row] = identical / len(query)
+                    best["local_identity"][row] = identical / columns
+                    best["coverage"][row] = covered / len(query)
+                    nearest[row] = target
+        return {**best, "target": nearest}
 
 
 def _unit_rows(table: sparse.csr_matrix) -> sparse.csr_matrix:
@@ -116,7 +140,7 @@ def nearest_identities(
 ) -> dict[str, np.ndarray]:
     """Return the identity of each query with its closest target.
 
-    The ``candidates`` of :func:`likeliest_relatives` are aligned locally (Smith & Waterman 1981,
+    The ``candidates`` of :meth:`Relatives.likeliest` are aligned locally (Smith & Waterman 1981,
     BLOSUM62, gaps 11 and 1). Identity is **identical pairs / residues of the query**, for the
     target with the most identical pairs: short matches count little, and 1 means that the whole
     query is part of a target. It is a lower bound, because a relative with few common words may be
@@ -128,21 +152,10 @@ def nearest_identities(
         alignment, gaps included); ``coverage`` (aligned share of the query); ``target``, its index,
         or -1.
     """
-    best = {name: np.zeros(len(queries)) for name in ("identity", "local_identity", "coverage")}
-    nearest = np.full(len(queries), -1, dtype=np.int64)
     if queries and targets:
-        aligner = local_aligner()
-        likely = likeliest_relatives(queries, targets, candidates)
-        for row in progress(range(len(queries)), len(queries), "aligning", "proteins"):
-            query = queries[row]
-            for target in likely[row] if query else ():
-                identical, columns, covered = aligned(aligner, query, targets[int(target)])
-                if identical / len(query) > best["identity"][row]:
-                    best["identity"][row] = identical / len(query)
-                    best["local_identity"][row] = identical / columns
-                    best["coverage"][row] = covered / len(query)
-                    nearest[row] = target
-    return {**best, "target": nearest}
+        return Relatives(targets, candidates).identities(queries, show=True)
+    none = {name: np.zeros(len(queries)) for name in ("identity", "local_identity", "coverage")}
+    return {**none, "target": np.full(len(queries), -1, dtype=np.int64)}
 
 
 def check_profiles(profiles: str | Path) -> tuple[int, bool]:
@@ -265,7 +278,7 @@ def open_profiles(profiles: str | Path) -> Iterator[Any]:
     """Open an HMM file, gzipped or not, as an iterable of pyhmmer's profiles."""
     import pyhmmer
 
-    opened = gzip.open if Path(profiles).suffix == ".gz" else open
+    opened: Any = gzip.open if Path(profiles).suffix == ".gz" else open
     with opened(profiles, "rb") as raw, pyhmmer.plan7.HMMFile(raw) as file:
         yield file
 

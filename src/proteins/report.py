@@ -11,7 +11,9 @@ from typing import Any
 class ReadReport:
     """Counts of proteins read, kept, dropped and fixed.
 
-    ``dropped`` and ``fixed`` map a kind to its count and its first place, a file name and a line.
+    ``dropped``, ``fixed`` and ``noticed`` (kept as it is) map a kind to its count and its first
+    place, a file name and a line. ``column`` is the table's column that was read, ``notes`` are
+    further lines for the user.
     """
 
     source: str = ""
@@ -21,6 +23,9 @@ class ReadReport:
     residues: int = 0
     dropped: dict[str, dict[str, Any]] = field(default_factory=dict)
     fixed: dict[str, dict[str, Any]] = field(default_factory=dict)
+    noticed: dict[str, dict[str, Any]] = field(default_factory=dict)
+    column: str = ""
+    notes: list[str] = field(default_factory=list)
 
     def drop(self, reason: str, place: str, count: int = 1) -> None:
         """Count a dropped protein."""
@@ -29,6 +34,15 @@ class ReadReport:
     def fix(self, kind: str, place: str, count: int = 1) -> None:
         """Count a fixed fault."""
         self._count(self.fixed, kind, place, count)
+
+    def notice(self, kind: str, place: str, count: int = 1) -> None:
+        """Count something strange in a protein that is kept as it is."""
+        self._count(self.noticed, kind, place, count)
+
+    def note(self, line: str) -> None:
+        """Add a line for the user, once."""
+        if line not in self.notes:
+            self.notes.append(line)
 
     @staticmethod
     def _count(counts: dict[str, dict[str, Any]], kind: str, place: str, count: int) -> None:
@@ -57,7 +71,11 @@ class ReadReport:
         lines = [f"{self.source}: {self.read:,} proteins read, {self.kept:,} kept"]
         if self.not_chosen:
             lines[0] += f", {self.not_chosen:,} outside the chosen share"
-        for verb, counts in (("dropped", self.dropped), ("fixed", self.fixed)):
+        if self.column:
+            lines.append(f"  residues from the column {self.column!r}")
+        lines += [f"  {note}" for note in self.notes]
+        verbs = {"dropped": self.dropped, "fixed": self.fixed, "kept": self.noticed}
+        for verb, counts in verbs.items():
             for kind, entry in sorted(counts.items(), key=lambda item: -item[1]["count"]):
                 lines.append(f"  {verb} {entry['count']:,}: {kind} (first at {entry['first']})")
         return lines

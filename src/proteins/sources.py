@@ -2,35 +2,39 @@ r"""Reads and cleans proteins from files or the hub one at a time, and reports e
 
 Sources of the flag ``--data``:
 
-- a directory of parts: ``train``, ``validation``, ``test`` as any of the files below; parquet also
-  in pieces (``train-00000-of-00004.parquet``);
-- a file: FASTA (``.fasta .fa .faa .fas``), plain text with one protein a line (``.txt .seq``), CSV
-  or TSV with a header line (``.csv .tsv``), each also gzipped; parquet (``.parquet .pq``). Plain
-  text that begins with ``>`` is FASTA, and a file of another name is recognised by its first bytes;
+- a directory of parts: ``train``, ``validation`` (or ``val``, ``valid``, ``dev``), ``test`` as any
+  of the files below; parquet also in pieces (``train-00000-of-00004.parquet``);
+- files, also several or a pattern (``'parts/*.fasta.gz'``): FASTA and a3m; plain text with one
+  protein a line, or with end-of-text markers between proteins; tables as CSV, TSV, JSON lines,
+  Excel or parquet; all but the last two also gzipped. A file of another name is recognised by its
+  first lines;
 - a data set on the hub: ``owner/name``, read as a stream.
 
-Tables hold one protein a row in a column ``sequence``, or ``text`` (residues, or ProtGPT2's
-layout), or ``input_ids`` (tokens); a column ``name``, ``id``, ``accession`` or ``entry`` names it.
-A row of tokens is cut into proteins at its end-of-text markers. A first piece without a marker
-before it is dropped, because its beginning is missing; a last piece without a marker after it is a
-protein cut short. Rows are never joined.
+Tables (:mod:`src.proteins.tables`) hold one protein a row in a column ``sequence`` or another usual
+one, ``text`` (residues, or ProtGPT2's layout), or ``input_ids`` (tokens); any other column is named
+by ``--sequence_column``. A row of tokens is cut into proteins at its end-of-text markers. A first
+piece without a marker before it is dropped, because its beginning is missing; a last piece without
+a marker after it is a protein cut short. Rows are never joined.
 
 Faults of an input are fixed, dropped or refused. ``ReadReport`` counts the first two kinds and
 keeps the first place of each:
 
 ==================================================  ==============================================
 fixed                                               lower case; ``*`` at the end; white space;
-                                                    alignment gaps ``-`` and ``.``; CRLF line ends;
-                                                    a byte-order mark (not counted)
-dropped                                             no residues; ``*`` inside; ambiguous residues
-                                                    (B J O U X Z, unless kept); anything else that
-                                                    is no residue; a duplicate (by ``tokenise``); a
-                                                    protein without its beginning (tokens)
-refused, with file and line                         empty file; nothing usable; text before the
-                                                    first header; NUL bytes; carriage returns
-                                                    inside a line; a line over 1 MiB; a protein over
-                                                    100,000 characters; broken or truncated gzip; a
-                                                    gzip that unpacks to over 200 times its size,
+                                                    alignment gaps ``-`` and ``.``; comment lines;
+                                                    line numbers; CRLF line ends; UTF-16; a
+                                                    byte-order mark (not counted)
+dropped                                             no residues (or ``NA``); ``*`` inside; ambiguous
+                                                    residues (B J O U X Z, unless kept) and runs of
+                                                    X; nucleic acids; a protein over 100,000
+                                                    characters; anything else that is no residue;
+                                                    a duplicate (by ``tokenise``); a protein without
+                                                    its beginning (tokens)
+refused, with file and line                         empty file; nothing usable; mostly nucleic
+                                                    acids; text before the first header; NUL bytes;
+                                                    carriage returns inside a line; a table's line
+                                                    over 1 MiB; archives; broken or truncated gzip;
+                                                    a gzip that unpacks to over 200 times its size,
                                                     and parquet likewise; broken CSV or parquet;
                                                     a row with more or fewer cells than the header;
                                                     columns that are missing or there twice
@@ -41,27 +45,42 @@ Memory depends on the longest line or the rows read together, not on the size of
 
 from __future__ import annotations
 
-import re
+import contextlib
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 
+from src.common.cli import printable
 from src.proteins.layouts import (
     AMBIGUOUS_RESIDUES,
     END_OF_TEXT,
     STANDARD_RESIDUES,
     layout,
+    layout_of,
+    tagged,
 )
-from src.proteins.readers import PARQUET, SUFFIXES, Record, file_records, hub_problem, hub_records
+from src.proteins.locations import has_split, hub_split, local_files, on_hub, unread_files
+from src.proteins.readers import Record, file_records, hub_records
 from src.proteins.report import ReadReport
 
+__all__ = [
+    "Protein",
+    "SourceProtein",
+    "has_split",
+    "local_files",
+    "on_hub",
+    "read_entries",
+    "read_proteins",
+]
+
 MAX_NAME = 200
-HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 NO_RESIDUES = "no residues"
 INNER_STOP = "'*' inside"
 AMBIGUOUS = "ambiguous residues (B J O U X Z)"
+RUN_OF_X = "runs of X (a masked or unknown stretch)"
+NUCLEIC = "nucleic acids, not proteins"
 NO_RESIDUE = "characters that are no residues"
 HEADLESS = "the beginning is missing"
 DUPLICATE = "duplicates"
@@ -70,7 +89,15 @@ FINAL_STOP = "'*' at the end"
 WHITE_SPACE = "white space inside"
 GAPS = "alignment gaps"
 CUT_IN_SOURCE = "cut short in the source"
+SAME_NAMES = "names that another protein has, made different"
 OTHER_LAYOUT = "not in ProtGPT2's layout, kept as they are"
+
+LONG_RUN = "X" * 5
+NUCLEIC_SHARE, LEAST_NUCLEIC = 0.95, 15
+"""Letters of A, C, G, T, U and N, and their number, from which a sequence is no protein: one of 15
+residues of usual frequencies has them with a probability of 10⁻⁹."""
+FIRST_LOOK = 200
+"""Sequences after which a source that is nearly all nucleic acids is refused."""
 
 _STANDARD = STANDARD_RESIDUES.encode()
 _LETTERS = (STANDARD_RESIDUES + AMBIGUOUS_RESIDUES).encode()
@@ -86,98 +113,14 @@ class Protein(NamedTuple):
 class SourceProtein(NamedTuple):
     """A protein, with token ids if the source is tokenised.
 
-    ``whole`` is False if the tokens end before the protein does.
+    ``whole`` is False if the tokens end before the protein does; ``title`` is the whole header.
     """
 
     name: str
     residues: str
     ids: np.ndarray | None = None
     whole: bool = True
-
-
-# Finding the files of a source
-
-
-def is_hub_id(source: str) -> bool:
-    """Return whether a source may be the name of a data set on the hub."""
-    return bool(HUB_ID.fullmatch(source)) and Path(source).suffix.lower() not in {*SUFFIXES, ".gz"}
-
-
-def part_files(folder: Path, split: str) -> list[Path]:
-    """Return the files of one part of a directory, in order; none if the part is missing.
-
-    Raises:
-        ValueError: several different files have the part's name.
-    """
-    suffixes = [*SUFFIXES, *(f"{s}.gz" for s, kind in SUFFIXES.items() if kind != PARQUET)]
-    files = [folder / f"{split}{s}" for s in suffixes if (folder / f"{split}{s}").is_file()]
-    pieces = sorted(p for p in folder.glob(f"{split}-*.parquet") if p.is_file())
-    if len(files) > 1 or (files and pieces):
-        names = ", ".join(p.name for p in (files + pieces)[:3])
-        raise ValueError(f"{folder}: several files for the part {split!r} ({names}): keep one")
-    return files or pieces
-
-
-def _path(source: str | Path) -> Path:
-    """Return a source as a path. Raises ``ValueError`` for an empty name (it would mean ``.``)."""
-    if not str(source).strip():
-        raise ValueError("--data is an empty name: pass a file, a directory or a hub data set")
-    return Path(source)
-
-
-def local_files(source: str | Path, split: str | None) -> list[Path] | None:
-    """Return the files to read, or None if the source is a data set on the hub.
-
-    Args:
-        source: a directory, a file or a hub id.
-        split: the part; a single file has only the part ``train``.
-
-    Raises:
-        ValueError: there is no such file, directory or part.
-    """
-    path = _path(source)
-    if path.is_dir():
-        if split is None:
-            raise ValueError(f"{path}: is a directory of parts: give one file of it")
-        files = part_files(path, split)
-        if not files:
-            there = [p for p in ("train", "validation", "test") if part_files(path, p)]
-            raise ValueError(
-                f"{path}: no {split}.fasta.gz (or .fasta, .txt, .csv, .parquet); "
-                f"{'it has ' + ', '.join(there) if there else 'it holds no part at all'}"
-            )
-        return files
-    if path.is_file():
-        if split not in (None, "train"):
-            raise ValueError(
-                f"{path}: is one file and has no {split} part: make a directory of parts with "
-                "scripts/split_data.py"
-            )
-        return [path]
-    if path.exists():
-        raise ValueError(f"{path}: is neither a file nor a directory")
-    if not is_hub_id(str(source)):
-        raise ValueError(f"{source}: there is no such file or directory")
-    return None
-
-
-def has_split(source: str | Path, split: str) -> bool:
-    """Return whether a source has a part of that name; a single file has only ``train``.
-
-    Raises:
-        ValueError: the source is missing, or the hub cannot be reached.
-    """
-    path = _path(source)
-    if path.is_dir():
-        return bool(part_files(path, split))
-    if local_files(source, None) is not None:
-        return split == "train"
-    try:
-        from datasets import get_dataset_split_names
-
-        return split in get_dataset_split_names(str(source))
-    except Exception as error:  # the client may raise any error
-        raise ValueError(hub_problem(str(source), error)) from None
+    title: str = ""
 
 
 # From records to proteins
@@ -194,7 +137,7 @@ def clean(text: str, report: ReadReport, place: str, keep_ambiguous: bool = Fals
     """
     raw = text.encode("utf-8", errors="replace")
     strange = raw.translate(None, _STANDARD)
-    if raw and not strange:
+    if raw and not strange and not is_nucleic(raw):
         return text
     fixes = []
     residues = "".join(text.split())
@@ -213,18 +156,70 @@ def clean(text: str, report: ReadReport, place: str, keep_ambiguous: bool = Fals
     unknown = left.translate(None, _LETTERS)
     if not residues:
         report.drop(NO_RESIDUES, place)
+    elif is_nucleic(residues.encode("utf-8", errors="replace")):
+        report.drop(NUCLEIC, place)
     elif unknown.strip(b"*"):
         odd = next(c for c in residues if c not in STANDARD_RESIDUES + AMBIGUOUS_RESIDUES + "*")
         report.drop(NO_RESIDUE, f"{place}, {odd!r}")
     elif unknown:
         report.drop(INNER_STOP, place)
+    elif LONG_RUN in residues and not keep_ambiguous:
+        report.drop(RUN_OF_X, place)
     elif left and not keep_ambiguous:
         report.drop(AMBIGUOUS, f"{place}, {chr(left[0])!r}")
     else:
         for fix in fixes:
             report.fix(fix, place)
+        if LONG_RUN in residues:
+            report.notice(RUN_OF_X, place)
         return residues
     return None
+
+
+def is_nucleic(letters: bytes) -> bool:
+    """Return whether letters are of DNA or RNA: nearly all A, C, G, T, U or N, no kind missing.
+
+    Args:
+        letters: upper case.
+    """
+    if len(letters) < LEAST_NUCLEIC:
+        return False
+    others = len(letters.translate(None, b"ACGTUN"))
+    if others > (1 - NUCLEIC_SHARE) * len(letters):
+        return False
+    return all(letters.count(c) for c in b"ACG") and (b"T" in letters or b"U" in letters)
+
+
+def require_proteins(report: ReadReport, enough: int = 1) -> None:
+    """Check what was read of a source so far.
+
+    Args:
+        report: of reading.
+        enough: sequences from which nucleic acids decide.
+
+    Raises:
+        ValueError: most are nucleic acids, or the source was read and none is usable.
+    """
+    nucleic = report.dropped.get(NUCLEIC, {"count": 0, "first": ""})
+    if report.read >= enough and 2 * nucleic["count"] > report.read:
+        column = advice = ""
+        if report.column:
+            column = f" of the column {report.column!r}"
+            advice = ", or choose the column of proteins (often sequence_aa) with --sequence_column"
+        raise ValueError(
+            f"{report.source}: {nucleic['count']:,} of {report.read:,} sequences{column} are "
+            f"nucleic acids, the first at {nucleic['first']}: translate them into "
+            f"proteins{advice}"
+        )
+    if enough > 1 or report.kept:
+        return
+    if not report.read:
+        raise ValueError(f"{report.source}: there is no protein in it")
+    reasons = "; ".join(
+        f"{entry['count']:,} dropped: {kind}, first at {entry['first']}"
+        for kind, entry in report.dropped.items()
+    )
+    raise ValueError(f"{report.source}: none of its {report.read:,} proteins is usable ({reasons})")
 
 
 def read_entries(
@@ -234,6 +229,7 @@ def read_entries(
     report: ReadReport | None = None,
     tokenizer: Any = None,
     keep_ambiguous: bool = False,
+    sequence_column: str | None = None,
 ) -> Iterator[SourceProtein]:
     """Yield the proteins of a source, with their tokens if the source has them.
 
@@ -241,30 +237,62 @@ def read_entries(
     """
     report = ReadReport() if report is None else report
     report.source = str(source) if split is None else f"{source} ({split})"
-    files = local_files(source, split)
-    records: Iterable[Record]
-    if files is None:
-        records = hub_records(str(source), split or "train")
-    else:
-        records = (record for path in files for record in file_records(path, report))
-    for record in records:
+    tag = None if tokenizer is None else layout_of(tokenizer).tag
+    for record in _records(source, split, report, sequence_column, tag):
         if record.ids is not None:
             yield from _token_entries(record, report, tokenizer, keep_ambiguous, str(source))
             continue
-        report.read += 1
-        residues = clean(record.text, report, record.place, keep_ambiguous)
+        residues = usable(record, report, keep_ambiguous)
+        if residues is not None and tag is not None:
+            residues = _with_tag(residues, tag, record, report)
         if residues is not None:
-            report.kept += 1
-            report.residues += len(residues)
-            yield SourceProtein(_clean_name(record.name), residues)
-    if not report.read:
-        raise ValueError(f"{source}: there is no protein in it")
-    if not report.kept:
-        reasons = "; ".join(
-            f"{entry['count']:,} dropped: {kind}, first at {entry['first']}"
-            for kind, entry in report.dropped.items()
-        )
-        raise ValueError(f"{source}: none of its {report.read:,} proteins is usable ({reasons})")
+            yield SourceProtein(_clean_name(record.name), residues, title=record.title)
+        if report.read == FIRST_LOOK:
+            require_proteins(report, FIRST_LOOK)
+    require_proteins(report)
+
+
+def _records(
+    source: str | Path,
+    split: str | None,
+    report: ReadReport,
+    sequence_column: str | None,
+    tag: str | None = None,
+) -> Iterable[Record]:
+    files = local_files(source, split)
+    if files is None:
+        part = split or "train"
+        with contextlib.suppress(Exception):  # reading the part itself says what is wrong
+            part = hub_split(str(source), part) or part
+        return hub_records(str(source), part, report, sequence_column)
+    if Path(source).is_dir():
+        unread = unread_files(Path(source))
+        if unread:
+            report.note(f"not read: {printable(', '.join(unread[:10]))}")
+    return (record for path in files for record in file_records(path, report, sequence_column, tag))
+
+
+def _with_tag(residues: str, tag: str, record: Record, report: ReadReport) -> str | None:
+    """Return residues with a record's tag, or None without one; the report counts it."""
+    found = tagged(residues, tag, record.title)
+    if found is None:
+        report.kept -= 1
+        report.residues -= len(residues)
+        report.drop(f"no {tag}=... in the header, or no column {tag}", record.place)
+    return found
+
+
+def usable(record: Record, report: ReadReport, keep_ambiguous: bool = False) -> str | None:
+    """Return a record's residues, or None if it cannot be used; the report counts it."""
+    report.read += 1
+    if record.fault:
+        report.drop(record.fault, record.place)
+        return None
+    residues = clean(record.text, report, record.place, keep_ambiguous)
+    if residues is not None:
+        report.kept += 1
+        report.residues += len(residues)
+    return residues
 
 
 def read_proteins(
@@ -274,15 +302,17 @@ def read_proteins(
     report: ReadReport | None = None,
     tokenizer: Any = None,
     keep_ambiguous: bool = False,
+    sequence_column: str | None = None,
 ) -> Iterator[Protein]:
     """Yield the proteins of a source one by one, cleaned.
 
     Args:
-        source: directory of parts, file or hub id (see the top of this module).
-        split: the part; required for a directory. For a single file ``train`` or None.
+        source: directory of parts, file, several files or hub id (see the top of this module).
+        split: the part; required for a directory. For files ``train`` or None.
         report: filled while reading; complete after the last protein.
         tokenizer: decodes the residues if the source holds tokens.
         keep_ambiguous: keep proteins with B, J, O, U, X or Z.
+        sequence_column: column of residues where the source is a table; None: a usual one.
 
     Yields:
         Proteins, in the order of the source, duplicates included.
@@ -291,9 +321,42 @@ def read_proteins(
         ValueError: the source is missing, broken or without a usable protein.
     """
     for entry in read_entries(
-        source, split=split, report=report, tokenizer=tokenizer, keep_ambiguous=keep_ambiguous
+        source,
+        split=split,
+        report=report,
+        tokenizer=tokenizer,
+        keep_ambiguous=keep_ambiguous,
+        sequence_column=sequence_column,
     ):
         yield Protein(entry.name, entry.residues)
+
+
+def read_distinct_names(
+    source: str | Path, keep_ambiguous: bool = False, sequence_column: str | None = None
+) -> tuple[list[Protein], ReadReport]:
+    """Return all proteins of a file, different ones under different names, and the report.
+
+    A name that another protein has already is replaced by the whole header, or gets a number.
+
+    Raises:
+        ValueError: the source is missing, broken or without a usable protein.
+    """
+    report = ReadReport()
+    residues_of_name: dict[str, str] = {}
+    proteins = []
+    for entry in read_entries(
+        source, report=report, keep_ambiguous=keep_ambiguous, sequence_column=sequence_column
+    ):
+        name = entry.name
+        candidates = [name, _clean_name(entry.title or name)]
+        number = 1
+        while residues_of_name.setdefault(name, entry.residues) != entry.residues:
+            number += 1
+            name = candidates[1] if number == 2 else f"{candidates[1]}_{number - 1}"
+        if name != entry.name:
+            report.fix(SAME_NAMES, name)
+        proteins.append(Protein(name, entry.residues))
+    return proteins, report
 
 
 def _clean_name(name: str) -> str:

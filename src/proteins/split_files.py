@@ -18,7 +18,7 @@ from src.common.files import atomic_folder, is_plain_name, read_json, write_json
 from src.proteins.fasta import FastaRecord, fasta_text
 from src.proteins.homology import CLUSTERS_HEADER, read_clusters
 from src.proteins.report import ReadReport
-from src.proteins.sources import DUPLICATE, read_proteins
+from src.proteins.sources import DUPLICATE, read_distinct_names, read_proteins
 from src.proteins.splits import Split, leakages, sample_train, split_hash
 
 SPLIT_FILE = "split.json"
@@ -31,18 +31,18 @@ LEAKAGE_COUNTS = ("proteins", "identity_30", "identity_50", "any_hit")
 
 
 def read_named(
-    source: str | Path, keep_ambiguous: bool = False
+    source: str | Path, keep_ambiguous: bool = False, sequence_column: str | None = None
 ) -> tuple[dict[str, str], ReadReport]:
     """Return the residues for each name, in the order of the file, and the report of reading.
 
+    Different proteins of one name get different ones
+    (:func:`src.proteins.sources.read_distinct_names`).
+
     Raises:
-        ValueError: the source is broken, or two different proteins share a name.
+        ValueError: the source is broken.
     """
-    proteins: dict[str, str] = {}
-    report = ReadReport()
-    for name, residues in read_proteins(source, report=report, keep_ambiguous=keep_ambiguous):
-        if proteins.setdefault(name, residues) != residues:
-            raise ValueError(f"{source}: two different proteins are called {name}: rename one")
+    listed, report = read_distinct_names(source, keep_ambiguous, sequence_column)
+    proteins = {protein.name: protein.residues for protein in listed}
     repeated = report.kept - len(proteins)
     if repeated:
         report.drop(DUPLICATE, "the same name and residues", repeated)

@@ -11,6 +11,7 @@ import contextlib
 import hashlib
 import json
 import os
+import re
 import shutil
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -22,7 +23,7 @@ from filelock import FileLock, Timeout
 from src.common.cli import progress, say
 from src.common.files import atomic_folder, names_full_disk, sha256_file, write_json
 from src.common.manifest import file_entry, signature
-from src.proteins.layouts import layout
+from src.proteins.layouts import PROTGPT2, layout_of
 from src.proteins.report import ReadReport
 from src.proteins.sources import CUT_IN_SOURCE, DUPLICATE, SourceProtein, local_files, read_entries
 from src.proteins.store import (
@@ -40,6 +41,7 @@ BATCH_RESIDUES = 1 << 18
 """Most residues tokenised together: a tokenizer needs some hundred bytes of memory a token."""
 SMALL_BYTES = 1 << 26
 """Smaller sources are identified by their content, larger ones by path, size and time."""
+_MARKER = re.compile(r"<.*>|\[.*\]")
 LONG_PROTEINS = ("cut", "drop")
 BEYOND = "beyond --max_proteins"
 UNKNOWN_RESIDUES = "residues that the tokenizer does not know"
@@ -129,7 +131,10 @@ def tokenizer_fingerprint(tokenizer: Any) -> str:
         rules.pop("padding", None)
     else:
         rules = {"class": type(tokenizer).__name__, "vocab": tokenizer.get_vocab()}
-    state = json.dumps([rules, tokenizer.eos_token_id], sort_keys=True)
+    parts = [rules, tokenizer.eos_token_id]
+    if layout_of(tokenizer) != PROTGPT2:
+        parts.append(layout_of(tokenizer).template)
+    state = json.dumps(parts, sort_keys=True)
     return hashlib.sha256(state.encode()).hexdigest()
 
 
@@ -138,7 +143,9 @@ def token_letters(tokenizer: Any) -> list[str]:
     special = set(tokenizer.all_special_ids)
     tokens = tokenizer.convert_ids_to_tokens(list(range(len(tokenizer))))
     return [
-        "" if i in special or token is None else "".join(c for c in token if "A" <= c <= "Z")
+        ""
+        if i in special or token is None or _MARKER.fullmatch(token)
+        else "".join(c for c in token if "A" <= c <= "Z")
         for i, token in enumerate(tokens)
     ]
 
@@ -147,8 +154,9 @@ def encode(tokenizer: Any, proteins: Sequence[str]) -> list[list[int]]:
     """Return the token ids of laid-out proteins, whole and without padding."""
     if not proteins:
         return []
+    layout = layout_of(tokenizer)
     return tokenizer(
-        [layout(residues) for residues in proteins],
+        [layout.text(residues) for residues in proteins],
         add_special_tokens=False,
         padding=False,
         truncation=False,
@@ -158,6 +166,8 @@ def encode(tokenizer: Any, proteins: Sequence[str]) -> list[list[int]]:
 
 
 def _require_layout(tokenizer: Any) -> None:
+    if layout_of(tokenizer) != PROTGPT2:
+        return
     marker = tokenizer.eos_token_id
     name = getattr(tokenizer, "name_or_path", "")
     ids = encode(tokenizer, ["M"])[0]
@@ -207,6 +217,7 @@ def tokenise(
     long_proteins: str = "cut",
     max_proteins: int | None = None,
     keep_ambiguous: bool = False,
+    sequence_column: str | None = None,
     quiet: bool = False,
 ) -> TokenisedProteins:
     """Return a source's tokenised proteins in its order, each sequence once.
@@ -226,6 +237,7 @@ def tokenise(
             ``drop`` leaves it out (evaluation, where every protein must be whole).
         max_proteins: stop reading after this number of kept proteins.
         keep_ambiguous: keep proteins with B, J, O, U, X or Z.
+        sequence_column: of a table; None: a usual one.
         quiet: print nothing.
 
     Raises:
@@ -251,6 +263,7 @@ def tokenise(
         "long_proteins": long_proteins,
         "max_proteins": max_proteins,
         "keep_ambiguous": keep_ambiguous,
+        "sequence_column": sequence_column,
     }
     key = hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()[:32]
     root = Path(cache_dir).expanduser() if cache_dir is not None else default_cache_dir()
@@ -266,6 +279,7 @@ def tokenise(
             report=report,
             tokenizer=tokenizer,
             keep_ambiguous=keep_ambiguous,
+            sequence_column=sequence_column,
         )
         _build(temporary, entries, report, tokenizer, settings, quiet)
 
@@ -410,6 +424,20 @@ def _append_batch(
             residues.append(int(counts[row].sum()))
             kept.append(int(number))
     writer.append(names, rows, residues, kept)
+
+
+def held_out(hashes: np.ndarray, share: float, seed: int) -> np.ndarray:
+    """Return which proteins are set aside, ``(proteins,)`` bool: a share, but enough to measure on.
+
+    They are those of :func:`chosen`, and of few proteins the next ones in its order, so that there
+    are at least one of four proteins and two of ten.
+    """
+    aside = chosen(hashes, share, seed)
+    least = 2 if len(hashes) >= 10 else int(len(hashes) >= 4)
+    if aside.sum() < least:
+        rank = _mixed(np.asarray(hashes, np.uint64) ^ _mixed(np.array([seed], np.uint64)))
+        aside[np.argsort(rank, kind="stable")[:least]] = True
+    return aside
 
 
 def _nothing_left(report: ReadReport, settings: dict[str, Any]) -> str:

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from src.loss.divergences import wide
 from src.loss.reference import LossParts
 
 
@@ -28,12 +29,12 @@ class LossSums:
         """Add one batch: the loss parts of each student."""
         rows = []
         for part in parts:
-            positions = part.positions.double()
-            losses = torch.stack([part.hard.double(), part.soft.double()])
+            positions = wide(part.positions)
+            losses = torch.stack([wide(part.hard), wide(part.soft)])
             means = torch.stack([part.mean_weight, part.mean_epsilon, part.teacher_entropy])
-            rows.append(torch.cat([losses, means.double() * positions, positions.reshape(1)]))
+            rows.append(torch.cat([losses, wide(means) * positions, positions.reshape(1)]))
         new = torch.stack(rows)
-        self.values = self.values.to(new.device) + new
+        self.values = self.values.to(new) + new
 
     @classmethod
     def means(cls, values: Tensor, steps: int | None = None) -> list[dict[str, float]]:

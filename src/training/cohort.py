@@ -19,9 +19,10 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from src.common.settings import LossSettings
-from src.distillation import DistillationTrainer, Head
+from src.distillation import DistillationTrainer
+from src.loss.chunks import OutputHead
 from src.loss.reference import LossParts
-from src.models.loading import output_head
+from src.models.forward import final_hidden_states, output_head
 from src.trainer.checkpoints import read_tensors
 
 if TYPE_CHECKING:
@@ -56,13 +57,12 @@ class Cohort(nn.Module):
         position_ids: Tensor | None = None,
     ) -> list[Tensor]:
         """Return the hidden states ``(B, T, E)`` of each student."""
-        inputs: dict[str, Any] = {"input_ids": input_ids}
-        inputs |= {} if attention_mask is None else {"attention_mask": attention_mask}
-        inputs |= {} if position_ids is None else {"position_ids": position_ids}
         hidden = []
         for student in self.students:
             self.before_each(student)
-            hidden.append(student.base_model(**inputs, use_cache=False)[0])  # type: ignore[operator]
+            hidden.append(
+                final_hidden_states(student, input_ids, attention_mask, position_ids)  # type: ignore[arg-type]
+            )
         return hidden
 
 
@@ -113,9 +113,14 @@ class CohortTrainer(DistillationTrainer):
         """The loss settings of each student."""
         return [member.loss for member in self.members]
 
+    def _prove(self, student: PreTrainedModel) -> None:
+        """Find out how each student's logits are made, before they are wrapped for training."""
+        for member in self.members:
+            super()._prove(member.model)
+
     def hidden_states_and_heads(
         self, model: nn.Module, forward: Mapping[str, Tensor]
-    ) -> list[tuple[Tensor, Head]]:
+    ) -> list[tuple[Tensor, OutputHead]]:
         """Return the hidden states ``(B, T, E)`` and the head of each student."""
         states = model(**forward)
         return [

@@ -193,7 +193,7 @@ def model_shape(settings: TrainSettings) -> tuple[Any, int]:
         ValueError: the teacher or the tokenizer is missing or broken.
     """
     if settings.teacher_model is not None:
-        return teacher_shape(settings.teacher_model)
+        return teacher_shape(settings.teacher_model, settings.max_length)
     from src.models.loading import load_tokenizer
     from src.training.inputs import shape_without_teacher
 
@@ -202,7 +202,7 @@ def model_shape(settings: TrainSettings) -> tuple[Any, int]:
     return shape_without_teacher(tokenizer, settings.max_length), 0
 
 
-def teacher_shape(name: str) -> tuple[Any, int]:
+def teacher_shape(name: str, max_length: int = 512) -> tuple[Any, int]:
     """Return a teacher's shape and number of parameters, without loading its weights.
 
     Raises:
@@ -219,8 +219,8 @@ def teacher_shape(name: str) -> tuple[Any, int]:
     from src.models.loading import (
         count_parameters,
         explain_loading,
-        max_positions,
         require_model_directory,
+        student_positions,
     )
 
     require_model_directory(name)
@@ -233,7 +233,7 @@ def teacher_shape(name: str) -> tuple[Any, int]:
             parameters = count_parameters(AutoModelForCausalLM.from_config(config))
         shape = SimpleNamespace(
             vocab_size=config.vocab_size,
-            n_positions=max_positions(config),
+            n_positions=student_positions(config, max_length),
             width=config.hidden_size,
         )
     return shape, parameters
@@ -243,8 +243,10 @@ def local_inputs(
     settings: TrainSettings, device_name: str, cache_dir: str | None
 ) -> Ingredients | None:
     """Return teacher and proteins where both are on this machine, else None."""
+    from src.proteins.locations import on_hub
+
     teacher = settings.teacher_model
-    if not Path(settings.data).exists() or not (teacher is None or Path(teacher).is_dir()):
+    if on_hub(settings.data) or not (teacher is None or Path(teacher).is_dir()):
         return None
     from src.training.inputs import gather
 

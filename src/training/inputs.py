@@ -11,21 +11,26 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 
+from src.common import processes
 from src.common.cli import say
 from src.common.devices import choose_device, choose_precision, weights_dtype
 from src.common.settings import TrainSettings
+from src.models.forward import require_packing
 from src.models.loading import (
     count_parameters,
     load_causal_lm,
     load_tokenizer,
     max_positions,
     model_fingerprint,
+    student_positions,
 )
+from src.models.recognition import settle_layout
 from src.models.sharding import load_sharded
 from src.models.teacher_cache import TeacherCache, capture
 from src.proteins.batching import PackedDataset
+from src.proteins.layouts import layout_of, set_layout
 from src.proteins.sources import has_split
-from src.proteins.tokens import TokenisedProteins, chosen, tokenise
+from src.proteins.tokens import TokenisedProteins, held_out, tokenise
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -62,7 +67,13 @@ class Ingredients:
     def model_shape(self) -> Any:
         """The configuration that decides a student's vocabulary, positions and marker."""
         if self.teacher is not None:
-            return self.teacher.config
+            config = self.teacher.config
+            return SimpleNamespace(
+                vocab_size=config.vocab_size,
+                n_positions=student_positions(config, self.max_length),
+                bos_token_id=config.bos_token_id,
+                eos_token_id=config.eos_token_id,
+            )
         return shape_without_teacher(self.tokenizer, self.max_length)
 
     @property
@@ -104,13 +115,17 @@ def gather(
     max_length = settings.max_length
     if settings.teacher_model is None:
         assert settings.tokenizer is not None
-        tokenizer = load_tokenizer(settings.tokenizer)
+        tokenizer = load_tokenizer(settings.tokenizer, layout=settings.layout)
+        set_layout(tokenizer, layout_of(tokenizer))
     else:
-        tokenizer = load_tokenizer(settings.teacher_model)
+        tokenizer = load_tokenizer(settings.teacher_model, layout=settings.layout)
         teacher, fingerprint = load_teacher(
             settings.teacher_model, precision, device, shard_teacher
         )
-        max_length = min(max_length, max_positions(teacher.config))
+        max_length = max_positions(teacher.config, max_length)
+        settle_layout(teacher, tokenizer, say if processes.is_first() else lambda line: None)
+        if settings.batching == "packed" and not settings.cached_teacher:
+            require_packing(teacher)
     parts = load_parts(settings, tokenizer, max_length, cache_dir)
     return Ingredients(teacher, fingerprint, tokenizer, parts, device, precision, max_length)
 
@@ -142,7 +157,10 @@ def load_parts(
     Raises:
         ValueError: the source is missing or broken, or nothing is left to train on.
     """
-    options: dict[str, Any] = {"cache_dir": cache_dir}
+    options: dict[str, Any] = {
+        "cache_dir": cache_dir,
+        "sequence_column": settings.sequence_column,
+    }
     separate = has_split(settings.data, "validation")
     train = tokenise(
         settings.data,
@@ -157,15 +175,16 @@ def load_parts(
         validation = tokenise(settings.data, "validation", tokenizer, max_length, **options)
     else:
         share = HELD_OUT_SHARE if settings.early_stopping is None else DECIDING_SHARE
-        aside = chosen(train.hashes, share, settings.data_seed + 1)
+        aside = held_out(train.hashes, share, settings.data_seed + 1)
         validation = train.subset(np.flatnonzero(aside))
         train = train.subset(np.flatnonzero(~aside))
     validation = validation.subset(np.arange(min(len(validation), settings.validation_proteins)))
     if not len(train) or not len(validation):
+        more = f"raise --train_size_prop (now {settings.train_size_prop}) or "
         raise ValueError(
             f"--data {settings.data}: {len(train)} training and {len(validation)} validation "
-            f"proteins are left; give more data or raise --train_size_prop "
-            f"(now {settings.train_size_prop})"
+            f"proteins are left, of which each needs one: "
+            f"{more if settings.train_size_prop < 1 else ''}give more proteins"
         )
     return {"train": train, "validation": validation}
 

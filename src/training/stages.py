@@ -18,7 +18,7 @@ import torch
 
 from src.common import processes
 from src.common.cli import duration, quiet_libraries, say, size
-from src.common.devices import describe_device, peak_memory
+from src.common.devices import describe_device, peak_memory, require_one_gpu
 from src.common.files import check_outputs, names_full_disk, remove_unfinished
 from src.common.runs import (
     FINISHED,
@@ -32,9 +32,10 @@ from src.common.runs import (
 )
 from src.common.settings import TrainSettings, as_recorded
 from src.distillation import DistillationTrainer
-from src.evaluation.gates import check_teacher
+from src.evaluation.gates import CHECKED_PROTEINS, check_teacher, sample
 from src.evaluation.results import lookup
-from src.models.loading import count_parameters, keep_head_alone, model_fingerprint
+from src.models.forward import keep_head_alone
+from src.models.loading import count_parameters, model_fingerprint
 from src.models.sizes import total_steps
 from src.models.teacher_cache import TeacherCache
 from src.proteins.tokens import data_summary
@@ -154,6 +155,8 @@ def train(settings: TrainSettings, output_dir: Path, **options: Any) -> dict[str
         ValueError: anything that the user can mend.
     """
     run = RunOptions(output_dir, **options)
+    if processes.count() == 1:
+        require_one_gpu(run.device_name)
     quiet_libraries()
     require_tracker(run.report_to)
     processes.join(run.device_name)
@@ -290,11 +293,12 @@ def models_line(settings: TrainSettings, parameters: int, teacher_parameters: in
 def check(inputs: Ingredients, sharded: bool) -> dict[str, Any]:
     """Return the teacher's check; a sharded teacher is run by all processes, another by one."""
     together = processes.alike if sharded else processes.agreed
-    teacher, parts = inputs.teacher, inputs.parts
+    teacher, train = inputs.teacher, inputs.parts["train"]
     assert teacher is not None
-    return together(
-        lambda: check_teacher(teacher, inputs.tokenizer, parts["validation"], parts["train"])
-    )
+    # Not a measurement of quality: training proteins serve as well, and there are more of them.
+    held_out = inputs.parts["validation"]
+    proteins = sample(train, CHECKED_PROTEINS, 0) + [held_out[i] for i in range(len(held_out))]
+    return together(lambda: check_teacher(teacher, inputs.tokenizer, proteins, train))
 
 
 def fit(

@@ -21,6 +21,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from src.common.settings import LossSettings
+from src.loss.chunks import OutputHead
 from src.loss.fused import StudentStates, fused_distillation_losses
 from src.loss.reference import distillation_loss
 from src.proteins.batching import PaddingCollator
@@ -103,12 +104,13 @@ class LossBench:
 
     def fused(self, rows: slice, tokens: slice) -> Tensor:
         """Return ours."""
-        student = StudentStates(self.hidden[rows, tokens], self.weight, None, self.case.settings)
+        student = StudentStates(
+            self.hidden[rows, tokens], OutputHead(self.weight), self.case.settings
+        )
         (parts,) = fused_distillation_losses(
             [student],
             self.teacher_hidden[rows, tokens],
-            self.teacher_weight,
-            None,
+            OutputHead(self.teacher_weight),
             self.labels[rows, tokens],
             self.mask[rows, tokens],
         )

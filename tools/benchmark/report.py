@@ -19,6 +19,7 @@ SECTIONS = (
     "trl",
     "liger",
 )
+SAMPLED = {"teacher": "small teacher", "student": "2L/4H/160E", "hf_tiny": "hf-tiny"}
 FIGURES = {
     "loss_memory": "loss, peak memory, float32",
     "loss_memory_bf16": "loss, peak memory, bfloat16",
@@ -31,6 +32,12 @@ FIGURES = {
     "online_step_6l768": "step with the teacher online, student 6L/8H/768E",
     "online_step_12l1024": "step with the teacher online, student 12L/16H/1024E",
     "three_students_three_epochs": "three students, three epochs, with the capture",
+    **{
+        f"generation_{model}_{rows}_{side}": f"sampling, {label}, {rows} at a time, against {other}"
+        for model, label in SAMPLED.items()
+        for rows in (1, 16, 256)
+        for side, other in (("ctranslate2", "CTranslate2"), ("generate", "model.generate"))
+    },
     "generation_100": "100 proteins sampled in a batch",
     "evaluation_1000": "1,000 proteins evaluated in batches",
     "evaluation_batches_4096": "the same in batches of 4,096 tokens",
@@ -42,7 +49,7 @@ FIGURES = {
     "liger_loss_time": "loss against Liger's, time",
     "liger_loss_memory": "loss against Liger's, peak memory",
 }
-"""Labels of the ratios, those of earlier results (evaluation_...) included."""
+"""Labels of the ratios, those of earlier results (evaluation_..., generation_100) included."""
 SECTION = "benchmark tables"
 """The generated section of docs/PERFORMANCE.md."""
 

@@ -11,11 +11,10 @@ from __future__ import annotations
 import gc
 import importlib.util
 import shutil
-import statistics
 import tempfile
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, replace
+from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -26,13 +25,12 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from src.common.devices import describe_device
 from src.common.settings import LossSettings, StudentSettings
-from src.evaluation.generation import GenerationSettings, sample_proteins
 from src.evaluation.scoring import score_students
 from src.evaluation.token_statistics import token_statistics
 from src.loss.fused import elementwise_for
 from src.models.loading import build_student, model_fingerprint, student_config
-from src.proteins.layouts import prompt_layout
 from src.training.cohort import CohortTrainer, Member
+from tools.benchmark.generation import generation_section
 from tools.benchmark.loss import LossBench, LossCase, measure_loss_peak, relative_difference
 from tools.benchmark.report import KIND, SCHEMA_VERSION, SECTIONS
 from tools.benchmark.workbench import (
@@ -290,56 +288,7 @@ def trl_section(bench: Workbench) -> dict[str, Any]:
     }
 
 
-# Generation and evaluation -------------------------------------------------------------------
-
-
-@torch.inference_mode()
-def generation_section(bench: Workbench) -> dict[str, Any]:
-    """Compare sampling in a batch with ``model.generate`` one protein at a time, for each token.
-
-    The ways draw other random numbers, so their proteins differ in length: the time for each token
-    is compared. What is checked is that ours samples the same proteins in a batch and alone.
-    """
-    scale, model, tokenizer = bench.scale, bench.small_teacher, bench.tokenizer
-    settings = GenerationSettings(scale.generated, whole_only=False, min_length=1)
-    some = replace(settings, num_sequences=scale.alone, batch_size=1)
-    alone = sample_proteins(model, tokenizer, some).sequences
-    batched = sample_proteins(model, tokenizer, replace(some, batch_size=64)).sequences
-    same = float(statistics.mean(a == b for a, b in zip(alone, batched, strict=True)))
-    require_same("proteins sampled in a batch", {"their share": 1.0 - same}, 0.0)
-    prompt = tokenizer(prompt_layout(), add_special_tokens=False, return_tensors="pt")
-    prompt = {k: prompt[k].to(bench.device) for k in ("input_ids", "attention_mask")}
-    tokens: dict[str, int] = {"one at a time": 0, "in a batch": 0}
-
-    def one_at_a_time() -> None:
-        total = 0
-        for _ in range(scale.alone):
-            out = model.generate(  # type: ignore[operator]
-                **prompt,
-                do_sample=True,
-                max_length=int(model.config.n_positions),
-                top_k=settings.top_k,
-                repetition_penalty=settings.repetition_penalty,
-                pad_token_id=int(tokenizer.pad_token_id),
-            )
-            total += out.shape[1] - prompt["input_ids"].shape[1]
-        tokens["one at a time"] = total
-
-    def in_a_batch() -> None:
-        tokens["in a batch"] = sample_proteins(model, tokenizer, settings).tokens
-
-    torch.manual_seed(0)
-    sides = {"one at a time": one_at_a_time, "in a batch": in_a_batch}
-    seconds = interleave(sides, scale.slow_rounds, bench.synchronise, warm=False, amounts=tokens)
-    return {
-        "checks": {"the same proteins in a batch and alone": same},
-        "measured": {
-            "generation_100": ratio(seconds["one at a time"], seconds["in a batch"])
-            | {"unit": "seconds for each token"}
-        },
-        "proteins": {"one at a time": scale.alone, "in a batch": scale.generated},
-        "tokens_of_the_last_round": tokens,
-    }
+# Evaluation ----------------------------------------------------------------------------------
 
 
 def evaluation_section(bench: Workbench) -> dict[str, Any]:

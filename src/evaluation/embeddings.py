@@ -1,0 +1,230 @@
+"""Hidden states of a model as embeddings of proteins and residues.
+
+The rule from tokens to residues: **a residue gets the hidden state of the token that holds it**.
+Residues that share a token share its vector; markers and line breaks stand for no residue. ``mean``
+is the mean over residues, so a token weighs as many times as it has residues. ``last`` is the
+vector of the last residue, which, in a causal model, has seen the whole protein; that of an early
+residue has seen only what stands before it.
+
+Proteins are worked through in parts of about 1,000, each written when it is done. A run that was
+stopped goes on at the next part; several processes share the parts.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+
+from src.common import processes
+from src.common.cli import progress
+from src.common.files import atomic_write, read_json, remove_folder, write_json
+from src.evaluation.scoring import BATCH_TOKENS, length_batches
+from src.models.forward import accepts, stated_positions
+from src.proteins.batching import padded
+from src.proteins.tokens import encode, token_letters
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+PART = 1000
+"""Proteins of a part."""
+MANIFEST = "parts.json"
+FORMATS = (".parquet", ".npz")
+
+
+@dataclass(frozen=True)
+class EmbeddingSettings:
+    """What is embedded.
+
+    Attributes:
+        layer: 0: the input of the first block; n: the output of the n-th; -1: of the last, after
+            the final norm where the model has one.
+        per_residue: a vector for each residue, in place of ``mean`` and ``last``.
+        batch_size: proteins of a batch, at most.
+    """
+
+    layer: int = -1
+    per_residue: bool = False
+    batch_size: int = 64
+
+
+class TooLong(ValueError):
+    """A protein has more tokens than the model takes."""
+
+
+def check_layer(model: PreTrainedModel, layer: int) -> None:
+    """Raise ``ValueError`` where the model has no such layer."""
+    layers = int(model.config.get_text_config(decoder=True).num_hidden_layers)
+    if not -layers - 1 <= layer <= layers:
+        raise ValueError(f"--layer {layer}: the model has layers 0 to {layers}, or -1 for the last")
+
+
+@torch.inference_mode()
+def residue_embeddings(
+    model: PreTrainedModel,
+    tokenizer: Any,
+    proteins: Sequence[str],
+    settings: EmbeddingSettings | None = None,
+) -> Iterator[tuple[int, np.ndarray]]:
+    """Yield the index of each protein and the vectors of its residues, ``(L, E)`` in float32.
+
+    Proteins come in batches by length, not in their order.
+
+    Args:
+        model: a causal language model in eval mode.
+        tokenizer: its tokenizer.
+        proteins: residues of each.
+        settings: the layer, and the size of a batch.
+
+    Raises:
+        TooLong: a protein does not fit the model.
+        ValueError: the model has no such layer, or the tokens do not spell a protein.
+    """
+    settings = settings or EmbeddingSettings()
+    check_layer(model, settings.layer)
+    rows = [np.asarray(row) for row in encode(tokenizer, proteins)]
+    counts = np.array([len(letters) for letters in token_letters(tokenizer)])
+    limit = stated_positions(model.config) or max(map(len, rows))
+    for protein, row in zip(proteins, rows, strict=True):
+        if len(row) > limit:
+            raise TooLong(f"{len(row)} tokens, and the model takes {limit}")
+        if counts[row].sum() != len(protein):
+            raise ValueError(f"{protein[:20]}...: the tokenizer does not know all its residues")
+    lengths = np.array([len(row) for row in rows])
+    tokens = BATCH_TOKENS.get(model.device.type, BATCH_TOKENS["cuda"])
+    last = settings.layer == -1
+    for batch in length_batches(lengths, settings.batch_size, tokens):
+        ids, mask = (t.to(model.device) for t in padded([rows[i] for i in batch]))
+        inputs: dict[str, Any] = {"input_ids": ids, "attention_mask": mask}
+        if accepts(model, "use_cache"):
+            inputs["use_cache"] = False
+        out = model.base_model(**inputs, output_hidden_states=not last)
+        states = out.last_hidden_state if last else out.hidden_states[settings.layer]  # (B, T, E)
+        states = states.float().cpu().numpy()
+        for index, row in zip(batch, states, strict=True):
+            yield int(index), np.repeat(row[: lengths[index]], counts[rows[index]], axis=0)
+
+
+def pooled(vectors: np.ndarray) -> dict[str, np.ndarray]:
+    """Return ``mean`` and ``last`` ``(E,)`` of the vectors ``(L, E)`` of a protein's residues."""
+    return {"mean": vectors.mean(0, dtype=np.float64).astype(np.float32), "last": vectors[-1]}
+
+
+# Files ---------------------------------------------------------------------------------------
+
+
+def write_embeddings(
+    path: Path,
+    model: PreTrainedModel,
+    tokenizer: Any,
+    proteins: Mapping[str, str] | Sequence[tuple[str, str]],
+    settings: EmbeddingSettings,
+    identity: Mapping[str, Any],
+    say: Callable[[str], None] = lambda line: None,
+) -> None:
+    """Embed proteins and write them to a file, part by part.
+
+    Args:
+        path: ``.parquet`` with a row for each protein (``name``, ``residues``, and lists ``mean``
+            and ``last``, or ``embeddings`` with L x E numbers row after row), or ``.npz`` (arrays
+            ``names``, ``residues``, ``mean`` and ``last`` ``(P, E)``; or ``embeddings`` ``(ΣL, E)``
+            and ``offsets`` ``(P + 1,)``).
+        model: a causal language model in eval mode.
+        tokenizer: its tokenizer.
+        proteins: names and residues.
+        settings: what is embedded.
+        identity: what else decides the result: parts of another are not taken for this one's.
+        say: called with lines for a person, in the first process.
+
+    Raises:
+        ValueError: unfinished parts beside ``path`` are of other settings or proteins.
+    """
+    check_layer(model, settings.layer)
+    entries = list(proteins.items() if isinstance(proteins, Mapping) else proteins)
+    folder = path.with_name(f"{path.name}.parts")
+    starts = range(0, len(entries), PART)
+    wanted = {"settings": asdict(settings), "part": PART, **identity}
+    wanted = json.loads(json.dumps(wanted))
+    if processes.is_first():
+        manifest = folder / MANIFEST
+        if manifest.exists() and read_json(manifest) != wanted:
+            raise ValueError(
+                f"{folder}: parts of other settings, another model or other proteins: delete it"
+            )
+        write_json(manifest, wanted)
+    processes.wait_until((folder / MANIFEST).exists)
+    files = [folder / f"{number:06d}.npz" for number in range(len(starts))]
+    mine = [n for n in range(processes.rank(), len(starts), processes.count())]
+    left = [n for n in mine if not files[n].exists()]
+    if len(left) < len(mine):
+        say(f"{folder}: going on after {len(mine) - len(left)} of {len(mine)} parts")
+    for number in progress(left, len(left), "embedding", f"parts of {PART:,}"):
+        part = entries[starts[number] : starts[number] + PART]
+        arrays = _arrays(model, tokenizer, part, settings)
+        with atomic_write(files[number], "wb") as handle:
+            np.savez(handle, allow_pickle=False, **arrays)
+    if processes.is_first():
+        processes.wait_until(lambda: all(file.exists() for file in files))
+        (_join_parquet if path.suffix == ".parquet" else _join_npz)(path, files)
+        remove_folder(folder)
+
+
+def _arrays(
+    model: PreTrainedModel,
+    tokenizer: Any,
+    entries: Sequence[tuple[str, str]],
+    settings: EmbeddingSettings,
+) -> dict[str, np.ndarray]:
+    residues = [residues for _, residues in entries]
+    found: list[Any] = [None] * len(entries)
+    for index, vectors in residue_embeddings(model, tokenizer, residues, settings):
+        found[index] = vectors if settings.per_residue else pooled(vectors)
+    arrays = {
+        "names": np.array([name for name, _ in entries]),
+        "residues": np.array([len(r) for r in residues]),
+    }
+    if settings.per_residue:
+        return arrays | {"embeddings": np.concatenate(found)}
+    return arrays | {key: np.stack([f[key] for f in found]) for key in ("mean", "last")}
+
+
+def _join_npz(path: Path, files: Sequence[Path]) -> None:
+    parts = [np.load(file) for file in files]
+    joined = {key: np.concatenate([part[key] for part in parts]) for key in parts[0].files}
+    if "embeddings" in joined:
+        joined["offsets"] = np.concatenate([[0], np.cumsum(joined["residues"])])
+    with atomic_write(path, "wb") as handle:
+        np.savez(handle, allow_pickle=False, **joined)
+
+
+def _join_parquet(path: Path, files: Sequence[Path]) -> None:
+    import pyarrow as pa
+    from pyarrow import parquet
+
+    with atomic_write(path, "wb") as handle:
+        writer = None
+        for file in files:
+            part = np.load(file)
+            columns: dict[str, Any] = {
+                "name": pa.array(part["names"].tolist()),
+                "residues": pa.array(part["residues"]),
+            }
+            for key in ("mean", "last"):
+                if key in part.files:
+                    size = part[key].shape[1]
+                    columns[key] = pa.FixedSizeListArray.from_arrays(part[key].ravel(), size)
+            if "embeddings" in part.files:
+                vectors = part["embeddings"]
+                offsets = np.concatenate([[0], np.cumsum(part["residues"])]) * vectors.shape[1]
+                columns["embeddings"] = pa.LargeListArray.from_arrays(offsets, vectors.ravel())
+            table = pa.table(columns)
+            writer = writer or parquet.ParquetWriter(handle, table.schema)
+            writer.write_table(table)
+        if writer is not None:
+            writer.close()

@@ -1,0 +1,87 @@
+"""Log-likelihoods of whole proteins under a model."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from src.evaluation.scoring import EvaluationSettings, protein_nll
+from src.models.forward import stated_positions
+from src.proteins.layouts import layout_of
+from src.proteins.tokens import token_letters
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+
+@dataclass(frozen=True)
+class ProteinScores:
+    """Likelihoods of P proteins: ``nll`` in nats, ``residues`` and predicted ``tokens``, ``(P,)``.
+
+    The NLL of a protein that does not fit the model or its tokenizer is NaN.
+    """
+
+    nll: np.ndarray
+    residues: np.ndarray
+    tokens: np.ndarray
+
+    @property
+    def perplexity_per_residue(self) -> list[float | None]:
+        """exp(NLL / residues) of each protein; None where it does not fit the model."""
+        values = np.exp(self.nll / self.residues)
+        return [float(value) if math.isfinite(value) else None for value in values]
+
+
+def require_known(token: int, vocabulary: int) -> None:
+    """Raise ``ValueError`` where a token has no place in a model's vocabulary."""
+    if token >= vocabulary:
+        raise ValueError("the tokenizer has more tokens than the model: is it another model's?")
+
+
+def score_proteins(
+    model: PreTrainedModel,
+    tokenizer: Any,
+    proteins: Sequence[str],
+    whole: Sequence[bool] | None = None,
+    batch_size: int = 32,
+) -> ProteinScores:
+    """Score proteins under a model: -log p(the laid-out protein after its first token | that).
+
+    Line breaks and, of a whole protein, the end are counted.
+
+    Args:
+        model: a causal language model.
+        tokenizer: its tokenizer.
+        proteins: residues of each.
+        whole: of each, whether its end counts; None: of all.
+        batch_size: proteins scored at a time; they are grouped by length.
+
+    Returns:
+        Their likelihoods: NaN where a protein is longer than the model takes, or its tokens do not
+        spell it, which would be another protein's.
+
+    Raises:
+        ValueError: the model does not know a token.
+    """
+    ends = [True] * len(proteins) if whole is None else whole
+    layout = layout_of(tokenizer)
+    texts = [layout.text(p) if w else layout.prompt(p) for p, w in zip(proteins, ends, strict=True)]
+    rows = [
+        np.asarray(tokenizer(t, add_special_tokens=False, verbose=False)["input_ids"])
+        for t in texts
+    ]
+    counts = np.array([len(letters) for letters in token_letters(tokenizer)])
+    spelt = np.array([counts[row].sum() for row in rows]) == [len(p) for p in proteins]
+    lengths = np.array([len(row) for row in rows], dtype=np.int64)
+    limit = stated_positions(model.config) or lengths.max(initial=0)
+    fits = np.flatnonzero(spelt & (lengths <= limit))
+    require_known(max((int(rows[i].max()) for i in fits), default=0), int(model.config.vocab_size))
+    nll = np.full(len(rows), np.nan)
+    if len(fits):
+        settings = EvaluationSettings(batch_size=batch_size)
+        nll[fits] = protein_nll(model, [rows[i] for i in fits], settings, "scoring")
+    return ProteinScores(nll, np.array([len(p) for p in proteins]), lengths - 1)

@@ -1,0 +1,172 @@
+"""Reads lists of mutants such as ``A12C:D45E`` and makes the proteins that they stand for."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+from src.proteins.layouts import PROTEIN_LETTERS, STANDARD_RESIDUES
+
+WILD_TYPE = ("", "wt", "wildtype", "wild-type", "wild type", "wild_type")
+SEPARATORS = re.compile(r"[:;/+]")
+_ONE = re.compile(r"(?P<prefix>.*?)(?P<wild>[A-Z])(?P<number>-?\d+)(?P<new>[A-Z])$")
+_THREE = re.compile(r"(?:p\.)?(?P<wild>[A-Z][a-z]{2})(?P<number>\d+)(?P<new>[A-Z][a-z]{2})$")
+_NAMES = dict(
+    zip(
+        [
+            "Ala",
+            "Arg",
+            "Asn",
+            "Asp",
+            "Cys",
+            "Gln",
+            "Glu",
+            "Gly",
+            "His",
+            "Ile",
+            "Leu",
+            "Lys",
+            "Met",
+            "Phe",
+            "Pro",
+            "Ser",
+            "Thr",
+            "Trp",
+            "Tyr",
+            "Val",
+        ],
+        "ARNDCQEGHILKMFPSTWYV",
+        strict=True,
+    )
+)
+
+
+class Substitution(NamedTuple):
+    """One residue in place of another; ``number`` and ``prefix`` are as they were written.
+
+    A prefix is what stands before the first residue: ``p.``, a chain or a protein's name.
+    """
+
+    wild: str
+    number: int
+    new: str
+    prefix: str = ""
+
+
+class Numbering(NamedTuple):
+    """Where a list's numbers begin: residue ``number`` is ``residues[number - first]``."""
+
+    first: int
+
+    def __str__(self) -> str:
+        """Say it to a person."""
+        if self.first == 1:
+            return "numbered from 1"
+        if self.first == 0:
+            return "numbered from 0"
+        return f"numbered so that the first residue is {self.first}"
+
+
+def parse_mutant(text: str) -> list[Substitution]:
+    """Return the substitutions of a mutant, none for the wild type.
+
+    ``A12C``, ``A12C:D45E`` (also ``;``, ``/`` or ``+`` between them), ``p.Ala12Cys``, and letters
+    before the first residue (``SA12C``, ``chainA_A12C``), which are kept as its prefix.
+
+    Raises:
+        ValueError: a part is no substitution.
+    """
+    if text.strip().lower() in WILD_TYPE:
+        return []
+    found = []
+    for part in map(str.strip, SEPARATORS.split(text.strip())):
+        three = _THREE.match(part)
+        if three and {three["wild"], three["new"]} <= set(_NAMES):
+            wild, new = _NAMES[three["wild"]], _NAMES[three["new"]]
+            found.append(Substitution(wild, int(three["number"]), new))
+            continue
+        one = _ONE.match(part)
+        if not one or not {one["wild"], one["new"]} <= PROTEIN_LETTERS:
+            raise ValueError(
+                f"{text[:40]!r} is no mutant: write A12C, or A12C:D45E for several substitutions "
+                "(insertions and deletions: give whole sequences)"
+            )
+        found.append(Substitution(one["wild"], int(one["number"]), one["new"], one["prefix"]))
+    return found
+
+
+def numbering(mutants: Sequence[Sequence[Substitution]], residues: str) -> Numbering:
+    """Find where the numbers begin, from the residues that the mutants say they replace.
+
+    From 1 where that fits all of them, else from 0, else the only number that fits.
+
+    Raises:
+        ValueError: none fits, or several do.
+    """
+    places: dict[int, str] = {}
+    for substitution in (s for mutant in mutants for s in mutant):
+        if places.setdefault(substitution.number, substitution.wild) != substitution.wild:
+            raise ValueError(
+                f"mutants: residue {substitution.number} is {places[substitution.number]} in one "
+                f"and {substitution.wild} in another"
+            )
+    low, high = min(places, default=1), max(places, default=1)
+    fitting = [
+        first
+        for first in range(high - len(residues) + 1, low + 1)
+        if all(residues[number - first] == wild for number, wild in places.items())
+    ]
+    for usual in (1, 0):
+        if usual in fitting:
+            return Numbering(usual)
+    if len(fitting) == 1 and len(places) > 2:
+        return Numbering(fitting[0])
+    wrong = next(
+        (
+            n
+            for n, w in sorted(places.items())
+            if not 1 <= n <= len(residues) or residues[n - 1] != w
+        )
+    )
+    there = residues[wrong - 1] if 1 <= wrong <= len(residues) else "beyond its end"
+    raise ValueError(
+        f"mutants: {places[wrong]}{wrong}: the wild type has {there} there, and no other numbering "
+        "fits all of them: are they of this protein?"
+    )
+
+
+def mutated(residues: str, mutant: Sequence[Substitution], first: int = 1) -> str:
+    """Return a wild type with substitutions, numbered from ``first``."""
+    letters = list(residues)
+    for substitution in mutant:
+        letters[substitution.number - first] = substitution.new
+    return "".join(letters)
+
+
+def every_substitution(residues: str) -> list[Substitution]:
+    """Return the 19 other standard residues at every position, numbered from 1."""
+    return [
+        Substitution(wild, number, new)
+        for number, wild in enumerate(residues, start=1)
+        for new in STANDARD_RESIDUES
+        if new != wild
+    ]
+
+
+def read_mutants(given: str) -> list[str]:
+    """Return the mutants of a file with one on each line, or of a list with commas between them.
+
+    Raises:
+        ValueError: there is none.
+    """
+    path = Path(given)
+    if path.is_file():
+        lines = path.read_text(encoding="utf-8-sig").splitlines()
+        found = [line.strip() for line in lines if line.strip() and not line.startswith("#")]
+    else:
+        found = [part.strip() for part in given.split(",") if part.strip()]
+    if not found:
+        raise ValueError(f"--mutants {given}: no mutant in it")
+    return found

@@ -1,0 +1,211 @@
+"""Log-likelihoods of many variants of one protein, and of proteins longer than the model.
+
+Variants share their beginning with the wild type. What the model made of that is computed once; of
+a variant only the tokens from its first difference on are, so that a saturation scan costs half.
+
+A protein that is longer than the model is cut into windows that overlap by half. A residue's
+likelihood comes from the window that shows the model most of what stands before it. Windows begin
+at a line of the layout, and the model takes a window's beginning for that of a protein: the first
+residues of a window are worse than they would be in the whole, which is why they are not counted.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from transformers import DynamicCache
+from transformers.cache_utils import DynamicLayer
+
+from src.common.cli import progress
+from src.evaluation.likelihoods import score_proteins
+from src.models.decoding import cache_argument
+from src.models.forward import stated_positions
+from src.proteins.batching import cut_batches, padded
+from src.proteins.layouts import RESIDUES_PER_LINE, layout_of
+from src.proteins.tokens import encode, token_letters
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+BATCH_ROWS = 64
+BATCH_TOKENS = 2048
+BATCH_LOGITS = 1 << 25
+"""Tokens of a batch, at most, and logits that exist at a time (128 MB)."""
+
+
+WINDOW_TOKENS = 1024
+"""Window of a model that states no longest input."""
+
+
+def variant_nll(
+    model: PreTrainedModel, tokenizer: Any, wild: str, variants: Sequence[str]
+) -> np.ndarray:
+    """Return -log p of each variant's layout, ``(P,)`` in nats, as ``score_proteins`` gives it.
+
+    Args:
+        model: a causal language model.
+        tokenizer: its tokenizer.
+        wild: the protein that the variants resemble.
+        variants: residues of each; of any length.
+
+    Returns:
+        NaN where a variant does not fit the model.
+    """
+    rows = [np.asarray(row) for row in encode(tokenizer, [wild, *variants])]
+    reference, others = rows[0], rows[1:]
+    limit = stated_positions(model.config) or max(map(len, rows))
+    cache = _cache(model)
+    if len(reference) > limit or cache is None or not others:
+        return score_proteins(model, tokenizer, variants).nll
+    shared = np.array([_shared(reference, row) for row in others])  # tokens, at least one
+    counts = np.array([len(letters) for letters in token_letters(tokenizer)])
+    spelt = np.array([counts[row].sum() for row in others]) == [len(v) for v in variants]
+    fits = np.flatnonzero(spelt & (np.array([len(row) for row in others]) <= limit))
+    found = np.full(len(others), np.nan)
+    training = model.training
+    model.eval()
+    try:
+        with torch.inference_mode():
+            _fill(model, cache, reference, others, shared, fits, found)
+    finally:
+        model.train(training)
+    return found
+
+
+def _fill(
+    model: PreTrainedModel,
+    cache: DynamicCache,
+    reference: np.ndarray,
+    others: Sequence[np.ndarray],
+    shared: np.ndarray,
+    fits: np.ndarray,
+    found: np.ndarray,
+) -> None:
+    """Write the NLL of the variants that fit into ``found``."""
+    ids = torch.as_tensor(reference, device=model.device)[None]
+    logits = model(input_ids=ids, use_cache=True, **{cache_argument(model): cache}).logits[0, :-1]
+    nll = F.cross_entropy(logits.float(), ids[0, 1:], reduction="none").double().cpu().numpy()
+    before = np.concatenate([[0.0], np.cumsum(nll)])  # (T,): of the tokens up to each
+    kept: Any = cache.layers
+    layers = [(layer.keys, layer.values) for layer in kept]
+    # Those that differ late first: rows of a batch share what the earliest of them shares.
+    order = fits[np.argsort(-shared[fits], kind="stable")]
+    rest = np.array([len(row) for row in others]) - shared + 1
+    tokens = max(1, min(BATCH_TOKENS, BATCH_LOGITS // int(model.config.vocab_size)))
+    batches = cut_batches(rest, order, BATCH_ROWS, tokens)
+    for batch in progress(batches, len(batches), "scoring", "batches"):
+        start = int(shared[batch].min()) - 1  # tokens whose keys and values are reused
+        inputs, mask = padded([others[i][start:] for i in batch])
+        inputs, mask = inputs.to(model.device), mask.to(model.device)
+        logits = _after(model, layers, start, inputs)[:, :-1]
+        values = F.cross_entropy(
+            logits.reshape(-1, logits.shape[-1]).float(), inputs[:, 1:].reshape(-1),
+            reduction="none",
+        ).view(len(batch), -1)  # fmt: skip
+        sums = (values.double() * mask[:, 1:]).sum(1).cpu().numpy()
+        found[batch] = before[start] + sums
+
+
+def _after(
+    model: PreTrainedModel, layers: Sequence[tuple[Any, Any]], start: int, inputs: Tensor
+) -> Tensor:
+    """Return the logits ``(B, t, V)`` of tokens ``(B, t)`` behind the first ``start`` of others.
+
+    Padding stands behind a row, where nothing that counts sees it.
+    """
+    rows, length = inputs.shape
+    if start == 0:
+        return model(input_ids=inputs, use_cache=False).logits
+    cache = DynamicCache(config=model.config)
+    empty: Any = cache.layers
+    for layer, (keys, values) in zip(empty, layers, strict=True):
+        layer.update(
+            keys[:, :, :start].expand(rows, -1, -1, -1),
+            values[:, :, :start].expand(rows, -1, -1, -1),
+        )
+    return model(input_ids=inputs, use_cache=True, **{cache_argument(model): cache}).logits
+
+
+def _cache(model: PreTrainedModel) -> DynamicCache | None:
+    """Return an empty cache, or None where keys and values are not all that a layer remembers."""
+    cache = DynamicCache(config=model.config)
+    return cache if all(type(layer) is DynamicLayer for layer in cache.layers) else None
+
+
+def _shared(first: np.ndarray, second: np.ndarray) -> int:
+    """Return how many tokens two rows begin with in common, at most all but the last."""
+    length = min(len(first), len(second)) - 1
+    different = np.flatnonzero(first[:length] != second[:length])
+    return int(different[0]) if len(different) else length
+
+
+# Long proteins -------------------------------------------------------------------------------
+
+
+def window_residues(positions: int) -> int:
+    """Return the residues of a window: whole lines that fit even where a token is one residue.
+
+    Raises:
+        ValueError: not two lines fit.
+    """
+    lines = (positions - 4) // (RESIDUES_PER_LINE + 1)
+    if lines < 2:
+        raise ValueError(f"--windows: the model's {positions} positions hold no two lines")
+    return lines // 2 * 2 * RESIDUES_PER_LINE
+
+
+def windows_of(length: int, window: int) -> list[tuple[int, int, int]]:
+    """Return start, stop and first counted residue of each window over a protein."""
+    step = window // 2
+    count = 1 + max(0, math.ceil((length - window) / step))
+    starts = [i * step for i in range(count)]
+    return [(s, min(s + window, length), s + step if s else 0) for s in starts]
+
+
+def windowed_nll(model: PreTrainedModel, tokenizer: Any, residues: str) -> np.ndarray:
+    """Return the NLL of each residue of a protein of any length, ``(L,)`` in nats.
+
+    A token's NLL is shared equally by its residues; that of a token without residues (a line break,
+    the end) belongs to the residue before it, and before the first to that.
+
+    Raises:
+        ValueError: the model's positions hold no window, or the tokens do not spell the protein.
+    """
+    window = window_residues(stated_positions(model.config) or WINDOW_TOKENS)
+    layout = layout_of(tokenizer)
+    found = np.zeros(len(residues))
+    counts = np.array([len(letters) for letters in token_letters(tokenizer)])
+    for start, stop, first in windows_of(len(residues), window):
+        text = residues[start:stop]
+        whole = stop == len(residues)
+        ids = tokenizer(
+            layout.text(text) if whole else layout.prompt(text),
+            add_special_tokens=False,
+            verbose=False,
+        )["input_ids"]
+        sizes = counts[ids]
+        if sizes.sum() != len(text):
+            raise ValueError("the tokenizer does not know all residues of a protein")
+        row = torch.tensor([ids], device=model.device)
+        with torch.inference_mode():
+            logits = model(input_ids=row, use_cache=False).logits[0, :-1].float()
+        values = F.cross_entropy(logits, row[0, 1:], reduction="none").double().cpu().numpy()
+        found[first:stop] = by_residue(values, sizes[1:])[first - start :]
+    return found
+
+
+def by_residue(values: np.ndarray, sizes: np.ndarray) -> np.ndarray:
+    """Share the values ``(T,)`` of tokens among their residues, ``sizes`` of each: ``(L,)``.
+
+    The value of a token without residues goes to the residue before it, or else to the first.
+    """
+    shared = np.repeat(values / np.maximum(sizes, 1), sizes)
+    before = np.maximum(np.cumsum(sizes) - 1, 0)
+    np.add.at(shared, before[sizes == 0], values[sizes == 0])
+    return shared

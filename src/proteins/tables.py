@@ -1,0 +1,427 @@
+"""Reads tables of proteins: CSV and TSV as programs save them, JSON lines, Excel and parquet.
+
+A table's header is the first line with the name of a known column; titles above it are skipped.
+Column names are compared without regard to case, blanks and ``#``. Cells may be divided by commas,
+tabs or semicolons, whatever the file is called.
+"""
+
+from __future__ import annotations
+
+import csv
+import json
+import re
+from collections.abc import Iterable, Iterator, Sequence
+from itertools import chain, islice
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from src.common.cli import printable
+from src.proteins.layouts import PROTEIN_LETTERS
+from src.proteins.lines import (
+    BOMB,
+    EXCEL,
+    FREE_EXPANSION_BYTES,
+    JSON_LINES,
+    MAX_EXPANSION,
+    PARQUET,
+    guarded_lines,
+    reason,
+)
+from src.proteins.parquet import batch_cells, open_parquet
+from src.proteins.report import ReadReport
+
+MAX_ROW_BYTES = 1 << 22
+MAX_ROW_TOKENS = 1 << 20
+SAMPLE = 20
+"""Rows at the beginning among which the header is looked for."""
+SEQUENCE_COLUMNS = (
+    "mutated_sequence",
+    "sequence_aa",
+    "sequence_alignment_aa",
+    "aa_sequence",
+    "amino_acid_sequence",
+    "protein_sequence",
+    "aa_seq",
+    "sequence",
+    "seq",
+    "text",
+    "input_ids",
+)
+"""Columns of residues, the first that is there is read: ProteinGym's, antibodies' (AIRR and OAS,
+whose ``sequence`` holds nucleotides), usual names; ``text`` may be laid out, ``input_ids`` is
+tokens."""
+NAME_COLUMNS = (
+    "name", "id", "accession", "entry", "protein", "header", "sequence_id", "protein_id", "mutant",
+)  # fmt: skip
+OTHER_COLUMNS = ("mutant", "dms_score")
+DIVIDERS = {",": "comma", "\t": "tab", ";": "semicolon"}
+LEAST_PROTEIN = 15
+"""Letters from which a cell is taken for a protein by its look."""
+TITLES = "lines above the header, skipped"
+csv.field_size_limit(MAX_ROW_BYTES)
+
+
+class Table(NamedTuple):
+    """A table with a header.
+
+    Attributes:
+        place: of the file, for messages.
+        columns: names, as they are in the header.
+        rows: ``(number, cells)`` of each row, the number as a person finds it in the file.
+        divider: between the cells; empty where it is not text.
+        advice: what to do where no column of residues is found.
+    """
+
+    place: str
+    columns: list[str]
+    rows: Iterator[tuple[int, list[str]]]
+    divider: str = ""
+    advice: str = ""
+
+    def find(self, wanted: str | None, usual: Sequence[str], flag: str) -> int | None:
+        """Return the place of a column: the wanted one, else the first of the usual ones, or None.
+
+        Raises:
+            ValueError: the wanted column is missing, or a column is there twice.
+        """
+        return find_column(self.columns, wanted, usual, flag, self.place)
+
+    def sequence(self, wanted: str | None) -> int:
+        """Return the place of the column of residues. Raises ``ValueError`` where there is none."""
+        found = self.find(wanted, SEQUENCE_COLUMNS, "--sequence_column")
+        if found is None:
+            raise no_sequence_column(self.columns, self.place, self.advice)
+        return found
+
+
+def key(name: str) -> str:
+    """Return a column's name as names are compared."""
+    return "_".join(str(name).strip().lstrip("#").strip().lower().split())
+
+
+def find_column(
+    columns: Sequence[str], wanted: str | None, usual: Sequence[str], flag: str, place: str
+) -> int | None:
+    """Return a column's place, see :meth:`Table.find`."""
+    keys = [key(name) for name in columns]
+    for name in (wanted,) if wanted else usual:
+        exact = [i for i, column in enumerate(columns) if wanted and column == wanted]
+        found = exact or [i for i, column in enumerate(keys) if column == key(name)]
+        if len(found) > 1:
+            raise ValueError(
+                f"{place}: {len(found)} columns are named {printable(name)!r}: rename or drop all "
+                "but one"
+            )
+        if found:
+            return found[0]
+    if wanted:
+        raise ValueError(
+            f"{place}: no column {printable(wanted)!r} among its columns ({_shown(columns)}): "
+            f"pass {flag}"
+        )
+    return None
+
+
+def no_sequence_column(columns: Sequence[str], place: str, advice: str = "") -> ValueError:
+    """Return the error of a table without a known column of residues."""
+    if "mutant" in map(key, columns):
+        return ValueError(
+            f"{place}: holds mutants and no sequences: pass --wildtype to scripts/score.py"
+        )
+    return ValueError(
+        f"{place}: no column 'sequence', 'text' or 'input_ids' among its columns "
+        f"({_shown(columns)}): {advice or 'pass --sequence_column, the one with the residues'}"
+    )
+
+
+def _shown(columns: Sequence[str]) -> str:
+    more = ", …" if len(columns) > 8 else ""
+    return printable(", ".join(str(name)[:30] for name in columns[:8])) + more
+
+
+def looks_like_protein(cell: str) -> bool:
+    """Return whether a cell holds the letters of a protein, and enough of them."""
+    letters = cell.strip().rstrip("*").upper()
+    return len(letters) >= LEAST_PROTEIN and PROTEIN_LETTERS.issuperset(letters)
+
+
+# Any table
+
+
+def open_table(
+    path: Path, kind: str, report: ReadReport, sequence_column: str | None = None
+) -> Table:
+    """Open a table and find its header.
+
+    Args:
+        path: the file.
+        kind: from :func:`src.proteins.lines.kind_of`.
+        report: counts titles above the header, and notes a table without one.
+        sequence_column: a column that the header has, if the user names one.
+
+    Raises:
+        ValueError: the file is broken, or has no row.
+    """
+    divider = ""
+    if kind == JSON_LINES:
+        rows = _json_rows(path)
+    elif kind == EXCEL:
+        rows = _excel_rows(path, report)
+    elif kind == PARQUET:
+        rows = _parquet_rows(path)
+    else:
+        divider = _divider(path, sequence_column)
+        rows = _delimited_rows(path, divider)
+    first = list(islice(rows, SAMPLE))
+    if not first:
+        raise ValueError(f"{path}: there is no protein in it")
+    at = next((i for i, (_, row) in enumerate(first) if _recognised(row, sequence_column)), None)
+    advice = ""
+    if at is None:
+        filled = [sum(map(bool, row)) for _, row in first]
+        at = filled.index(max(filled))
+        header = first[at][1]
+        proteins = [i for i in range(len(header)) if _all_proteins(first[at + 1 :], i)]
+        with_header = [i for i in proteins if looks_like_protein(header[i])]
+        if len(with_header) == len(proteins) == 1 and not sequence_column:
+            columns = [f"column_{i}" for i in range(1, len(header) + 1)]
+            columns[proteins[0]] = "sequence"
+            if len(columns) > 1:
+                columns[0 if proteins[0] else 1] = "name"
+            report.note(f"no header line: the residues are in column {proteins[0] + 1}")
+            kept = chain(first[at:], rows)
+            return Table(str(path), columns, _checked(kept, columns, path, divider), divider)
+        if proteins:
+            names = ", ".join(printable(header[i])[:30] for i in proteins[:4])
+            advice = f"pass --sequence_column ({names} look{'s' * (len(proteins) == 1)} like it)"
+    if at:
+        report.fix(TITLES, f"{path.name}:{first[0][0]}", at)
+    columns = [cell.strip() for cell in first[at][1]]
+    while columns and not columns[-1]:
+        columns.pop()
+    below = chain(first[at + 1 :], rows)
+    return Table(str(path), columns, _checked(below, columns, path, divider), divider, advice)
+
+
+def _recognised(row: Sequence[str], wanted: str | None) -> bool:
+    known = {key(wanted)} if wanted else {*SEQUENCE_COLUMNS, *OTHER_COLUMNS}
+    return any(key(cell) in known for cell in row)
+
+
+def _all_proteins(rows: Sequence[tuple[int, list[str]]], column: int) -> bool:
+    cells = [row[column] for _, row in rows if len(row) > column]
+    return all(map(looks_like_protein, cells)) if cells else True
+
+
+def _checked(
+    rows: Iterable[tuple[int, list[str]]], columns: Sequence[str], path: Path, divider: str
+) -> Iterator[tuple[int, list[str]]]:
+    """Yield rows with one cell for each column; blank ones at the end are left out."""
+    blank: list[tuple[int, list[str]]] = []
+    for number, row in rows:
+        while len(row) > len(columns) and not row[-1].strip():
+            row.pop()
+        if not any(cell.strip() for cell in row):
+            blank.append((number, [""] * len(columns)))
+            continue
+        if len(row) != len(columns):
+            if row[0].startswith("#"):
+                continue
+            quoted = f": a cell with a {DIVIDERS[divider]} in it needs double quotes"
+            raise ValueError(
+                f"{path}:{number}: {len(row)} cells for {len(columns)} columns"
+                f"{quoted if divider else ''}"
+            )
+        yield from blank
+        blank.clear()
+        yield number, row
+
+
+# Text
+
+
+def _divider(path: Path, wanted: str | None) -> str:
+    """Return what divides a table's cells: the first divider that gives a known header."""
+    usual = "\t" if {".tsv", ".tab"} & {s.lower() for s in path.suffixes} else ","
+    order = [usual, *(d for d in DIVIDERS if d != usual)]
+    lines = [line for _, line in islice(guarded_lines(path, ReadReport()), SAMPLE)]
+    if lines and lines[0].lower().startswith("sep=") and lines[0][4:5] in DIVIDERS:
+        return lines[0][4]
+    for single in (False, True):
+        for divider in order:
+            for line in lines:
+                cells = line.replace('"', "").split(divider)
+                if (single or len(cells) > 1) and _recognised(cells, wanted):
+                    return divider
+    return max(order, key=lambda d: sorted(line.count(d) for line in lines)[len(lines) // 2 :][:1])
+
+
+def _delimited_rows(path: Path, divider: str) -> Iterator[tuple[int, list[str]]]:
+    row_bytes = 0
+
+    def lines() -> Iterator[str]:
+        nonlocal row_bytes
+        # CRLF is the line end of CSV (RFC 4180): not counted as fixed.
+        for number, line in guarded_lines(path, ReadReport()):
+            row_bytes += len(line)
+            if row_bytes > MAX_ROW_BYTES:
+                raise ValueError(f"{path}:{number}: a row of over {MAX_ROW_BYTES:,} bytes")
+            yield "\n" if number == 1 and line.lower().startswith("sep=") else f"{line}\n"
+
+    reader = csv.reader(lines(), delimiter=divider, strict=True)
+    try:
+        for row in reader:
+            row_bytes = 0
+            if row:
+                yield reader.line_num, row
+    except csv.Error as error:
+        raise ValueError(f"{path}:{reader.line_num}: broken CSV ({reason(error)})") from None
+
+
+def _json_rows(path: Path) -> Iterator[tuple[int, list[str]]]:
+    """Yield the columns, which are the keys of the first objects, then the rows of JSON lines."""
+
+    def objects() -> Iterator[tuple[int, dict[str, Any]]]:
+        for number, line in guarded_lines(path, ReadReport()):
+            if not line.strip():
+                continue
+            if number == 1 and line.lstrip().startswith("["):
+                raise ValueError(
+                    f"{path}: is a JSON array: write one object a line (jq -c '.[]' {path.name})"
+                )
+            try:
+                value = json.loads(line)
+            except (ValueError, RecursionError) as error:
+                raise ValueError(f"{path}:{number}: broken JSON ({reason(error)})") from None
+            if not isinstance(value, dict):
+                raise ValueError(f"{path}:{number}: not a JSON object with a column for each key")
+            yield number, value
+
+    rows = objects()
+    first = list(islice(rows, SAMPLE))
+    columns = list(dict.fromkeys(name for _, row in first for name in row))
+    if columns:
+        yield 0, columns
+    for number, row in chain(first, rows):
+        yield number, [_text_of(row.get(name)) for name in columns]
+
+
+def _text_of(value: Any) -> str:
+    if value is None:
+        return ""
+    return value if isinstance(value, str) else json.dumps(value, default=str)
+
+
+def _excel_rows(path: Path, report: ReadReport) -> Iterator[tuple[int, list[str]]]:
+    """Yield the rows of the first sheet of an Excel file; formulas give the values last seen."""
+    try:
+        import openpyxl
+    except ImportError:
+        raise ValueError(
+            f"{path}: Excel needs the package openpyxl: pip install openpyxl, or save the sheet as "
+            "CSV UTF-8"
+        ) from None
+    import warnings
+
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            _refuse_large_excel(path)
+            book = openpyxl.load_workbook(path, read_only=True, data_only=True)
+            sheet = book.worksheets[0]
+            if len(book.worksheets) > 1:
+                report.note(f"the first of {len(book.worksheets)} sheets: {printable(sheet.title)}")
+            sheet.reset_dimensions()
+            for number, cells in enumerate(sheet.iter_rows(values_only=True), start=1):
+                row = ["" if cell is None else str(cell) for cell in cells]
+                if any(row):
+                    yield number, row
+    except ValueError:
+        raise
+    except Exception as error:  # the package raises many kinds
+        raise ValueError(f"{path}: broken Excel file ({reason(error)})") from None
+
+
+def _refuse_large_excel(path: Path) -> None:
+    import zipfile
+
+    with zipfile.ZipFile(path) as archive:
+        unpacked = sum(entry.file_size for entry in archive.infolist())
+    if unpacked > max(FREE_EXPANSION_BYTES, MAX_EXPANSION * path.stat().st_size):
+        raise ValueError(f"{path}: unpacks to more than {MAX_EXPANSION} times its size: {BOMB}")
+
+
+def _parquet_rows(path: Path) -> Iterator[tuple[int, list[str]]]:
+    """Yield the columns, then the rows of a parquet file as text."""
+    names, batches = open_parquet(path)
+    yield 0, names
+    row = 0
+    for batch in batches(names):
+        for values in zip(*(column.to_pylist() for column in batch.columns), strict=True):
+            row += 1
+            yield row, [_text_of(value) for value in values]
+
+
+def parquet_proteins(
+    path: Path, sequence_column: str | None, report: ReadReport
+) -> Iterator[tuple[int, str | None, Any, str]]:
+    """Yield row number, name, cell and kind of column of each row of a parquet file.
+
+    The cell is text, or the ids ``(T,)`` of tokens.
+
+    Raises:
+        ValueError: the file is broken, or has no column of residues of the right type.
+    """
+    columns, batches = open_parquet(path)
+    table = Table(str(path), columns, iter(()))
+    data = table.sequence(sequence_column)
+    name = table.find(None, NAME_COLUMNS, "")
+    kind = key(columns[data])
+    report.column = columns[data]
+    wanted = [columns[data]] + ([] if name in (None, data) else [columns[name]])
+    row = 0
+    for batch in batches(wanted, typed=True):
+        try:
+            cells, titles = batch_cells(batch, kind)
+        except Exception as error:  # of pyarrow, for a damaged page
+            raise ValueError(f"{path}: row {row + 1}: broken parquet ({reason(error)})") from None
+        for cell, title in zip(cells, titles, strict=True):
+            row += 1
+            yield row, title, cell, kind
+
+
+# Cells
+
+
+def number_of(cell: str, place: str, decimal_comma: bool = False) -> float:
+    """Return the number in a cell, NaN where it is empty or says that there is none.
+
+    Args:
+        cell: of a table.
+        place: for the message.
+        decimal_comma: read ``0,5`` as one half.
+
+    Raises:
+        ValueError: the cell holds something else, or an infinite number.
+    """
+    text = cell.strip()
+    if is_missing(text):
+        return float("nan")
+    if decimal_comma and re.fullmatch(r"[+-]?\d*,\d+([eE][+-]?\d+)?", text):
+        text = text.replace(",", ".")
+    try:
+        value = float(text)
+    except ValueError:
+        raise ValueError(f"{place}: {cell[:30]!r} is not a number") from None
+    if value in (float("inf"), float("-inf")):
+        raise ValueError(f"{place}: {cell[:30]!r} is not finite")
+    return value
+
+
+MISSING = {"", "-", "na", "n/a", "nan", "none", "null", "nd", "n.d."}
+
+
+def is_missing(cell: str) -> bool:
+    """Return whether a cell says that there is no value: empty, ``NA``, ``#N/A`` and the like."""
+    text = cell.strip()
+    return text.lower() in MISSING or text.startswith("#")

@@ -1,0 +1,160 @@
+"""Carries a student into other runtimes, and checks there that it is still the same model.
+
+A runtime's package is needed only by whoever exports to it. Every export is verified by the
+log-probabilities of proteins, token by token, against PyTorch's.
+"""
+
+from __future__ import annotations
+
+import importlib
+import tempfile
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+
+from src.proteins.tokens import encode
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+LogProbs = Callable[[Sequence[int]], np.ndarray]
+"""From the T token ids of a protein to the log-probabilities of the tokens after the first and of
+all others in their places, ``(T - 1, V)``."""
+
+
+def require(package: str, install: str) -> Any:
+    """Return a package. Raises ``ValueError`` with the command that installs it."""
+    try:
+        return importlib.import_module(package)
+    except ImportError:
+        raise ValueError(f"this needs {package}: pip install {install}") from None
+
+
+def torch_log_probs(model: PreTrainedModel) -> LogProbs:
+    """Return the log-probabilities of a model in PyTorch."""
+
+    @torch.inference_mode()
+    def log_probs(ids: Sequence[int]) -> np.ndarray:
+        logits = model(input_ids=torch.tensor([list(ids)])).logits[0, :-1]
+        return logits.float().log_softmax(-1).numpy()
+
+    return log_probs
+
+
+def to_ctranslate2(
+    model: PreTrainedModel, tokenizer: Any, folder: Path, quantization: str | None = None
+) -> None:
+    """Write a model for CTranslate2 into a folder.
+
+    Args:
+        model: one that CTranslate2's converter knows, GPT-2 among them.
+        tokenizer: its tokenizer; tokens that the model has beside it get names.
+        folder: must not exist.
+        quantization: None: float32; ``int8``, ``float16``, ...
+
+    Raises:
+        ValueError: CTranslate2 is not installed, or does not know the model.
+    """
+    require("ctranslate2", "ctranslate2")
+    from ctranslate2.converters import (  # pyright: ignore[reportMissingImports]
+        TransformersConverter,
+    )
+
+    with tempfile.TemporaryDirectory() as work:
+        model.save_pretrained(work)
+        if (beyond := int(model.config.vocab_size) - len(tokenizer)) > 0:
+            tokenizer = type(tokenizer).from_pretrained(_saved(tokenizer, work))
+            tokenizer.add_tokens([f"<unused{i}>" for i in range(beyond)])
+        tokenizer.save_pretrained(work)
+        TransformersConverter(work).convert(str(folder), quantization=quantization)
+
+
+def _saved(tokenizer: Any, folder: str) -> str:
+    tokenizer.save_pretrained(folder)
+    return folder
+
+
+def ctranslate2_log_probs(folder: Path, threads: int = 0) -> LogProbs:
+    """Return the log-probabilities of a model that CTranslate2 runs on the CPU."""
+    engine = require("ctranslate2", "ctranslate2").Generator(str(folder), intra_threads=threads)
+
+    def log_probs(ids: Sequence[int]) -> np.ndarray:
+        found = engine.forward_batch([list(map(int, ids))], return_log_probs=True)
+        return np.array(found)[0, :-1]
+
+    return log_probs
+
+
+def to_onnx(model: PreTrainedModel, path: Path) -> None:
+    """Write a model as ONNX: ``input_ids`` ``(B, T)`` to ``logits`` ``(B, T, V)``, without a cache.
+
+    It scores and embeds proteins; sampling with it would compute every token anew.
+
+    Raises:
+        ValueError: a package is missing.
+    """
+    require("onnx", "onnx onnxscript")
+    require("onnxscript", "onnx onnxscript")
+
+    class Logits(torch.nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.model = model
+
+        def forward(self, input_ids: torch.Tensor) -> torch.Tensor:
+            return self.model(input_ids=input_ids, use_cache=False).logits
+
+    batch, tokens = torch.export.Dim("batch"), torch.export.Dim("tokens")
+    torch.onnx.export(
+        Logits().eval(), (torch.zeros((2, 7), dtype=torch.long),), path, dynamo=True,
+        input_names=["input_ids"], output_names=["logits"], external_data=False, verbose=False,
+        dynamic_shapes={"input_ids": {0: batch, 1: tokens}},
+    )  # fmt: skip
+
+
+def onnx_log_probs(path: Path) -> LogProbs:
+    """Return the log-probabilities of a model that ONNX Runtime runs on the CPU."""
+    runtime = require("onnxruntime", "onnxruntime")
+    session = runtime.InferenceSession(str(path), providers=["CPUExecutionProvider"])
+
+    def log_probs(ids: Sequence[int]) -> np.ndarray:
+        (logits,) = session.run(None, {"input_ids": np.array([list(ids)], dtype=np.int64)})
+        return torch.from_numpy(logits)[0, :-1].log_softmax(-1).numpy()
+
+    return log_probs
+
+
+def compare(
+    reference: LogProbs, other: LogProbs, tokenizer: Any, proteins: Sequence[str]
+) -> dict[str, float]:
+    """Compare a model in two runtimes on proteins.
+
+    Returns:
+        ``largest_difference`` of a token's log-probability (of those that came), ``kl``
+        KL(reference‖other) and ``nll`` and ``reference_nll``, in nats a token.
+    """
+    largest = kl = nll = reference_nll = 0.0
+    count = 0
+    for ids in encode(tokenizer, proteins):
+        ours, theirs = reference(ids).astype(np.float64), other(ids).astype(np.float64)
+        came = np.arange(len(ids) - 1), np.array(ids[1:])
+        largest = max(largest, float(np.abs(ours[came] - theirs[came]).max()))
+        kl += float((np.exp(ours) * (ours - theirs)).sum())
+        nll -= float(theirs[came].sum())
+        reference_nll -= float(ours[came].sum())
+        count += len(ids) - 1
+    return {
+        "largest_difference": largest,
+        "kl": kl / count,
+        "nll": nll / count,
+        "reference_nll": reference_nll / count,
+        "tokens": count,
+    }
+
+
+def perplexity_factor(comparison: dict[str, float]) -> float:
+    """Return the perplexity a token in the other runtime over that in the reference."""
+    return float(np.exp(comparison["nll"] - comparison["reference_nll"]))

@@ -1,0 +1,74 @@
+"""One token at a time: the logits are those of a whole pass, whatever rows come and go."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from transformers import LlamaConfig, LlamaForCausalLM
+
+from src.models import decoding
+from src.models.decoding import Decoder, is_plain_gpt2
+
+
+def llama():
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=64, hidden_size=16, intermediate_size=32, num_hidden_layers=2,
+        num_attention_heads=4, num_key_value_heads=2, max_position_embeddings=256,
+        initializer_range=0.4,
+    )  # fmt: skip
+    return LlamaForCausalLM(config).eval()
+
+
+@pytest.mark.parametrize("kind", ["gpt2", "gpt2 of transformers", "llama", "scaled", "relu"])
+def test_logits_are_those_of_a_whole_pass(tiny_lm, monkeypatch, kind):
+    if kind == "llama":
+        model = llama()
+    elif kind == "scaled":
+        model = tiny_lm(scale_attn_by_inverse_layer_idx=True, scale_attn_weights=False, n_inner=24)
+    else:
+        model = tiny_lm(activation_function="relu" if kind == "relu" else "gelu_new")
+    model = model.double()
+    if kind == "gpt2 of transformers":
+        monkeypatch.setattr(decoding, "is_plain_gpt2", lambda model: False)
+    assert decoding.is_plain_gpt2(model) == (kind in ("gpt2", "scaled", "relu"))
+    generator = torch.Generator().manual_seed(0)
+    prompt = [0, 5, 9]
+    decoder = Decoder(model, torch.tensor(prompt))
+    rows: list[list[int]] = []
+    with torch.inference_mode():
+        for step in range(170):  # past the room that the cache gets ahead
+            if step in (0, 3, 100):
+                rows += [list(prompt) for _ in range(3)]
+                decoder.begin(3)
+            for row in (1, 0) if step in (40, 120) else ():
+                rows[row] = rows[-1]
+                rows.pop()
+                decoder.drop(row)
+            logits = decoder.step(torch.tensor([row[-1] for row in rows]))
+            if step % 13 == 0 or step in (1, 4, 41, 101, 121):
+                for row, found in zip(rows, logits, strict=True):
+                    torch.testing.assert_close(found, model(torch.tensor([row])).logits[0, -1])
+            drawn = torch.randint(0, 64, (len(rows),), generator=generator).tolist()
+            for row, token in zip(rows, drawn, strict=True):
+                row.append(token)
+            assert decoder.lengths == [len(row) for row in rows]
+    assert decoder.bytes_of_a_row() == 2 * 2 * 256 * 8 * (8 if kind == "llama" else 16)
+
+
+def test_what_is_not_gpt2_itself_runs_in_transformers(tiny_lm):
+    model = tiny_lm()
+    assert is_plain_gpt2(model)
+    model.transformer.h[0].mlp.c_fc = torch.nn.Linear(16, 64)  # as an adapter would
+    assert not is_plain_gpt2(model)
+
+
+def test_windows_of_attention_are_refused(tiny_lm):
+    from transformers import MistralConfig, MistralForCausalLM
+
+    config = MistralConfig(
+        vocab_size=64, hidden_size=16, intermediate_size=32, num_hidden_layers=1,
+        num_attention_heads=2, num_key_value_heads=2, sliding_window=8,
+    )  # fmt: skip
+    with pytest.raises(ValueError, match="sampling needs full attention"):
+        Decoder(MistralForCausalLM(config).eval(), torch.tensor([0, 1]))
