@@ -16,13 +16,17 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from src.common.settings import LossSettings
 from src.loss.fused import StudentStates, fused_distillation_losses
 from src.loss.reference import distillation_loss
+from src.models.decoding import Decoder, sampling_room
 from src.models.forward import (
     NotCausalError,
     final_hidden_states,
     head_form,
     keeps_packed_apart,
     output_head,
+    require_packing,
+    stated_positions,
 )
+from src.models.loading import max_positions, student_positions
 from src.models.teacher_cache import capture
 
 VOCABULARY = 40
@@ -255,3 +259,49 @@ def test_a_cache_of_a_capped_teacher_holds_its_own_figures(tmp_path):
     log_probs = own.log_softmax(-1)
     assert torch.allclose(figures[:, 0], -(log_probs.exp() * log_probs).sum(-1), atol=1e-4)
     assert torch.allclose(figures[:, 1], own.amax(-1), atol=1e-5)
+
+
+SAMPLED = {"mistral": 16, "llama": 64, "bloom": 30, "gemma2": 16}
+"""Most tokens of a sampled row: positions, window, or what is asked for."""
+
+
+@pytest.mark.parametrize("name", SAMPLED)
+@torch.no_grad()
+def test_tokens_sampled_one_by_one_follow_the_models_own_logits(name):
+    """Rows of different lengths, up to the length at which a window would slide."""
+    model = build(name)
+    room = sampling_room(model, 30 if name == "bloom" else None)
+    assert room == SAMPLED[name]
+    ids, _ = rows(room, room)
+    decoder = Decoder(model, ids[0, :2], room)
+    decoder.begin(2)
+    for width in range(2, room):
+        logits = decoder.step(ids[:, width - 1] if width > 2 else ids[0, 1].repeat(2))
+        own = [model(input_ids=row[None, :width]).logits[0, -1] for row in prompted(ids)]
+        assert torch.allclose(logits, torch.stack(own), atol=1e-4)
+
+
+def prompted(ids: torch.Tensor) -> torch.Tensor:
+    """Return rows that begin with the first row's two tokens."""
+    return torch.cat([ids[:1, :2].repeat(len(ids), 1), ids[:, 2:]], 1)
+
+
+@pytest.mark.parametrize("name", ["mamba", "rwkv", "openai-gpt", "jamba"])
+def test_what_cannot_be_sampled_says_so(name):
+    with pytest.raises(ValueError, match="proteins cannot be sampled from it"):
+        sampling_room(build(name), 20)
+
+
+def test_a_model_without_a_longest_input_asks_for_one():
+    model = build("bloom")
+    assert stated_positions(model.config) is None
+    with pytest.raises(ValueError, match="states no longest input.*--max_length"):
+        max_positions(model.config)
+    assert max_positions(model.config, 30) == 30
+    assert student_positions(model.config, 30) == 30
+
+
+def test_packing_is_refused_where_proteins_see_each_other():
+    require_packing(build("llama"))
+    with pytest.raises(ValueError, match="--batching packed: in BloomForCausalLM"):
+        require_packing(build("bloom"))

@@ -820,7 +820,7 @@ LONG = "MKVLAAGITMSTNPKPQRKTKRN"
         ("a.tsv", f"name,sequence\nx,{A}\n", [A]),
         ("a.csv", f"x,{LONG}\ny,{LONG}\n", [LONG, LONG]),
         ("a.tsv", f"sequence\tsequence_aa\nATGGCT\t{A}\n", [A]),
-        ("a.jsonl", f'{{"id": "x", "sequence": "{A}"}}\n\n{{"sequence": "{B}", "y": 1}}\n', [A, B]),
+        ("a.jsonl", f'{{"id": "x", "sequence": "{A}"}}\n\n{{"sequence": "{B}"}}\n', [A, B]),
         ("a.dat", f'{{"Sequence": "{A}"}}\n', [A]),
         ("a.csv", f'"{{""Run"": ""X""}}"\nsequence,sequence_alignment_aa\nATG,{A}\n', [A]),
     ],

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import re
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -68,7 +69,7 @@ def test_a_missing_package_is_named(folder, refusal, monkeypatch):
     def missing(name):
         raise ImportError(name)
 
-    monkeypatch.setattr(x.importlib, "import_module", missing)
+    monkeypatch.setattr(x, "importlib", SimpleNamespace(import_module=missing))
     message = refusal(run(folder, "--to", "ctranslate2"))
     assert "this needs ctranslate2: pip install ctranslate2" in message
 

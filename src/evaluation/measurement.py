@@ -27,8 +27,8 @@ from src.evaluation.metrics import MODELS, compute_metrics
 from src.evaluation.results import put_estimate
 from src.evaluation.scoring import EvaluationSettings, Proteins, Scores, score_students
 from src.evaluation.statistics import Estimate, cluster_bootstrap, plain_estimates
-from src.models.loading import count_parameters
 from src.models.sizes import threshold_for
+from src.models.weights import count_parameters
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel

@@ -34,9 +34,10 @@ from src.evaluation.measurement import Evaluation, evaluate_students
 from src.evaluation.results import check_figures, lookup, read_results, write_results
 from src.evaluation.scoring import EvaluationSettings
 from src.experiments.grids import Cell, Grid, read_rates, settings_key
-from src.models.loading import count_parameters, load_causal_lm, model_fingerprint
+from src.models.loading import load_causal_lm, model_fingerprint
 from src.models.sizes import total_steps
 from src.models.teacher_cache import TeacherCache
+from src.models.weights import count_parameters
 from src.proteins.sources import has_split, on_hub, read_proteins
 from src.proteins.tokens import TokenisedProteins, tokenise
 from src.trainer.callbacks import ConsoleProgress

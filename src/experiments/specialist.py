@@ -32,7 +32,8 @@ from src.evaluation.generation import score_proteins
 from src.evaluation.measurement import write_per_protein
 from src.evaluation.results import put_estimate
 from src.evaluation.statistics import cluster_bootstrap
-from src.models.loading import count_parameters, load_causal_lm, load_tokenizer, shape_of
+from src.models.loading import load_causal_lm, load_tokenizer, shape_of
+from src.models.weights import count_parameters
 from src.proteins.fasta import FastaRecord, write_fasta
 from src.proteins.sources import Protein, read_proteins
 from src.training.stages import train

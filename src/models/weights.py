@@ -8,7 +8,6 @@ that size is built.
 from __future__ import annotations
 
 import math
-import pickle
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -84,13 +83,14 @@ def _pickled_sizes(path: Path) -> list[int]:
         ValueError: the file has something else than tensors; PyTorch's ``weights_only`` loader,
             which runs no code, stops there.
     """
-    load = {"map_location": "meta", "weights_only": True}
     try:
         try:
-            held = torch.load(path, mmap=True, **load)
+            held = torch.load(path, map_location="meta", mmap=True, weights_only=True)
         except RuntimeError:  # the form before PyTorch 1.6 cannot be mapped
-            held = torch.load(path, **load)
-    except pickle.UnpicklingError as error:
+            held = torch.load(path, map_location="meta", weights_only=True)
+    except Exception as error:  # damaged files raise errors of many types
+        if type(error).__name__ != "UnpicklingError":
+            raise
         raise ValueError(
             f"{path.name} holds more than tensors, which may be code and is never run "
             f"({one_line(error)[:60]}): ask for model.safetensors"

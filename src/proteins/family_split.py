@@ -192,8 +192,8 @@ def split_family(
             break
     rng.shuffle(parts["train"])
     notes = []
-    within = not parts["validation"]
-    if within:
+    drawn_at_random = not parts["validation"]
+    if drawn_at_random:
         size = wanted["validation"]
         parts["validation"], parts["train"] = parts["train"][:size], parts["train"][size:]
         notes.append(
@@ -201,12 +201,12 @@ def split_family(
             "drawn at random and have close relatives in train, so early stopping comes late"
         )
     clusters = {name: group[0] for group in groups for name in group}
-    shared = frozenset(clusters.values()) if within else frozenset()
     tested = parts["test"]
     notes += test_notes(len(tested), len({clusters[n] for n in tested}), settings.test_identity)
     if not tested:
         del parts["test"]
     report = {"all_clusters": len(groups), "leakage": _leakage(parts, hits, settings)}
+    shared = frozenset(clusters[n] for n in parts["validation"]) if drawn_at_random else frozenset()
     return FamilySplit(Split(parts, clusters, report, shared), settings, notes)
 
 

@@ -216,12 +216,8 @@ def teacher_shape(name: str, max_length: int = 512) -> tuple[Any, int]:
     import torch
     from transformers import AutoConfig, AutoModelForCausalLM
 
-    from src.models.loading import (
-        count_parameters,
-        explain_loading,
-        require_model_directory,
-        student_positions,
-    )
+    from src.models.loading import require_model_directory, student_positions
+    from src.models.weights import count_parameters, explain_loading
 
     require_model_directory(name)
     with explain_loading("model", name):
@@ -256,8 +252,8 @@ def local_inputs(
 
 def time_steps(settings: TrainSettings, inputs: Ingredients) -> Timing:
     """Train a few steps in a temporary directory and return their time; nothing is kept."""
-    from src.models.loading import count_parameters
     from src.models.sizes import total_steps
+    from src.models.weights import count_parameters
     from src.trainer.callbacks import ConsoleProgress, MetricsFile
     from src.training.assembly import build_arguments, build_trainer, initial_student
     from src.training.inputs import training_rows

@@ -17,7 +17,6 @@ from src.common.devices import choose_device, choose_precision, weights_dtype
 from src.common.settings import TrainSettings
 from src.models.forward import require_packing
 from src.models.loading import (
-    count_parameters,
     load_causal_lm,
     load_tokenizer,
     max_positions,
@@ -27,6 +26,7 @@ from src.models.loading import (
 from src.models.recognition import settle_layout
 from src.models.sharding import load_sharded
 from src.models.teacher_cache import TeacherCache, capture
+from src.models.weights import count_parameters
 from src.proteins.batching import PackedDataset
 from src.proteins.layouts import layout_of, set_layout
 from src.proteins.sources import has_split

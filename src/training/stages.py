@@ -35,9 +35,10 @@ from src.distillation import DistillationTrainer
 from src.evaluation.gates import CHECKED_PROTEINS, check_teacher, sample
 from src.evaluation.results import lookup
 from src.models.forward import keep_head_alone
-from src.models.loading import count_parameters, model_fingerprint
+from src.models.loading import model_fingerprint
 from src.models.sizes import total_steps
 from src.models.teacher_cache import TeacherCache
+from src.models.weights import count_parameters
 from src.proteins.tokens import data_summary
 from src.trainer.checkpoints import newest_valid
 from src.trainer.early_stopping import outcome, outcome_line, validation_standing
