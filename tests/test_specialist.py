@@ -279,7 +279,11 @@ def test_bad_input_is_one_line(tmp_path, refusal, model_dir):
     one = tmp_path / "one.fasta"
     one.write_text(">a\nMKTAYIAKQR\n")
     out = tmp_path / "out"
-    for path, words in ((dna, "DNA"), (one, "at least 10"), (tmp_path / "no.fasta", "no such")):
+    for path, words in (
+        (dna, "nucleic acids"),
+        (one, "at least 10"),
+        (tmp_path / "no.fasta", "no such"),
+    ):
         line = refusal(
             main(["--family", str(path), "--model", str(model_dir), "--output_dir", str(out)])
         )

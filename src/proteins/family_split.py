@@ -8,7 +8,6 @@ what cannot be judged then.
 from __future__ import annotations
 
 import random
-from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -28,8 +27,6 @@ VALIDATION_CLUSTER = 1.5
 TEST_CLUSTERS = (0.5, 1.5)
 """A held-out cluster is at most this share of what its part is to have. Two clusters in the test
 give an interval; the second share is tried if no cluster is as small as the first."""
-NUCLEOTIDES = frozenset("ACGTN")
-NUCLEOTIDE_SHARE = 0.95
 GROUP_SHARE = 0.1
 LEAST_GROUP = 3
 """A second group of relatives of so many members, and this share of all, is a second family."""
@@ -70,19 +67,13 @@ def read_family(
         announce: called with a line for each kind of protein left out.
 
     Raises:
-        ValueError: the file is broken, holds DNA, or fewer than ten different proteins that fit.
+        ValueError: the file is broken, or holds fewer than ten different proteins that fit.
     """
     if Path(path).is_dir():
         raise ValueError(f"--family {path}: is a directory without train and validation parts")
     proteins, report = read_named(path)
     for line in report.lines():
         announce(line)
-    letters = Counter("".join(proteins.values()))
-    if sum(letters[n] for n in NUCLEOTIDES) >= NUCLEOTIDE_SHARE * letters.total():
-        raise ValueError(
-            f"--family {path}: nearly all letters are A, C, G, T or N: this is DNA; translate it "
-            "into proteins first"
-        )
     distinct: dict[str, str] = {}
     for name, residues in proteins.items():
         distinct.setdefault(residues, name)
