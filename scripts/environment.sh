@@ -22,7 +22,7 @@ make_environment() {
         echo "making .venv with $("$python" --version)"
         "$python" -m venv .venv
     fi
-    stamp="$(cat requirements.txt "$requirements" constraints.txt | cksum | cut -d' ' -f1)"
+    stamp="$(cat requirements*.txt constraints.txt | cksum | cut -d' ' -f1)"
     marker=".venv/installed-$(basename "$requirements" .txt)-$stamp"
     if [ ! -e "$marker" ]; then
         echo "installing $requirements (the first time takes a few minutes)"

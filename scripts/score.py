@@ -31,12 +31,16 @@ def build_parser() -> argparse.ArgumentParser:
     add = parser.add_argument_group("what to score").add_argument
     add("--model", required=True, help="directory or hub id")
     add("--teacher_model", help="a second model, to score beside it")
-    add("--input", type=Path, help="proteins: FASTA, text, CSV or TSV, gzipped or not")
-    add("--wildtype", help="in place of --input: residues, or a file with one protein")
+    add("--input", type=Path, help="proteins: FASTA, text, CSV, TSV, Excel and others")
+    add(
+        "--wildtype",
+        help="residues, or a file with one protein: of the next two flags, or of a table in "
+        "--input that has mutants and no sequences",
+    )
     add("--mutants", help="of it: A12C:D45E,G5A, or a file with one on each line")
     add("--scan", action="store_true", help="every single substitution of it")
     add("--layout", help=LAYOUT_HELP)
-    add("--sequence_column", help="of a table (default: mutated_sequence or sequence)")
+    add("--sequence_column", help="column of the residues in a table (default: a usual name)")
     add("--score_column", help="measured fitness (default: DMS_score where there is one)")
 
     add = parser.add_argument_group("how").add_argument
@@ -59,12 +63,16 @@ def chosen_variants(args: argparse.Namespace) -> tuple[Any, str | None]:
     from src.evaluation import fitness as f
     from src.evaluation import mutants as m
 
-    if bool(args.input) == bool(args.wildtype):
+    if not args.input and not args.wildtype:
         raise ValueError("give --input, or --wildtype with --mutants or --scan")
+    if args.input and (args.mutants or args.scan):
+        raise ValueError("--input holds what is scored: without --mutants and --scan")
     if args.heat_map and not args.scan:
         raise ValueError("--heat_map is of a scan: pass --scan")
     if args.input:
-        return f.read_variants(args.input, args.sequence_column, args.score_column), None
+        wild = f.wild_type(args.wildtype) if args.wildtype else None
+        columns = args.sequence_column, args.score_column
+        return f.read_variants(args.input, *columns, wild), wild
     if bool(args.mutants) == args.scan:
         raise ValueError("--wildtype: of which mutants? pass --mutants or --scan")
     wild = f.wild_type(args.wildtype)
@@ -87,6 +95,9 @@ def run(args: argparse.Namespace) -> dict:
     from src.evaluation import fitness as f
 
     variants, wild = chosen_variants(args)
+    report = variants.report.lines() if args.input else [f"{len(variants.rows):,} mutants"]
+    for line in report:
+        say(line)
     if args.correlations:
         f.require_comparable(variants)
     names = {"": args.model} | ({"teacher_": args.teacher_model} if args.teacher_model else {})
@@ -107,7 +118,6 @@ def run(args: argparse.Namespace) -> dict:
     }
     for model, tokenizer in models.values():
         settle_layout(model, tokenizer)
-    say(f"{args.input or 'the wild type'}: {len(variants.rows):,} proteins")
     scores = f.score_columns(models, variants.residues, args.batch_size, wild, args.windows)
     columns = {"student": scores[kinds[1]]}
     if args.teacher_model:
@@ -115,7 +125,10 @@ def run(args: argparse.Namespace) -> dict:
     if args.correlations:  # before anything is written
         f.require_comparable(variants, *columns.values())
     f.write_scores(args.output, variants, scores)
-    lost = int(sum(~f.comparable(*columns.values())))
+    empty = variants.residues.count("")
+    if empty:
+        say(f"{empty:,} rows have no usable sequence, see above: their scores are empty")
+    lost = int(sum(~f.comparable(*columns.values()))) - empty
     if lost:
         say(
             f"{lost:,} proteins are longer than a model takes, or have residues that its tokenizer "
@@ -131,7 +144,7 @@ def run(args: argparse.Namespace) -> dict:
         save_figure(scan_map(wild, every_substitution(wild), scores["log_ratio"]), args.heat_map)  # type: ignore[arg-type]
         say(f"written: {args.heat_map}")
     say(f"written: {args.output}")
-    summary: dict[str, Any] = {"proteins": len(variants.rows), "not_scored": lost}
+    summary: dict[str, Any] = {"proteins": len(variants.rows), "not_scored": lost + empty}
     if variants.measured is None:
         return summary
     if sum(f.comparable(variants.measured, *columns.values())) < f.LEAST_COMPARED:

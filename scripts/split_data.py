@@ -142,11 +142,13 @@ def source_record(source: str | Path) -> dict:
 
 def by_homology(args: argparse.Namespace, proteins: dict[str, str]) -> tuple:
     """Return the split by homology and its settings."""
-    from src.proteins.homology import read_clusters
+    from src.proteins.homology import clusters_of_names, read_clusters
     from src.proteins.splits import SplitSettings, split_by_homology
 
     settings = SplitSettings(**{f.name: getattr(args, f.name) for f in fields(SplitSettings)})
-    clusters = read_clusters(args.clusters) if args.clusters else None
+    clusters = None
+    if args.clusters:
+        clusters = clusters_of_names(read_clusters(args.clusters), list(proteins))
     return split_by_homology(proteins, settings, clusters, say), settings
 
 

@@ -6,6 +6,8 @@ the head as :func:`src.models.forward.output_head` has it; the model's own is on
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 import pytest
 import torch
@@ -248,7 +250,7 @@ def test_a_cache_of_a_capped_teacher_holds_its_own_figures(tmp_path):
     from tests.small_runs import Tokens
 
     teacher = build("gemma2")
-    tokens = Tokens(4)
+    tokens: Any = Tokens(4)
     tokens.rows = [row % VOCABULARY for row in tokens.rows]
     tokens.fingerprint = "f" * 64  # type: ignore[attr-defined]
     cache = capture(teacher, tokens, tmp_path, announce=lambda line: None)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import csv
 import errno
 import gzip
@@ -20,6 +21,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
+from src.common.cli import add_data_flags
 from src.proteins import lines, readers, sources, tables
 from src.proteins.layouts import END_OF_TEXT, layout, prompt_layout, residues_of
 from src.proteins.report import ReadReport
@@ -29,6 +31,7 @@ from src.proteins.tokens import (
     TokenisedProteins,
     chosen,
     data_summary,
+    held_out,
     open_store,
     sequence_hash,
     token_letters,
@@ -790,3 +793,140 @@ def test_reading_is_lazy_and_bounded(tmp_path):
     with pytest.raises(ValueError, match=":60002: a NUL"):
         for _ in stream:
             pass
+
+
+# Files as people bring them
+
+LONG = "MKVLAAGITMSTNPKPQRKTKRN"
+
+
+@pytest.mark.parametrize(
+    ("name", "text", "expected"),
+    [
+        ("a.txt", f"{END_OF_TEXT}\n{A}\n{B}\n{END_OF_TEXT}\n{C}\n{END_OF_TEXT}\n", [A + B, C]),
+        ("a.txt", f"{A}\n{B}\n{END_OF_TEXT}{C}\n", [A + B, C]),
+        ("a.fasta", f">1\n{END_OF_TEXT}\n{A}\n{END_OF_TEXT}\n>2\n{B}\n", [A, B]),
+        ("a.txt", f"; a comment\n>x\n{A}\n# another\n{B}\n", [A + B]),
+        ("a.fasta", f"# one\n\n; two\n>x\n{A}\n", [A]),
+        ("a.txt", f"# names are no residues\nID\tSEQ\nHEWLA\t{A}\nVARA\t{B}\n", [A, B]),
+        ("a.txt", f"HEWLA\t{LONG}\nVARA\t{LONG}\n", [LONG, LONG]),
+        ("a.txt", f"HEWLA {LONG}\nVARA  {A}\n", [LONG, A]),
+        ("a.txt", "MKVLAAGITM STNPKPQRKT KRN\n", [LONG]),
+        ("a.fasta", ">x\n        1 mkvlaagitm stnpkpqrkt\n       21 krn\n", [LONG]),
+        ("a.fasta", f">x\n{A} 9\n{B}   36\n", [A + B]),
+        ("a.a3m", f"#9\t1\n>q\n{A}\n>h\n--{A[2:5]}aa{A[5:]}\n\0", [A, A[2:5] + "AA" + A[5:]]),
+        ("a.csv", f"sep=;\nname;Sequence\nx;{A}\n;\n;\n", [A]),
+        ("a.csv", f"Assay of today,,\n\nID,Mutated Sequence,x\n1,{A},\n,,\n", [A]),
+        ("a.tsv", f"name,sequence\nx,{A}\n", [A]),
+        ("a.csv", f"x,{LONG}\ny,{LONG}\n", [LONG, LONG]),
+        ("a.tsv", f"sequence\tsequence_aa\nATGGCT\t{A}\n", [A]),
+        ("a.jsonl", f'{{"id": "x", "sequence": "{A}"}}\n\n{{"sequence": "{B}"}}\n', [A, B]),
+        ("a.dat", f'{{"Sequence": "{A}"}}\n', [A]),
+        ("a.csv", f'"{{""Run"": ""X""}}"\nsequence,sequence_alignment_aa\nATG,{A}\n', [A]),
+    ],
+)  # fmt: skip
+def test_files_as_people_bring_them(tmp_path, name, text, expected):
+    found, report = read(write(tmp_path / name, text))
+    assert found == expected
+    assert not report.dropped
+    for encoding in ("utf-16", "utf-8-sig"):
+        if not name.endswith(("a3m", "dat")):
+            path = tmp_path / name
+            path.write_bytes(text.encode(encoding))
+            assert read(path)[0] == expected
+
+
+def test_a_named_column_is_read(tmp_path):
+    path = write(tmp_path / "a.csv", f"sequence,Other\n{A},{B}\n")
+    report = ReadReport()
+    proteins = read_proteins(path, report=report, sequence_column="other")
+    assert [p.residues for p in proteins] == [B]
+    assert "  residues from the column 'Other'" in report.lines()
+    with pytest.raises(ValueError, match="no column 'none' among its columns"):
+        list(read_proteins(path, sequence_column="none"))
+    with pytest.raises(ValueError, match="has no columns"):
+        list(read_proteins(write(tmp_path / "a.fasta", ">a\nMK\n"), sequence_column="x"))
+
+
+def test_excel(tmp_path):
+    openpyxl = pytest.importorskip("openpyxl")
+    book = openpyxl.Workbook()
+    for row in (["My assay"], [], ["Name", "Sequence", "Score"], ["x", A, 0.5], [None, B, None]):
+        book.active.append(row)
+    book.save(tmp_path / "a.xlsx")
+    assert read(tmp_path / "a.xlsx")[0] == [A, B]
+    (tmp_path / "b.xlsx").write_bytes((tmp_path / "a.xlsx").read_bytes()[:-300])
+    with pytest.raises(ValueError, match=r"b\.xlsx: broken Excel file"):
+        read(tmp_path / "b.xlsx")
+
+
+def test_excel_without_its_package_is_one_line(tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "openpyxl", None)
+    path = write(tmp_path / "a.xlsx", "PK\x03\x04")
+    with pytest.raises(ValueError, match="pip install openpyxl, or save the sheet as CSV"):
+        read(path)
+
+
+def test_parts_have_several_names_and_other_files_are_named(tmp_path):
+    for name, protein in (("Training.fa", A), ("dev.fasta", B), ("TEST.txt", C), ("more.csv", A)):
+        write(tmp_path / name, protein if name.endswith("txt") else f">x\n{protein}\n")
+    write(tmp_path / "notes.md", "text")
+    for split, protein in (("train", A), ("validation", B), ("test", C)):
+        found, report = read(tmp_path, split=split)
+        assert found == [protein]
+        assert report.notes == ["not read: more.csv"]
+    write(tmp_path / "val.fasta", ">x\nMK\n")
+    with pytest.raises(ValueError, match="several files for the part 'validation'"):
+        has_split(tmp_path, "validation")
+
+
+def test_several_files_and_patterns(tmp_path):
+    for name, protein in (("a1.fasta", A), ("a2.fasta", B), ("b.csv", C)):
+        write(tmp_path / name, f"sequence\n{C}\n" if name == "b.csv" else f">x\n{protein}\n")
+    source = f"{tmp_path}/a*.fasta,{tmp_path}/b.csv"
+    assert read(source)[0] == [A, B, C]  # type: ignore[arg-type]
+    assert has_split(source, "train")
+    assert not has_split(source, "test")
+    assert not sources.on_hub(source)
+    with pytest.raises(ValueError, match=r"c\.csv: there is no such file"):
+        read(f"{tmp_path}/a1.fasta,{tmp_path}/c.csv")  # type: ignore[arg-type]
+    parser = argparse.ArgumentParser()
+    add_data_flags(parser.add_argument, "proteins")
+    assert parser.parse_args(["--data", "x y.fa", "z.fa"]).data == "x y.fa,z.fa"
+
+
+def test_a_stream_that_breaks_goes_on_at_its_row(monkeypatch, capsys):
+    pauses = []
+    monkeypatch.setattr(readers.time, "sleep", pauses.append)
+
+    class Rows:
+        def __init__(self, start=0, breaks=None):
+            self.start, self.breaks = start, [3, 3, 5] if breaks is None else breaks
+
+        def skip(self, count):
+            return Rows(count, self.breaks)
+
+        def __iter__(self):
+            for number in range(self.start, 8):
+                if self.breaks and self.breaks[0] == number:
+                    self.breaks.pop(0)
+                    raise OSError("reset by peer")
+                yield {"sequence": "M" + "K" * number}
+
+    fake = types.SimpleNamespace(load_dataset=lambda *a, **k: Rows())
+    monkeypatch.setitem(sys.modules, "datasets", fake)
+    found = [p.residues for p in read_proteins("owner/proteins", split="train")]
+    assert found == ["M" + "K" * n for n in range(8)]
+    assert pauses == [1, 4, 1]
+    assert "row 4: the stream broke (reset by peer): going on at this row in 1 s" in (
+        capsys.readouterr().out
+    )
+
+
+def test_few_proteins_still_give_validation_proteins():
+    for count, least in ((3, 0), (4, 1), (9, 1), (10, 2), (100, 2)):
+        hashes = np.array([sequence_hash(str(i)) for i in range(count)], np.uint64)
+        aside = held_out(hashes, 1e-9, 1)
+        assert aside.sum() == least
+        assert (held_out(hashes[::-1], 1e-9, 1) == aside[::-1]).all()
+        assert (held_out(hashes, 0.5, 1) >= aside).all()

@@ -11,11 +11,11 @@ from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 
 ROOT = Path(__file__).resolve().parents[1]
-FILES = ("requirements.txt", "requirements-dev.txt")
+FILES = ("requirements.txt", "requirements-family.txt", "requirements-dev.txt")
 
 
 def required() -> list[Requirement]:
-    """Return the requirements of both files."""
+    """Return the requirements of all files."""
     lines = [
         line.split("#")[0].strip() for f in FILES for line in (ROOT / f).read_text().split("\n")
     ]

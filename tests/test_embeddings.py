@@ -26,9 +26,8 @@ def alone(model, tokenizer, protein, layer):
     with torch.no_grad():
         states = model(torch.tensor([ids]), output_hidden_states=True).hidden_states[layer][0]
     tokens = tokenizer.convert_ids_to_tokens(ids)
-    letters = [
-        (c, state) for t, state in zip(tokens, states, strict=True) for c in t if c.isupper()
-    ]
+    pairs = [(c, state) for t, state in zip(tokens, states, strict=True) for c in t]
+    letters = [(c, state) for c, state in pairs if "A" <= c <= "Z"]
     assert "".join(c for c, _ in letters) == protein
     return torch.stack([state for _, state in letters]).numpy()
 
@@ -114,6 +113,7 @@ def test_a_stopped_run_goes_on(folder, capsys, monkeypatch):
         )
 
 
+@pytest.mark.slow
 def test_two_processes_share_the_proteins(folder):
     assert run(folder, "one.npz") == 0
     with socket.socket() as free:

@@ -57,10 +57,11 @@ def test_other_forms_of_input(tmp_path):
 @pytest.mark.parametrize(
     ("name", "text", "options", "message"),
     [
-        ("a.csv", "id,seq\n1,MKV\n", {}, "no column 'mutated_sequence' or 'sequence'"),
+        ("a.csv", "id,aa\n1,MKV\n", {}, "no column 'sequence', 'text' or"),
+        ("a.csv", "mutant,DMS_score\nM1A,1\n", {}, "pass --wildtype"),
+        ("a.csv", "mutant,DMS_score\nM1A,1\n", {"wild": "KKV"}, "M1: the wild type has K"),
         ("a.csv", TABLE, {"score_column": "activity"}, "no column 'activity'"),
         ("a.csv", TABLE, {"sequence_column": "protein"}, "--sequence_column"),
-        ("a.csv", "sequence\nMKV\nM1V\n", {}, "a.csv:3: sequence: characters that are no"),
         ("a.csv", "sequence,DMS_score\nMKV,high\n", {}, "a.csv:2: DMS_score: 'high' is not"),
         ("a.csv", "sequence,DMS_score\nMKV,inf\n", {}, "is not finite"),
         ("a.csv", "sequence,DMS_score\nMKV\n", {}, "a.csv:2: 1 cells for 2 columns"),
@@ -68,13 +69,12 @@ def test_other_forms_of_input(tmp_path):
         ("a.csv", "sequence,sequence\nMKV,AAA\n", {}, "2 columns are named 'sequence'"),
         ("a.csv", "sequence,DMS_score,DMS_score\nMKV,1,2\n", {}, "are named 'DMS_score'"),
         ("a.csv", "mutant,sequence,mutant\nA1V,MKV,A2V\n", {}, "2 columns are named 'mutant'"),
-        ("a.csv", "name;sequence\na;MKV\n", {}, "divided by a semicolon, not a comma: put commas"),
         ("a.csv", 'sequence\n"MKV\n', {}, "broken CSV"),
         ("a.csv", "sequence\n", {}, "no row below the header"),
         ("a.csv", "", {}, "is empty"),
-        ("a.fasta", ">a\nMK*V\n>b\nMK\n", {}, "inside"),
+        ("a.fasta", ">a\nMK*V\n>b\nM1\n", {}, "none of its 2 proteins is usable"),
         ("a.fasta", ">a\nMK\n", {"score_column": "x"}, "has no columns"),
-        ("a.parquet", "PAR1", {}, "expected FASTA, CSV or TSV"),
+        ("a.parquet", "PAR1", {}, "broken parquet"),
     ],
 )
 def test_bad_input_names_file_and_row(tmp_path, name, text, options, message):
@@ -85,10 +85,38 @@ def test_bad_input_names_file_and_row(tmp_path, name, text, options, message):
     assert "\n" not in str(caught.value)
 
 
-def test_positions_of_a_mutant():
-    assert fitness.positions("A1P") == "1"
-    assert fitness.positions("A1P:D20N") == "1:20"
-    assert fitness.positions("wild type") == fitness.positions("") == ""
+def test_positions_of_mutants(tmp_path):
+    names = ["A0P", "A0G", "SG10A", "SG10C", "p.Ala12Gly", "A1P:D20N", "wt", "", "del_3"]
+    (tmp_path / "a.csv").write_text(
+        "mutant,sequence\n" + "".join(f"{name},MKV\n" for name in names)
+    )
+    found = fitness.read_variants(tmp_path / "a.csv")
+    assert found.clusters == [
+        "0", "0", "S10", "S10", "12", "1:20", "row 6", "row 7", "row 8"
+    ]  # fmt: skip
+    noticed = found.report.noticed[fitness.OTHER_MUTANTS]
+    assert noticed == {"count": 1, "first": "a.csv:10, 'del_3'"}
+
+
+def test_unusable_rows_stay_without_a_score(tmp_path):
+    dna = "ATGGCTCTGGCTGATATCTCT"
+    rows = ["MKV;0,5", "MK*V;1", "NA;2", "#N/A;3", f"{dna};4", ";", "mkl;n/a", ";", ";"]
+    text = "sep=;\r\nMy assay;\r\nSequence;dms_score\r\n" + "\r\n".join(rows) + "\r\n"
+    (tmp_path / "a.csv").write_bytes(text.encode("utf-16"))
+    found = fitness.read_variants(tmp_path / "a.csv")
+    assert found.residues == ["MKV", "", "", "", "", "", "MKL"]
+    assert found.measured is not None
+    np.testing.assert_array_equal(found.measured, [0.5, 1, 2, 3, 4, np.nan, np.nan])
+    assert {k: v["count"] for k, v in found.report.dropped.items()} == {
+        "'*' inside": 1, "no residues": 3, "nucleic acids, not proteins": 1
+    }  # fmt: skip
+
+
+def test_mutants_of_a_wild_type_in_a_table(tmp_path):
+    (tmp_path / "a.csv").write_text("mutant,DMS_score\nM0A,1\nV2C:K1R,2\nWT,3\nV2del,4\n")
+    found = fitness.read_variants(tmp_path / "a.csv", wild="MKVL")
+    assert found.residues == ["AKVL", "MRCL", "MKVL", ""]
+    assert "mutants: numbered from 0" in found.report.notes
 
 
 def test_scores_equal_a_plain_pass(tiny_lm, tiny_tokenizer, random_proteins):
@@ -264,6 +292,77 @@ def test_a_tokenizer_with_more_tokens_than_the_model(folder, tiny_lm, capsys):
     given = ["--input", folder / "dms.csv", "--output", folder / "o.csv"]
     assert call("--model", folder / "student", *given) == 2
     assert "more tokens than the model" in capsys.readouterr().err
+
+
+def test_mutants_of_a_wild_type(folder, capsys):
+    given = ["--model", folder / "student", "--wildtype", WILD]
+    mutants = ["--mutants", "K1A:A3V,WT"]
+    assert call(*given, *mutants, "--output", folder / "m.csv") == 0
+    shown = capsys.readouterr().out
+    assert "mutants: numbered from 0" in shown
+    assert "all of one length" in shown
+    rows = list(csv.DictReader((folder / "m.csv").open()))
+    assert [row["mutant"] for row in rows] == ["K1A:A3V", "WT"]
+    assert rows[0]["sequence"] == "MATVYIAKQRQISFVKSHFSRQLEERLGLIEVQ"
+    assert float(rows[1]["log_ratio"]) == 0
+    difference = float(rows[0]["log_likelihood"]) - float(rows[1]["log_likelihood"])
+    assert float(rows[0]["log_ratio"]) == pytest.approx(difference, abs=2e-6)
+
+
+def test_a_scan_with_its_map(folder):
+    (folder / "wild.fasta").write_text(f">w\n{WILD}\n")
+    given = ["--model", folder / "student", "--wildtype", folder / "wild.fasta", "--scan"]
+    given += ["--heat_map", folder / "scan.png", "--output", folder / "scan.csv"]
+    assert call(*given) == 0
+    assert (folder / "scan.png").read_bytes()[:4] == b"\x89PNG"
+    rows = list(csv.DictReader((folder / "scan.csv").open()))
+    assert len(rows) == 19 * len(WILD)
+    plain = ["--model", folder / "student", "--input", folder / "dms.csv"]
+    assert call(*plain, "--output", folder / "s.csv") == 0
+    scanned = {row["sequence"]: row["log_likelihood"] for row in rows}
+    for row in csv.DictReader((folder / "s.csv").open()):
+        if row["mutated_sequence"] != WILD:
+            expected = float(scanned[row["mutated_sequence"]])
+            assert float(row["log_likelihood"]) == pytest.approx(expected, abs=1e-4)
+
+
+def test_lengths_that_differ_are_told(folder, capsys):
+    lines = [f"{WILD[:n]},{n}" for n in (8, 14, 20, 26, 33)]
+    (folder / "cut.csv").write_text("\n".join(["sequence,DMS_score", *lines]) + "\n")
+    given = ["--model", folder / "student", "--input", folder / "cut.csv"]
+    results = ["--output", folder / "o.csv", "--correlations", folder / "c.json"]
+    assert call(*given, *results) == 0
+    shown = capsys.readouterr().out
+    assert "lengths from 8 to 33 residues: compare log_likelihood_per_residue" in shown
+    assert "by the total, which follows the length as well: student -1.000" in shown
+    by_total = json.loads((folder / "c.json").read_text())["spearman_total"]
+    assert by_total == {"student": pytest.approx(-1)}
+
+
+def test_windows_score_what_does_not_fit(folder, capsys):
+    (folder / "long.fasta").write_text(f">a\n{WILD * 20}\n")
+    given = ["--model", folder / "student", "--input", folder / "long.fasta"]
+    assert call(*given, "--output", folder / "o.csv") == 0
+    assert "--windows scores long ones" in capsys.readouterr().out
+    assert call(*given, "--output", folder / "w.csv", "--windows") == 0
+    (row,) = csv.DictReader((folder / "w.csv").open())
+    assert float(row["log_likelihood_per_residue"]) < 0
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ([], "give --input, or --wildtype"),
+        (["--wildtype", WILD], "pass --mutants or --scan"),
+        (["--wildtype", WILD, "--mutants", "W2A"], "W2: the wild type has K there"),
+        (["--wildtype", WILD, "--mutants", "W2"], "'W2' is no mutant"),
+        (["--wildtype", "M1", "--scan"], "neither a file nor residues"),
+        (["--wildtype", WILD, "--mutants", "K2A", "--heat_map", "x.png"], "pass --scan"),
+    ],
+)
+def test_wrong_mutants_are_one_line(folder, refusal, arguments, message):
+    given = ["--model", folder / "student", "--output", folder / "o.csv"]
+    assert message in refusal(call(*given, *arguments))
 
 
 def call(*arguments) -> int:

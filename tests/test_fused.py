@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import random
+from typing import Any
 
 import pytest
 import torch
@@ -41,7 +42,7 @@ class Batch:
     hidden: torch.Tensor
     weight: torch.Tensor
     bias: torch.Tensor | None
-    teacher: tuple
+    teacher: tuple[Any, Any]
     shape: tuple
     labels: torch.Tensor
     mask: torch.Tensor | None

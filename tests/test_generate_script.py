@@ -91,10 +91,27 @@ def test_every_sampling_flag_changes_something(folder):
             ("--prompt", "W"),
             ("--min_length", 40),
             ("--max_length", 5, "--allow_unfinished"),
+            ("--length", "40-200"),
+            ("--ban_residues", "ACDEFG"),
         )
     ):
         assert run(folder, "--num_sequences", 3, *option, name=f"{number}.fasta") == 0
         assert (folder / f"{number}.fasta").read_text().splitlines()[1:] != plain, option
+
+
+def test_filters_are_told_by_reason(folder, capsys):
+    assert run(folder, "--num_sequences", 3) == 0
+    capsys.readouterr()
+    known = ("--max_identity", 0.9, "--against", folder / "new.fasta")
+    options = ("--distinct", "--drop_repeats", *known)
+    assert run(folder, "--num_sequences", 3, *options, name="other.fasta") == 0
+    assert "too close to a known protein" in capsys.readouterr().out
+    first, second = (
+        {p.residues for p in read_proteins(folder / name, keep_ambiguous=True)}
+        for name in ("new.fasta", "other.fasta")
+    )
+    assert len(second) == 3
+    assert not first & second
 
 
 def test_nothing_is_overwritten_unasked(folder, capsys):
@@ -124,6 +141,10 @@ def test_too_few_are_told_and_none_is_an_error(folder, refusal, capsys):
         (("--prompt", "MK2"), "--prompt: '2' is not a residue"),
         (("--max_length", 99999), "the model's 256 positions hold at most"),
         (("--min_length", 9, "--max_length", 5), "--max_length 5 is below --min_length 9"),
+        (("--length", "5-9", "--min_length", 3), "--length sets both"),
+        (("--length", "9-5"), "--max_length 5 is below --min_length 9"),
+        (("--max_identity", 0.5), "--max_identity and --against go together"),
+        (("--ban_residues", "x"), "--ban_residues: 'x' is none of"),
         (("--scorer", "./nowhere"), "there is no such directory"),
         (("--device", "cuda"), "no CUDA device"),
         (("--device", "xpu"), "--device must be auto, cpu, cuda or cuda:N, got 'xpu'"),

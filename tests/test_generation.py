@@ -81,13 +81,13 @@ def test_picked_tokens_follow_the_distribution():
 
 def test_the_first_tokens_of_1e5_attempts_follow_the_models_distribution(tiny_lm, tokenizer):
     model = ending(tiny_lm(n_embd=24, seed=4, n_positions=8), 2.0)
-    settings = GenerationSettings(top_k=20, repetition_penalty=1.2, batch_size=25_000, seed=3)
+    settings = GenerationSettings(top_k=20, repetition_penalty=1.2, batch_size=5000, seed=3)
     counts = np.zeros(64, dtype=np.int64)
     with torch.inference_mode():
-        for start in range(0, 100_000, 25_000):
+        for start in range(0, 100_000, 5000):
             sampler = _Sampler(model, tokenizer, settings)
             sampler.begun = start
-            sampler.begin(25_000)
+            sampler.begin(5000)
             rows = list(sampler.rows)
             sampler.step()
             counts += np.bincount([row.tokens[2] for row in rows], minlength=64)
@@ -102,27 +102,28 @@ def test_the_first_tokens_of_1e5_attempts_follow_the_models_distribution(tiny_lm
 
 
 def test_samples_are_as_likely_as_the_librarys(model, tokenizer):
-    """The mean log-likelihood of 500 whole attempts, against 500 of ``model.generate``."""
+    """The mean log-likelihood of 250 whole attempts, against 250 of ``model.generate``."""
     settings = GenerationSettings(
-        num_sequences=500, top_k=30, repetition_penalty=1.1, batch_size=100, max_attempts=2000
+        num_sequences=250, top_k=30, repetition_penalty=1.1, batch_size=100, max_attempts=1000
     )
     ours = sample_proteins(model, tokenizer, settings)
     prompt = torch.tensor([tokenizer(prompt_layout())["input_ids"]])
     torch.manual_seed(0)
     theirs: Any = model.generate(
         prompt, attention_mask=torch.ones_like(prompt), do_sample=True, max_length=256, top_k=30,
-        repetition_penalty=1.1, num_return_sequences=500, pad_token_id=0,
+        repetition_penalty=1.1, num_return_sequences=250, pad_token_id=0,
     )  # fmt: skip
     texts = [tokenizer.decode(row.tolist()).split("<|endoftext|>") for row in theirs]
     whole = [text[1].replace("\n", "") for text in texts if len(text) > 2]
     known = [p for p in whole if p]
-    assert len(known) > 300
+    assert len(known) > 150
     values = []
     for proteins in (ours.sequences, known):
         scores = score_proteins(model, tokenizer, proteins)
         values.append(np.stack([scores.nll, scores.residues]))
     for first, second in zip(*values, strict=True):
-        assert ttest_ind(first, second).pvalue > 0.001
+        tested: Any = ttest_ind(first, second)
+        assert tested.pvalue > 0.001
 
 
 def test_sampled_proteins_follow_the_models_distribution(model, tokenizer):

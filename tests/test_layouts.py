@@ -153,7 +153,8 @@ def test_tags_come_from_headers_and_columns(form, tmp_path):
     else:
         path.write_text("id,ec,sequence\na,3.2.1.17,MKVLA\nb,,MKVLL\nc,1.1.1.1,MKVLT\n")
     stored = tokenise(path, None, tokenizer, 64, tmp_path / "cache", quiet=True)
-    assert [str(tokenizer.decode(stored[i])).replace(" ", "") for i in range(len(stored))] == [
+    decoded = [str(tokenizer.decode(stored[i])) for i in range(len(stored))]
+    assert [text.replace(" ", "") for text in decoded] == [
         "3.2.1.17<sep><start>MKVLA<end>",
         "1.1.1.1<sep><start>MKVLT<end>",
     ]

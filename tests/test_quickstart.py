@@ -61,3 +61,23 @@ def test_the_commands_of_the_quickstart(tmp_path):
     # What the README says that a user sees at the end.
     for words in ("perplexity per token", "perplexity per residue", "kept of the teacher's"):
         assert words in shown, words
+
+
+def test_the_family_quickstart_takes_fifty_members_of_one_family_and_known_flags():
+    from scripts.specialise import build_parser
+
+    text = (ROOT / "scripts" / "quickstart_family.sh").read_text().replace("\\\n", " ")
+    (program,) = re.findall(r"awk -v family=\S+\s+'(.*?)'", text)
+    entries = [f">a{i} family={'XY'[i % 2]}\nMKT\nAAA\n" for i in range(120)]
+    done = subprocess.run(
+        ["awk", "-v", "family=family=X", program],
+        input="".join(entries),
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    assert done.stdout == "".join(entries[:100:2])
+    (line,) = re.findall(r'^"\$python" scripts/specialise.py (.*)$', text, re.MULTILINE)
+    args = build_parser().parse_args(shlex.split(line))
+    assert args.model == "data/small_teacher"
+    assert args.n_embd == 128

@@ -69,7 +69,7 @@ def profiles(tmp_path, random_proteins):
     pyhmmer = pytest.importorskip("pyhmmer")
     protein = random_proteins(1, 90, 90, seed=9)[0]
     alphabet = pyhmmer.easel.Alphabet.amino()
-    sequence = relatives._named_sequence("family", protein).digitize(alphabet)
+    sequence = relatives.named_sequence("family", protein).digitize(alphabet)
     builder = pyhmmer.plan7.Builder(alphabet)
     hmm, _, _ = builder.build(sequence, pyhmmer.plan7.Background(alphabet))
     with (tmp_path / "plain.hmm").open("wb") as handle:

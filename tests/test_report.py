@@ -255,7 +255,7 @@ def measured() -> dict:
 @pytest.fixture
 def undrawn(monkeypatch):
     """Leave out what takes most of the time."""
-    monkeypatch.setattr(report, "_drawing", lambda draw, name, text: report.Drawing("", text))
+    monkeypatch.setattr(report, "make_drawing", lambda draw, name, text: report.Drawing("", text))
 
 
 @pytest.mark.parametrize("of_each", [2, pytest.param(7, marks=pytest.mark.slow)])

@@ -76,6 +76,59 @@ def test_stopped_and_resumed_is_undisturbed(tiny_lm, tmp_path, whole, event, at,
     assert_same_bits(whole(tiny_lm), resume(make_trainer(tiny_lm, tmp_path)))
 
 
+@pytest.mark.parametrize(
+    ("number", "status"),
+    [
+        (signal.SIGUSR1, 138),
+        (signal.SIGUSR2, 140),
+        (signal.SIGXCPU, 152),
+        (signal.SIGHUP, 129),
+    ],
+)
+def test_signals_of_schedulers_and_lost_terminals(tiny_lm, tmp_path, number, status):
+    cut = make_trainer(tiny_lm, tmp_path)
+    for at in (2, 3):  # schedulers repeat them: that does not end the run at once
+        cut.add_callback(Signal("on_substep_end", at, number))
+    with pytest.raises(SystemExit) as stop:
+        stops_on_signals(cut.train)()
+    assert stop.value.code == status
+    assert newest_valid(tmp_path) is not None
+
+
+def test_an_ignored_hangup_stays_ignored():
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    try:
+        assert stops_on_signals(lambda: os.kill(os.getpid(), signal.SIGHUP) or 7)() == 7
+    finally:
+        signal.signal(signal.SIGHUP, before)
+
+
+def test_a_lost_terminal_does_not_break_what_is_printed():
+    """Writing to a terminal that is gone fails, and must not end the run before its checkpoint."""
+    code = (
+        "import os, time\n"
+        "from src.trainer.interruption import deferred, requested, stops_on_signals\n"
+        "@stops_on_signals\n"
+        "def work():\n"
+        "    with deferred():\n"
+        "        print('ready', flush=True)\n"
+        "        while requested() is None:\n"
+        "            time.sleep(0.05)\n"
+        "        print('said into the void', flush=True)\n"
+        "        os._exit(7)\n"
+        "work()\n"
+    )
+    ours, theirs = os.openpty()
+    with subprocess.Popen(
+        [sys.executable, "-c", code], cwd=ROOT, stdout=theirs, stderr=theirs, start_new_session=True
+    ) as process:
+        os.close(theirs)
+        assert b"ready" in os.read(ours, 100)
+        os.close(ours)
+        process.send_signal(signal.SIGHUP)
+        assert process.wait(30) == 7
+
+
 def test_stopped_again_and_again(tiny_lm, tmp_path, whole):
     """A signal in every step, in the validation owed from the last one too."""
     statuses = []

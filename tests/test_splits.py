@@ -14,7 +14,13 @@ import pytest
 
 from src.proteins import homology, splits
 from src.proteins.fasta import FastaRecord, fasta_text
-from src.proteins.homology import Hit, find_mmseqs, homology_clusters, read_clusters
+from src.proteins.homology import (
+    Hit,
+    clusters_of_names,
+    find_mmseqs,
+    homology_clusters,
+    read_clusters,
+)
 from src.proteins.sources import SAME_NAMES, read_proteins
 from src.proteins.split_files import (
     check_split,
@@ -387,3 +393,12 @@ def test_the_committed_sample_is_what_its_record_says(proteins_dir):
     for part in record["parts"]:
         for protein in read_proteins(proteins_dir, split=part):
             assert 30 <= len(protein.residues) <= 512
+
+
+def test_clusters_under_the_names_that_mmseqs_shortens():
+    clusters = {"P1": "a", "tr|P2|X": "b", "plain": "c"}
+    names = ["sp|P1|ONE_HUMAN", "tr|P2|X", "plain", "sp|P9|OTHER"]
+    found = clusters_of_names(clusters, names)
+    assert found == {"sp|P1|ONE_HUMAN": "a", "tr|P2|X": "b", "plain": "c"}
+    with pytest.raises(ValueError, match=r"P1 may be sp\|P1\|A or tr\|P1\|B"):
+        clusters_of_names(clusters, ["sp|P1|A", "tr|P1|B"])

@@ -9,7 +9,14 @@ from typing import Any
 
 import pytest
 
-from src.training.tracking import flat, require_tracker
+from src.training.tracking import (
+    WANDB_RUN_FILE,
+    Tracking,
+    flat,
+    kept_run_id,
+    open_tracker,
+    require_tracker,
+)
 from tests.test_train_script import tiny_run
 
 
@@ -68,6 +75,25 @@ def test_wandb_without_a_key_is_refused_before_anything_is_made(
     assert not (tmp_path / "r").exists()
 
 
+def test_a_resumed_run_is_the_same_run_of_wandb(tmp_path, monkeypatch):
+    wandb = pytest.importorskip("wandb")
+    opened = []
+
+    class Run:
+        id = "ab12"
+        config: Any = type("Config", (), {"update": lambda *a, **k: None})
+
+    monkeypatch.setattr(wandb, "init", lambda **options: opened.append(options))
+    monkeypatch.setattr(wandb, "run", Run())
+    open_tracker("wandb", tmp_path)
+    state: Any = type("State", (), {"is_world_process_zero": True})
+    Tracking("wandb", tmp_path, {}).on_train_begin(None, state, None)
+    open_tracker("wandb", tmp_path)
+    assert [(o["id"], o["resume"]) for o in opened] == [(None, "allow"), ("ab12", "allow")]
+    (tmp_path / WANDB_RUN_FILE).write_text("\x1b[2J")
+    assert kept_run_id(tmp_path) is None
+
+
 def test_a_disabled_wandb_is_no_hindrance(tmp_path, small_teacher_dir, proteins_dir, monkeypatch):
     pytest.importorskip("wandb")
     monkeypatch.chdir(tmp_path)
@@ -119,6 +145,7 @@ def test_an_offline_wandb_run_has_the_whole_run(
     about = next(r.run for r in records if r.HasField("run"))
     assert about.display_name == "named-run"
     assert about.host == ""
+    assert about.run_id == (run / "wandb_run.txt").read_text().strip()
     assert about.project == "PROTGPT2_DISTILLATION"
     config = {u.key or "/".join(u.nested_key): u for r in records for u in r.config.update}
     keys = set(config)

@@ -21,6 +21,19 @@ def test_the_block_for_transformers_runs(tiny_lm, tiny_tokenizer, tmp_path):
     assert all(p == "" or (p.isalpha() and p.isupper()) for p in names["proteins"])
 
 
+def test_the_block_for_python_runs(tiny_lm, tiny_tokenizer, tmp_path, capsys):
+    tiny_lm(initializer_range=0.1).save_pretrained(tmp_path)
+    tiny_tokenizer.save_pretrained(tmp_path)
+    text = (ROOT / "docs" / "USING.md").read_text()
+    block = next(
+        b for b in re.findall(r"```python\n(.*?)```", text, flags=re.DOTALL) if "Tally" in b
+    )
+    exec(block.replace('"models/demo"', repr(str(tmp_path))), {})  # our own text
+    lines = capsys.readouterr().out.splitlines()
+    assert len(lines) == 5
+    assert not any("C" in line.split()[0] for line in lines)
+
+
 def test_every_flag_in_the_guides_is_one_of_its_script():
     """Commands in the guides must not outlive the flags that they use."""
     cli = (ROOT / "docs" / "CLI.md").read_text()

@@ -94,7 +94,10 @@ def row(action: argparse.Action) -> str:
     if action.required:
         default = "required"
     elif not (action.default is None or action.default is False or action.default == ""):
-        default = f"`{action.default}`"
+        shown = action.default
+        if isinstance(shown, Path) and shown.is_relative_to(ROOT):
+            shown = shown.relative_to(ROOT)  # the same on every machine
+        default = f"`{shown}`"
     return f"| {names} | {what} | {default} |"
 
 

@@ -101,7 +101,7 @@ def residue_embeddings(
     last = settings.layer == -1
     for batch in length_batches(lengths, settings.batch_size, tokens):
         ids, mask = (t.to(model.device) for t in padded([rows[i] for i in batch]))
-        inputs = {"input_ids": ids, "attention_mask": mask}
+        inputs: dict[str, Any] = {"input_ids": ids, "attention_mask": mask}
         if accepts(model, "use_cache"):
             inputs["use_cache"] = False
         out = model.base_model(**inputs, output_hidden_states=not last)
@@ -168,7 +168,7 @@ def write_embeddings(
         part = entries[starts[number] : starts[number] + PART]
         arrays = _arrays(model, tokenizer, part, settings)
         with atomic_write(files[number], "wb") as handle:
-            np.savez(handle, **arrays)
+            np.savez(handle, allow_pickle=False, **arrays)
     if processes.is_first():
         processes.wait_until(lambda: all(file.exists() for file in files))
         (_join_parquet if path.suffix == ".parquet" else _join_npz)(path, files)
@@ -200,7 +200,7 @@ def _join_npz(path: Path, files: Sequence[Path]) -> None:
     if "embeddings" in joined:
         joined["offsets"] = np.concatenate([[0], np.cumsum(joined["residues"])])
     with atomic_write(path, "wb") as handle:
-        np.savez(handle, **joined)
+        np.savez(handle, allow_pickle=False, **joined)
 
 
 def _join_parquet(path: Path, files: Sequence[Path]) -> None:

@@ -44,7 +44,7 @@ def banned_tokens(tokenizer: Any, residues: str, vocabulary: int) -> Tensor:
     if set(residues) == set(STANDARD_RESIDUES):
         raise ValueError("--ban_residues: leaves no residue")
     banned = torch.zeros(vocabulary, dtype=torch.bool)
-    for token, letters in enumerate(token_letters(tokenizer)[:vocabulary]):
+    for token, letters in enumerate(token_letters(tokenizer)[:vocabulary] if residues else ()):
         banned[token] = not set(residues).isdisjoint(letters)
     return banned
 

@@ -14,7 +14,7 @@ import csv
 import io
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -23,28 +23,26 @@ import numpy as np
 from src.common.cli import printable
 from src.common.files import write_text
 from src.evaluation.likelihoods import score_proteins
-from src.evaluation.mutants import Substitution, mutated
+from src.evaluation.mutants import Substitution, mutated, numbering, parse_mutant
 from src.evaluation.statistics import Estimate, cluster_codes
 from src.evaluation.variants import variant_nll, windowed_nll
-from src.proteins.readers import (
-    CSV,
-    FASTA,
-    TEXT,
-    TSV,
-    guarded_lines,
-    kind_of,
-    other_divider,
-    require_cells,
-    require_once,
-)
+from src.proteins.lines import TABLES, kind_of
+from src.proteins.readers import Record
 from src.proteins.report import ReadReport
-from src.proteins.sources import clean, read_proteins
+from src.proteins.sources import (
+    clean,
+    read_distinct_names,
+    read_proteins,
+    require_proteins,
+    usable,
+)
+from src.proteins.tables import is_missing, number_of, open_table
 
-SEQUENCE_COLUMNS = ("mutated_sequence", "sequence")
 SCORE_COLUMN = "DMS_score"
 MUTANT_COLUMN = "mutant"
 LEAST_COMPARED = 3
 """Variants with both a measurement and a score: any two agree or disagree wholly."""
+OTHER_MUTANTS = "mutants whose position is not understood, each by itself in intervals"
 CELLS = 2_000_000
 """Weights (replicates × variants) that the bootstrap holds at a time: 16 MB."""
 
@@ -56,10 +54,11 @@ class Variants:
     Attributes:
         columns: of the table; ``name`` and ``sequence`` where it was FASTA.
         rows: ``(P,)`` the cells of each.
-        residues: ``(P,)`` cleaned.
+        residues: ``(P,)`` cleaned; empty where a row of a table has no usable sequence.
         measured: ``(P,)`` measured fitness, NaN where a cell is empty; None without such a column.
         clusters: ``(P,)`` variants that resemble each other: those of the same positions where a
             column ``mutant`` tells them, else each by itself.
+        report: what was read, mended and dropped.
     """
 
     columns: list[str]
@@ -67,41 +66,43 @@ class Variants:
     residues: list[str]
     measured: np.ndarray | None
     clusters: list[Any]
+    report: ReadReport = field(default_factory=ReadReport)
 
 
 def read_variants(
-    path: str | Path, sequence_column: str | None = None, score_column: str | None = None
+    path: str | Path,
+    sequence_column: str | None = None,
+    score_column: str | None = None,
+    wild: str | None = None,
 ) -> Variants:
-    """Read proteins from FASTA or lines of text, or from CSV or TSV with a header line.
+    """Read proteins from any file of them, or mutants of a wild type from a table.
+
+    Entries of FASTA without usable residues are left out; rows of a table stay, with empty
+    residues. The report counts both.
 
     Args:
-        path: the file, gzipped or not.
-        sequence_column: None: ``mutated_sequence`` or ``sequence``.
+        path: the file.
+        sequence_column: None: a usual one (:data:`src.proteins.tables.SEQUENCE_COLUMNS`).
         score_column: measured fitness; None: ``DMS_score`` where there is one.
+        wild: residues of the wild type, for a table with mutants alone.
 
     Raises:
-        ValueError: the file is missing, broken or of another kind, a column is missing, a sequence
-            is no protein, or a score no number.
+        ValueError: the file is missing, broken or without a usable protein, a column is missing, a
+            score is no number, or the mutants are not of this wild type.
     """
     path = Path(path)
     if not path.is_file():
         raise ValueError(f"--input {path}: there is no such file")
     kind = kind_of(path)
-    if kind in (FASTA, TEXT):
-        for flag, column in (("sequence", sequence_column), ("score", score_column)):
-            if column:
-                raise ValueError(f"--{flag}_column {column}: {path} has no columns")
-        report = ReadReport()
-        proteins = list(read_proteins(path, report=report, keep_ambiguous=True))
-        if report.dropped:
-            reason, what = next(iter(report.dropped.items()))
-            raise ValueError(f"--input {path}: {what['first']}: {reason}: mend it or take it out")
-        rows = [[p.name, p.residues] for p in proteins]
-        residues = [p.residues for p in proteins]
-        return Variants(["name", "sequence"], rows, residues, None, list(range(len(rows))))
-    if kind not in (CSV, TSV):
-        raise ValueError(f"--input {path}: expected FASTA, CSV or TSV, found {kind}")
-    return _read_table(path, "," if kind == CSV else "\t", sequence_column, score_column)
+    if kind in TABLES:
+        return _read_table(path, kind, sequence_column, score_column, wild)
+    if score_column or wild:
+        what = f"--score_column {score_column}" if score_column else "--wildtype with --input"
+        raise ValueError(f"{what}: {path} has no columns")
+    proteins, report = read_distinct_names(path, True, sequence_column)
+    rows = [[p.name, p.residues] for p in proteins]
+    residues = [p.residues for p in proteins]
+    return Variants(["name", "sequence"], rows, residues, None, list(range(len(rows))), report)
 
 
 def mutant_variants(
@@ -122,86 +123,69 @@ def mutant_variants(
 
 
 def _read_table(
-    path: Path, delimiter: str, sequence_column: str | None, score_column: str | None
+    path: Path, kind: str, sequence_column: str | None, score_column: str | None, wild: str | None
 ) -> Variants:
-    lines = (f"{line}\n" for _, line in guarded_lines(path, ReadReport()))
-    reader = csv.reader(lines, delimiter=delimiter, strict=True)
-    columns: list[str] = []
-    rows, residues, measured = [], [], []
-    data, score, mutant = -1, None, None
-    try:
-        for row in reader:
-            if not row:
-                continue
-            if not columns:
-                columns = [name.strip() for name in row]
-                way_out = other_divider(columns, delimiter)
-                data = _column(
-                    path, columns, sequence_column, SEQUENCE_COLUMNS, "--sequence_column", way_out
-                )
-                if score_column or SCORE_COLUMN in columns:
-                    score = _column(path, columns, score_column, (SCORE_COLUMN,), "--score_column")
-                if MUTANT_COLUMN in columns:
-                    mutant = _column(path, columns, MUTANT_COLUMN, (), "")
-                continue
-            place = f"{path}:{reader.line_num}"
-            require_cells(row, columns, place, delimiter)
-            report = ReadReport()
-            cleaned = clean(row[data], report, place, keep_ambiguous=True)
-            if cleaned is None:
-                raise ValueError(f"{place}: {columns[data]}: {next(iter(report.dropped))}")
-            rows.append(row)
-            residues.append(cleaned)
-            if score is not None:
-                measured.append(_number(row[score], f"{place}: {columns[score]}"))
-    except csv.Error as error:
-        raise ValueError(f"{path}:{reader.line_num}: broken CSV ({error})") from None
+    report = ReadReport(source=str(path))
+    table = open_table(path, kind, report, sequence_column)
+    mutant = table.find(None, (MUTANT_COLUMN,), "")
+    score = table.find(score_column, (SCORE_COLUMN,), "--score_column")
+    data = None
+    if wild is None:
+        data = table.sequence(sequence_column)
+        report.column = table.columns[data]
+    elif mutant is None:
+        raise ValueError(f"--wildtype: {path} has no column {MUTANT_COLUMN!r} of mutants of it")
+    numbered = list(table.rows)
+    rows = [row for _, row in numbered]
+    places = [f"{path.name}:{number}" for number, _ in numbered]
     if not rows:
         raise ValueError(f"--input {path}: there is no row below the header line")
-    clusters: list[Any] = list(range(len(rows)))
-    if mutant is not None:
-        clusters = [positions(row[mutant]) or f"row {i}" for i, row in enumerate(rows)]
+    parsed = [] if mutant is None else _parsed([row[mutant] for row in rows], places, report)
+    if data is not None:
+        texts = ["" if is_missing(row[data]) else row[data] for row in rows]
+    else:
+        assert wild is not None
+        begin = numbering([m for m in parsed if m], wild)
+        report.note(f"mutants: {begin}")
+        texts = ["" if m is None else mutated(wild, m, begin.first) for m in parsed]
+    residues, measured = [], []
+    for place, row, text in zip(places, rows, texts, strict=True):
+        residues.append(usable(Record("", place, text), report, keep_ambiguous=True) or "")
+        if score is not None:
+            where = f"{place}: {table.columns[score]}"
+            comma = table.divider != ","
+            measured.append(number_of(row[score], where, decimal_comma=comma))
+            if comma and "," in row[score]:
+                report.fix("decimal commas", place)
+    require_proteins(report)
+    clusters: list[Any] = [_positions(m) or f"row {i}" for i, m in enumerate(parsed)]
     return Variants(
-        columns, rows, residues, np.array(measured) if score is not None else None, clusters
+        table.columns,
+        rows,
+        residues,
+        np.array(measured) if score is not None else None,
+        clusters or list(range(len(rows))),
+        report,
     )
 
 
-def _column(
-    path: Path,
-    columns: Sequence[str],
-    wanted: str | None,
-    usual: Sequence[str],
-    flag: str,
-    way_out: str = "",
-) -> int:
-    """Return the place of a column. Raises ``ValueError`` where there is none, or more than one."""
-    for name in (wanted,) if wanted else usual:
-        if name in columns:
-            require_once(columns, name, path)
-            return columns.index(name)
-    shown = printable(", ".join(name[:30] for name in columns[:8]))
-    missing = repr(wanted) if wanted else " or ".join(map(repr, usual))
-    raise ValueError(
-        f"{path}: no column {missing} among its columns ({shown}){way_out or f': pass {flag}'}"
-    )
+def _parsed(
+    mutants: Sequence[str], places: Sequence[str], report: ReadReport
+) -> list[list[Substitution] | None]:
+    """Return the substitutions of each mutant, None where it is written in another way."""
+    found: list[list[Substitution] | None] = []
+    for mutant, place in zip(mutants, places, strict=True):
+        try:
+            found.append(parse_mutant(mutant))
+        except ValueError:
+            report.notice(OTHER_MUTANTS, f"{place}, {printable(mutant[:30])!r}")
+            found.append(None)
+    return found
 
 
-def _number(cell: str, place: str) -> float:
-    if not cell.strip():
-        return math.nan
-    try:
-        value = float(cell)
-    except ValueError:
-        raise ValueError(f"{place}: {cell[:30]!r} is not a number") from None
-    if math.isinf(value):
-        raise ValueError(f"{place}: {cell[:30]!r} is not finite")
-    return value
-
-
-def positions(mutant: str) -> str:
-    """Return the positions that a mutant changes: ``A1P:D2N`` gives ``1:2``; else nothing."""
-    numbers = [part[1:-1] for part in mutant.strip().split(":")]
-    return ":".join(numbers) if all(n.isdigit() for n in numbers) else ""
+def _positions(mutant: Sequence[Substitution] | None) -> str:
+    """Return the positions that a mutant changes: ``A1P:D2N`` gives ``1:2``, ``SG5A`` ``S5``."""
+    return ":".join(f"{s.prefix}{s.number}" for s in mutant or ())
 
 
 def score_columns(
@@ -215,7 +199,7 @@ def score_columns(
 
     Args:
         models: model and tokenizer by prefix of the columns.
-        residues: ``(P,)``; equal ones are scored once.
+        residues: ``(P,)``; equal ones are scored once, empty ones not at all.
         batch_size: proteins scored at a time.
         wild: the protein that all are variants of: what they share with it is computed once.
         windows: score proteins longer than the model in overlapping windows
@@ -226,10 +210,11 @@ def score_columns(
         given ``wild`` also ``{prefix}log_ratio``, log p(protein) - log p(wild type). NaN where a
         protein does not fit the model.
     """
-    unique = list(dict.fromkeys([*([] if wild is None else [wild]), *residues]))
-    place = {protein: i for i, protein in enumerate(unique)}
+    asked = [*([] if wild is None else [wild]), *residues]
+    unique: list[str] = [p for p in dict.fromkeys(asked) if p]
+    place = {protein: i for i, protein in enumerate([*unique, ""])}
     back = np.array([place[protein] for protein in residues])
-    sizes = np.array([len(protein) for protein in residues])
+    sizes = np.array([max(1, len(protein)) for protein in residues])
     found = {}
     for prefix, (model, tokenizer) in models.items():
         if wild is None:
@@ -239,6 +224,7 @@ def score_columns(
         if windows:
             for i in np.flatnonzero(np.isnan(nll)):
                 nll[i] = windowed_nll(model, tokenizer, unique[i]).sum()
+        nll = np.append(nll, math.nan)  # of an empty protein
         found[f"{prefix}log_likelihood"] = -nll[back]
         found[f"{prefix}log_likelihood_per_residue"] = -nll[back] / sizes
         if wild is not None:
@@ -263,14 +249,14 @@ def write_scores(path: str | Path, variants: Variants, scores: Mapping[str, np.n
 
 def lengths_differ(residues: Sequence[str]) -> bool:
     """Return whether proteins are not all of one length."""
-    return len({len(protein) for protein in residues}) > 1
+    return len({len(protein) for protein in residues if protein}) > 1
 
 
 def which_suits(residues: Sequence[str]) -> str:
     """Return, for a person, which of the two log-likelihoods ranks these proteins."""
     if not lengths_differ(residues):
         return "all of one length: the total and the value per residue give the same order"
-    low, high = (end(map(len, residues)) for end in (min, max))
+    low, high = (end(len(p) for p in residues if p) for end in (min, max))
     return (
         f"lengths from {low:,} to {high:,} residues: compare log_likelihood_per_residue; the total "
         "is a sum over residues, so that a truncated protein looks better by it"

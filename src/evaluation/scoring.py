@@ -119,7 +119,7 @@ def _chunks_of_states(
     Owners are ``(n,)`` in numpy, targets ``(n,)``, logits ``(n, V)`` in float32.
     """
     heads = [output_head(model) for model in models]
-    check_vocabularies(models[0].config.vocab_size, models[-1].config.vocab_size)
+    check_vocabularies(student=models[-1].config.vocab_size, teacher=models[0].config.vocab_size)
     device = models[0].device
     tokens = settings.batch_tokens or BATCH_TOKENS.get(device.type, BATCH_TOKENS["cuda"])
     batches = length_batches(lengths, settings.batch_size, tokens)

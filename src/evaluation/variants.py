@@ -92,7 +92,8 @@ def _fill(
     logits = model(input_ids=ids, use_cache=True, **{cache_argument(model): cache}).logits[0, :-1]
     nll = F.cross_entropy(logits.float(), ids[0, 1:], reduction="none").double().cpu().numpy()
     before = np.concatenate([[0.0], np.cumsum(nll)])  # (T,): of the tokens up to each
-    layers = [(layer.keys, layer.values) for layer in cache.layers]
+    kept: Any = cache.layers
+    layers = [(layer.keys, layer.values) for layer in kept]
     # Those that differ late first: rows of a batch share what the earliest of them shares.
     order = fits[np.argsort(-shared[fits], kind="stable")]
     rest = np.array([len(row) for row in others]) - shared + 1
@@ -122,7 +123,8 @@ def _after(
     if start == 0:
         return model(input_ids=inputs, use_cache=False).logits
     cache = DynamicCache(config=model.config)
-    for layer, (keys, values) in zip(cache.layers, layers, strict=True):
+    empty: Any = cache.layers
+    for layer, (keys, values) in zip(empty, layers, strict=True):
         layer.update(
             keys[:, :, :start].expand(rows, -1, -1, -1),
             values[:, :, :start].expand(rows, -1, -1, -1),

@@ -32,6 +32,7 @@ LOG_FILE = "pipeline.log"
 NEW, REPLACE = "new", "replace"
 TAIL_LINES = 12
 """Last lines of a stage that the status file shows."""
+FORWARDED = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2, signal.SIGXCPU)
 IGNORED = ("overwrite", "device", "cache_dir", "output", "per_protein")
 """Arguments of an evaluation that do not decide its numbers."""
 
@@ -233,16 +234,14 @@ class Pipeline:
 
     @contextlib.contextmanager
     def _signals_forwarded(self) -> Iterator[None]:
-        """Pass SIGINT and SIGTERM on to the running stage, and ignore SIGHUP, in the body."""
+        """Pass signals that stop on to the running stage, and ignore SIGHUP, in the body."""
 
         def forward(number: int, frame: Any) -> None:
             self._signal = number
             if self._child is not None:
                 self._child.send_signal(number)
 
-        before = {
-            number: signal.signal(number, forward) for number in (signal.SIGINT, signal.SIGTERM)
-        }
+        before = {number: signal.signal(number, forward) for number in FORWARDED}
         before[signal.SIGHUP] = signal.signal(signal.SIGHUP, signal.SIG_IGN)
         try:
             yield

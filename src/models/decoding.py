@@ -174,8 +174,9 @@ class Decoder:
 
     def _window(self, layer: int) -> Tensor:
         """Return the keys and values ``(2, B, H, W, d)`` that the rows in use attend to."""
+        window = self.buffers[layer].narrow(3, self.stop - self.width, self.width)
         rows = len(self.lengths)
-        return self.buffers[layer][:, :rows, :, self.stop - self.width : self.stop]
+        return window if rows == window.shape[1] else window.narrow(1, 0, rows)
 
     def _library(self, newest: Tensor, hidden: Tensor | None) -> Tensor:
         inputs: dict[str, Any] = {self.name: self.cache, "use_cache": True}
@@ -198,8 +199,8 @@ class Decoder:
             mixed = torch.addmm(block.qkv_bias, normed, block.qkv)
             mixed = mixed.view(rows, 3, block.heads, -1).transpose(0, 1)  # (3, B, H, d)
             window = self._window(layer)
-            window[:, :, :, -1] = mixed[1:]
-            keys, values = window
+            window.select(3, -1).copy_(mixed[1:])
+            keys, values = window.unbind(0)
             attended = F.scaled_dot_product_attention(
                 mixed[0].unsqueeze(2), keys, values, mask, scale=block.scale
             )

@@ -15,6 +15,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import NamedTuple
 
+from src.proteins.peptides import peptide_hits
 from src.proteins.readers import guarded_lines
 from src.proteins.report import ReadReport
 from src.proteins.sources import MAX_NAME
@@ -129,6 +130,30 @@ def read_clusters(path: Path) -> dict[str, str]:
     return clusters
 
 
+def clusters_of_names(clusters: Mapping[str, str], names: Sequence[str]) -> dict[str, str]:
+    """Return the cluster of each name that a table has, also under MMseqs2's shorter name.
+
+    MMseqs2 writes ``P12345`` for ``sp|P12345|NAME`` and ``gnl|db|P12345``.
+
+    Raises:
+        ValueError: two proteins have the same shorter name.
+    """
+    found: dict[str, str] = {}
+    owner: dict[str, str] = {}
+    for name in names:
+        fields = [name, *(field for field in name.split("|")[1:] if field)]
+        known = next((field for field in fields if field in clusters), None)
+        if known is None:
+            continue
+        if owner.setdefault(known, name) != name:
+            raise ValueError(
+                f"--clusters: {known[:MAX_NAME]} may be {owner[known]} or {name}: give both names "
+                "in full"
+            )
+        found[name] = clusters[known]
+    return found
+
+
 def alignments(
     proteins: Mapping[str, str],
     queries: Sequence[str],
@@ -136,6 +161,9 @@ def alignments(
     settings: SearchSettings,
 ) -> list[Hit]:
     """Return every local alignment of a query with a target, of any coverage.
+
+    Pairs in which one has fewer than 30 residues, which MMseqs2 hardly sees, are compared exactly
+    as well (:func:`src.proteins.peptides.peptide_hits`).
 
     E-values grow with the number of targets: an alignment may count among few targets and not
     among many.
@@ -163,10 +191,12 @@ def alignments(
         )
         with (work / "hits.tsv").open() as handle:
             rows = [line.rstrip("\n").split("\t") for line in handle]
-    return [
+    found = [
         Hit(queries[int(query)], targets[int(target)], float(identity), float(coverage))
         for query, target, identity, coverage in rows
     ]
+    short = peptide_hits(proteins, queries, targets, settings.search_evalue)
+    return found + [Hit(*hit) for hit in short]
 
 
 def best_identities(

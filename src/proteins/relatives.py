@@ -257,7 +257,7 @@ def _searched(
     import pyhmmer
 
     alphabet = pyhmmer.easel.Alphabet.amino()
-    digital = [_named_sequence(str(i), p).digitize(alphabet) for i, p in enumerate(proteins) if p]
+    digital = [named_sequence(str(i), p).digitize(alphabet) for i, p in enumerate(proteins) if p]
     block: Any = pyhmmer.easel.DigitalSequenceBlock(alphabet, digital)
     options: dict[str, Any] = {"bit_cutoffs": "gathering"} if gathering else {"E": evalue}
     if len(block):
@@ -265,12 +265,12 @@ def _searched(
             # hmmsearch is much faster than hmmscan; Z makes its E-values hmmscan's.
             for hits in pyhmmer.hmmsearch(file, block, cpus=cpus, Z=count, **options):
                 good = (h for h in hits if h.included or h.reported)
-                yield profile_key(hits.query), {int(_text(h.name)): h.score for h in good}
+                yield profile_key(hits.query), {int(text_of(h.name)): h.score for h in good}
 
 
 def profile_key(profile: Any) -> str:
     """Return a profile's accession, or its name where it has none."""
-    return _text(profile.accession or profile.name)
+    return text_of(profile.accession or profile.name)
 
 
 @contextmanager
@@ -278,12 +278,12 @@ def open_profiles(profiles: str | Path) -> Iterator[Any]:
     """Open an HMM file, gzipped or not, as an iterable of pyhmmer's profiles."""
     import pyhmmer
 
-    opened = gzip.open if Path(profiles).suffix == ".gz" else open
+    opened: Any = gzip.open if Path(profiles).suffix == ".gz" else open
     with opened(profiles, "rb") as raw, pyhmmer.plan7.HMMFile(raw) as file:
         yield file
 
 
-def _named_sequence(name: str, residues: str) -> Any:
+def named_sequence(name: str, residues: str) -> Any:
     """Return a sequence for pyhmmer; older versions want names as bytes."""
     from pyhmmer.easel import TextSequence
 
@@ -293,5 +293,6 @@ def _named_sequence(name: str, residues: str) -> Any:
         return TextSequence(name=name.encode(), sequence=residues)  # type: ignore[arg-type]
 
 
-def _text(name: str | bytes) -> str:
+def text_of(name: str | bytes) -> str:
+    """Return a name of pyhmmer; older versions give bytes."""
     return name.decode() if isinstance(name, bytes) else name

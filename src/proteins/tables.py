@@ -221,16 +221,18 @@ def _checked(
     for number, row in rows:
         while len(row) > len(columns) and not row[-1].strip():
             row.pop()
+        if not divider:
+            row += [""] * (len(columns) - len(row))  # Excel leaves out empty cells at the end
         if not any(cell.strip() for cell in row):
             blank.append((number, [""] * len(columns)))
             continue
         if len(row) != len(columns):
             if row[0].startswith("#"):
                 continue
-            quoted = f": a cell with a {DIVIDERS[divider]} in it needs double quotes"
+            quoted = DIVIDERS.get(divider, "divider")
             raise ValueError(
-                f"{path}:{number}: {len(row)} cells for {len(columns)} columns"
-                f"{quoted if divider else ''}"
+                f"{path}:{number}: {len(row)} cells for {len(columns)} columns: a cell with a "
+                f"{quoted} in it needs double quotes"
             )
         yield from blank
         blank.clear()

@@ -59,7 +59,9 @@ def to_ctranslate2(
         ValueError: CTranslate2 is not installed, or does not know the model.
     """
     require("ctranslate2", "ctranslate2")
-    from ctranslate2.converters import TransformersConverter
+    from ctranslate2.converters import (  # pyright: ignore[reportMissingImports]
+        TransformersConverter,
+    )
 
     with tempfile.TemporaryDirectory() as work:
         model.save_pretrained(work)
@@ -108,7 +110,7 @@ def to_onnx(model: PreTrainedModel, path: Path) -> None:
     batch, tokens = torch.export.Dim("batch"), torch.export.Dim("tokens")
     torch.onnx.export(
         Logits().eval(), (torch.zeros((2, 7), dtype=torch.long),), path, dynamo=True,
-        input_names=["input_ids"], output_names=["logits"], external_data=False,
+        input_names=["input_ids"], output_names=["logits"], external_data=False, verbose=False,
         dynamic_shapes={"input_ids": {0: batch, 1: tokens}},
     )  # fmt: skip
 
@@ -151,3 +153,8 @@ def compare(
         "reference_nll": reference_nll / count,
         "tokens": count,
     }
+
+
+def perplexity_factor(comparison: dict[str, float]) -> float:
+    """Return the perplexity a token in the other runtime over that in the reference."""
+    return float(np.exp(comparison["nll"] - comparison["reference_nll"]))

@@ -111,13 +111,13 @@ def build_report(
         "training": _training(run),
         "curves": _curves(records),
         "metrics": _metric_rows(results),
-        "divergences": [(m.title, m.better, _split(cell)) for m, cell in pair_rows(results)],
+        "divergences": [(m.title, m.better, split_cell(cell)) for m, cell in pair_rows(results)],
         "floors": _floors(results),
         "evaluated": _evaluated(results),
         "reliability": _reliability(results),
         "composition": _composition(results),
         "generated_sets": [(s, lookup(results, f"generation.{s}.sequences")) for s in sets],
-        "generated": [(label, [_split(cell) for cell in cells]) for label, *cells in rows],
+        "generated": [(label, [split_cell(cell) for cell in cells]) for label, *cells in rows],
         "sampling": _sampling(results),
         "examples": _examples(results, fasta),
         "costs": _costs(run, results, run_dir, records),
@@ -125,13 +125,14 @@ def build_report(
         "provenance": _provenance(run, results),
         "measured": bool(results),
     }
-    page = _template().render(content)
+    page = template("report.html.jinja").render(content)
     # JSON may hold halves of characters, which no file can.
     return page.encode("utf-8", "replace").decode("utf-8")
 
 
 @functools.cache
-def _template() -> Any:
+def template(name: str) -> Any:
+    """Return a page's template; an unknown value in it is an error."""
     from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
     environment = Environment(
@@ -141,7 +142,7 @@ def _template() -> Any:
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    return environment.get_template("report.html.jinja")
+    return environment.get_template(name)
 
 
 def _run(folder: Path) -> dict[str, Any]:
@@ -216,14 +217,14 @@ def _date(stamp: Any) -> str:
     return str(stamp or "")[:16].replace("T", " ")
 
 
-def _split(text: str) -> Cell:
+def split_cell(text: str) -> Cell:
     """Split what :func:`src.evaluation.results.with_interval` returns."""
     value, _, interval = text.partition(" [")
     return Cell(value, f"[{interval}" if interval else "")
 
 
 def _cell(results: Mapping[str, Any], name: str) -> Cell:
-    return _split(with_interval(results, name))
+    return split_cell(with_interval(results, name))
 
 
 def _headlines(results: Mapping[str, Any]) -> list[dict[str, Any]]:
@@ -350,17 +351,18 @@ def _curves(records: Sequence[Mapping[str, Any]]) -> list[Drawing]:
             def draw(key: str = key, label: str = label) -> Figure:
                 return plots.learning_curves({"student": records}, key, label)
 
-            drawings.append(_drawing(draw, f"curve-{key}", caption))
+            drawings.append(make_drawing(draw, f"curve-{key}", caption))
     return drawings
 
 
-def _drawing(draw: Callable[[], Figure], name: str, caption: str) -> Drawing:
+def make_drawing(draw: Callable[[], Figure], name: str, caption: str) -> Drawing:
+    """Return a figure with its caption; ``name`` tells its ids from those of a page's others."""
     return Drawing(plots.inline_svg(draw(), name, caption), caption)
 
 
 def _metric_rows(results: Mapping[str, Any]) -> list[tuple[str, str, list[Cell]]]:
     """Return label, better direction and cells (student, teacher, ratio) of each metric."""
-    return [(m.title, m.better, list(map(_split, cells))) for m, cells in metric_rows(results)]
+    return [(m.title, m.better, list(map(split_cell, cells))) for m, cells in metric_rows(results)]
 
 
 def _floors(results: Mapping[str, Any]) -> list[tuple[str, str]]:
@@ -395,7 +397,7 @@ def _reliability(results: Mapping[str, Any]) -> list[Drawing]:
                 return plots.reliability_diagram({model: record})
 
             caption = f"Accuracy of the {model}'s first choice against its confidence."
-            drawings.append(_drawing(draw, f"reliability-{model}", caption))
+            drawings.append(make_drawing(draw, f"reliability-{model}", caption))
     return drawings
 
 
@@ -405,7 +407,7 @@ def _composition(results: Mapping[str, Any]) -> Drawing | None:
     shown = {name: shares for name, shares in sets.items() if shares}
     if not any(model in shown for model in MODELS):
         return None
-    return _drawing(
+    return make_drawing(
         lambda: plots.composition_bars(shown),
         "composition",
         "Amino-acid composition of generated proteins; lines: the held-out proteins.",

@@ -1,8 +1,10 @@
-"""SIGTERM and SIGINT while training: write a checkpoint, then end with the signal's exit status.
+"""Signals while training: write a checkpoint, then end with the signal's exit status.
 
-Outside the training loop a signal ends the program at once, because nothing would be lost. Inside
-the loop the first signal is noted, and the Trainer leaves at the next place from which the run
-resumes to the same bits. A second signal ends the process at once.
+These are SIGTERM and SIGINT, what SLURM sends before a job's time is over (SIGUSR1, SIGUSR2 or
+SIGXCPU), and SIGHUP of a lost terminal, unless it is ignored (nohup). Outside the training loop a
+signal ends the program at once, because nothing would be lost. Inside the loop the first signal is
+noted, and the Trainer leaves at the next place from which the run resumes to the same bits. A
+second SIGTERM or SIGINT ends the process at once; schedulers repeat the others.
 """
 
 from __future__ import annotations
@@ -19,7 +21,8 @@ from typing import Any, ParamSpec, TypeVar
 
 P = ParamSpec("P")
 R = TypeVar("R")
-SIGNALS = (signal.SIGTERM, signal.SIGINT)
+URGENT = (signal.SIGTERM, signal.SIGINT)
+SIGNALS = (*URGENT, signal.SIGUSR1, signal.SIGUSR2, signal.SIGXCPU, signal.SIGHUP)
 
 
 class LeaveNow(Exception):  # noqa: N818
@@ -31,10 +34,15 @@ class _Signals:
 
     deferred = False
     received: int | None = None
+    urgent = False
+    terminals: tuple[int, ...] = ()
 
 
 def exit_status(number: int) -> int:
-    """Return the exit status of a program that a signal ended: 143 for SIGTERM, 130 for SIGINT."""
+    """Return the exit status of a program that a signal ended: 128 and its number.
+
+    SIGHUP 129, SIGINT 130, SIGUSR1 138, SIGUSR2 140, SIGTERM 143, SIGXCPU 152.
+    """
     return 128 + number
 
 
@@ -54,7 +62,7 @@ def deferred() -> Iterator[None]:
 
 
 def stops_on_signals(function: Callable[P, R]) -> Callable[P, R]:
-    """Decorate a function so that SIGTERM and SIGINT end it as this module describes.
+    """Decorate a function so that signals end it as this module describes.
 
     Outside the main thread, where Python handles no signals, the function is not changed.
     """
@@ -68,28 +76,47 @@ def stops_on_signals(function: Callable[P, R]) -> Callable[P, R]:
         def handle(number: int, frame: FrameType | None) -> None:
             if os.getpid() != owner:
                 return  # a forked worker: its parent decides
-            if _Signals.received is not None:
+            if _Signals.urgent and number in URGENT:
                 signal.signal(number, signal.SIG_DFL)
                 os.kill(owner, number)
+                return
+            _Signals.urgent |= number in URGENT
+            if _Signals.received is not None:
                 return
             _Signals.received = number
             name = signal.Signals(number).name
             if not _Signals.deferred:
-                print(f"stopped by {name}", file=sys.stderr, flush=True)
+                _tell(f"stopped by {name}", number)
                 raise SystemExit(exit_status(number))
-            line = f"{name}: stopping after a checkpoint; a second signal ends at once"
-            print(line, file=sys.stderr, flush=True)
+            wait = "; a second signal ends at once" if number in URGENT else ""
+            _tell(f"{name}: stopping after a checkpoint{wait}", number)
 
-        _Signals.received = None
-        before = {number: signal.signal(number, handle) for number in SIGNALS}
+        _Signals.received, _Signals.urgent = None, False
+        _Signals.terminals = tuple(output for output in (1, 2) if os.isatty(output))
+        before = {
+            number: signal.signal(number, handle)
+            for number in SIGNALS
+            if number != signal.SIGHUP or signal.getsignal(number) != signal.SIG_IGN
+        }
         try:
             return function(*args, **kwargs)
         finally:
-            _Signals.received = None
+            _Signals.received, _Signals.urgent = None, False
             for number, handler in before.items():
                 signal.signal(number, handler)
 
     return wrapped
+
+
+def _tell(line: str, number: int) -> None:
+    """Print a line on standard error; after SIGHUP write no more to a terminal, which is gone."""
+    with contextlib.suppress(OSError):
+        print(line, file=sys.stderr, flush=True)
+    if number == signal.SIGHUP:
+        sink = os.open(os.devnull, os.O_WRONLY)
+        for output in _Signals.terminals:
+            os.dup2(sink, output)
+        os.close(sink)
 
 
 def quiet_workers(loader: Any) -> Any:

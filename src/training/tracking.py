@@ -18,9 +18,13 @@ from transformers import Trainer, TrainerCallback
 from transformers.integrations.integration_utils import TensorBoardCallback, WandbCallback
 
 from src.common.cli import one_line
+from src.common.files import write_text
 from src.common.privacy import publishable
 
 WANDB_PROJECT = "PROTGPT2_DISTILLATION"
+WANDB_RUN_FILE = "wandb_run.txt"
+"""In a run's directory: the identifier of its W&B run, which a resumed training goes on with."""
+LONGEST_ID = 128
 TENSORBOARD_FOLDER = "tensorboard"
 DESCRIBED = ("settings", "teacher", "student", "compression", "data", "steps", "versions", "git")
 """Parts of a run's record that are known at its beginning: the configuration."""
@@ -65,8 +69,9 @@ def require_tracker(tracker: str) -> None:
 def open_tracker(tracker: str, folder: Path) -> None:
     """Open W&B's run, named like the folder, before anything that takes long.
 
-    The Trainer's callback, which starts later, uses the run that is open. TensorBoard has nothing
-    to open.
+    A run that is resumed goes on as the same run of W&B, whose identifier the folder keeps; offline
+    both parts have it, and ``wandb sync`` joins them. The Trainer's callback, which starts later,
+    uses the run that is open. TensorBoard has nothing to open.
 
     Raises:
         ValueError: there is no key, or W&B cannot be reached.
@@ -79,11 +84,26 @@ def open_tracker(tracker: str, folder: Path) -> None:
     project = os.environ.setdefault("WANDB_PROJECT", WANDB_PROJECT)
     try:
         settings = wandb.Settings(**WANDB_LEAVES_OUT)
-        wandb.init(project=project, name=folder.name, settings=settings)
+        wandb.init(
+            project=project,
+            name=folder.name,
+            settings=settings,
+            id=kept_run_id(folder),
+            resume="allow",
+        )
     except wandb.Error as error:
         raise ValueError(
             f"--report_to wandb: {one_line(error)} WANDB_MODE=offline keeps the run on this machine"
         ) from error
+
+
+def kept_run_id(folder: Path) -> str | None:
+    """Return the identifier of the W&B run that a directory belongs to, None where it has none."""
+    path = folder / WANDB_RUN_FILE
+    if not path.is_file():
+        return None
+    kept = path.read_text(encoding="utf-8", errors="replace").strip()
+    return kept if kept.isprintable() and 0 < len(kept) <= LONGEST_ID else None
 
 
 class Wandb(WandbCallback):
@@ -131,6 +151,7 @@ class Tracking(TrainerCallback):
 
             assert wandb.run is not None
             wandb.run.config.update(known, allow_val_change=True)
+            write_text(self.folder / WANDB_RUN_FILE, f"{wandb.run.id}\n")
         else:
             self._write_table("configuration", known)
 

@@ -74,7 +74,7 @@ def _one_model(
         difference = compare(reference, other, tokenizer, protein)["largest_difference"]
         require_same("CTranslate2", {"a log-probability": difference}, TOLERANCE)
         found["checks"][f"{name}: largest difference to CTranslate2"] = difference
-        import ctranslate2
+        import ctranslate2  # pyright: ignore[reportMissingImports]
 
         engine = ctranslate2.Generator(
             str(folder / "model"), compute_type="float32", inter_threads=1,

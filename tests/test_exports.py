@@ -1,0 +1,91 @@
+"""Other runtimes give a protein the log-probabilities of PyTorch, or the export is not kept."""
+
+from __future__ import annotations
+
+import importlib.util
+import re
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+
+from src.publishing import exports as x
+from tools.export import main
+
+PACKAGES = {"ctranslate2": ("ctranslate2",), "onnx": ("onnx", "onnxscript", "onnxruntime")}
+
+
+def needs(runtime):
+    there = all(importlib.util.find_spec(name) for name in PACKAGES[runtime])
+    return pytest.mark.skipif(not there, reason=f"needs {' '.join(PACKAGES[runtime])}")
+
+
+@pytest.fixture
+def folder(tmp_path, tiny_lm, tiny_tokenizer, random_proteins):
+    tiny_lm(vocab_size=70).save_pretrained(tmp_path / "model")
+    tiny_tokenizer.save_pretrained(tmp_path / "model")
+    text = "".join(f">p{i}\n{p}\n" for i, p in enumerate(random_proteins(6, 20, 90)))
+    (tmp_path / "in.fasta").write_text(text)
+    return tmp_path
+
+
+def run(folder, *options):
+    given = ["--model", folder / "model", "--data", folder / "in.fasta"]
+    return main([str(a) for a in [*given, "--output", folder / "out", *options]])
+
+
+@pytest.mark.parametrize("runtime", [pytest.param(r, marks=needs(r)) for r in PACKAGES])
+def test_an_export_is_the_same_model(folder, capsys, runtime):
+    assert run(folder, "--to", runtime) == 0
+    shown = capsys.readouterr().out
+    found = re.search(r"log-probability ([\d.e-]+) nats, KL", shown)
+    assert found is not None
+    assert float(found[1]) < 1e-3
+    assert "6 proteins" in shown
+    assert (folder / "out").exists()
+    assert run(folder, "--to", runtime) == 2
+
+
+@needs("ctranslate2")
+def test_int8_tells_what_it_costs(folder, capsys):
+    assert run(folder, "--to", "ctranslate2", "--int8") == 0
+    assert "perplexity x" in capsys.readouterr().out
+
+
+@needs("ctranslate2")
+def test_an_export_that_differs_is_not_kept(folder, refusal, monkeypatch):
+    real = x.ctranslate2_log_probs
+
+    def wrong(path):
+        log_probs = real(path)
+        return lambda ids: log_probs(ids) - 0.01
+
+    monkeypatch.setattr(x, "ctranslate2_log_probs", wrong)
+    assert "the export was not kept" in refusal(run(folder, "--to", "ctranslate2"))
+    assert sorted(p.name for p in folder.iterdir()) == ["in.fasta", "model"]
+
+
+def test_a_missing_package_is_named(folder, refusal, monkeypatch):
+    def missing(name):
+        raise ImportError(name)
+
+    monkeypatch.setattr(x, "importlib", SimpleNamespace(import_module=missing))
+    message = refusal(run(folder, "--to", "ctranslate2"))
+    assert "this needs ctranslate2: pip install ctranslate2" in message
+
+
+def test_the_comparison_is_that_of_two_distributions(tiny_tokenizer):
+    first, second = np.log([0.5, 0.25, 0.25]), np.log([0.25, 0.5, 0.25])
+
+    def log_probs(row):
+        return lambda ids: np.pad(
+            np.tile(row, (len(ids) - 1, 1)), ((0, 0), (0, 61)), constant_values=-800.0
+        )
+
+    ids = tiny_tokenizer("<|endoftext|>\nM\n<|endoftext|>")["input_ids"]
+    found = x.compare(log_probs(first), log_probs(second), tiny_tokenizer, ["M"])
+    assert found["tokens"] == len(ids) - 1
+    assert found["kl"] == pytest.approx(0.5 * np.log(2) - 0.25 * np.log(2))
+    expected = [float((first - second)[i]) if i < 3 else 0.0 for i in ids[1:]]
+    assert found["largest_difference"] == pytest.approx(max(map(abs, expected)))
+    assert x.perplexity_factor(found) == pytest.approx(np.exp(np.mean(expected)))

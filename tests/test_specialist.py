@@ -1,0 +1,290 @@
+"""From a family to a specialist: figures by hand, one whole run with tiny models, bad input."""
+
+from __future__ import annotations
+
+import csv
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+pytest.importorskip("pyhmmer")
+
+from scripts.specialise import build_parser, main, student_shape
+from src.common.settings import PRESETS, StudentSettings
+from src.experiments import candidates as c
+from src.experiments import family_run as fr
+from src.experiments import specialist as s
+from src.proteins.homology import Hit
+from src.proteins.sources import Protein
+
+# Judging --------------------------------------------------------------------------------------
+
+
+def judged(**more):
+    proteins = [Protein("a", "M" * 10), Protein("b", "M" * 30), Protein("c", "M" * 60)]
+    nll = {
+        s.START: np.array([30.0, 90.0, 150.0]),
+        s.ADAPTED: np.array([20.0, 60.0, np.nan]),
+        s.SPECIALIST: np.array([22.0, 66.0, 100.0]),
+        **more,
+    }
+    return s.judge(nll, proteins, ["x", "y", "y"], bootstrap=50)
+
+
+def test_figures_of_a_judgement_by_hand():
+    record = judged()
+    assert (record["proteins"], record["not_fitting"], record["residues"]) == (2, 1, 40)
+    assert record["clusters"] == 2
+    assert record["nats"] == pytest.approx({s.START: 3.0, s.ADAPTED: 2.0, s.SPECIALIST: 2.2})
+    assert record["gain"] == pytest.approx({s.ADAPTED: 1.0, s.SPECIALIST: 0.8})
+    assert record["kept"] == pytest.approx(0.8)
+    assert record["intervals"]["kept"] == pytest.approx([0.8, 0.8])
+    json.dumps(record, allow_nan=False)
+
+
+def test_a_model_that_no_member_fits_is_named():
+    with pytest.raises(ValueError, match="no held-out member fits all models"):
+        judged(other=np.full(3, np.nan))
+
+
+def test_a_sweep_stands_around_the_given_rate():
+    assert s.tuned(s.FitSettings(learning_rates=(3e-3,))).learning_rates == (1e-3, 3e-3, 9e-3)
+
+
+def test_steps_grow_with_the_family():
+    small, large = (s.ADAPTATION.train_settings(n, 1e-3) for n in (10, 1000))
+    assert small.max_steps == s.ADAPTATION.least_steps
+    assert small.eval_steps == s.ADAPTATION.evaluate_each
+    assert large.max_steps == s.ADAPTATION.epochs * 125
+    assert large.eval_steps == 125
+    assert small.early_stopping == s.ADAPTATION.patience
+
+
+def test_a_stage_is_done_once_and_refuses_other_settings(tmp_path):
+    calls = []
+
+    def work():
+        calls.append(1)
+        return {"n": len(calls)}
+
+    quiet = {"announce": lambda line: None}
+    assert s.run_stage(tmp_path / "a", {"x": 1}, work, **quiet) == {"n": 1}
+    assert s.run_stage(tmp_path / "a", {"x": 1}, work, **quiet) == {"n": 1}
+    with pytest.raises(ValueError, match=r"other settings \(x\)"):
+        s.run_stage(tmp_path / "a", {"x": 2}, work, **quiet)
+
+
+def test_a_stage_that_failed_is_done_again(tmp_path):
+    def fail():
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        s.run_stage(tmp_path / "a", {}, fail)
+    assert s.run_stage(tmp_path / "a", {}, lambda: {"n": 1}) == {"n": 1}
+
+
+# Candidates -----------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def assessed(monkeypatch, random_proteins):
+    members = random_proteins(5, 60, 80)
+    good = random_proteins(3, 60, 80, seed=9)
+    samples = [
+        good[0],
+        good[0],
+        members[2],
+        "QQQQQQQQQQ" + good[1][:50],
+        good[1],
+        good[2],
+        "W" + good[2],
+    ]
+    hit = np.array([1, 1, 1, 1, 1, 1, 0], dtype=bool)
+    bits = np.array([50.0, 50, 50, 50, 90, 10, np.nan])
+    monkeypatch.setattr(c, "family_hits", lambda proteins, profile: {"hit": hit})
+    monkeypatch.setattr(c, "read_profiles", lambda profile: [])
+    monkeypatch.setattr(c, "profile_bits", lambda profiles, proteins: bits)
+    train = [Protein(f"m{i}", m) for i, m in enumerate(members)]
+    nll = np.array([2.0, 2.0, 1.0, 2.0, 1.0, 3.0, 3.0]) * [len(x) for x in samples]
+    return c.assess(samples, nll, train, Path("x.hmm"), 0.9)
+
+
+def test_each_useless_sample_has_its_reason(assessed):
+    assert assessed["dropped"] == ["", c.DUPLICATE, c.COPY, c.REPEATS, "", "", c.NO_HIT]
+    assert assessed["nearest_member"][2] == "m2"
+    assert assessed["nearest_identity"][2] == 1.0
+    assert c.drop_counts(assessed) == {
+        c.KEPT: 3, c.DUPLICATE: 1, c.COPY: 1, c.REPEATS: 1, c.NO_HIT: 1,
+    }  # fmt: skip
+
+
+def test_candidates_are_ranked_by_both_scores(assessed):
+    assert assessed["rank"] == [2, None, None, None, 1, 3, None]
+    assert c.ranked(assessed) == [4, 0, 5]
+
+
+def test_candidates_are_written_best_first_and_read_back(assessed, tmp_path):
+    c.write_candidates(tmp_path, assessed)
+    table = c.read_table(tmp_path / "candidates.csv")
+    assert table["rank"][:4] == ["1", "2", "3", ""]
+    assert len(table["sequence"]) == 7
+    headers = [
+        line
+        for line in (tmp_path / "candidates.fasta").read_text().splitlines()
+        if line.startswith(">")
+    ]
+    assert [h.split()[1] for h in headers] == ["rank=1", "rank=2", "rank=3"]
+
+
+def test_a_repetitive_family_sets_the_limit():
+    assert c.limits_of(["ACDEFGHIKLMNPQRSTVWY"])[c.REPEATS] == c.LEAST_LIMIT
+    assert c.limits_of(["QQQQQQQQACDEFGHI"])[c.REPEATS] == 0.5
+
+
+# The whole run --------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def model_dir(tmp_path, tiny_lm, tiny_tokenizer):
+    folder = tmp_path / "model"
+    tiny_lm(initializer_range=0.02).save_pretrained(folder)
+    tiny_tokenizer.save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture
+def family_file(tmp_path, monkeypatch):
+    from tests.test_profiles import RESIDUES, mutants
+
+    members = mutants((RESIDUES * 3)[:50], 14, 0.2, 5)
+    path = tmp_path / "family.fasta"
+    path.write_text("".join(f">p{i}\n{m}\n" for i, m in enumerate(members)))
+
+    def alignments(proteins, queries, targets, settings):
+        return [Hit(a, b, 1.0 if a == b else 0.5, 1.0) for a in queries for b in targets]
+
+    monkeypatch.setattr("src.proteins.family_split.alignments", alignments)
+    return path
+
+
+def small_run(family, model, folder, **more) -> fr.FamilyRun:
+    fit = s.FitSettings(epochs=1, least_steps=4, evaluate_each=2, patience=1)
+    return fr.FamilyRun(
+        family,
+        str(model),
+        folder,
+        specialist=StudentSettings(1, 2, 8),
+        adaptation=more.pop("adaptation", fit),
+        random=fit,
+        distillation=fit,
+        candidates=c.CandidateSettings(num_candidates=6, seed=1),
+        device="cpu",
+        cache_dir=str(folder / "cache"),
+        announce=more.pop("announce", lambda line: None),
+        **more,
+    )
+
+
+def test_a_family_becomes_a_model_a_specialist_candidates_and_a_page(
+    tmp_path, family_file, model_dir, monkeypatch
+):
+    folder = tmp_path / "out"
+    monkeypatch.setattr(fr, "SPEED_SAMPLES", 2)
+    said: list[str] = []
+    run = small_run(family_file, model_dir, folder, announce=said.append)
+    judgement = fr.run_family(run)
+    assert set(judgement["held_out"]["nats"]) == {
+        s.START, s.ADAPTED, s.SCRATCH, s.SPECIALIST, s.PROFILE,
+    }  # fmt: skip
+    assert judgement["held_out"]["nats"][s.PROFILE] < judgement["held_out"]["nats"][s.START]
+    counts = {k: judgement["family"][k] for k in ("train", "validation", "test")}
+    assert sum(counts.values()) == 14
+    assert sum(judgement["candidates"]["dropped"].values()) == 6
+    for name in ("adapted", "random", "specialist"):
+        assert (folder / name / "model.safetensors").is_file()
+    assert json.loads((folder / "judgement" / "judgement.json").read_text()) == judgement
+    page = (folder / "page.html").read_text()
+    for words in ("profile HMM", "from random weights", "specialist", "family.fasta", "adamw"):
+        assert words in page
+    assert str(tmp_path) not in page
+    with (folder / "candidates" / "candidates.csv").open(newline="") as handle:
+        assert len(list(csv.DictReader(handle))) == 6
+
+    # Once more: nothing is trained or sampled again.
+    def forbidden(*args, **kwargs):
+        raise AssertionError("done before")
+
+    monkeypatch.setattr(c, "sample_proteins", forbidden)
+    monkeypatch.setattr(s, "score_proteins", forbidden)
+    monkeypatch.setattr(fr, "read_family", forbidden)
+    assert fr.run_family(run) == judgement
+    assert sum("finished" in line for line in said) >= 6
+
+
+def test_another_family_is_refused(tmp_path, family_file, model_dir, monkeypatch):
+    run = small_run(family_file, model_dir, tmp_path / "out")
+    fr.prepare(run)
+    family_file.write_text(family_file.read_text() + ">more\nMKTAYIAKQR\n")
+    with pytest.raises(ValueError, match="holds another family"):
+        fr.prepare(run)
+
+
+def test_tuning_keeps_the_run_of_the_lowest_validation_loss(tmp_path, family_file, model_dir):
+    fit = s.FitSettings(
+        learning_rates=(1e-4, 3e-2), epochs=1, least_steps=6, evaluate_each=3, batch_size=4
+    )
+    run = small_run(family_file, model_dir, tmp_path / "out", adaptation=fit, scratch=False)
+    family = fr.prepare(run)
+    record = fr.adapt_model(run, family)
+    sweep = json.loads((tmp_path / "out" / "adapted-rates" / "sweep.json").read_text())
+    assert set(sweep) == {"0.0001", "0.03"}
+    best = min(sweep, key=lambda rate: sweep[rate])
+    assert record["settings"]["learning_rate"] == float(best)
+    assert s.final_loss(record) == sweep[best]
+    assert fr.adapt_model(run, family) == record
+
+
+def test_a_split_directory_is_taken_as_it_is(tmp_path, random_proteins, model_dir):
+    from tests.conftest import write_parts
+
+    proteins = random_proteins(14, 40, 60)
+    parts = {"train": proteins[:8], "validation": proteins[8:10], "test": proteins[10:]}
+    write_parts(tmp_path / "split", parts)
+    family = fr.prepare(small_run(tmp_path / "split", model_dir, tmp_path / "out"))
+    assert [p.residues for p in family.test] == proteins[10:]
+    assert not (tmp_path / "out").exists()
+    assert any("rough" in note for note in family.notes)
+
+
+# The command ----------------------------------------------------------------------------------
+
+
+def test_the_shape_of_a_specialist():
+    def shape(*flags):
+        parsed = build_parser().parse_args(["--family", "f", "--output_dir", "o", *flags])
+        return student_shape(parsed)
+
+    assert shape() is None
+    assert shape("--student_preset", "xs") == PRESETS["xs"].student
+    assert shape("--n_layer", "4", "--n_head", "2", "--n_embd", "64") == StudentSettings(4, 2, 64)
+    with pytest.raises(ValueError, match="--n_layer, --n_head, --n_embd"):
+        shape("--n_layer", "4")
+
+
+def test_bad_input_is_one_line(tmp_path, refusal, model_dir):
+    dna = tmp_path / "dna.fasta"
+    dna.write_text("".join(f">g{i}\n{'ACGTTGCA' * 9}{'A' * i}\n" for i in range(12)))
+    one = tmp_path / "one.fasta"
+    one.write_text(">a\nMKTAYIAKQR\n")
+    out = tmp_path / "out"
+    for path, words in (
+        (dna, "nucleic acids"),
+        (one, "at least 10"),
+        (tmp_path / "no.fasta", "no such"),
+    ):
+        line = refusal(
+            main(["--family", str(path), "--model", str(model_dir), "--output_dir", str(out)])
+        )
+        assert words in line
