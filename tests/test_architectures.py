@@ -136,7 +136,7 @@ ARCHITECTURES: dict[str, dict] = {
 }
 NOT_CAUSAL = {"bert", "roberta", "electra", "xlnet"}
 LEAKING = {
-    *("opt", "xglm", "openai-gpt", "ctrl", "bloom", "mpt", "biogpt", "bert, decoder"),
+    *("opt", "xglm", "openai-gpt", "bloom", "mpt", "biogpt", "bert, decoder"),
     *("rwkv", "mamba", "mamba2", "jamba", "falcon_h1"),
 }
 """Models whose packed proteins see each other."""
@@ -160,8 +160,6 @@ def build(name: str):
         for parameter in model.parameters():  # norms and biases that do something
             if parameter.ndim == 1:
                 parameter.add_(0.1 * torch.randn_like(parameter))
-            elif name == "ctrl":  # its first weights are so small that attention does nothing
-                parameter.mul_(10)
     return model
 
 
