@@ -23,7 +23,7 @@ from src.common.cli import progress
 from src.common.settings import require_moderate
 from src.evaluation.draws import Warp, attempt_stream, pick
 from src.evaluation.filters import SEEN, Filters, banned_tokens
-from src.evaluation.likelihoods import require_known, score_proteins
+from src.evaluation.likelihoods import score_proteins
 from src.models.decoding import Decoder, sampling_room
 from src.proteins.fasta import FastaRecord
 from src.proteins.layouts import (
@@ -34,7 +34,7 @@ from src.proteins.layouts import (
     layout_of,
     stop_token,
 )
-from src.proteins.tokens import token_letters
+from src.proteins.tokens import require_known, token_letters
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel

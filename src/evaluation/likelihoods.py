@@ -12,7 +12,7 @@ import numpy as np
 from src.evaluation.scoring import EvaluationSettings, protein_nll
 from src.models.forward import stated_positions
 from src.proteins.layouts import layout_of
-from src.proteins.tokens import token_letters
+from src.proteins.tokens import require_known, token_letters
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -34,12 +34,6 @@ class ProteinScores:
         """exp(NLL / residues) of each protein; None where it does not fit the model."""
         values = np.exp(self.nll / self.residues)
         return [float(value) if math.isfinite(value) else None for value in values]
-
-
-def require_known(token: int, vocabulary: int) -> None:
-    """Raise ``ValueError`` where a token has no place in a model's vocabulary."""
-    if token >= vocabulary:
-        raise ValueError("the tokenizer has more tokens than the model: is it another model's?")
 
 
 def score_proteins(

@@ -27,7 +27,7 @@ from src.proteins.layouts import (
     spelt_out,
     stated_layout,
 )
-from src.proteins.tokens import token_letters
+from src.proteins.tokens import require_known, token_letters
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -100,6 +100,7 @@ def nats_per_residue(model: PreTrainedModel, tokenizer: Any, layout: Layout) -> 
     head, costs = output_head(model), []
     for protein in NATURAL:
         ids = tokenizer(layout.text(protein), add_special_tokens=False)["input_ids"][:longest]
+        require_known(max(ids), model.config.vocab_size)
         row = torch.tensor([ids], device=model.device)
         logits = head.logits(final_hidden_states(model, row))[0, :-1].float()
         sizes = torch.tensor([len(letters[i]) for i in ids[1:]], device=model.device)

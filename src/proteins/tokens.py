@@ -138,6 +138,12 @@ def tokenizer_fingerprint(tokenizer: Any) -> str:
     return hashlib.sha256(state.encode()).hexdigest()
 
 
+def require_known(token: int, vocabulary: int) -> None:
+    """Raise ``ValueError`` where a token has no place in a model's vocabulary."""
+    if token >= vocabulary:
+        raise ValueError("the tokenizer has more tokens than the model: is it another model's?")
+
+
 def token_letters(tokenizer: Any) -> list[str]:
     """Return the residues of each token id; empty for markers and line breaks."""
     special = set(tokenizer.all_special_ids)
