@@ -26,7 +26,7 @@ echo "== 1/3 distil: data/small_teacher into a student of 27 % of its size, cut 
     --cache_dir "$out/cache" --output_dir "$out/student"
 
 echo
-echo "== 2/3 evaluate: student and teacher on proteins without a relative in training"
+echo "== 2/3 evaluate: student and teacher on new members of the families in training"
 "$python" scripts/evaluate.py --student_model "$out/student" --max_proteins 500 \
     --num_samples 20 --compute_ece --output "$out/evaluation.json"
 

@@ -383,12 +383,17 @@ def test_script_tells_the_user_in_one_line(tmp_path, refusal):
 
 def test_the_committed_sample_is_what_its_record_says(proteins_dir):
     record = check_split(proteins_dir)
-    assert record["leakage"]["test"]["identity_30"] == 0
-    assert record["leakage"]["validation"]["identity_30"] == 0
-    assert record["full_train"]["leakage"]["test"]["identity_30"] == 0
-    assert record["parts"]["test"]["clusters"] == record["parts"]["test"]["proteins"] >= 2000
+    assert record["within_families"]
+    assert [record["leakage"][p]["identity_50"] for p in ("validation", "test", "test_new")] == [
+        0
+    ] * 3
+    families = record["families"]
+    assert families["train"] == families["validation"] == families["test"] >= 48
+    assert families["test_new"] == 24
+    with (proteins_dir / "families.tsv").open() as table:
+        assert len(list(table)) == 1 + families["train"] + families["test_new"]
     size = sum(p.stat().st_size for p in Path(proteins_dir).iterdir())
-    assert size < 6_000_000
+    assert size < 8_000_000
     assert os.path.exists(proteins_dir / "README.md")
     for part in record["parts"]:
         for protein in read_proteins(proteins_dir, split=part):
