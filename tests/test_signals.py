@@ -76,6 +76,14 @@ def test_stopped_and_resumed_is_undisturbed(tiny_lm, tmp_path, whole, event, at,
     assert_same_bits(whole(tiny_lm), resume(make_trainer(tiny_lm, tmp_path)))
 
 
+@pytest.fixture
+def hangup_is_heard():
+    """Tests that run under nohup ignore SIGHUP, as a training there does."""
+    before = signal.signal(signal.SIGHUP, signal.SIG_DFL)
+    yield
+    signal.signal(signal.SIGHUP, before)
+
+
 @pytest.mark.parametrize(
     ("number", "status"),
     [
@@ -85,7 +93,9 @@ def test_stopped_and_resumed_is_undisturbed(tiny_lm, tmp_path, whole, event, at,
         (signal.SIGHUP, 129),
     ],
 )
-def test_signals_of_schedulers_and_lost_terminals(tiny_lm, tmp_path, number, status):
+def test_signals_of_schedulers_and_lost_terminals(
+    tiny_lm, tmp_path, hangup_is_heard, number, status
+):
     cut = make_trainer(tiny_lm, tmp_path)
     for at in (2, 3):  # schedulers repeat them: that does not end the run at once
         cut.add_callback(Signal("on_substep_end", at, number))
@@ -106,7 +116,8 @@ def test_an_ignored_hangup_stays_ignored():
 def test_a_lost_terminal_does_not_break_what_is_printed():
     """Writing to a terminal that is gone fails, and must not end the run before its checkpoint."""
     code = (
-        "import os, time\n"
+        "import os, signal, time\n"
+        "signal.signal(signal.SIGHUP, signal.SIG_DFL)\n"  # the tests may run under nohup
         "from src.trainer.interruption import deferred, requested, stops_on_signals\n"
         "@stops_on_signals\n"
         "def work():\n"
@@ -126,7 +137,10 @@ def test_a_lost_terminal_does_not_break_what_is_printed():
         assert b"ready" in os.read(ours, 100)
         os.close(ours)
         process.send_signal(signal.SIGHUP)
-        assert process.wait(30) == 7
+        try:
+            assert process.wait(30) == 7
+        finally:
+            process.kill()
 
 
 def test_stopped_again_and_again(tiny_lm, tmp_path, whole):
