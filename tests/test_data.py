@@ -930,3 +930,12 @@ def test_few_proteins_still_give_validation_proteins():
         assert aside.sum() == least
         assert (held_out(hashes[::-1], 1e-9, 1) == aside[::-1]).all()
         assert (held_out(hashes, 0.5, 1) >= aside).all()
+
+
+def test_numbers_beside_residues_are_found_in_time_that_grows_with_the_line():
+    from src.proteins.readers import without_numbers
+
+    assert without_numbers("1 MKV LLA 60") == without_numbers("MKV LLA 60") == "MKVLLA"
+    assert without_numbers("12 34") == without_numbers("MKV LLA") == without_numbers("MKV1") == ""
+    for hostile in (" " * 10**6 + "M", "M" + " 1" * 10**6 + "X", "1" * 10**6 + "M"):
+        without_numbers(hostile)  # a search for blanks before digits took minutes

@@ -7,7 +7,7 @@ import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from src.models import decoding
-from src.models.decoding import Decoder, is_plain_gpt2
+from src.models.decoding import Decoder, is_plain_gpt2, sampling_room
 
 
 def llama():
@@ -63,12 +63,14 @@ def test_what_is_not_gpt2_itself_runs_in_transformers(tiny_lm):
     assert not is_plain_gpt2(model)
 
 
-def test_windows_of_attention_are_refused(tiny_lm):
-    from transformers import MistralConfig, MistralForCausalLM
+def test_rows_end_where_a_window_of_attention_would_slide():
+    from transformers import MambaConfig, MambaForCausalLM, MistralConfig, MistralForCausalLM
 
     config = MistralConfig(
         vocab_size=64, hidden_size=16, intermediate_size=32, num_hidden_layers=1,
         num_attention_heads=2, num_key_value_heads=2, sliding_window=8,
     )  # fmt: skip
-    with pytest.raises(ValueError, match="sampling needs full attention"):
-        Decoder(MistralForCausalLM(config).eval(), torch.tensor([0, 1]))
+    assert sampling_room(MistralForCausalLM(config), 100) == 8
+    config = MambaConfig(vocab_size=64, hidden_size=16, num_hidden_layers=1)
+    with pytest.raises(ValueError, match="proteins cannot be sampled from it"):
+        sampling_room(MambaForCausalLM(config), 100)

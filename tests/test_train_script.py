@@ -74,6 +74,7 @@ def test_presets_set_shape_and_rate_and_flags_win(preset):
 CHANGES = (
     """
 --teacher_model other | --data other | --train_size_prop 0.5 | --data_seed 3 | --max_length 100
+--sequence_column seq | --layout plain
 --n_layer 3 | --n_head 2 | --n_embd 64 | --dropout 0.1 | --temperature 3 | --alpha 0.25
 --use_uncertainty_weighting | --use_calibration_smoothing | --smoothing_factor 0.2
 --weighting mean_one | --smoothing confident | --divergence jsd | --divergence_weight 0.3
@@ -136,7 +137,7 @@ def test_no_flag_is_forgotten_here():
         (["--max_steps", "-5"], "--max_steps must be from 1"),
         (["--max_steps", "9" * 30], "--max_steps must be from 1"),
         (["--cache_dir", "/dev/null"], "--cache_dir: must be a directory, and /dev/null is none"),
-        (["--device", "meta", "--teacher_model", "data/small_teacher"], "cpu, cuda or cuda:N"),
+        (["--device", "meta", "--teacher_model", "data/small_teacher"], "cpu, cuda, cuda:N or mps"),
         (["--tokenizer", "data/small_teacher"], "--tokenizer: is for training from random"),
         (
             ["--tokenizer", "data/small_teacher", "--alpha", "1", "--init_from", "models/x"]

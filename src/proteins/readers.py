@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 import time
 from collections.abc import Iterator, Sequence
 from itertools import chain
@@ -42,8 +41,6 @@ TOO_LONG = f"longer than {MAX_RESIDUES:,} characters: no protein is"
 MARKERS = "end-of-text markers between proteins"
 LINE_NUMBERS = "numbers beside the residues"
 NAMES_BESIDE = "a name before the residues"
-NUMBERED = re.compile(r"^\s*\d+\s+|\s+\d+\s*$")
-"""GenBank's numbers at the beginning of a line, EMBL's and Clustal's at its end."""
 HUB_PAUSES = (1, 4, 16, 60, 120)
 """Seconds before each new attempt to go on with a stream that broke."""
 
@@ -95,6 +92,17 @@ def file_records(
     return table_records(path, table, report, sequence_column, tag)
 
 
+def without_numbers(line: str) -> str:
+    """Return a line's residues without GenBank's number before or EMBL's and Clustal's behind them.
+
+    Empty where there is no such number, or nothing beside numbers.
+    """
+    words = line.split()
+    kept = words[1:] if words and words[0].isdecimal() else words
+    kept = kept[:-1] if kept and kept[-1].isdecimal() else kept
+    return "".join(kept) if len(kept) < len(words) else ""
+
+
 def fasta_records(path: Path, report: ReadReport) -> Iterator[Record]:
     """Yield the entries of a FASTA file; the first word of a header is the name."""
     title, place, size = "", 0, 0
@@ -125,11 +133,9 @@ def fasta_records(path: Path, report: ReadReport) -> Iterator[Record]:
                     "with one protein a line is named .txt"
                 )
         elif line:
-            if not line.isalpha() and NUMBERED.search(line):
-                bare = NUMBERED.sub("", NUMBERED.sub("", line))
-                if bare != line and not bare.isdigit():
-                    report.fix(LINE_NUMBERS, f"{path.name}:{number}")
-                    line = "".join(bare.split())
+            if not line.isalpha() and (bare := without_numbers(line)):
+                report.fix(LINE_NUMBERS, f"{path.name}:{number}")
+                line = bare
             size += len(line)
             if size <= MAX_RESIDUES:
                 parts.append(line)
