@@ -474,8 +474,8 @@ def test_dry_run_touches_no_network(student, results_file, capsys, monkeypatch):
     assert give(student, "--dry_run", "--results", str(results_file)) == 0
     assert asked == []
     shown = capsys.readouterr().out
-    listed = dict(re.findall(r"^ *([\d.]+ k?B)  (\S+)$", shown, re.MULTILINE))
-    assert set(listed.values()) | {"model.safetensors"} == EXPECTED
+    listed = re.findall(r"^ *[\d.]+ k?B  (\S+)$", shown, re.MULTILINE)
+    assert set(listed) | {"model.safetensors"} == EXPECTED
     assert "in 7 files" in shown
     assert "not sent: .lock, checkpoint-1/, checkpoint-2/, metrics.jsonl" in shown
     assert "pipeline_tag: text-generation" in shown

@@ -121,9 +121,9 @@ class Layout:
         tag = getattr(residues, "tag", "")
         if not tag:
             raise ValueError(
-                f"the layout {self.template} needs {self.tag} of each protein: write "
-                f"'{self.tag}=...' into FASTA headers, give a table with a column {self.tag}, or "
-                "pass one value for all in --layout"
+                f"the layout {self.template} needs {self.tag} of each protein: training and "
+                f"evaluation read it from FASTA headers ('{self.tag}=...') or a column {self.tag}; "
+                "to score or generate pass one value for all, in its place in --layout"
             )
         return self.parts[0].replace(f"{{{self.tag}}}", tag)
 
