@@ -26,7 +26,7 @@ from src.models.forward import (
     require_packing,
     stated_positions,
 )
-from src.models.loading import max_positions, student_positions
+from src.models.loading import max_positions, model_fingerprint, student_positions
 from src.models.teacher_cache import capture
 
 VOCABULARY = 40
@@ -252,6 +252,7 @@ def test_a_cache_of_a_capped_teacher_holds_its_own_figures(tmp_path):
     tokens.rows = [row % VOCABULARY for row in tokens.rows]
     tokens.fingerprint = "f" * 64  # type: ignore[attr-defined]
     cache = capture(teacher, tokens, tmp_path, announce=lambda line: None)
+    assert not cache.folder.name.startswith(model_fingerprint(teacher)[:16])  # those of no cap
     hidden, figures = cache[2]
     with torch.no_grad():
         own = teacher(torch.from_numpy(np.asarray(tokens[2]))[None]).logits[0]

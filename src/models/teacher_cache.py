@@ -35,7 +35,7 @@ from src.common.files import (
 from src.common.manifest import first_fault, is_record
 from src.common.runs import locked
 from src.loss.fused import teacher_statistics
-from src.models.forward import final_hidden_states, output_head, states_shape
+from src.models.forward import final_hidden_states, head_form, output_head, states_shape
 from src.models.loading import model_fingerprint
 from src.models.sharding import in_step
 from src.proteins.batching import PaddingCollator, cut_batches
@@ -313,7 +313,8 @@ def capture(
             another teacher's cache or one of other proteins.
     """
     width, dtype, _ = states_shape(teacher)
-    teacher_print, data_print = fingerprint or model_fingerprint(teacher), proteins.fingerprint
+    teacher_print = _with_head(fingerprint or model_fingerprint(teacher), teacher)
+    data_print = proteins.fingerprint
     folder = Path(directory) / cache_key(teacher_print, data_print, _name_of(dtype))
     lengths = np.asarray(proteins.lengths)
     ranges = shard_ranges(lengths, needed_bytes(1, width, dtype), shard_bytes)
@@ -344,6 +345,18 @@ def capture(
             shards[number] = job.record(number)
         job.write_manifest(shards)
     return TeacherCache(folder, teacher_print, data_print, verify=False)
+
+
+def _with_head(fingerprint: str, teacher: PreTrainedModel) -> str:
+    """Return a fingerprint that also tells a head's scale and cap, which decide the statistics.
+
+    That of a plain head is the weights' own, so that caches made before heads had these are found.
+    """
+    form = head_form(teacher)
+    if form.linear and form.scale == 1.0 and form.cap is None:
+        return fingerprint
+    state = f"{fingerprint} {form.linear} {form.scale!r} {form.cap!r}"
+    return hashlib.sha256(state.encode()).hexdigest()
 
 
 def _require_space(
