@@ -28,8 +28,8 @@ from src.common.devices import choose_device
 from src.common.files import read_json, sha256_file, write_json, write_text
 from src.common.runs import locked, read_run
 from src.common.settings import DEFAULTS, StudentSettings
-from src.evaluation.generation import score_proteins
 from src.evaluation.inputs import clusters_of
+from src.evaluation.likelihoods import score_proteins
 from src.experiments import candidates as c
 from src.experiments import specialist as s
 from src.models.loading import load_causal_lm, load_tokenizer, max_positions, model_fingerprint

@@ -28,7 +28,7 @@ from src.common.runs import (
     write_run,
 )
 from src.common.settings import LossSettings, StudentSettings, TrainSettings
-from src.evaluation.generation import score_proteins
+from src.evaluation.likelihoods import score_proteins
 from src.evaluation.measurement import write_per_protein
 from src.evaluation.results import put_estimate
 from src.evaluation.statistics import cluster_bootstrap

@@ -10,7 +10,7 @@ from __future__ import annotations
 import gzip
 import random
 from collections import Counter, defaultdict
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -97,16 +97,21 @@ def described_families(
         least_score: nats per residue, over all members.
         least_length: mean length of the members.
     """
-    members: dict[str, list[str]] = defaultdict(list)
-    for name in proteins:
-        members[families[name]].append(name)
     per_residue = {}
-    for family, names in members.items():
+    for family, names in _members(proteins, families).items():
         residues = sum(len(proteins[name]) for name in names)
         if residues >= least_length * len(names):
             per_residue[family] = sum(scores[name] for name in names) / residues
     chosen = [family for family, score in per_residue.items() if score >= least_score]
     return sorted(chosen, key=lambda family: (-per_residue[family], family))
+
+
+def _members(names: Iterable[str], families: Mapping[str, str]) -> dict[str, list[str]]:
+    """Return the names of each family, in the order given."""
+    members: dict[str, list[str]] = defaultdict(list)
+    for name in names:
+        members[families[name]].append(name)
+    return members
 
 
 def best_scores(proteins: Mapping[str, str], profiles: Path) -> dict[str, float]:
@@ -148,9 +153,7 @@ def split_within_families(
     """
     search = _search_settings(settings)
     rng = random.Random(settings.seed)
-    members: dict[str, list[str]] = defaultdict(list)
-    for name in sorted(proteins):
-        members[families[name]].append(name)
+    members = _members(sorted(proteins), families)
     drawn = {
         family: rng.sample(members[family], len(members[family]))[: settings.candidates_per_family]
         for family in sorted(members)
