@@ -57,9 +57,10 @@ from src.proteins.layouts import (
     AMBIGUOUS_RESIDUES,
     END_OF_TEXT,
     STANDARD_RESIDUES,
+    TaggedProtein,
     layout,
     layout_of,
-    tagged,
+    tag_in,
 )
 from src.proteins.locations import has_split, hub_split, local_files, on_hub, unread_files
 from src.proteins.readers import Record, file_records, hub_records
@@ -230,21 +231,21 @@ def read_entries(
     tokenizer: Any = None,
     keep_ambiguous: bool = False,
     sequence_column: str | None = None,
+    tag: str | None = None,
 ) -> Iterator[SourceProtein]:
     """Yield the proteins of a source, with their tokens if the source has them.
 
-    Arguments and errors are those of :func:`read_proteins`.
+    Arguments and errors are those of :func:`read_proteins`; without a tokenizer, ``tag`` is the key
+    or column of what a layout asks for.
     """
     report = ReadReport() if report is None else report
     report.source = str(source) if split is None else f"{source} ({split})"
-    tag = None if tokenizer is None else layout_of(tokenizer).tag
+    tag = tag if tokenizer is None else layout_of(tokenizer).tag
     for record in _records(source, split, report, sequence_column, tag):
         if record.ids is not None:
             yield from _token_entries(record, report, tokenizer, keep_ambiguous, str(source))
             continue
-        residues = usable(record, report, keep_ambiguous)
-        if residues is not None and tag is not None:
-            residues = _with_tag(residues, tag, record, report)
+        residues = usable(record, report, keep_ambiguous, tag)
         if residues is not None:
             yield SourceProtein(_clean_name(record.name), residues, title=record.title)
         if report.read == FIRST_LOOK:
@@ -264,7 +265,7 @@ def _records(
         part = split or "train"
         with contextlib.suppress(Exception):  # reading the part itself says what is wrong
             part = hub_split(str(source), part) or part
-        return hub_records(str(source), part, report, sequence_column)
+        return hub_records(str(source), part, report, sequence_column, tag)
     if Path(source).is_dir():
         unread = unread_files(Path(source))
         if unread:
@@ -272,23 +273,24 @@ def _records(
     return (record for path in files for record in file_records(path, report, sequence_column, tag))
 
 
-def _with_tag(residues: str, tag: str, record: Record, report: ReadReport) -> str | None:
-    """Return residues with a record's tag, or None without one; the report counts it."""
-    found = tagged(residues, tag, record.title)
-    if found is None:
-        report.kept -= 1
-        report.residues -= len(residues)
-        report.drop(f"no {tag}=... in the header, or no column {tag}", record.place)
-    return found
+def usable(
+    record: Record, report: ReadReport, keep_ambiguous: bool = False, tag: str | None = None
+) -> str | None:
+    """Return a record's residues, with a tag if there is to be one, or None if it is of no use.
 
-
-def usable(record: Record, report: ReadReport, keep_ambiguous: bool = False) -> str | None:
-    """Return a record's residues, or None if it cannot be used; the report counts it."""
+    The report counts it.
+    """
     report.read += 1
     if record.fault:
         report.drop(record.fault, record.place)
         return None
     residues = clean(record.text, report, record.place, keep_ambiguous)
+    if residues is not None and tag is not None:
+        found = record.tag or tag_in(record.title, tag)
+        if not found:
+            report.drop(f"no {tag}=... in the header, or an empty cell {tag}", record.place)
+            return None
+        residues = TaggedProtein(residues, found)
     if residues is not None:
         report.kept += 1
         report.residues += len(residues)
@@ -332,7 +334,10 @@ def read_proteins(
 
 
 def read_distinct_names(
-    source: str | Path, keep_ambiguous: bool = False, sequence_column: str | None = None
+    source: str | Path,
+    keep_ambiguous: bool = False,
+    sequence_column: str | None = None,
+    tag: str | None = None,
 ) -> tuple[list[Protein], ReadReport]:
     """Return all proteins of a file, different ones under different names, and the report.
 
@@ -345,7 +350,11 @@ def read_distinct_names(
     residues_of_name: dict[str, str] = {}
     proteins = []
     for entry in read_entries(
-        source, report=report, keep_ambiguous=keep_ambiguous, sequence_column=sequence_column
+        source,
+        report=report,
+        keep_ambiguous=keep_ambiguous,
+        sequence_column=sequence_column,
+        tag=tag,
     ):
         name = entry.name
         candidates = [name, _clean_name(entry.title or name)]

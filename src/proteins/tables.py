@@ -365,9 +365,9 @@ def _parquet_rows(path: Path) -> Iterator[tuple[int, list[str]]]:
 
 
 def parquet_proteins(
-    path: Path, sequence_column: str | None, report: ReadReport
-) -> Iterator[tuple[int, str | None, Any, str]]:
-    """Yield row number, name, cell and kind of column of each row of a parquet file.
+    path: Path, sequence_column: str | None, report: ReadReport, tag: str | None = None
+) -> Iterator[tuple[int, str, str, Any, str]]:
+    """Yield row number, name, tag, cell and kind of column of each row of a parquet file.
 
     The cell is text, or the ids ``(T,)`` of tokens.
 
@@ -378,18 +378,23 @@ def parquet_proteins(
     table = Table(str(path), columns, iter(()))
     data = table.sequence(sequence_column)
     name = table.find(None, NAME_COLUMNS, "")
+    tags = None if tag is None else table.find(tag, (), "--layout")
     kind = key(columns[data])
     report.column = columns[data]
-    wanted = [columns[data]] + ([] if name in (None, data) else [columns[name]])
+    beside = list(dict.fromkeys(i for i in (name, tags) if i not in (None, data)))
+    wanted = [columns[i] for i in (data, *beside)]
     row = 0
     for batch in batches(wanted, typed=True):
         try:
-            cells, titles = batch_cells(batch, kind)
+            cells, texts = batch_cells(batch, kind)
         except Exception as error:  # of pyarrow, for a damaged page
             raise ValueError(f"{path}: row {row + 1}: broken parquet ({reason(error)})") from None
-        for cell, title in zip(cells, titles, strict=True):
+        empty = [""] * len(cells)
+        held = dict(zip(beside, texts, strict=True))
+        titles, values = (held.get(i, empty) for i in (name, tags))
+        for title, value, cell in zip(titles, values, cells, strict=True):
             row += 1
-            yield row, title, cell, kind
+            yield row, title, value, cell, kind
 
 
 # Cells
