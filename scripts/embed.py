@@ -56,16 +56,14 @@ def run(args: argparse.Namespace) -> dict:
     from src.common.devices import choose_device
     from src.common.files import sha256_file
     from src.models.loading import NOT_TAKEN, ProteinModel, model_fingerprint
-    from src.proteins.report import ReadReport
-    from src.proteins.sources import read_proteins
+    from src.proteins.sources import read_distinct_names
 
     quiet_libraries()
     processes.join(args.device)
     told = say if processes.is_first() else (lambda line: None)
     loaded = ProteinModel.load(args.model, choose_device(args.device), args.layout, told)
     model, tokenizer = loaded
-    report = ReadReport()
-    every = list(read_proteins(args.input, report=report, tokenizer=tokenizer, keep_ambiguous=True))
+    every, report = read_distinct_names(args.input, keep_ambiguous=True, tokenizer=tokenizer)
     for line in report.lines():
         told(line)
     _, fits = loaded.rows([protein.residues for protein in every])

@@ -25,7 +25,7 @@ from src.common.cli import add_data_flags
 from src.proteins import lines, readers, sources, tables
 from src.proteins.layouts import END_OF_TEXT, layout, prompt_layout, residues_of
 from src.proteins.report import ReadReport
-from src.proteins.sources import has_split, read_proteins
+from src.proteins.sources import SAME_NAMES, has_split, read_proteins
 from src.proteins.tokens import (
     SeenHashes,
     TokenisedProteins,
@@ -939,3 +939,11 @@ def test_numbers_beside_residues_are_found_in_time_that_grows_with_the_line():
     assert without_numbers("12 34") == without_numbers("MKV LLA") == without_numbers("MKV1") == ""
     for hostile in (" " * 10**6 + "M", "M" + " 1" * 10**6 + "X", "1" * 10**6 + "M"):
         without_numbers(hostile)  # a search for blanks before digits took minutes
+
+
+def test_different_proteins_have_different_names(tmp_path, tiny_tokenizer):
+    path = tmp_path / "p.fasta"
+    path.write_text(f">a x\n{A}\n>a x\n{A}\n>a y\n{B}\n>a y\n{C}\n>b\n{A[:-1]}\n")
+    store = tokenise(path, None, tiny_tokenizer, 64, tmp_path, quiet=True)
+    assert list(store.names) == ["a", "a_y", "a_y_3", "b"]
+    assert store.report.fixed[SAME_NAMES] == {"count": 2, "first": "a_y"}

@@ -103,7 +103,9 @@ def read_variants(
     if score_column or wild:
         what = f"--score_column {score_column}" if score_column else "--wildtype with --input"
         raise ValueError(f"{what}: {path} has no columns")
-    proteins, report = read_distinct_names(path, True, sequence_column, tag)
+    proteins, report = read_distinct_names(
+        path, keep_ambiguous=True, sequence_column=sequence_column, tag=tag
+    )
     rows = [[p.name, p.residues] for p in proteins]
     residues = [p.residues for p in proteins]
     return Variants(["name", "sequence"], rows, residues, None, list(range(len(rows))), report)

@@ -46,6 +46,7 @@ Memory depends on the longest line or the rows read together, not on the size of
 from __future__ import annotations
 
 import contextlib
+from collections import Counter
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -247,7 +248,7 @@ def read_entries(
             continue
         residues = usable(record, report, keep_ambiguous, tag)
         if residues is not None:
-            yield SourceProtein(_clean_name(record.name), residues, title=record.title)
+            yield SourceProtein(clean_name(record.name), residues, title=record.title)
         if report.read == FIRST_LOOK:
             require_proteins(report, FIRST_LOOK)
     require_proteins(report)
@@ -333,42 +334,33 @@ def read_proteins(
         yield Protein(entry.name, entry.residues)
 
 
-def read_distinct_names(
-    source: str | Path,
-    keep_ambiguous: bool = False,
-    sequence_column: str | None = None,
-    tag: str | None = None,
-) -> tuple[list[Protein], ReadReport]:
+def read_distinct_names(source: str | Path, **options: Any) -> tuple[list[Protein], ReadReport]:
     """Return all proteins of a file, different ones under different names, and the report.
 
     A name that another protein has already is replaced by the whole header, or gets a number.
-
-    Raises:
-        ValueError: the source is missing, broken or without a usable protein.
+    Options and errors are those of :func:`read_entries`.
     """
     report = ReadReport()
     residues_of_name: dict[str, str] = {}
+    other_names: dict[tuple[str, str], str] = {}
+    numbers: Counter[str] = Counter()
     proteins = []
-    for entry in read_entries(
-        source,
-        report=report,
-        keep_ambiguous=keep_ambiguous,
-        sequence_column=sequence_column,
-        tag=tag,
-    ):
-        name = entry.name
-        candidates = [name, _clean_name(entry.title or name)]
-        number = 1
-        while residues_of_name.setdefault(name, entry.residues) != entry.residues:
-            number += 1
-            name = candidates[1] if number == 2 else f"{candidates[1]}_{number - 1}"
-        if name != entry.name:
+    for entry in read_entries(source, report=report, **options):
+        name, residues = entry.name, entry.residues
+        if residues_of_name.setdefault(name, residues) != residues:
+            title = clean_name(entry.title or name)
+            name = other_names.get((title, residues), title)
+            while residues_of_name.setdefault(name, residues) != residues:
+                numbers[title] += 1
+                name = f"{title}_{numbers[title] + 1}"
+            other_names[title, residues] = name
             report.fix(SAME_NAMES, name)
-        proteins.append(Protein(name, entry.residues))
+        proteins.append(Protein(name, residues))
     return proteins, report
 
 
-def _clean_name(name: str) -> str:
+def clean_name(name: str) -> str:
+    """Return a name without white space and what cannot be printed, and not too long."""
     name = "_".join(name.split())[:MAX_NAME]
     return name if name.isprintable() else "".join(c if c.isprintable() else "?" for c in name)
 
@@ -436,4 +428,4 @@ def _token_entries(
         ends = np.array([marker])
         kept = np.concatenate([ends, piece, ends] if whole else [ends, piece]).astype(np.int64)
         name = record.name if len(pieces) == 1 else f"{record.name}_{number}"
-        yield SourceProtein(_clean_name(name), residues, kept, whole)
+        yield SourceProtein(clean_name(name), residues, kept, whole)

@@ -26,7 +26,15 @@ from src.common.files import atomic_folder, names_full_disk, sha256_file, write_
 from src.common.manifest import file_entry, signature
 from src.proteins.layouts import PROTGPT2, Layout, layout_of
 from src.proteins.report import ReadReport
-from src.proteins.sources import CUT_IN_SOURCE, DUPLICATE, SourceProtein, local_files, read_entries
+from src.proteins.sources import (
+    CUT_IN_SOURCE,
+    DUPLICATE,
+    SAME_NAMES,
+    SourceProtein,
+    clean_name,
+    local_files,
+    read_entries,
+)
 from src.proteins.store import (
     ARRAYS,
     FORMAT,
@@ -395,11 +403,11 @@ def _build(
     letters = spelling.letters
     dtype = np.dtype("<u2" if len(letters) <= 1 << 16 else "<u4")
     writer = StoreWriter(folder, dtype)
-    seen = SeenHashes()
+    seen, named = SeenHashes(), SeenHashes()
     shown = entries if quiet else progress(entries, description="tokenising", unit="proteins")
     try:
         for batch in _batches(shown):
-            _append_batch(writer, seen, batch, report, tokenizer, spelling, settings)
+            _append_batch(writer, seen, named, batch, report, tokenizer, spelling, settings)
             limit = settings["max_proteins"]
             if limit is not None and writer.proteins >= limit:
                 break
@@ -445,14 +453,15 @@ def _batches(entries: Iterator[SourceProtein]) -> Iterator[list[SourceProtein]]:
 def _append_batch(
     writer: StoreWriter,
     seen: SeenHashes,
+    named: SeenHashes,
     batch: list[SourceProtein],
     report: ReadReport,
     tokenizer: Any,
     spelling: Spelling,
     settings: dict[str, Any],
 ) -> None:
-    """Append the proteins of a batch that are new and chosen, tokenised."""
-    hashes = np.array([sequence_hash(entry.residues) for entry in batch], dtype=np.uint64)
+    """Append the proteins of a batch that are new and chosen, tokenised, under different names."""
+    hashes = _hashes([entry.residues for entry in batch])
     new = seen.add(hashes)
     for index in np.flatnonzero(~new):
         report.drop(DUPLICATE, batch[index].name)
@@ -461,7 +470,7 @@ def _append_batch(
     selected = [batch[i] for i in np.flatnonzero(wanted)]
     encoded = iter(encode(tokenizer, [e.residues for e in selected if e.ids is None]))
     limit, max_proteins = settings["max_length"], settings["max_proteins"]
-    names, rows, residues, kept = [], [], [], []
+    names, titles, rows, residues, kept = [], [], [], [], []
     for entry, number in zip(selected, hashes[wanted], strict=True):
         if max_proteins is not None and writer.proteins + len(rows) >= max_proteins:
             report.drop(BEYOND, entry.name)
@@ -477,10 +486,21 @@ def _append_batch(
                 report.fix(f"cut to {limit:,} tokens", entry.name)
                 row = row[:limit]
             names.append(entry.name)
+            titles.append(clean_name(entry.title or entry.name))
             rows.append(row)
             residues.append(int(spelling.sizes(row).sum()))
             kept.append(int(number))
+    for index in np.flatnonzero(~named.add(_hashes(names))):
+        name = title = titles[index]
+        if not named.add(_hashes([title]))[0]:
+            name = f"{title}_{writer.proteins + index + 1}"
+        report.fix(SAME_NAMES, name)
+        names[index] = name
     writer.append(names, rows, residues, kept)
+
+
+def _hashes(texts: Sequence[str]) -> np.ndarray:
+    return np.array([sequence_hash(text) for text in texts], dtype=np.uint64)
 
 
 def held_out(hashes: np.ndarray, share: float, seed: int) -> np.ndarray:
