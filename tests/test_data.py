@@ -20,6 +20,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from datasets.exceptions import DatasetNotFoundError
 
 from src.common.cli import add_data_flags
 from src.proteins import lines, readers, sources, tables
@@ -392,13 +393,32 @@ def test_hub_out_of_reach_says_what_to_pass(monkeypatch):
     with pytest.raises(ValueError, match="'datasets' is not installed.*--data data/proteins"):
         read("nferruz/UR50_2021_04", split="train")  # type: ignore[arg-type]
 
-    def fail(*args, **options):
-        raise ConnectionError("no route\nto host")
 
+@pytest.mark.parametrize(
+    ("error", "said"),
+    [
+        (ConnectionError("no route\nto host"), "there is no network: connect to it"),
+        (DatasetNotFoundError("Dataset 'x' doesn't exist"), "the hub has no data set 'x/y'"),
+        (DatasetNotFoundError("is a gated dataset on the Hub."), "is gated: accept its terms"),
+        (
+            RuntimeError("Dataset scripts are no longer supported, but found y.py"),
+            "code of its own",
+        ),
+        (ValueError("Config name is missing."), "(Config name is missing.)"),
+    ],
+)
+def test_each_failure_of_a_hub_data_set_has_its_own_line(error, said, monkeypatch):
+    def fail(*args, **options):
+        raise error
+
+    monkeypatch.delenv("HF_HUB_OFFLINE", raising=False)
     monkeypatch.setitem(sys.modules, "datasets", types.SimpleNamespace(load_dataset=fail))
-    with pytest.raises(ValueError, match="no network.*pass --data FILE") as caught:
-        read("nferruz/UR50_2021_04", split="train")  # type: ignore[arg-type]
-    assert "\n" not in str(caught.value)
+    with pytest.raises(ValueError, match="pass --data FILE") as caught:
+        read("x/y", split="train")  # type: ignore[arg-type]
+    message = str(caught.value)
+    assert said in message
+    assert "\n" not in message
+    assert ("no network" in message) == ("no network" in said)
 
 
 def test_hub_rows_are_streamed(monkeypatch, tiny_tokenizer):

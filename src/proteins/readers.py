@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from src.common.cli import say
+from src.common.hub_errors import hub_advice, hub_fault
 from src.common.settings import BUNDLED_DATA
 from src.proteins.layouts import END_OF_TEXT, PROTEIN_LETTERS
 from src.proteins.lines import (
@@ -353,11 +354,11 @@ def _steady(rows: Any, stream: Iterator[Any], place: str) -> Iterator[Any]:
 
 def hub_problem(source: str, error: Exception) -> str:
     """Return why a data set cannot be read from the hub and what to pass instead."""
+    other = f"download its files, or pass --data FILE or --data {BUNDLED_DATA}"
     if isinstance(error, ImportError):
-        why = "the package 'datasets' is not installed"
-    else:
-        why = f"no network, or no such data set: {type(error).__name__}"
-    return (
-        f"{source}: no such file or directory here, and it cannot be had from the hub ({why}): "
-        f"pass --data FILE or --data {BUNDLED_DATA}"
-    )
+        return (
+            f"{source}: the package 'datasets' is not installed: pip install datasets; or {other}"
+        )
+    why = hub_advice(hub_fault(error)[0], "data set", source)
+    why = why or f"the hub does not give it ({reason(error)})"
+    return f"{source}: no such file or directory here; {why}; or {other}"
