@@ -30,6 +30,7 @@ def build_parser() -> argparse.ArgumentParser:
     add("--model", required=True, help="directory or hub id")
     add("--input", type=Path, required=True, help="FASTA or another file of proteins")
     add("--layout", help=LAYOUT_HELP)
+    add("--sequence_column", help="column of the residues in a table (default: a usual name)")
     add("--layer", type=int, default=-1, help="0: input of the first block; n: output of the n-th")
     add("--per_residue", action="store_true", help="a vector for each residue, not mean and last")
 
@@ -63,7 +64,12 @@ def run(args: argparse.Namespace) -> dict:
     told = say if processes.is_first() else (lambda line: None)
     loaded = ProteinModel.load(args.model, choose_device(args.device), args.layout, told)
     model, tokenizer = loaded
-    every, report = read_distinct_names(args.input, keep_ambiguous=True, tokenizer=tokenizer)
+    every, report = read_distinct_names(
+        args.input,
+        keep_ambiguous=True,
+        tokenizer=tokenizer,
+        sequence_column=args.sequence_column,
+    )
     for line in report.lines():
         told(line)
     _, fits = loaded.rows([protein.residues for protein in every])

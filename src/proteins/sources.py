@@ -7,7 +7,7 @@ Sources of the flag ``--data``:
 - files, also several or a pattern (``'parts/*.fasta.gz'``): FASTA and a3m; plain text with one
   protein a line, or with end-of-text markers between proteins; tables as CSV, TSV, JSON lines,
   Excel or parquet; all but the last two also gzipped. A file of another name is recognised by its
-  first lines;
+  first lines; a zip or tar archive with one such file (not Excel or parquet) is read as that file;
 - a data set on the hub: ``owner/name``, read as a stream.
 
 Tables (:mod:`src.proteins.tables`) hold one protein a row in a column ``sequence`` or another usual
@@ -33,7 +33,7 @@ dropped                                             no residues (or ``NA``); ``*
 refused, with file and line                         empty file; nothing usable; mostly nucleic
                                                     acids; text before the first header; NUL bytes;
                                                     carriage returns inside a line; a table's line
-                                                    over 1 MiB; archives; broken or truncated gzip;
+                                                    over 1 MiB; archives of several; broken gzip;
                                                     a gzip that unpacks to over 200 times its size,
                                                     and parquet likewise; broken CSV or parquet;
                                                     a row with more or fewer cells than the header;
