@@ -29,6 +29,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from src.common.cli import (
+    LAYOUT_HELP,
     HelpFormatter,
     add_data_flags,
     folder,
@@ -63,6 +64,7 @@ def build_parser() -> argparse.ArgumentParser:
     add("--values", type=float, nargs="+", help="of a sweep around a run, instead of the usual")
     add("--teacher_model", help="(default: the bundled teacher)")
     add_data_flags(add, "(default: the bundled proteins)")
+    add("--layout", help=LAYOUT_HELP)
     add("--train_size_prop", type=share, help="share of the training proteins (default: all)")
     add("--max_steps", type=positive_int, help="of every cell (default: the grid's)")
     add("--max_proteins", type=positive_int, help="measure on the first so many (default: all)")
@@ -148,7 +150,7 @@ def chosen(args: argparse.Namespace) -> Grid:
                     f"--{name} {unknown[0]}: the grid {grid.name} has {', '.join(known)}"
                 )
             grid = replace(grid, **{name: {key: known[key] for key in wanted}})
-    names = ("teacher_model", "data", "sequence_column", "train_size_prop", "max_steps")
+    names = ("teacher_model", "data", "sequence_column", "layout", "train_size_prop", "max_steps")
     shared = {k: v for k in names if (v := getattr(args, k)) is not None}
     if args.teacher_model and grid.shared.init_from == grid.shared.teacher_model:
         shared["init_from"] = args.teacher_model

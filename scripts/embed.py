@@ -30,6 +30,7 @@ def build_parser() -> argparse.ArgumentParser:
     add("--model", required=True, help="directory or hub id")
     add("--input", type=Path, required=True, help="FASTA or another file of proteins")
     add("--layout", help=LAYOUT_HELP)
+    add("--sequence_column", help="column of the residues in a table (default: a usual name)")
     add("--layer", type=int, default=-1, help="0: input of the first block; n: output of the n-th")
     add("--per_residue", action="store_true", help="a vector for each residue, not mean and last")
 
@@ -55,34 +56,35 @@ def run(args: argparse.Namespace) -> dict:
     from src.common.cli import quiet_libraries
     from src.common.devices import choose_device
     from src.common.files import sha256_file
-    from src.models.forward import stated_positions
-    from src.models.loading import (
-        load_causal_lm,
-        load_tokenizer,
-        model_fingerprint,
-    )
-    from src.models.recognition import settle_layout
-    from src.proteins.sources import read_proteins
-    from src.proteins.tokens import encode
+    from src.models.loading import NOT_TAKEN, ProteinModel, model_fingerprint
+    from src.proteins.sources import read_distinct_names
 
     quiet_libraries()
     processes.join(args.device)
     told = say if processes.is_first() else (lambda line: None)
-    tokenizer = load_tokenizer(args.model, layout=args.layout)
-    model = load_causal_lm(args.model, device=choose_device(args.device))
-    settle_layout(model, tokenizer, told)
-    every = [(p.name, p.residues) for p in read_proteins(args.input, keep_ambiguous=True)]
-    lengths = [len(row) for row in encode(tokenizer, [residues for _, residues in every])]
-    limit = stated_positions(model.config) or max(lengths, default=0)
-    fitting = [entry for entry, length in zip(every, lengths, strict=True) if length <= limit]
+    loaded = ProteinModel.load(args.model, choose_device(args.device), args.layout, told)
+    model, tokenizer = loaded
+    every, report = read_distinct_names(
+        args.input,
+        keep_ambiguous=True,
+        tokenizer=tokenizer,
+        sequence_column=args.sequence_column,
+    )
+    for line in report.lines():
+        told(line)
+    _, fits = loaded.rows([protein.residues for protein in every])
+    fitting = [protein for protein, fit in zip(every, fits, strict=True) if fit]
     if lost := len(every) - len(fitting):
-        first = next(n for (n, _), length in zip(every, lengths, strict=True) if length > limit)
-        told(f"{lost:,} proteins have more than the model's {limit} tokens, the first is {first}: "
-             "they are left out")  # fmt: skip
+        first = every[int(fits.argmin())].name
+        told(f"{lost:,} proteins, the first is {first}, {NOT_TAKEN}: they are left out")
     if not fitting:
-        raise ValueError(f"--input {args.input}: no protein fits the model's {limit} tokens")
+        raise ValueError(f"--input {args.input}: all proteins {NOT_TAKEN}")
     settings = e.EmbeddingSettings(args.layer, args.per_residue, args.batch_size)
-    identity = {"model": model_fingerprint(model), "input": sha256_file(args.input)}
+    identity = {
+        "model": model_fingerprint(model),
+        "input": sha256_file(args.input),
+        "layout": loaded.layout.template,
+    }
     with names_full_disk(args.output, "make space, or name another --output"):
         e.write_embeddings(args.output, model, tokenizer, fitting, settings, identity, told)
     told(f"{len(fitting):,} proteins embedded; written: {args.output}")

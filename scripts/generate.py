@@ -48,6 +48,7 @@ def build_parser() -> argparse.ArgumentParser:
     add("--max_length", type=positive_int, help="residues; longer ones are discarded")
     add("--length", type=residue_range, metavar="80-120", help="both, in one flag")
     add("--prompt", default="", help="first residues of every protein")
+    add("--tag", default="", help="what the layout's tag says, such as an EC number")
     add("--ban_residues", default="", metavar="C", help="residues that no protein holds")
     add(
         "--allow_unfinished",
@@ -86,8 +87,7 @@ def run(args: argparse.Namespace) -> dict:
     from src.common.devices import choose_device
     from src.evaluation import generation as g
     from src.evaluation.filters import Filters
-    from src.models.loading import load_causal_lm, load_tokenizer
-    from src.models.recognition import settle_layout
+    from src.models.loading import ProteinModel
     from src.proteins.fasta import write_fasta
     from src.proteins.sources import read_proteins
 
@@ -103,15 +103,10 @@ def run(args: argparse.Namespace) -> dict:
     known = args.against and [p.residues for p in read_proteins(args.against, keep_ambiguous=True)]
     filters = Filters(args.drop_repeats, args.max_identity, known or (), args.distinct)
     device = choose_device(args.device)
-    tokenizer = load_tokenizer(args.model, layout=args.layout)
-    model = load_causal_lm(args.model, device=device)
-    settle_layout(model, tokenizer)
-    scorer, scorer_tokenizer = model, tokenizer
+    scorer = loaded = ProteinModel.load(args.model, device, args.layout, say)
     if args.scorer:  # before the sampling: what is wrong with it shows at once
-        scorer_tokenizer = load_tokenizer(args.scorer)
-        scorer = load_causal_lm(args.scorer, device=device)
-        settle_layout(scorer, scorer_tokenizer)
-    result = g.sample_proteins(model, tokenizer, settings, filters, say)
+        scorer = ProteinModel.load(args.scorer, device, announce=say)
+    result = g.sample_proteins(*loaded, settings, filters, say)
     lost = result.tally.reasons
     say(f"{result.tally.attempts:,} attempts: {result.tally.kept:,} kept" + (lost and f", {lost}"))
     if len(result.proteins) < args.num_sequences:
@@ -126,16 +121,14 @@ def run(args: argparse.Namespace) -> dict:
         f"{len(result.proteins) / result.seconds:.1f} proteins/s, "
         f"{result.tally.tokens / result.seconds:,.0f} tokens/s"
     )
-    scored = list(
-        zip(result.proteins, g.perplexities(scorer, scorer_tokenizer, result.proteins), strict=True)
-    )
+    scored = list(zip(result.proteins, g.perplexities(*scorer, result.proteins), strict=True))
     if args.rank_by_perplexity:
         scored.sort(key=lambda pair: float("inf") if pair[1] is None else pair[1])
     names = {"model": Path(args.model).name or args.model}
     if args.scorer:
         names["scorer"] = Path(args.scorer).name or args.scorer
     with names_full_disk(args.output, "make space, or name another --output"):
-        write_fasta(args.output, g.fasta_records(scored, args.seed, names))
+        write_fasta(args.output, g.fasta_records(scored, args.seed, names, loaded.layout.tag))
     say(f"written: {args.output}")
     return result.counts
 

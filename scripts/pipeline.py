@@ -29,7 +29,7 @@ from typing import Any
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from scripts import ablation, evaluate, train
-from src.common.cli import HelpFormatter, add_data_flags, folder, run_script, say
+from src.common.cli import LAYOUT_HELP, HelpFormatter, add_data_flags, folder, run_script, say
 from src.common.runs import claim_folder
 from src.common.settings import PRESETS, PUBLISHED_STUDENTS, TrainSettings, as_recorded
 from src.experiments.pipeline import Pipeline, Stage, evaluation_state, shown_command
@@ -63,6 +63,7 @@ def build_parser() -> argparse.ArgumentParser:
     add = parser.add_argument_group("for all stages").add_argument
     add("--teacher_model", help="directory or hub id of the teacher")
     add_data_flags(add, "proteins, as for scripts/train.py")
+    add("--layout", help=LAYOUT_HELP)
     add("--device", help="auto, cpu or cuda")
     add("--cache_dir", type=folder, help="where tokenised proteins are kept")
     add("--evaluate_args", default="", metavar="'...'", help="flags of scripts/evaluate.py")
@@ -120,7 +121,7 @@ def preset_stages(args: argparse.Namespace, name: str) -> list[Stage]:
             raise ValueError(f"--references: no published student has the shape of {preset}")
     if len(set(sizes)) < len(sizes):
         raise ValueError("--presets: two of them would be written to the same directory")
-    both = given(args, "device", "cache_dir")
+    both = given(args, "layout", "device", "cache_dir")
     train_args = [*given(args, "teacher_model", "data", "sequence_column"), *both, *args.train_args]
     settings = train_settings(train_args)
     hub = on_hub(settings.data)
@@ -180,7 +181,7 @@ def sweep_stages(args: argparse.Namespace, name: str) -> list[Stage]:
     if len(presets) > 1:
         raise ValueError("--sweep: takes one preset")
     run_args = [
-        *given(args, "teacher_model", "data", "sequence_column"),
+        *given(args, "teacher_model", "data", "sequence_column", "layout"),
         *args.train_args,
         "--preset",
         presets[0],

@@ -58,8 +58,8 @@ def build_parser() -> argparse.ArgumentParser:
     return parser
 
 
-def chosen_variants(args: argparse.Namespace) -> tuple[Any, str | None]:
-    """Return what is to be scored, and its wild type where there is one."""
+def chosen_variants(args: argparse.Namespace, tag: str | None) -> tuple[Any, str | None]:
+    """Return what is to be scored, with the layout's tag, and its wild type if there is one."""
     from src.evaluation import fitness as f
     from src.evaluation import mutants as m
 
@@ -70,12 +70,12 @@ def chosen_variants(args: argparse.Namespace) -> tuple[Any, str | None]:
     if args.heat_map and not args.scan:
         raise ValueError("--heat_map is of a scan: pass --scan")
     if args.input:
-        wild = f.wild_type(args.wildtype) if args.wildtype else None
+        wild = f.wild_type(args.wildtype, tag) if args.wildtype else None
         columns = args.sequence_column, args.score_column
-        return f.read_variants(args.input, *columns, wild), wild
+        return f.read_variants(args.input, *columns, wild, tag), wild
     if bool(args.mutants) == args.scan:
         raise ValueError("--wildtype: of which mutants? pass --mutants or --scan")
-    wild = f.wild_type(args.wildtype)
+    wild = f.wild_type(args.wildtype, tag)
     if args.scan:
         scan = m.every_substitution(wild)
         names = [f"{s.wild}{s.number}{s.new}" for s in scan]
@@ -92,32 +92,31 @@ def run(args: argparse.Namespace) -> dict:
     outputs = (args.output, args.correlations, args.heat_map)
     inputs = [args.input] if args.input else []
     check_outputs(*outputs, overwrite=args.overwrite, inputs=inputs)
+    from src.common.cli import quiet_libraries
+    from src.common.devices import choose_device
+    from src.common.files import sha256_file, write_json
+    from src.common.runs import provenance
     from src.evaluation import fitness as f
+    from src.models.loading import NOT_TAKEN, ProteinModel, load_tokenizer, model_fingerprint
+    from src.proteins.layouts import layout_of
 
-    variants, wild = chosen_variants(args)
+    quiet_libraries()
+    names = {"": args.model} | ({"teacher_": args.teacher_model} if args.teacher_model else {})
+    tokenizers = {p: load_tokenizer(name, layout=args.layout) for p, name in names.items()}
+    tags = (layout_of(tokenizer).tag for tokenizer in tokenizers.values())
+    variants, wild = chosen_variants(args, next(filter(None, tags), None))
     report = variants.report.lines() if args.input else [f"{len(variants.rows):,} mutants"]
     for line in report:
         say(line)
     if args.correlations:
         f.require_comparable(variants)
-    names = {"": args.model} | ({"teacher_": args.teacher_model} if args.teacher_model else {})
     kinds = ("log_likelihood", "log_likelihood_per_residue")
     f.check_columns(variants, [prefix + kind for prefix in names for kind in kinds])
-    from src.common.cli import quiet_libraries
-    from src.common.devices import choose_device
-    from src.common.files import sha256_file, write_json
-    from src.common.runs import provenance
-    from src.models.loading import load_causal_lm, load_tokenizer, model_fingerprint
-    from src.models.recognition import settle_layout
-
-    quiet_libraries()
     device = choose_device(args.device)
     models = {
-        prefix: (load_causal_lm(name, device=device), load_tokenizer(name, layout=args.layout))
+        prefix: ProteinModel.load(name, device, announce=say, tokenizer=tokenizers[prefix])
         for prefix, name in names.items()
     }
-    for model, tokenizer in models.values():
-        settle_layout(model, tokenizer)
     scores = f.score_columns(models, variants.residues, args.batch_size, wild, args.windows)
     columns = {"student": scores[kinds[1]]}
     if args.teacher_model:
@@ -131,8 +130,7 @@ def run(args: argparse.Namespace) -> dict:
     lost = int(sum(~f.comparable(*columns.values()))) - empty
     if lost:
         say(
-            f"{lost:,} proteins are longer than a model takes, or have residues that its tokenizer "
-            "does not know: their scores are empty"
+            f"{lost:,} proteins {NOT_TAKEN}: their scores are empty"
             + ("" if args.windows else " (--windows scores long ones)")
         )
     say(f.which_suits(variants.residues))
@@ -167,7 +165,7 @@ def run(args: argparse.Namespace) -> dict:
     if args.correlations:
         summary["run"] = {
             **provenance(),
-            "models": {n: model_fingerprint(models[p][0]) for p, n in names.items()},
+            "models": {n: model_fingerprint(models[p].model) for p, n in names.items()},
             "input": {"name": args.input.name, "sha256": sha256_file(args.input)},
             "device": device.type,
         }

@@ -372,10 +372,12 @@ def test_every_recipe_can_be_trained_in_its_group():
 def test_another_teacher_and_presets_change_the_grid():
     """Students that are cut from the teacher are cut from the one that was asked for."""
     line = "--grid synergy --teacher_model T --sizes hf-tiny s11 --train_size_prop 0.01"
+    line += " --layout plain"
     asked = line.split()
     changed = script.chosen(script.build_parser().parse_args(asked))
     assert changed.shared.teacher_model == changed.shared.init_from == "T"
     assert changed.shared.train_size_prop == 0.01
+    assert changed.shared.layout == "plain"
     assert changed.sizes["hf-tiny"] == StudentSettings(4, 4, 512)
     asked[1] = "synergy-random"
     assert script.chosen(script.build_parser().parse_args(asked)).shared.init_from is None

@@ -193,7 +193,7 @@ def test_log_probabilities_are_the_models_own(name):
     assert keeps_packed_apart(model) == (name not in LEAKING)
 
 
-def test_a_head_of_another_kind_is_run_for_its_logits(tiny_lm):
+def test_a_head_of_another_kind_is_run_for_its_logits(tiny_lm, capsys):
     """Column sums to 0: no scale, no cap. The plain form is used, and is right."""
     model = tiny_lm()
     plain = type(model).forward
@@ -207,6 +207,7 @@ def test_a_head_of_another_kind_is_run_for_its_logits(tiny_lm):
 
     model.forward = centred.__get__(model)
     assert not head_form(model).linear
+    assert "GPT2LMHeadModel: its logits do not follow" in capsys.readouterr().out
     ids, mask = rows(9, 6)
     with torch.no_grad():
         ours = output_head(model).logits(final_hidden_states(model, ids, mask))

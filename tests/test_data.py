@@ -13,19 +13,22 @@ import multiprocessing
 import pickle
 import random
 import sys
+import tarfile
 import types
+import zipfile
 from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from datasets.exceptions import DatasetNotFoundError
 
 from src.common.cli import add_data_flags
 from src.proteins import lines, readers, sources, tables
 from src.proteins.layouts import END_OF_TEXT, layout, prompt_layout, residues_of
 from src.proteins.report import ReadReport
-from src.proteins.sources import has_split, read_proteins
+from src.proteins.sources import SAME_NAMES, has_split, read_proteins
 from src.proteins.tokens import (
     SeenHashes,
     TokenisedProteins,
@@ -264,9 +267,12 @@ REFUSED = {
     "altered gzip": ("a.fa.gz", gzip.compress(b">a\nMK\n")[:-8] + b"12345678", "broken or trunc"),
     "rubbish after gzip": ("a.fa.gz", gzip.compress(b">a\nMK\n") + b"rubbish", "broken or trunc"),
     "not gzip": ("a.fasta.gz", b">a\nMK\n", "is named .gz but is not gzip"),
-    "zip": ("a.fasta", b"PK\x03\x04rest", "packed by zip"),
+    "zip": ("a.fasta", b"PK\x03\x04rest", "broken or locked archive"),
+    "JSON array that is cut": ("a.json", b'[{"sequence": "MK"}', "has no end: the file is cut"),
+    "JSON array of numbers": ("a.json", b"[1, 2]", "object 1: not a JSON object"),
+    "broken JSON array": ("a.json", b'[{"sequence": "MK"}, {"s', "object 2: broken JSON"),
     "long line": ("a.csv", b"sequence\n" + b"A" * (2 << 20), r"a\.csv:2: the line is longer"),
-    "tar": ("a.fasta.gz", gzip.compress(b"x" * 257 + b"ustar" + b"x" * 300), "tar archive: unpack"),
+    "tar": ("a.fasta.gz", gzip.compress(b"x" * 257 + b"ustar" + b"x" * 300), "broken or locked"),
     "LFS pointer": ("a.csv", b"version https://git-lfs.github.com/spec/v1\noid sha256:a1\n",
                     "git lfs pull"),
     "web page": ("a.fasta", b"<!DOCTYPE html>\n<html>", "a web page"),
@@ -277,7 +283,6 @@ REFUSED = {
             "2 of 3 sequences are nucleic acids, the first at a.fasta:1"),
     "DNA in a table": ("a.csv", b"id,sequence\nx,ATGGCTCTGGCTGATATC\n", "--sequence_column"),
     "words in a line": ("a.txt", b"MKV\nMKV 0.5 good\n", r"a\.txt:2: 3 words in a line"),
-    "JSON array": ("a.json", b'[{"sequence": "MK"}]', "one object a line"),
     "broken JSON": ("a.jsonl", b'{"sequence": "MK"}\n{"sequ', r"a\.jsonl:2: broken JSON"),
     "paired antibodies": (
         "a.csv", b"aa_heavy,aa_light\nMKVLAAGITMKVLAAGIT,MKVLAAGITMKVLAAGIV\n",
@@ -392,13 +397,32 @@ def test_hub_out_of_reach_says_what_to_pass(monkeypatch):
     with pytest.raises(ValueError, match="'datasets' is not installed.*--data data/proteins"):
         read("nferruz/UR50_2021_04", split="train")  # type: ignore[arg-type]
 
-    def fail(*args, **options):
-        raise ConnectionError("no route\nto host")
 
+@pytest.mark.parametrize(
+    ("error", "said"),
+    [
+        (ConnectionError("no route\nto host"), "there is no network: connect to it"),
+        (DatasetNotFoundError("Dataset 'x' doesn't exist"), "the hub has no data set 'x/y'"),
+        (DatasetNotFoundError("is a gated dataset on the Hub."), "is gated: accept its terms"),
+        (
+            RuntimeError("Dataset scripts are no longer supported, but found y.py"),
+            "code of its own",
+        ),
+        (ValueError("Config name is missing."), "(Config name is missing.)"),
+    ],
+)
+def test_each_failure_of_a_hub_data_set_has_its_own_line(error, said, monkeypatch):
+    def fail(*args, **options):
+        raise error
+
+    monkeypatch.delenv("HF_HUB_OFFLINE", raising=False)
     monkeypatch.setitem(sys.modules, "datasets", types.SimpleNamespace(load_dataset=fail))
-    with pytest.raises(ValueError, match="no network.*pass --data FILE") as caught:
-        read("nferruz/UR50_2021_04", split="train")  # type: ignore[arg-type]
-    assert "\n" not in str(caught.value)
+    with pytest.raises(ValueError, match="pass --data FILE") as caught:
+        read("x/y", split="train")  # type: ignore[arg-type]
+    message = str(caught.value)
+    assert said in message
+    assert "\n" not in message
+    assert ("no network" in message) == ("no network" in said)
 
 
 def test_hub_rows_are_streamed(monkeypatch, tiny_tokenizer):
@@ -939,3 +963,73 @@ def test_numbers_beside_residues_are_found_in_time_that_grows_with_the_line():
     assert without_numbers("12 34") == without_numbers("MKV LLA") == without_numbers("MKV1") == ""
     for hostile in (" " * 10**6 + "M", "M" + " 1" * 10**6 + "X", "1" * 10**6 + "M"):
         without_numbers(hostile)  # a search for blanks before digits took minutes
+
+
+def test_different_proteins_have_different_names(tmp_path, tiny_tokenizer):
+    path = tmp_path / "p.fasta"
+    path.write_text(f">a x\n{A}\n>a x\n{A}\n>a y\n{B}\n>a y\n{C}\n>b\n{A[:-1]}\n")
+    store = tokenise(path, None, tiny_tokenizer, 64, tmp_path, quiet=True)
+    assert list(store.names) == ["a", "a_y", "a_y_3", "b"]
+    assert store.report.fixed[SAME_NAMES] == {"count": 2, "first": "a_y"}
+
+
+def archive(path: Path, files: dict[str, bytes]) -> Path:
+    """Write a zip or tar archive, by the name."""
+    if path.suffix == ".zip":
+        with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as packed:
+            for name, content in files.items():
+                packed.writestr(name, content)
+    else:
+        with tarfile.open(path, "w:gz" if path.suffix == ".gz" else "w") as tar:
+            for name, content in files.items():
+                entry = tarfile.TarInfo(name)
+                entry.size = len(content)
+                tar.addfile(entry, io.BytesIO(content))
+    return path
+
+
+@pytest.mark.parametrize("name", ["a.zip", "a.tar", "a.tar.gz"])
+def test_the_one_file_of_an_archive_is_read(name, tmp_path):
+    fasta = f">a\n{A}\n>b\n{B}\n".encode()
+    table = f"id,sequence\na,{A}\nb,{B}\n".encode()
+    beside = {"proteins/README": b"read me", "__MACOSX/proteins/._a.fasta": b"\0\0"}
+    for files in (
+        {"proteins/a.fasta": fasta},
+        {"proteins/a.fasta.gz": gzip.compress(fasta), **beside},
+        {"proteins/a.csv": table, **beside},
+    ):
+        found, _ = read(archive(tmp_path / name, files))
+        assert found == [A, B]
+    _, report = read(archive(tmp_path / name, {"proteins/own.fasta": fasta}))
+    assert report.notes == ["read from the archive: own.fasta"]
+    for files, message in (
+        (
+            {"a.fasta": fasta, "b.fasta": fasta},
+            "archive of 2 files .a.fasta, b.fasta, ....: unpack",
+        ),
+        ({"a.parquet": b"PAR1"}, "is an archive with a.parquet: unpack it"),
+        ({"a.fasta": b">a\n" + b"M\n" * 12_000_000}, "decompression bomb"),
+    ):
+        if "bomb" in message and name == "a.tar":
+            continue  # it is not compressed
+        with pytest.raises(ValueError, match=message):
+            read(archive(tmp_path / name, files))
+    archive(tmp_path / name, {"a.fasta": b">a\n" + random.Random(0).randbytes(4000).hex().encode()})
+    whole = (tmp_path / name).read_bytes()
+    (tmp_path / name).write_bytes(whole[: len(whole) // 2])
+    with pytest.raises(ValueError, match="broken or "):
+        read(tmp_path / name)
+
+
+@pytest.mark.parametrize("indent", [None, 2])
+def test_arrays_of_json_are_read(indent, tmp_path, monkeypatch):
+    monkeypatch.setattr("src.proteins.tables.MAX_ROW_BYTES", 64)  # read in pieces
+    rows = [{"id": f"p{i}", "sequence": A[: 3 + i % 5] + B[: 2 + i % 7]} for i in range(20)]
+    path = write(tmp_path / "a.json", json.dumps(rows, indent=indent))
+    found, report = read(path)
+    assert found == [row["sequence"] for row in rows]
+    assert report.column == "sequence"
+    packed = tmp_path / "a.json.gz"
+    packed.write_bytes(gzip.compress(path.read_bytes()))
+    assert read(packed)[0] == found
+    assert read(write(tmp_path / "b.json", json.dumps([A, B], indent=indent)))[0] == [A, B]

@@ -48,7 +48,7 @@ def test_a_padded_batch_equals_single_proteins(tiny_lm, tiny_tokenizer, random_p
     for bad in (3, -4):
         with pytest.raises(ValueError, match="the model has layers 0 to 2"):
             list(e.residue_embeddings(model, tiny_tokenizer, ["M"], e.EmbeddingSettings(bad)))
-    with pytest.raises(e.TooLong, match="and the model takes 256"):
+    with pytest.raises(ValueError, match=r"2,000 residues\) are longer than the model takes"):
         list(e.residue_embeddings(model, tiny_tokenizer, ["A" * 2000]))
 
 
@@ -71,7 +71,7 @@ def run(folder, name, *options):
 def test_files(folder, capsys):
     assert run(folder, "a.npz") == 0
     shown = capsys.readouterr().out
-    assert "1 proteins have more than the model's 256 tokens, the first is p10" in shown
+    assert "1 proteins, the first is p10, are longer than the model takes" in shown
     assert "10 proteins embedded" in shown
     assert run(folder, "a.parquet") == run(folder, "r.npz", "--per_residue") == 0
     assert run(folder, "r.parquet", "--per_residue", "--batch_size", 3) == 0

@@ -279,7 +279,10 @@ def test_a_protein_that_the_tokenizer_does_not_know_has_no_score(folder, capsys)
     (folder / "x.fasta").write_text(">a\nMKV\n>b\nMKXV\n")
     given = ["--input", folder / "x.fasta", "--output", folder / "o.csv"]
     assert call("--model", folder / "student", *given) == 0
-    assert "1 proteins are longer than a model takes, or have res" in capsys.readouterr().out
+    assert (
+        "1 proteins are longer than the model takes, or hold what its tokenizer does not"
+        in capsys.readouterr().out
+    )
     rows = list(csv.DictReader((folder / "o.csv").open()))
     assert [bool(row["log_likelihood"]) for row in rows] == [True, False]
     given[-1] = folder / "both.csv"

@@ -370,6 +370,10 @@ def test_arguments_reach_their_scripts(tmp_path):
     assert "--output_dir m/n-xs" in train
     assert "--num_samples 5 --seed 7 --output r/eval_n_xs.json" in evaluate
     assert "--max_proteins" not in evaluate  # proteins on this machine are all evaluated
+    template = "{EC}<sep><start>{residues}<end>"
+    for sweep in ((), ("--sweep", "alpha")):
+        asked = commands("--presets", "xs", "--data", str(tmp_path), "--layout", template, *sweep)
+        assert all(f"--layout {template}" in command for command in asked[:2])
 
 
 def test_references_are_optional_stages_on_the_same_data():

@@ -241,6 +241,9 @@ def test_read_named(tmp_path):
     proteins, report = read_named(path)
     assert proteins == {"a": "MK", "a_2": "MV", "a_2_2": "MI"}
     assert report.fixed[SAME_NAMES] == {"count": 2, "first": "a_2"}
+    path.write_text("".join(f">a\n{'M' * n}K\n" for n in range(1, 4)) + ">a\nMMK\n")
+    proteins, report = read_named(path)  # without headers to tell them apart
+    assert proteins == {"a": "MK", "a_2": "MMK", "a_3": "MMMK"}
 
 
 def test_packed_files_depend_on_their_text_alone(tmp_path):

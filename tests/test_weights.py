@@ -97,14 +97,18 @@ def hub_error(kind: type[BaseException]) -> OSError:
     [
         (hub_error(errors.GatedRepoError), "is gated: accept its terms"),
         (hub_error(errors.RepositoryNotFoundError), "the hub has no model"),
-        (hub_error(errors.LocalEntryNotFoundError), "no network"),
-        (hub_error(errors.OfflineModeIsEnabled), "no network"),
+        (hub_error(errors.LocalEntryNotFoundError), "there is no network: connect to it"),
+        (hub_error(errors.OfflineModeIsEnabled), "there is no network: connect to it"),
+        (TimeoutError("timed out"), "there is no network: connect to it"),
+        (OSError("503 Server Error"), "cannot be loaded (503 Server Error)"),
         (ValueError("custom code: set trust_remote_code=True"), "code of its own"),
         (OSError("x/y does not appear to have a file named config.json"), "without config.json"),
         (OSError("x/y does not appear to have a file named pytorch_model.bin"), "without weights"),
     ],
 )
-def test_each_failure_of_the_hub_has_its_own_line(error, said):
+def test_each_failure_of_the_hub_has_its_own_line(error, said, monkeypatch):
+    monkeypatch.delenv("HF_HUB_OFFLINE", raising=False)
+
     def load():
         with explain_loading("model", "x/y"):
             raise error
@@ -112,3 +116,6 @@ def test_each_failure_of_the_hub_has_its_own_line(error, said):
     message = refused(load)
     assert said in message
     assert "trust_remote_code" not in message
+    assert ("no network" in message) == ("no network" in said)
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    assert ("HF_HUB_OFFLINE is set: unset it" in refused(load)) == ("no network" in said)

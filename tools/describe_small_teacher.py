@@ -45,7 +45,7 @@ def run(args: argparse.Namespace) -> dict:
     from src.evaluation.inputs import cluster_kind, clusters_of
     from src.evaluation.measurement import evaluate
     from src.evaluation.scoring import EvaluationSettings
-    from src.models.loading import load_causal_lm, load_tokenizer, max_positions, model_fingerprint
+    from src.models.loading import ProteinModel, load_causal_lm, max_positions, model_fingerprint
     from src.proteins.sources import has_split, read_proteins
     from src.proteins.tokens import tokenise
     from src.publishing.teacher_card import teacher_card, top_1_accuracy, training_facts
@@ -54,7 +54,7 @@ def run(args: argparse.Namespace) -> dict:
     facts = training_facts(args.model)
     if args.half:
         load_causal_lm(args.model, dtype=torch.float16).save_pretrained(args.model)
-    tokenizer, model = load_tokenizer(args.model), load_causal_lm(args.model)
+    model, tokenizer = ProteinModel.load(args.model)
     limit = max_positions(model.config)
     reader = read_proteins(args.data, split="train")
     train = [protein.residues for protein in islice(reader, FLOOR_PROTEINS)]

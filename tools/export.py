@@ -15,6 +15,7 @@ from __future__ import annotations
 import argparse
 import sys
 import tempfile
+from itertools import islice
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
@@ -46,21 +47,15 @@ def run(args: argparse.Namespace) -> dict:
         raise ValueError("--int8 is CTranslate2's: --to ctranslate2")
     from src.common.cli import quiet_libraries
     from src.evaluation.inputs import choose_split
-    from src.models.loading import load_causal_lm, load_tokenizer, max_positions
+    from src.models.loading import ProteinModel
     from src.proteins.sources import read_proteins
-    from src.proteins.tokens import encode
     from src.publishing import exports as x
 
     quiet_libraries()
-    tokenizer = load_tokenizer(args.model)
-    model = load_causal_lm(args.model)
+    model, tokenizer = loaded = ProteinModel.load(args.model)
     split, _ = choose_split(args.data, None)
-    proteins = []
-    for protein in read_proteins(args.data, split=split):
-        if len(encode(tokenizer, [protein.residues])[0]) <= max_positions(model.config):
-            proteins.append(protein.residues)
-        if len(proteins) == args.proteins:
-            break
+    every = (p.residues for p in read_proteins(args.data, split=split, tokenizer=tokenizer))
+    proteins = list(islice((p for p in every if loaded.rows([p])[1][0]), args.proteins))
     args.output.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=args.output.parent, prefix=".export-") as work:
         made = Path(work) / (args.output.name or "export")

@@ -25,9 +25,10 @@ from src.common import processes
 from src.common.cli import progress
 from src.common.files import atomic_write, read_json, remove_folder, write_json
 from src.evaluation.scoring import BATCH_TOKENS, length_batches
-from src.models.forward import accepts, stated_positions
+from src.models.forward import accepts
+from src.models.loading import NOT_TAKEN, ProteinModel
 from src.proteins.batching import padded
-from src.proteins.tokens import encode, token_letters
+from src.proteins.tokens import Spelling
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -52,10 +53,6 @@ class EmbeddingSettings:
     layer: int = -1
     per_residue: bool = False
     batch_size: int = 64
-
-
-class TooLong(ValueError):
-    """A protein has more tokens than the model takes."""
 
 
 def check_layer(model: PreTrainedModel, layer: int) -> None:
@@ -83,19 +80,15 @@ def residue_embeddings(
         settings: the layer, and the size of a batch.
 
     Raises:
-        TooLong: a protein does not fit the model.
-        ValueError: the model has no such layer, or the tokens do not spell a protein.
+        ValueError: the model has no such layer, or cannot take a protein.
     """
     settings = settings or EmbeddingSettings()
     check_layer(model, settings.layer)
-    rows = [np.asarray(row) for row in encode(tokenizer, proteins)]
-    counts = np.array([len(letters) for letters in token_letters(tokenizer)])
-    limit = stated_positions(model.config) or max(map(len, rows))
-    for protein, row in zip(proteins, rows, strict=True):
-        if len(row) > limit:
-            raise TooLong(f"{len(row)} tokens, and the model takes {limit}")
-        if counts[row].sum() != len(protein):
-            raise ValueError(f"{protein[:20]}...: the tokenizer does not know all its residues")
+    rows, fits = ProteinModel(model, tokenizer).rows(proteins)
+    if not fits.all():
+        protein = proteins[int(fits.argmin())]
+        raise ValueError(f"proteins ({protein[:20]}..., {len(protein):,} residues) {NOT_TAKEN}")
+    spelling = Spelling(tokenizer)
     lengths = np.array([len(row) for row in rows])
     tokens = BATCH_TOKENS.get(model.device.type, BATCH_TOKENS["cuda"])
     last = settings.layer == -1
@@ -108,7 +101,7 @@ def residue_embeddings(
         states = out.last_hidden_state if last else out.hidden_states[settings.layer]  # (B, T, E)
         states = states.float().cpu().numpy()
         for index, row in zip(batch, states, strict=True):
-            yield int(index), np.repeat(row[: lengths[index]], counts[rows[index]], axis=0)
+            yield int(index), np.repeat(row[: lengths[index]], spelling.sizes(rows[index]), axis=0)
 
 
 def pooled(vectors: np.ndarray) -> dict[str, np.ndarray]:

@@ -26,13 +26,14 @@ from src.evaluation.likelihoods import score_proteins
 from src.evaluation.mutants import Substitution, mutated, numbering, parse_mutant
 from src.evaluation.statistics import Estimate, cluster_codes
 from src.evaluation.variants import variant_nll, windowed_nll
+from src.proteins.layouts import tagged_as
 from src.proteins.lines import TABLES, kind_of
-from src.proteins.readers import Record
+from src.proteins.readers import Record, tag_of_cell
 from src.proteins.report import ReadReport
 from src.proteins.sources import (
     clean,
     read_distinct_names,
-    read_proteins,
+    read_entries,
     require_proteins,
     usable,
 )
@@ -74,6 +75,7 @@ def read_variants(
     sequence_column: str | None = None,
     score_column: str | None = None,
     wild: str | None = None,
+    tag: str | None = None,
 ) -> Variants:
     """Read proteins from any file of them, or mutants of a wild type from a table.
 
@@ -85,6 +87,8 @@ def read_variants(
         sequence_column: None: a usual one (:data:`src.proteins.tables.SEQUENCE_COLUMNS`).
         score_column: measured fitness; None: ``DMS_score`` where there is one.
         wild: residues of the wild type, for a table with mutants alone.
+        tag: key or column of the layout's tag; proteins without it are counted like those without
+            usable residues.
 
     Raises:
         ValueError: the file is missing, broken or without a usable protein, a column is missing, a
@@ -95,11 +99,13 @@ def read_variants(
         raise ValueError(f"--input {path}: there is no such file")
     kind = kind_of(path)
     if kind in TABLES:
-        return _read_table(path, kind, sequence_column, score_column, wild)
+        return _read_table(path, kind, sequence_column, score_column, wild, tag)
     if score_column or wild:
         what = f"--score_column {score_column}" if score_column else "--wildtype with --input"
         raise ValueError(f"{what}: {path} has no columns")
-    proteins, report = read_distinct_names(path, True, sequence_column)
+    proteins, report = read_distinct_names(
+        path, keep_ambiguous=True, sequence_column=sequence_column, tag=tag
+    )
     rows = [[p.name, p.residues] for p in proteins]
     residues = [p.residues for p in proteins]
     return Variants(["name", "sequence"], rows, residues, None, list(range(len(rows))), report)
@@ -116,21 +122,27 @@ def mutant_variants(
         names: of each, as they were written.
         first: number of the wild type's first residue.
     """
-    residues = [mutated(wild, mutant, first) for mutant in mutants]
+    residues = [tagged_as(wild, mutated(wild, mutant, first)) for mutant in mutants]
     clusters = [":".join(str(s.number) for s in mutant) for mutant in mutants]
     rows = [list(row) for row in zip(names, residues, strict=True)]
     return Variants([MUTANT_COLUMN, "sequence"], rows, residues, None, clusters)
 
 
 def _read_table(
-    path: Path, kind: str, sequence_column: str | None, score_column: str | None, wild: str | None
+    path: Path,
+    kind: str,
+    sequence_column: str | None,
+    score_column: str | None,
+    wild: str | None,
+    tag: str | None,
 ) -> Variants:
     report = ReadReport(source=str(path))
     table = open_table(path, kind, report, sequence_column)
     mutant = table.find(None, (MUTANT_COLUMN,), "")
     score = table.find(score_column, (SCORE_COLUMN,), "--score_column")
-    data = None
+    data = tags = None
     if wild is None:
+        tags = None if tag is None else table.find(tag, (), "--layout")
         data = table.sequence(sequence_column)
         report.column = table.columns[data]
     elif mutant is None:
@@ -150,7 +162,9 @@ def _read_table(
         texts = ["" if m is None else mutated(wild, m, begin.first) for m in parsed]
     residues, measured = [], []
     for place, row, text in zip(places, rows, texts, strict=True):
-        residues.append(usable(Record("", place, text), report, keep_ambiguous=True) or "")
+        record = Record("", place, text, tag="" if tags is None else tag_of_cell(row[tags]))
+        found = usable(record, report, keep_ambiguous=True, tag=None if wild else tag)
+        residues.append("" if found is None else found if wild is None else tagged_as(wild, found))
         if score is not None:
             where = f"{place}: {table.columns[score]}"
             comma = table.divider != ","
@@ -211,9 +225,10 @@ def score_columns(
         protein does not fit the model.
     """
     asked = [*([] if wild is None else [wild]), *residues]
-    unique: list[str] = [p for p in dict.fromkeys(asked) if p]
-    place = {protein: i for i, protein in enumerate([*unique, ""])}
-    back = np.array([place[protein] for protein in residues])
+    kinds = {(p, getattr(p, "tag", "")): p for p in asked if p}
+    unique = list(kinds.values())
+    place = {kind: i for i, kind in enumerate([*kinds, ("", "")])}
+    back = np.array([place[p, getattr(p, "tag", "")] for p in residues])
     sizes = np.array([max(1, len(protein)) for protein in residues])
     found = {}
     for prefix, (model, tokenizer) in models.items():
@@ -263,14 +278,16 @@ def which_suits(residues: Sequence[str]) -> str:
     )
 
 
-def wild_type(given: str) -> str:
+def wild_type(given: str, tag: str | None = None) -> str:
     """Return the residues of ``--wildtype``: given as such, or in a file with one protein.
+
+    With the key or column of a tag they have that tag, which only a file can say.
 
     Raises:
         ValueError: they are neither, or the file holds several proteins.
     """
     if Path(given).is_file():
-        found = {p.residues for p in read_proteins(given, keep_ambiguous=True)}
+        found = {p.residues for p in read_entries(given, keep_ambiguous=True, tag=tag)}
         if len(found) != 1:
             raise ValueError(f"--wildtype {given}: holds {len(found)} proteins, and not one")
         return found.pop()

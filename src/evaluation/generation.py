@@ -31,10 +31,11 @@ from src.proteins.layouts import (
     PROTEIN_LETTERS,
     PROTGPT2,
     RESIDUES_PER_LINE,
+    TaggedProtein,
     layout_of,
     stop_token,
 )
-from src.proteins.tokens import require_known, token_letters
+from src.proteins.tokens import Spelling, encode, require_known, token_letters
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -68,6 +69,7 @@ class GenerationSettings:
             long as the model's positions allow.
         min_length: shorter proteins are discarded.
         prompt: first residues of every protein.
+        tag: of every protein, where the layout has one.
         ban_residues: residues that no protein holds: no token with one of them is ever drawn, and
             at each step the others share its probability. (The model's proteins that happen to
             have none are distributed otherwise: to get those, sample and discard.)
@@ -85,6 +87,7 @@ class GenerationSettings:
     max_length: int | None = None
     min_length: int = 1
     prompt: str = ""
+    tag: str = ""
     ban_residues: str = ""
     top_k: int = 950
     top_p: float = 1.0
@@ -326,9 +329,12 @@ class _Sampler:
     ) -> None:
         self.tokenizer, self.settings, self.device = tokenizer, settings, model.device
         self.layout, self.end = layout_of(tokenizer), stop_token(tokenizer)
-        self.prompt: list[int] = tokenizer(
-            self.layout.prompt(settings.prompt), add_special_tokens=False, verbose=False
-        )["input_ids"]
+        if settings.tag and self.layout.tag is None:
+            raise ValueError(f"--tag {settings.tag}: the layout {self.layout.template} has none")
+        begun = TaggedProtein(settings.prompt, settings.tag)
+        (self.prompt,) = encode(tokenizer, [begun], [False])
+        if not Spelling(tokenizer).spells(self.prompt, begun):
+            raise ValueError(f"--tag {settings.tag}: the tokenizer does not know it")
         wanted = None if settings.max_length is None else self._tokens_of(settings.max_length)
         self.room = sampling_room(model, wanted)
         vocabulary = int(model.config.vocab_size)
@@ -485,7 +491,10 @@ def perplexities(
 
 
 def fasta_records(
-    scored: Sequence[tuple[GeneratedProtein, float | None]], seed: int, names: Mapping[str, str]
+    scored: Sequence[tuple[GeneratedProtein, float | None]],
+    seed: int,
+    names: Mapping[str, str],
+    tag: str | None = None,
 ) -> list[FastaRecord]:
     """Return a FASTA record for each protein, its perplexity per residue in the header.
 
@@ -493,6 +502,7 @@ def fasta_records(
         scored: proteins and their perplexities.
         seed: that they were sampled with.
         names: what else the headers say: the model, and the scorer where it is another.
+        tag: key of the layout's tag, if it has one.
     """
     width = max(4, len(str(len(scored))))
     return [
@@ -500,6 +510,7 @@ def fasta_records(
             f"protein_{number:0{width}d}",
             protein.residues,
             {
+                **({tag: getattr(protein.residues, "tag", None)} if tag else {}),
                 "perplexity_per_residue": value,
                 "residues": len(protein.residues),
                 **names,

@@ -10,9 +10,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from src.evaluation.scoring import EvaluationSettings, protein_nll
-from src.models.forward import stated_positions
-from src.proteins.layouts import layout_of
-from src.proteins.tokens import require_known, token_letters
+from src.models.loading import ProteinModel
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -61,19 +59,8 @@ def score_proteins(
     Raises:
         ValueError: the model does not know a token.
     """
-    ends = [True] * len(proteins) if whole is None else whole
-    layout = layout_of(tokenizer)
-    texts = [layout.text(p) if w else layout.prompt(p) for p, w in zip(proteins, ends, strict=True)]
-    rows = [
-        np.asarray(tokenizer(t, add_special_tokens=False, verbose=False)["input_ids"])
-        for t in texts
-    ]
-    counts = np.array([len(letters) for letters in token_letters(tokenizer)])
-    spelt = np.array([counts[row].sum() for row in rows]) == [len(p) for p in proteins]
-    lengths = np.array([len(row) for row in rows], dtype=np.int64)
-    limit = stated_positions(model.config) or lengths.max(initial=0)
-    fits = np.flatnonzero(spelt & (lengths <= limit))
-    require_known(max((int(rows[i].max()) for i in fits), default=0), int(model.config.vocab_size))
+    rows, takes = ProteinModel(model, tokenizer).rows(proteins, whole)
+    fits, lengths = np.flatnonzero(takes), np.array([len(row) for row in rows], dtype=np.int64)
     nll = np.full(len(rows), np.nan)
     if len(fits):
         settings = EvaluationSettings(batch_size=batch_size)

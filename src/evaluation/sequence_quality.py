@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import math
 import time
+from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -378,7 +379,7 @@ def measure_generation(
         models: ``student`` and ``teacher``.
         tokenizer: of both.
         natural: held-out proteins, the reference of composition.
-        count: sequences that each model generates.
+        count: sequences that each model generates, with tags drawn from those of ``natural``.
         settings: of the description.
         batch_size: proteins sampled and scored at a time.
         train: training proteins, for novelty.
@@ -389,18 +390,24 @@ def measure_generation(
 
     settings = settings or DescriptionSettings()
     wanted = GenerationSettings(num_sequences=count, seed=settings.seed, batch_size=batch_size)
+    rng, tags = np.random.default_rng(settings.seed), [getattr(p, "tag", "") for p in natural]
+    drawn = Counter(tags[i] for i in rng.integers(len(tags), size=count))
     generated: dict[str, list[str]] = {}
     extra: dict[str, dict[str, Any]] = {}
     for name, model in models.items():
         started = time.monotonic()
-        sampled = sample_proteins(model, tokenizer, wanted)
-        seconds = time.monotonic() - started
-        generated[name] = sampled.sequences
+        generated[name], counts = [], Counter()
+        for number, (tag, share) in enumerate(drawn.items()):
+            seed = settings.seed + number
+            part = replace(wanted, num_sequences=share, tag=tag, seed=seed)
+            sampled = sample_proteins(model, tokenizer, part)
+            generated[name] += sampled.sequences
+            counts.update(sampled.counts)
         extra[name] = {
             "sampling": asdict(wanted),
-            "counts": dict(sampled.counts),
-            "sequences_per_second": len(sampled.sequences) / seconds,
-            "examples": sampled.sequences[:EXAMPLES],
+            "counts": dict(counts),
+            "sequences_per_second": len(generated[name]) / (time.monotonic() - started),
+            "examples": generated[name][:EXAMPLES],
         }
 
     def score(proteins: Sequence[str]) -> np.ndarray:

@@ -26,9 +26,10 @@ from src.common.cli import progress
 from src.evaluation.likelihoods import score_proteins
 from src.models.decoding import cache_argument
 from src.models.forward import stated_positions
+from src.models.loading import ProteinModel
 from src.proteins.batching import cut_batches, padded
-from src.proteins.layouts import RESIDUES_PER_LINE, layout_of
-from src.proteins.tokens import encode, token_letters
+from src.proteins.layouts import RESIDUES_PER_LINE
+from src.proteins.tokens import Spelling, encode
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -57,16 +58,13 @@ def variant_nll(
     Returns:
         NaN where a variant does not fit the model.
     """
-    rows = [np.asarray(row) for row in encode(tokenizer, [wild, *variants])]
-    reference, others = rows[0], rows[1:]
-    limit = stated_positions(model.config) or max(map(len, rows))
+    (reference, *others), takes = ProteinModel(model, tokenizer).rows([wild, *variants])
+    limit = stated_positions(model.config) or len(reference)
     cache = _cache(model)
     if len(reference) > limit or cache is None or not others:
         return score_proteins(model, tokenizer, variants).nll
     shared = np.array([_shared(reference, row) for row in others])  # tokens, at least one
-    counts = np.array([len(letters) for letters in token_letters(tokenizer)])
-    spelt = np.array([counts[row].sum() for row in others]) == [len(v) for v in variants]
-    fits = np.flatnonzero(spelt & (np.array([len(row) for row in others]) <= limit))
+    fits = np.flatnonzero(takes[1:])
     found = np.full(len(others), np.nan)
     training = model.training
     model.eval()
@@ -178,25 +176,18 @@ def windowed_nll(model: PreTrainedModel, tokenizer: Any, residues: str) -> np.nd
         ValueError: the model's positions hold no window, or the tokens do not spell the protein.
     """
     window = window_residues(stated_positions(model.config) or WINDOW_TOKENS)
-    layout = layout_of(tokenizer)
     found = np.zeros(len(residues))
-    counts = np.array([len(letters) for letters in token_letters(tokenizer)])
+    spelling = Spelling(tokenizer)
     for start, stop, first in windows_of(len(residues), window):
         text = residues[start:stop]
-        whole = stop == len(residues)
-        ids = tokenizer(
-            layout.text(text) if whole else layout.prompt(text),
-            add_special_tokens=False,
-            verbose=False,
-        )["input_ids"]
-        sizes = counts[ids]
-        if sizes.sum() != len(text):
+        (ids,) = encode(tokenizer, [text], [stop == len(residues)])
+        if not spelling.spells(ids, text):
             raise ValueError("the tokenizer does not know all residues of a protein")
         row = torch.tensor([ids], device=model.device)
         with torch.inference_mode():
             logits = model(input_ids=row, use_cache=False).logits[0, :-1].float()
         values = F.cross_entropy(logits, row[0, 1:], reduction="none").double().cpu().numpy()
-        found[first:stop] = by_residue(values, sizes[1:])[first - start :]
+        found[first:stop] = by_residue(values, spelling.sizes(ids)[1:])[first - start :]
     return found
 
 

@@ -17,7 +17,7 @@ from src.evaluation.composition import low_complexity_share, repeat_share
 from src.evaluation.generation import GenerationSettings, sample_proteins
 from src.evaluation.likelihoods import score_proteins
 from src.evaluation.sequence_quality import DescriptionSettings, describe_all
-from src.models.loading import load_causal_lm, load_tokenizer
+from src.models.loading import ProteinModel
 from src.proteins.fasta import FastaRecord, write_fasta
 from src.proteins.profiles import profile_bits, read_profiles
 from src.proteins.relatives import family_hits, nearest_identities
@@ -86,7 +86,7 @@ def sample_family(
     Raises:
         ValueError: the model ended no protein.
     """
-    loaded, tokenizer = load_causal_lm(model, device=device), load_tokenizer(model)
+    loaded = ProteinModel.load(model, device)
     wanted = GenerationSettings(
         num_sequences=settings.num_candidates,
         max_length=round(LENGTH_FACTOR * longest),
@@ -98,7 +98,7 @@ def sample_family(
         batch_size=settings.batch_size,
         max_attempts=ATTEMPTS * settings.num_candidates,
     )
-    result = sample_proteins(loaded, tokenizer, wanted, announce=announce)
+    result = sample_proteins(*loaded, wanted, announce=announce)
     if not result.proteins:
         raise ValueError(f"{model} ended no protein ({result.tally.reasons})")
     if len(result.proteins) < settings.num_candidates:
@@ -109,7 +109,7 @@ def sample_family(
     samples = result.sequences
     return {
         "samples": samples,
-        "nll": score_proteins(loaded, tokenizer, samples).nll,
+        "nll": score_proteins(*loaded, samples).nll,
         "counts": result.counts,
         "proteins_per_second": len(samples) / result.seconds,
     }

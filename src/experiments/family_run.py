@@ -32,7 +32,7 @@ from src.evaluation.inputs import clusters_of
 from src.evaluation.likelihoods import score_proteins
 from src.experiments import candidates as c
 from src.experiments import specialist as s
-from src.models.loading import load_causal_lm, load_tokenizer, max_positions, model_fingerprint
+from src.models.loading import ProteinModel, load_causal_lm, max_positions, model_fingerprint
 from src.proteins.family_split import (
     FamilySettings,
     family_hits_of,
@@ -157,8 +157,8 @@ def step(run: FamilyRun, name: str) -> None:
 
 def prepare(run: FamilyRun) -> Family:
     """Read and split the family, or take over its split."""
-    model = load_causal_lm(run.model)
-    limit, tokenizer = max_positions(model.config), load_tokenizer(run.model)
+    model, tokenizer = ProteinModel.load(run.model, announce=run.announce)
+    limit = max_positions(model.config)
     if run.family.is_dir() and has_split(run.family, "train"):
         if not has_split(run.family, "validation"):
             raise ValueError(
@@ -303,14 +303,14 @@ def make_candidates(run: FamilyRun, family: Family, adapted: Mapping[str, Any]) 
                 "no sample is a candidate: lower --temperature, give more members or a larger "
                 "--model (in another --output_dir)"
             )
-        loaded, tokenizer = load_causal_lm(model, device=device), load_tokenizer(model)
+        loaded = ProteinModel.load(model, device)
         held_out = [p.residues for p in (*family.validation, *family.test)]
         described = c.describe_candidates(
             table,
             held_out,
             train,
             counted,
-            lambda proteins: score_proteins(loaded, tokenizer, proteins).nll,
+            lambda proteins: score_proteins(*loaded, proteins).nll,
             run.candidates.seed,
         )
         return {

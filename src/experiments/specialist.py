@@ -32,7 +32,7 @@ from src.evaluation.likelihoods import score_proteins
 from src.evaluation.measurement import write_per_protein
 from src.evaluation.results import put_estimate
 from src.evaluation.statistics import cluster_bootstrap
-from src.models.loading import load_causal_lm, load_tokenizer, shape_of
+from src.models.loading import ProteinModel, load_causal_lm, shape_of
 from src.models.weights import count_parameters
 from src.proteins.fasta import FastaRecord, write_fasta
 from src.proteins.sources import Protein, read_proteins
@@ -257,8 +257,7 @@ def write_distillation_data(
 
 def nats_of(model: str | Path, proteins: Sequence[str], device: Any = "cpu") -> np.ndarray:
     """Return -log p of each protein under a model in nats, ``(P,)``; NaN where it does not fit."""
-    loaded = load_causal_lm(model, device=device)
-    return score_proteins(loaded, load_tokenizer(model), proteins).nll
+    return score_proteins(*ProteinModel.load(model, device), proteins).nll
 
 
 def judge(

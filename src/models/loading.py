@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import hashlib
 import os
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
+import numpy as np
 import torch
 from torch import nn
 
@@ -15,7 +17,7 @@ from src.common.devices import machine_memory
 from src.common.files import read_json
 from src.common.settings import StudentSettings
 from src.models.forward import head_form, stated_positions
-from src.models.recognition import candidates, writes
+from src.models.recognition import candidates, settle_layout, writes
 from src.models.sizes import gpt2_parameters
 from src.models.weights import (
     explain_loading,
@@ -25,14 +27,14 @@ from src.models.weights import (
 )
 from src.proteins.layouts import (
     STANDARD_RESIDUES,
-    TaggedProtein,
+    Layout,
     guess_layout,
     layout_of,
     set_layout,
     spelt_out,
     stated_layout,
 )
-from src.proteins.tokens import token_letters
+from src.proteins.tokens import Spelling, encode, require_known, token_letters
 
 if TYPE_CHECKING:
     from transformers import GPT2Config, GPT2LMHeadModel, PreTrainedModel
@@ -41,6 +43,80 @@ if TYPE_CHECKING:
 
 class NoTokenizerError(ValueError):
     """A model has no tokenizer of proteins."""
+
+
+NOT_TAKEN = "are longer than the model takes, or hold what its tokenizer does not know"
+"""Why :meth:`ProteinModel.rows` cannot give proteins to a model, for messages."""
+
+
+class ProteinModel(NamedTuple):
+    """A causal model of proteins, teacher or student, with its tokenizer in the model's layout.
+
+    What the model makes of its head's input is with the model
+    (:func:`src.models.forward.output_head`), the layout and its markers are with the tokenizer.
+    """
+
+    model: PreTrainedModel
+    tokenizer: PreTrainedTokenizerBase
+
+    @classmethod
+    def load(
+        cls,
+        name: str | Path,
+        device: str | torch.device = "cpu",
+        layout: str | None = None,
+        announce: Callable[[str], None] = lambda line: None,
+        tokenizer: PreTrainedTokenizerBase | None = None,
+    ) -> ProteinModel:
+        """Load a model and its tokenizer, and find the layout that it was trained on.
+
+        Args:
+            name: directory or hub id.
+            device: of the weights, which are in float32.
+            layout: name of a layout, or a template; None: what the tokenizer says, or what natural
+                proteins show (:func:`src.models.recognition.settle_layout`).
+            announce: called with a line about a layout that is not ProtGPT2's.
+            tokenizer: the model's, where it is loaded already.
+
+        Raises:
+            ValueError: either is missing or broken, or the model is not causal.
+        """
+        tokenizer = tokenizer or load_tokenizer(name, layout=layout)
+        model = load_causal_lm(name, device=device)
+        settle_layout(model, tokenizer, announce)
+        return cls(model, tokenizer)
+
+    @property
+    def layout(self) -> Layout:
+        """How a protein is written for it."""
+        return layout_of(self.tokenizer)
+
+    def rows(
+        self, proteins: Sequence[str], whole: Sequence[bool] | None = None
+    ) -> tuple[list[np.ndarray], np.ndarray]:
+        """Return the tokens of laid-out proteins, and which of them the model can take.
+
+        A protein is too long for it, or its tokens do not spell it, which would be another's.
+
+        Args:
+            proteins: residues of each.
+            whole: of each, whether its end is written; None: of all.
+
+        Returns:
+            ``(T,)`` for each of P proteins, and ``(P,)`` bool.
+
+        Raises:
+            ValueError: the model does not know a token, or a protein lacks the layout's tag.
+        """
+        rows = [np.asarray(row) for row in encode(self.tokenizer, proteins, whole)]
+        limit, spelling = stated_positions(self.model.config), Spelling(self.tokenizer)
+        fits = [
+            len(row) <= (limit or len(row)) and spelling.spells(row, protein)
+            for row, protein in zip(rows, proteins, strict=True)
+        ]
+        known = max((int(row.max()) for row, fit in zip(rows, fits, strict=True) if fit), default=0)
+        require_known(known, int(self.model.config.vocab_size))
+        return rows, np.array(fits, dtype=bool)
 
 
 def load_tokenizer(
@@ -142,9 +218,8 @@ def _try_out(tokenizer: PreTrainedTokenizerBase) -> str:
         ValueError: token ids are out of range, or the decoded text is no protein. A broken
             tokenizer may raise any other error.
     """
-    protein = TaggedProtein(STANDARD_RESIDUES, "1.1.1.1")
-    layout = layout_of(tokenizer)
-    ids = tokenizer(layout.text(protein), add_special_tokens=False)["input_ids"]
+    layout = layout_of(tokenizer).untagged
+    ids = tokenizer(layout.text(STANDARD_RESIDUES), add_special_tokens=False)["input_ids"]
     text: Any = tokenizer.decode(ids, skip_special_tokens=False, clean_up_tokenization_spaces=False)
     known = [*tokenizer.all_special_ids, *ids]
     if not all(isinstance(i, int) and 0 <= i < len(tokenizer) for i in known):

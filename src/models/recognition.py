@@ -27,7 +27,7 @@ from src.proteins.layouts import (
     spelt_out,
     stated_layout,
 )
-from src.proteins.tokens import require_known, token_letters
+from src.proteins.tokens import Spelling, require_known, token_letters
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -79,9 +79,9 @@ def candidates(tokenizer: Any) -> list[Layout]:
 
 
 def writes(tokenizer: Any, layout: Layout) -> bool:
-    """Return whether a tokenizer has tokens for all that a layout writes."""
-    protein = TaggedProtein(STANDARD_RESIDUES, "1.1.1.1")
-    texts = [layout.text(protein)] + (["\n"] if "\n" in layout.template else [])
+    """Return whether a tokenizer has tokens for all that a layout writes, its tags aside."""
+    layout = layout.untagged
+    texts = [layout.text(STANDARD_RESIDUES)] + (["\n"] if "\n" in layout.template else [])
     ids, *breaks = (tokenizer(text, add_special_tokens=False)["input_ids"] for text in texts)
     letters = token_letters(tokenizer)
     if not all(breaks) or any(not 0 <= i < len(letters) for i in ids):
@@ -96,14 +96,14 @@ def writes(tokenizer: Any, layout: Layout) -> bool:
 @torch.no_grad()
 def nats_per_residue(model: PreTrainedModel, tokenizer: Any, layout: Layout) -> np.ndarray:
     """Return what each natural protein's residues cost in a layout, without markers and breaks."""
-    letters, longest = token_letters(tokenizer), stated_positions(model.config)
+    spelling, longest = Spelling(tokenizer, layout), stated_positions(model.config)
     head, costs = output_head(model), []
     for protein in NATURAL:
         ids = tokenizer(layout.text(protein), add_special_tokens=False)["input_ids"][:longest]
         require_known(max(ids), model.config.vocab_size)
         row = torch.tensor([ids], device=model.device)
         logits = head.logits(final_hidden_states(model, row))[0, :-1].float()
-        sizes = torch.tensor([len(letters[i]) for i in ids[1:]], device=model.device)
+        sizes = torch.as_tensor(spelling.sizes(ids)[1:], device=model.device)
         nll = F.cross_entropy(logits, row[0, 1:], reduction="none")
         costs.append(float(nll[sizes > 0].sum() / sizes.sum().clamp(min=1)))
     return np.array(costs)

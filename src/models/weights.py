@@ -18,6 +18,7 @@ from torch import nn
 
 from src.common.cli import one_line, printable
 from src.common.files import read_json
+from src.common.hub_errors import CODE, GATED, OTHER, hub_advice, hub_fault
 from src.common.settings import BUNDLED_TEACHER
 
 MAX_CONFIG_BYTES = 1 << 20
@@ -210,38 +211,18 @@ def _why_not_loaded(kind: str, name: str | Path, error: BaseException) -> str:
     """Return why a model or tokenizer was not loaded and what to do."""
     if Path(name).is_dir():
         return f"{name}: the {kind} cannot be loaded ({one_line(error)[:300]})"
-    kinds, texts, link = set(), "", error
-    while link is not None:
-        kinds |= {parent.__name__ for parent in type(link).__mro__}
-        texts += f" {link}"
-        link = link.__cause__ or link.__context__
     other = f"pass a directory instead, for example {BUNDLED_TEACHER}"
-    if "GatedRepoError" in kinds or "gated repo" in texts:
-        return (
-            f"the {kind} {name!r} is gated: accept its terms on its page on the hub, log in with "
-            "'hf auth login' (or set HF_TOKEN), and try again"
-        )
-    if "trust_remote_code" in texts:
-        return (
-            f"the {kind} {name!r} brings code of its own, which is never run: pass one of an "
-            "architecture that transformers has"
-        )
-    offline = {"OfflineModeIsEnabled", "LocalEntryNotFoundError", "ConnectionError", "ConnectError"}
-    missing = "does not appear to have a file named" in texts or "EntryNotFoundError" in kinds
-    if missing and not kinds & offline:
+    fault, texts = hub_fault(error)
+    missing = "does not appear to have a file named" in texts or "EntryNotFoundError" in texts
+    if missing and fault == OTHER:
         what = "config.json" if "config.json" in texts or kind == "tokenizer" else "weights"
         return (
             f"the {kind} {name!r} is on the hub without {what} that transformers reads (an "
             f"adapter, GGUF or another format?): {other}"
         )
-    if "RepositoryNotFoundError" in kinds or "is not a valid model identifier" in texts:
-        return (
-            f"the hub has no {kind} {name!r}, or it is private: check the name, or log in with "
-            f"'hf auth login'; or {other}"
-        )
-    if isinstance(error, OSError) or kinds & offline:
-        return (
-            f"the {kind} {name!r} is neither a directory here nor to be had from the hub (no "
-            f"network, or no such model): {other}"
-        )
-    return f"the {kind} {name!r} cannot be loaded ({one_line(error)[:300]})"
+    if fault == CODE:
+        other = "pass one of an architecture that transformers has"
+    advice = hub_advice(fault, kind, name)
+    if advice is None:
+        return f"the {kind} {name!r} cannot be loaded ({one_line(error)[:300]}): {other}"
+    return advice if fault == GATED else f"{advice}; or {other}"

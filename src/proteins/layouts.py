@@ -3,7 +3,8 @@
 A layout is a template: text with ``{residues}`` in it, or ``{lines}`` (a newline after each 60
 residues) or ``{spaced}`` (a space after each). ``{begin}`` and ``{end}`` are the tokenizer's
 markers. Any other name is a tag: of each protein the value of that key in its FASTA header
-(``>P1 EC=3.2.1.17``) or of that column of its table.
+(``>P1 EC=3.2.1.17``) or of that column of its table, up to a ``;``, ``,`` or ``|``. A marker must
+stand between it and the residues.
 
 :data:`LAYOUTS` is the one table of layouts. A tokenizer carries its own
 (:func:`layout_of`, :func:`set_layout`), also on disk, in ``tokenizer_config.json``.
@@ -38,6 +39,8 @@ CONFIG_KEY = "protein_layout"
 _GUESS = "_protein_layout"
 _BODIES = ("residues", "lines", "spaced")
 _FIELD = re.compile(r"\{(\w+)\}")
+_MARK = re.compile(r"[^A-Za-z\s]")
+"""What no residue is: by it a tag's end is known."""
 
 
 class TaggedProtein(str):
@@ -50,6 +53,10 @@ class TaggedProtein(str):
         protein = super().__new__(cls, residues)
         protein.tag = tag
         return protein
+
+    def __getitem__(self, index: Any) -> TaggedProtein:
+        """Return a part, which has the same tag."""
+        return TaggedProtein(super().__getitem__(index), self.tag)
 
 
 @dataclass(frozen=True)
@@ -66,10 +73,12 @@ class Layout:
         """Check the template."""
         names = _FIELD.findall(self.template)
         bodies = [name for name in names if name in _BODIES]
-        if len(bodies) != 1 or len(names) > 2 or names[-1] not in _BODIES:
+        one_body = len(bodies) == 1 and len(names) <= 2 and names[-1] in _BODIES
+        if not one_body or (self.tag is not None and not _MARK.search(self.opening)):
             raise ValueError(
                 f"--layout {self.template!r}: needs {{residues}} once (or {{lines}} or {{spaced}}) "
-                "and at most one tag before it, for example '{begin}{tag}<start>{residues}{end}'"
+                "and at most one tag before it, with a marker between them, for example "
+                "'{begin}{tag}<start>{residues}{end}'"
             )
 
     @property
@@ -92,6 +101,16 @@ class Layout:
         """The text before and after the residues, the tag's place still in the first."""
         before, after = self.template.split(f"{{{self.body}}}")
         return before, after
+
+    @property
+    def opening(self) -> str:
+        """The text between the tag, or the beginning, and the residues."""
+        return self.parts[0].rpartition(f"{{{self.tag}}}")[2]
+
+    @property
+    def untagged(self) -> Layout:
+        """The same layout without its tag."""
+        return Layout(self.template.replace(f"{{{self.tag}}}", ""))
 
     def text(self, residues: str) -> str:
         """Return a protein as text for a model.
@@ -121,9 +140,9 @@ class Layout:
         tag = getattr(residues, "tag", "")
         if not tag:
             raise ValueError(
-                f"the layout {self.template} needs {self.tag} of each protein: training and "
-                f"evaluation read it from FASTA headers ('{self.tag}=...') or a column {self.tag}; "
-                "to score or generate pass one value for all, in its place in --layout"
+                f"the layout {self.template} needs {self.tag} of each protein: '{self.tag}=...' in "
+                f"its FASTA header, a column {self.tag} of its table, generate.py --tag; or one "
+                "value for all, in its place in --layout"
             )
         return self.parts[0].replace(f"{{{self.tag}}}", tag)
 
@@ -146,13 +165,12 @@ class Layout:
         before, after = ("".join(part.split()) for part in self.parts)
         joined, tag = "".join(text.split()), ""
         if self.tag is not None:
-            front, back = before.split(f"{{{self.tag}}}")
-            before = back
-            if back and back in joined:
-                tag, _, joined = joined.removeprefix(front).partition(back)
-        residues = joined.removeprefix(before) if before else joined
-        residues = residues.removesuffix(after) if after else residues
-        if any(marker and marker in residues for marker in (before, after)):
+            front, before = before.split(f"{{{self.tag}}}")
+            if before in joined:
+                tag, _, joined = joined.removeprefix(front).rpartition(before)
+        residues = joined.removeprefix(before).removesuffix(after)
+        several = any(marker and marker in residues for marker in (before, after))
+        if several or re.search(f"{re.escape(before)}[A-Z]+{re.escape(after)}", tag):
             raise ValueError("more than one protein in the text: split it at its markers")
         _require_letters(residues, "")
         return TaggedProtein(residues, tag) if tag else residues
@@ -199,14 +217,18 @@ def shuffled(residues: str, seed: int = 0) -> str:
     """Return the residues in a random order that depends on them and the seed alone."""
     letters = list(residues)
     random.Random(f"{seed} {residues}").shuffle(letters)
-    mixed = "".join(letters)
-    return TaggedProtein(mixed, residues.tag) if isinstance(residues, TaggedProtein) else mixed
+    return tagged_as(residues, "".join(letters))
 
 
-def tagged(residues: str, key: str, header: str) -> TaggedProtein | None:
-    """Return residues with the value of a key of a header (``EC=3.2.1.17``); None without one."""
+def tagged_as(other: str, residues: str) -> str:
+    """Return residues with the tag of another protein, if it has one."""
+    return TaggedProtein(residues, other.tag) if isinstance(other, TaggedProtein) else residues
+
+
+def tag_in(header: str, key: str) -> str:
+    """Return the value of a key of a header (``EC=3.2.1.17``), the first; empty without one."""
     match = re.search(rf"(?:^|[\s|;,\[(]){re.escape(key)}[=:]\s*([^\s|;,\])]+)", header, re.I)
-    return None if match is None else TaggedProtein(residues, match[1])
+    return "" if match is None else match[1]
 
 
 # The layout of a tokenizer

@@ -5,13 +5,16 @@ from __future__ import annotations
 import gzip
 import io
 import re
+import tarfile
+import zipfile
 import zlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
 from itertools import islice
 from pathlib import Path
 from typing import Any
 
-from src.common.cli import one_line
+from src.common.cli import one_line, printable
 from src.proteins.layouts import END_OF_TEXT
 from src.proteins.report import ReadReport
 
@@ -19,6 +22,9 @@ MAX_LINE_BYTES = 1 << 20
 MAX_EXPANSION = 200
 """Compression shrinks proteins two- to fivefold; larger factors mean a decompression bomb."""
 FREE_EXPANSION_BYTES = 1 << 24
+GZIP = b"\x1f\x8b"
+BROKEN = (EOFError, zlib.error, gzip.BadGzipFile, zipfile.BadZipFile, tarfile.TarError)
+"""What reading damaged gzip or an archive raises."""
 LINES_A_CHECK = 1024
 BOMB = "refused as a decompression bomb"
 FIRST_LINES = 1000
@@ -26,12 +32,13 @@ FIRST_LINES = 1000
 
 FASTA, TEXT, LAID_OUT, TABLE = "FASTA", "text", "laid-out text", "table"
 JSON_LINES, EXCEL, PARQUET = "JSON lines", "Excel", "parquet"
+EXCEL_SUFFIXES = (".xlsx", ".xlsm")
 SUFFIXES = {
     **dict.fromkeys((".fasta", ".fa", ".faa", ".fas", ".a3m", ".a2m", ".afa", ".mfa"), FASTA),
     **dict.fromkeys((".txt", ".seq"), TEXT),
     **dict.fromkeys((".csv", ".tsv", ".tab"), TABLE),
     **dict.fromkeys((".jsonl", ".ndjson", ".json"), JSON_LINES),
-    **dict.fromkeys((".xlsx", ".xlsm"), EXCEL),
+    **dict.fromkeys(EXCEL_SUFFIXES, EXCEL),
     **dict.fromkeys((".parquet", ".pq"), PARQUET),
 }
 TABLES = (TABLE, JSON_LINES, EXCEL, PARQUET)
@@ -54,27 +61,31 @@ COMMENTS = "comment lines, skipped"
 
 
 def kind_of(path: Path) -> str:
-    """Return the format of a file, by its suffix and its first bytes and lines.
+    """Return the format of a file, or of the one in an archive, by its name and first lines.
 
     Raises:
-        ValueError: the file is empty, an archive, packed by another program than gzip, or of a
-            format that is not read; the message says what to do.
+        ValueError: the file is empty, an archive of several, packed by another program than gzip,
+            or of a format that is not read; the message says what to do.
     """
-    head, packed = _head(path)
-    suffixes = [s.lower() for s in path.suffixes]
+    if not path.stat().st_size:
+        raise ValueError(f"{path}: the file is empty: give one with proteins")
+    archived = bool(_archive(path))
+    with opened(path) as (stream, name, packed):
+        try:
+            head = stream.peek(512)[:512]
+        except (OSError, EOFError, zlib.error):
+            head = b""  # the reader meets the same fault and names its line
+    suffixes = [s.lower() for s in Path(name).suffixes]
     if suffixes[-1:] == [".gz"]:
-        if not packed:
+        if not packed and not archived:
             raise ValueError(f"{path}: is named .gz but is not gzip: rename or pack it")
         suffixes.pop()
     kind = SUFFIXES.get(suffixes[-1]) if suffixes else None
     for magic, packer in PACKED_BY.items():
-        if head.startswith(magic) and not (packer == "zip" and kind == EXCEL):
+        if head.startswith(magic) and not (packer == "zip" and kind == EXCEL and not archived):
             raise ValueError(f"{path}: is packed by {packer}: unpack it, or pack it with gzip")
-    if head[257:262] == b"ustar":
-        raise ValueError(
-            f"{path}: is a tar archive: unpack it (tar xf {path.name}) and give the files in it; "
-            "--data takes several"
-        )
+    if archived and kind in (EXCEL, PARQUET):
+        raise ValueError(f"{path}: is an archive with {printable(name)}: unpack it")
     for sign, what in FOREIGN.items():
         if head.lstrip().startswith(sign):
             raise ValueError(f"{path}: is {what}")
@@ -92,7 +103,7 @@ def kind_of(path: Path) -> str:
         return FASTA
     if laid_out and (END_OF_TEXT in first or any(END_OF_TEXT in line for line in full)):
         return LAID_OUT
-    if kind in (None, TEXT) and first.startswith("{"):
+    if kind in (None, TEXT) and first.startswith(("{", "[")):
         return JSON_LINES
     if kind == TEXT and any(sign in first for sign in "\t,;"):
         return TABLE
@@ -103,20 +114,77 @@ def kind_of(path: Path) -> str:
     return kind
 
 
-def _head(path: Path) -> tuple[bytes, bool]:
-    """Return a file's first 512 bytes, unpacked if it is gzip, and whether it is."""
-    with path.open("rb") as handle:
-        head = handle.read(512)
-    if not head:
-        raise ValueError(f"{path}: the file is empty: give one with proteins")
-    packed = head.startswith(b"\x1f\x8b")
-    if packed:
+def _archive(path: Path) -> str:
+    """Return ``zip`` or ``tar`` where a file is such an archive, perhaps gzipped; else nothing."""
+    with path.open("rb") as raw:
+        head = raw.read(512)
+    if head.startswith(GZIP):
         try:
             with gzip.open(path) as unpacked:
                 head = unpacked.read(512)
         except (OSError, EOFError, zlib.error):
-            head = b""  # the reader meets the same fault and names its line
-    return head, packed
+            return ""
+    elif head.startswith(b"PK\x03\x04") and path.suffix.lower() not in EXCEL_SUFFIXES:
+        return "zip"
+    return "tar" if head[257:262] == b"ustar" else ""
+
+
+@contextmanager
+def opened(path: Path) -> Iterator[tuple[io.BufferedReader, str, Callable[[], int] | None]]:
+    """Open a file, or the one file with proteins in an archive, unpacked where it is gzip.
+
+    Yields:
+        Its bytes, its name, and a function that returns how many packed bytes were read, None where
+        nothing is packed.
+
+    Raises:
+        ValueError: the archive is broken, has a password, or holds no file or several.
+    """
+    archive = _archive(path)
+    with ExitStack() as stack:
+        raw: Any = stack.enter_context(path.open("rb"))
+        name, size = path.name, path.stat().st_size
+        consumed: Callable[[], int] | None = None
+        try:
+            if archive == "zip":
+                packed = stack.enter_context(zipfile.ZipFile(raw))
+                files = {i.filename: i for i in packed.infolist() if not i.is_dir()}
+                member = _only(files, path, archive)
+                raw, name = stack.enter_context(packed.open(member)), member.filename
+            elif archive == "tar":
+                tar = stack.enter_context(tarfile.open(fileobj=raw))
+                found = {}
+                for entry in tar:
+                    refuse_bomb(path, len(found) + 1, entry.offset_data + entry.size, size)
+                    found |= {entry.name: entry} if entry.isfile() else {}
+                member = _only(found, path, archive)
+                raw, name = tar.extractfile(member), member.name
+        except (*BROKEN, RuntimeError, NotImplementedError) as error:
+            raise ValueError(f"{path}: broken or locked archive ({reason(error)})") from None
+        if archive:
+            raw, consumed = io.BufferedReader(raw), lambda: size
+        if raw.peek(2)[:2] == GZIP:
+            consumed = consumed or raw.tell
+            raw = io.BufferedReader(gzip.GzipFile(fileobj=raw, mode="rb"), 1 << 18)  # type: ignore[arg-type]
+        yield raw, Path(name).name, consumed
+
+
+def _only(files: Mapping[str, Any], path: Path, packer: str) -> Any:
+    """Return the one file of an archive that holds proteins by its name, or that is there."""
+    seen = {n: f for n, f in files.items() if "__MACOSX" not in n and Path(n).name[:1] != "."}
+    fitting = {n: f for n, f in seen.items() if _suffix(n) in SUFFIXES}
+    chosen = fitting or seen
+    if len(chosen) != 1:
+        named = f" ({printable(', '.join(list(chosen)[:3]))}, ...)" if chosen else ""
+        raise ValueError(
+            f"{path}: is a {packer} archive of {len(chosen)} files{named}: unpack it and give the "
+            "files in it; --data takes several"
+        )
+    return next(iter(chosen.values()))
+
+
+def _suffix(name: str) -> str:
+    return Path(name.lower().removesuffix(".gz")).suffix
 
 
 def is_comment(line: str) -> bool:
@@ -142,11 +210,9 @@ def guarded_lines(
         ValueError: a NUL byte, a carriage return inside a line, a line over ``MAX_LINE_BYTES``,
             broken gzip, or gzip that unpacks to over ``MAX_EXPANSION`` times its size.
     """
-    with path.open("rb") as raw:
-        packed = raw.peek(2)[:2] == b"\x1f\x8b"
-        stream: Any = raw
-        if packed:
-            stream = io.BufferedReader(gzip.GzipFile(fileobj=raw, mode="rb"), 1 << 18)  # type: ignore[arg-type]
+    with opened(path) as (stream, name, packed):
+        if name != path.name:
+            report.note(f"read from the archive: {printable(name)}")
         number = unpacked = 0
         read: Callable[[int], bytes] | None = None
         while True:
@@ -164,8 +230,8 @@ def guarded_lines(
                 while rest and not rest.endswith(b"\n"):
                     rest = read(MAX_LINE_BYTES)
                     unpacked += len(rest)
-                    _refuse_bomb(path, number, unpacked, raw.tell() if packed else unpacked)
-            except (EOFError, zlib.error, gzip.BadGzipFile) as error:
+                    refuse_bomb(path, number, unpacked, packed() if packed else unpacked)
+            except BROKEN as error:
                 raise ValueError(
                     f"{path}:{number}: broken or truncated gzip ({reason(error)}): copy or "
                     "download the file again"
@@ -173,7 +239,7 @@ def guarded_lines(
             if not line:
                 return
             if packed and number % LINES_A_CHECK == 0:
-                _refuse_bomb(path, number, unpacked, raw.tell())
+                refuse_bomb(path, number, unpacked, packed())
             if line == b"\n":
                 yield number, ""
                 continue
@@ -184,7 +250,8 @@ def guarded_lines(
             yield number, text
 
 
-def _refuse_bomb(path: Path, number: int, unpacked: int, size: int) -> None:
+def refuse_bomb(path: Path, number: int, unpacked: int, size: int) -> None:
+    """Raise ``ValueError`` where so many unpacked bytes came of so few packed ones."""
     if unpacked > max(FREE_EXPANSION_BYTES, MAX_EXPANSION * size):
         raise ValueError(
             f"{path}:{number}: unpacks to more than {MAX_EXPANSION} times its size: {BOMB}"

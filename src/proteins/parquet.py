@@ -66,8 +66,8 @@ def _require_bounded_expansion(metadata: Any, path: Path) -> None:
         raise ValueError(f"unpacks to more than {MAX_EXPANSION} times its size: {BOMB}")
 
 
-def batch_cells(batch: Any, kind: str) -> tuple[list, list]:
-    """Return a batch's first column, tokens as ``(T,)`` each, and its second one as names."""
+def batch_cells(batch: Any, kind: str) -> tuple[list, list[list[str]]]:
+    """Return a batch's first column, tokens as ``(T,)`` each, and the others as text."""
     column = batch.column(0)
     if kind == "input_ids":
         values = column.flatten()
@@ -77,9 +77,8 @@ def batch_cells(batch: Any, kind: str) -> tuple[list, list]:
         cells = np.split(values.to_numpy(zero_copy_only=False), np.cumsum(lengths)[:-1])
     else:
         cells = [cell or "" for cell in column.to_pylist()]
-    if batch.num_columns == 1:
-        return cells, [None] * len(cells)
-    return cells, ["" if v is None else str(v) for v in batch.column(1).to_pylist()]
+    others = (column.to_pylist() for column in batch.columns[1:])
+    return cells, [["" if v is None else str(v) for v in column] for column in others]
 
 
 def _require_type(pa: Any, actual: Any, column: str, path: Path) -> None:

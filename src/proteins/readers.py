@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import time
 from collections.abc import Iterator, Sequence
 from itertools import chain
@@ -11,6 +12,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from src.common.cli import say
+from src.common.hub_errors import hub_advice, hub_fault
 from src.common.settings import BUNDLED_DATA
 from src.proteins.layouts import END_OF_TEXT, PROTEIN_LETTERS
 from src.proteins.lines import (
@@ -55,6 +57,7 @@ class Record(NamedTuple):
         ids: tokens, where the source holds these instead of text.
         fault: why the protein cannot be used, where the reader knows.
         title: the whole header.
+        tag: the cell of the column that the layout asks for.
     """
 
     name: str
@@ -63,6 +66,7 @@ class Record(NamedTuple):
     ids: np.ndarray | None = None
     fault: str = ""
     title: str = ""
+    tag: str = ""
 
 
 def file_records(
@@ -74,7 +78,7 @@ def file_records(
         path: the file.
         report: counts what the reader mends or skips.
         sequence_column: of a table; None: the first of the usual ones.
-        tag: column of a table whose cells the titles of its records are to hold, as ``tag=cell``.
+        tag: column of a table whose cells its records are to hold.
 
     Raises:
         ValueError: the file is refused, as :mod:`src.proteins.sources` lists; the message names the
@@ -87,7 +91,7 @@ def file_records(
         reader = {FASTA: fasta_records, LAID_OUT: laid_out_records, TEXT: text_records}[kind]
         return reader(path, report)
     if kind == PARQUET:
-        return _parquet_records(path, report, sequence_column)
+        return _parquet_records(path, report, sequence_column, tag)
     table = open_table(path, kind, report, sequence_column)
     return table_records(path, table, report, sequence_column, tag)
 
@@ -227,28 +231,33 @@ def table_records(
     for number, row in table.rows:
         place = f"{path.name}:{number}"
         own = f"row_{number}" if name is None or name == data else row[name]
-        title = "" if tags is None else f"{tag}={row[tags]}"
-        yield from cell_records(row[data], own, place, report, title)
+        yield from cell_records(row[data], own, place, report, "" if tags is None else row[tags])
 
 
 def _parquet_records(
-    path: Path, report: ReadReport, sequence_column: str | None
+    path: Path, report: ReadReport, sequence_column: str | None, tag: str | None
 ) -> Iterator[Record]:
-    for row, title, cell, kind in parquet_proteins(path, sequence_column, report):
+    for row, title, value, cell, kind in parquet_proteins(path, sequence_column, report, tag):
         place, name = f"{path.name} row {row}", title or f"row_{row}"
         if kind == "input_ids":
             if len(cell) > MAX_ROW_TOKENS:
                 raise ValueError(f"{path}: row {row}: over {MAX_ROW_TOKENS:,} tokens")
             yield Record(name, place, ids=cell)
         else:
-            yield from cell_records(cell, name, place, report)
+            yield from cell_records(cell, name, place, report, value)
 
 
 def cell_records(
-    cell: str, name: str, place: str, report: ReadReport, title: str = ""
+    cell: str, name: str, place: str, report: ReadReport, tag: str = ""
 ) -> Iterator[Record]:
     """Yield the proteins in a cell of a table; a laid-out text may hold several."""
-    return pieces("" if is_missing(cell) else cell, name, place, report, title)
+    for record in pieces("" if is_missing(cell) else cell, name, place, report):
+        yield record._replace(tag=tag_of_cell(tag)) if tag else record
+
+
+def tag_of_cell(cell: str) -> str:
+    """Return a cell's first value, in one word; empty where it says that there is none."""
+    return "" if is_missing(cell) else "_".join(re.split("[;,|]", cell.strip())[0].split())
 
 
 def pieces(
@@ -273,7 +282,11 @@ def pieces(
 
 
 def hub_records(
-    source: str, split: str, report: ReadReport, sequence_column: str | None = None
+    source: str,
+    split: str,
+    report: ReadReport,
+    sequence_column: str | None = None,
+    tag: str | None = None,
 ) -> Iterator[Record]:
     """Yield the rows of a data set on the hub, as a stream that is taken up again when it breaks.
 
@@ -294,6 +307,7 @@ def hub_records(
     keys = list(first)
     table = Table(f"{source} ({split})", keys, iter(()))
     data, title = table.sequence(sequence_column), table.find(None, NAME_COLUMNS, "")
+    tags = None if tag is None else table.find(tag, (), "--layout")
     kind = key(keys[data])
     report.column = keys[data]
     for number, row in enumerate(_steady(rows, chain([first], stream), f"{source} {split}"), 1):
@@ -305,7 +319,8 @@ def hub_records(
                 raise ValueError(f"{place}: over {MAX_ROW_TOKENS:,} tokens")
             yield Record(name, place, ids=np.asarray(cell or (), dtype=np.int64))
         else:
-            yield from cell_records(str(cell or ""), name, place, report)
+            value = "" if tags is None else str(row[keys[tags]] or "")
+            yield from cell_records(str(cell or ""), name, place, report, value)
 
 
 def _steady(rows: Any, stream: Iterator[Any], place: str) -> Iterator[Any]:
@@ -339,11 +354,11 @@ def _steady(rows: Any, stream: Iterator[Any], place: str) -> Iterator[Any]:
 
 def hub_problem(source: str, error: Exception) -> str:
     """Return why a data set cannot be read from the hub and what to pass instead."""
+    other = f"download its files, or pass --data FILE or --data {BUNDLED_DATA}"
     if isinstance(error, ImportError):
-        why = "the package 'datasets' is not installed"
-    else:
-        why = f"no network, or no such data set: {type(error).__name__}"
-    return (
-        f"{source}: no such file or directory here, and it cannot be had from the hub ({why}): "
-        f"pass --data FILE or --data {BUNDLED_DATA}"
-    )
+        return (
+            f"{source}: the package 'datasets' is not installed: pip install datasets; or {other}"
+        )
+    why = hub_advice(hub_fault(error)[0], "data set", source)
+    why = why or f"the hub does not give it ({reason(error)})"
+    return f"{source}: no such file or directory here; {why}; or {other}"

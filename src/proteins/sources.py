@@ -7,7 +7,7 @@ Sources of the flag ``--data``:
 - files, also several or a pattern (``'parts/*.fasta.gz'``): FASTA and a3m; plain text with one
   protein a line, or with end-of-text markers between proteins; tables as CSV, TSV, JSON lines,
   Excel or parquet; all but the last two also gzipped. A file of another name is recognised by its
-  first lines;
+  first lines; a zip or tar archive with one such file (not Excel or parquet) is read as that file;
 - a data set on the hub: ``owner/name``, read as a stream.
 
 Tables (:mod:`src.proteins.tables`) hold one protein a row in a column ``sequence`` or another usual
@@ -33,7 +33,7 @@ dropped                                             no residues (or ``NA``); ``*
 refused, with file and line                         empty file; nothing usable; mostly nucleic
                                                     acids; text before the first header; NUL bytes;
                                                     carriage returns inside a line; a table's line
-                                                    over 1 MiB; archives; broken or truncated gzip;
+                                                    over 1 MiB; archives of several; broken gzip;
                                                     a gzip that unpacks to over 200 times its size,
                                                     and parquet likewise; broken CSV or parquet;
                                                     a row with more or fewer cells than the header;
@@ -46,6 +46,7 @@ Memory depends on the longest line or the rows read together, not on the size of
 from __future__ import annotations
 
 import contextlib
+from collections import Counter
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -57,9 +58,10 @@ from src.proteins.layouts import (
     AMBIGUOUS_RESIDUES,
     END_OF_TEXT,
     STANDARD_RESIDUES,
+    TaggedProtein,
     layout,
     layout_of,
-    tagged,
+    tag_in,
 )
 from src.proteins.locations import has_split, hub_split, local_files, on_hub, unread_files
 from src.proteins.readers import Record, file_records, hub_records
@@ -230,23 +232,23 @@ def read_entries(
     tokenizer: Any = None,
     keep_ambiguous: bool = False,
     sequence_column: str | None = None,
+    tag: str | None = None,
 ) -> Iterator[SourceProtein]:
     """Yield the proteins of a source, with their tokens if the source has them.
 
-    Arguments and errors are those of :func:`read_proteins`.
+    Arguments and errors are those of :func:`read_proteins`; without a tokenizer, ``tag`` is the key
+    or column of what a layout asks for.
     """
     report = ReadReport() if report is None else report
     report.source = str(source) if split is None else f"{source} ({split})"
-    tag = None if tokenizer is None else layout_of(tokenizer).tag
+    tag = tag if tokenizer is None else layout_of(tokenizer).tag
     for record in _records(source, split, report, sequence_column, tag):
         if record.ids is not None:
             yield from _token_entries(record, report, tokenizer, keep_ambiguous, str(source))
             continue
-        residues = usable(record, report, keep_ambiguous)
-        if residues is not None and tag is not None:
-            residues = _with_tag(residues, tag, record, report)
+        residues = usable(record, report, keep_ambiguous, tag)
         if residues is not None:
-            yield SourceProtein(_clean_name(record.name), residues, title=record.title)
+            yield SourceProtein(clean_name(record.name), residues, title=record.title)
         if report.read == FIRST_LOOK:
             require_proteins(report, FIRST_LOOK)
     require_proteins(report)
@@ -264,7 +266,7 @@ def _records(
         part = split or "train"
         with contextlib.suppress(Exception):  # reading the part itself says what is wrong
             part = hub_split(str(source), part) or part
-        return hub_records(str(source), part, report, sequence_column)
+        return hub_records(str(source), part, report, sequence_column, tag)
     if Path(source).is_dir():
         unread = unread_files(Path(source))
         if unread:
@@ -272,23 +274,24 @@ def _records(
     return (record for path in files for record in file_records(path, report, sequence_column, tag))
 
 
-def _with_tag(residues: str, tag: str, record: Record, report: ReadReport) -> str | None:
-    """Return residues with a record's tag, or None without one; the report counts it."""
-    found = tagged(residues, tag, record.title)
-    if found is None:
-        report.kept -= 1
-        report.residues -= len(residues)
-        report.drop(f"no {tag}=... in the header, or no column {tag}", record.place)
-    return found
+def usable(
+    record: Record, report: ReadReport, keep_ambiguous: bool = False, tag: str | None = None
+) -> str | None:
+    """Return a record's residues, with a tag if there is to be one, or None if it is of no use.
 
-
-def usable(record: Record, report: ReadReport, keep_ambiguous: bool = False) -> str | None:
-    """Return a record's residues, or None if it cannot be used; the report counts it."""
+    The report counts it.
+    """
     report.read += 1
     if record.fault:
         report.drop(record.fault, record.place)
         return None
     residues = clean(record.text, report, record.place, keep_ambiguous)
+    if residues is not None and tag is not None:
+        found = record.tag or tag_in(record.title, tag)
+        if not found:
+            report.drop(f"no {tag}=... in the header, or an empty cell {tag}", record.place)
+            return None
+        residues = TaggedProtein(residues, found)
     if residues is not None:
         report.kept += 1
         report.residues += len(residues)
@@ -331,35 +334,33 @@ def read_proteins(
         yield Protein(entry.name, entry.residues)
 
 
-def read_distinct_names(
-    source: str | Path, keep_ambiguous: bool = False, sequence_column: str | None = None
-) -> tuple[list[Protein], ReadReport]:
+def read_distinct_names(source: str | Path, **options: Any) -> tuple[list[Protein], ReadReport]:
     """Return all proteins of a file, different ones under different names, and the report.
 
     A name that another protein has already is replaced by the whole header, or gets a number.
-
-    Raises:
-        ValueError: the source is missing, broken or without a usable protein.
+    Options and errors are those of :func:`read_entries`.
     """
     report = ReadReport()
     residues_of_name: dict[str, str] = {}
+    other_names: dict[tuple[str, str], str] = {}
+    numbers: Counter[str] = Counter()
     proteins = []
-    for entry in read_entries(
-        source, report=report, keep_ambiguous=keep_ambiguous, sequence_column=sequence_column
-    ):
-        name = entry.name
-        candidates = [name, _clean_name(entry.title or name)]
-        number = 1
-        while residues_of_name.setdefault(name, entry.residues) != entry.residues:
-            number += 1
-            name = candidates[1] if number == 2 else f"{candidates[1]}_{number - 1}"
-        if name != entry.name:
+    for entry in read_entries(source, report=report, **options):
+        name, residues = entry.name, entry.residues
+        if residues_of_name.setdefault(name, residues) != residues:
+            title = clean_name(entry.title or name)
+            name = other_names.get((title, residues), title)
+            while residues_of_name.setdefault(name, residues) != residues:
+                numbers[title] += 1
+                name = f"{title}_{numbers[title] + 1}"
+            other_names[title, residues] = name
             report.fix(SAME_NAMES, name)
-        proteins.append(Protein(name, entry.residues))
+        proteins.append(Protein(name, residues))
     return proteins, report
 
 
-def _clean_name(name: str) -> str:
+def clean_name(name: str) -> str:
+    """Return a name without white space and what cannot be printed, and not too long."""
     name = "_".join(name.split())[:MAX_NAME]
     return name if name.isprintable() else "".join(c if c.isprintable() else "?" for c in name)
 
@@ -427,4 +428,4 @@ def _token_entries(
         ends = np.array([marker])
         kept = np.concatenate([ends, piece, ends] if whole else [ends, piece]).astype(np.int64)
         name = record.name if len(pieces) == 1 else f"{record.name}_{number}"
-        yield SourceProtein(_clean_name(name), residues, kept, whole)
+        yield SourceProtein(clean_name(name), residues, kept, whole)

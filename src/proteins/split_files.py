@@ -41,7 +41,9 @@ def read_named(
     Raises:
         ValueError: the source is broken.
     """
-    listed, report = read_distinct_names(source, keep_ambiguous, sequence_column)
+    listed, report = read_distinct_names(
+        source, keep_ambiguous=keep_ambiguous, sequence_column=sequence_column
+    )
     proteins = {protein.name: protein.residues for protein in listed}
     repeated = report.kept - len(proteins)
     if repeated:

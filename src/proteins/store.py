@@ -166,7 +166,8 @@ class TokenisedProteins:
         if "letters" not in self._cached:
             self._cached["letters"] = read_json(self.folder / "letters.json")
         letters = self._cached["letters"]
-        return "".join(letters[i] for i in self[index])
+        spelt = "".join(letters[i] for i in self[index])
+        return spelt[len(spelt) - int(self.residues[index]) :]  # a tag stands before them
 
 
 def open_store(folder: Path, thorough: bool | None = None) -> TokenisedProteins:

@@ -8,6 +8,7 @@ tabs or semicolons, whatever the file is called.
 from __future__ import annotations
 
 import csv
+import io
 import json
 import re
 from collections.abc import Iterable, Iterator, Sequence
@@ -19,13 +20,16 @@ from src.common.cli import printable
 from src.proteins.layouts import PROTEIN_LETTERS
 from src.proteins.lines import (
     BOMB,
+    BROKEN,
     EXCEL,
     FREE_EXPANSION_BYTES,
     JSON_LINES,
     MAX_EXPANSION,
     PARQUET,
     guarded_lines,
+    opened,
     reason,
+    refuse_bomb,
 )
 from src.proteins.parquet import batch_cells, open_parquet
 from src.proteins.report import ReadReport
@@ -57,6 +61,7 @@ OTHER_COLUMNS = ("mutant", "dms_score")
 DIVIDERS = {",": "comma", "\t": "tab", ";": "semicolon"}
 LEAST_PROTEIN = 15
 """Letters from which a cell is taken for a protein by its look."""
+_FIRST, _NEXT = re.compile(r"\s*\[?\s*"), re.compile(r"\s*,?\s*")
 TITLES = "lines above the header, skipped"
 csv.field_size_limit(MAX_ROW_BYTES)
 
@@ -281,16 +286,17 @@ def _delimited_rows(path: Path, divider: str) -> Iterator[tuple[int, list[str]]]
 
 
 def _json_rows(path: Path) -> Iterator[tuple[int, list[str]]]:
-    """Yield the columns, which are the keys of the first objects, then the rows of JSON lines."""
+    """Yield the columns, the keys of the first objects, then the rows of JSON lines or an array."""
 
     def objects() -> Iterator[tuple[int, dict[str, Any]]]:
+        with opened(path) as (stream, _, _):
+            array = stream.peek(64).lstrip(b"\xef\xbb\xbf \t\r\n").startswith(b"[")
+        if array:
+            yield from _array_objects(path)
+            return
         for number, line in guarded_lines(path, ReadReport()):
             if not line.strip():
                 continue
-            if number == 1 and line.lstrip().startswith("["):
-                raise ValueError(
-                    f"{path}: is a JSON array: write one object a line (jq -c '.[]' {path.name})"
-                )
             try:
                 value = json.loads(line)
             except (ValueError, RecursionError) as error:
@@ -306,6 +312,39 @@ def _json_rows(path: Path) -> Iterator[tuple[int, list[str]]]:
         yield 0, columns
     for number, row in chain(first, rows):
         yield number, [_text_of(row.get(name)) for name in columns]
+
+
+def _array_objects(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
+    """Yield the objects of a JSON array; a text in their place is a sequence."""
+    decoder, number, buffer, read, at = json.JSONDecoder(), 0, "", 0, 0
+    with opened(path) as (stream, _, packed):
+        text, more = io.TextIOWrapper(stream, encoding="utf-8-sig", errors="replace"), "["
+        while more:
+            try:
+                more = text.read(MAX_ROW_BYTES)
+            except BROKEN as error:
+                raise ValueError(f"{path}: broken or truncated archive ({reason(error)})") from None
+            buffer, read, at = buffer[at:] + more, read + len(more), 0
+            if packed:
+                refuse_bomb(path, number + 1, read, packed())
+            while True:
+                start = (_NEXT if number else _FIRST).match(buffer, at).end()  # type: ignore[union-attr]
+                if start == len(buffer):
+                    break
+                if buffer[start] == "]":
+                    return
+                place = f"{path}: object {number + 1}"
+                try:
+                    value, at = decoder.raw_decode(buffer, start)
+                except (ValueError, RecursionError) as error:
+                    if more and len(buffer) - start < MAX_ROW_BYTES:
+                        break  # its end is to come
+                    raise ValueError(f"{place}: broken JSON ({reason(error)})") from None
+                if not isinstance(value, (dict, str)):
+                    raise ValueError(f"{place}: not a JSON object with a column for each key")
+                number += 1
+                yield number, value if isinstance(value, dict) else {"sequence": value}
+    raise ValueError(f"{path}: the JSON array has no end: the file is cut short")
 
 
 def _text_of(value: Any) -> str:
@@ -365,9 +404,9 @@ def _parquet_rows(path: Path) -> Iterator[tuple[int, list[str]]]:
 
 
 def parquet_proteins(
-    path: Path, sequence_column: str | None, report: ReadReport
-) -> Iterator[tuple[int, str | None, Any, str]]:
-    """Yield row number, name, cell and kind of column of each row of a parquet file.
+    path: Path, sequence_column: str | None, report: ReadReport, tag: str | None = None
+) -> Iterator[tuple[int, str, str, Any, str]]:
+    """Yield row number, name, tag, cell and kind of column of each row of a parquet file.
 
     The cell is text, or the ids ``(T,)`` of tokens.
 
@@ -378,18 +417,23 @@ def parquet_proteins(
     table = Table(str(path), columns, iter(()))
     data = table.sequence(sequence_column)
     name = table.find(None, NAME_COLUMNS, "")
+    tags = None if tag is None else table.find(tag, (), "--layout")
     kind = key(columns[data])
     report.column = columns[data]
-    wanted = [columns[data]] + ([] if name in (None, data) else [columns[name]])
+    beside = list(dict.fromkeys(i for i in (name, tags) if i not in (None, data)))
+    wanted = [columns[i] for i in (data, *beside)]
     row = 0
     for batch in batches(wanted, typed=True):
         try:
-            cells, titles = batch_cells(batch, kind)
+            cells, texts = batch_cells(batch, kind)
         except Exception as error:  # of pyarrow, for a damaged page
             raise ValueError(f"{path}: row {row + 1}: broken parquet ({reason(error)})") from None
-        for cell, title in zip(cells, titles, strict=True):
+        empty = [""] * len(cells)
+        held = dict(zip(beside, texts, strict=True))
+        titles, values = (held.get(i, empty) for i in (name, tags))
+        for title, value, cell in zip(titles, values, cells, strict=True):
             row += 1
-            yield row, title, cell, kind
+            yield row, title, value, cell, kind
 
 
 # Cells

@@ -19,13 +19,22 @@ from typing import Any
 
 import numpy as np
 from filelock import FileLock, Timeout
+from numpy.lib.stride_tricks import sliding_window_view
 
 from src.common.cli import progress, say
 from src.common.files import atomic_folder, names_full_disk, sha256_file, write_json
 from src.common.manifest import file_entry, signature
-from src.proteins.layouts import PROTGPT2, layout_of
+from src.proteins.layouts import PROTGPT2, Layout, layout_of
 from src.proteins.report import ReadReport
-from src.proteins.sources import CUT_IN_SOURCE, DUPLICATE, SourceProtein, local_files, read_entries
+from src.proteins.sources import (
+    CUT_IN_SOURCE,
+    DUPLICATE,
+    SAME_NAMES,
+    SourceProtein,
+    clean_name,
+    local_files,
+    read_entries,
+)
 from src.proteins.store import (
     ARRAYS,
     FORMAT,
@@ -44,7 +53,7 @@ SMALL_BYTES = 1 << 26
 _MARKER = re.compile(r"<.*>|\[.*\]")
 LONG_PROTEINS = ("cut", "drop")
 BEYOND = "beyond --max_proteins"
-UNKNOWN_RESIDUES = "residues that the tokenizer does not know"
+UNKNOWN_RESIDUES = "residues, or a tag, that the tokenizer does not know"
 
 
 # Sequences as numbers: duplicates and nested subsets
@@ -156,13 +165,63 @@ def token_letters(tokenizer: Any) -> list[str]:
     ]
 
 
-def encode(tokenizer: Any, proteins: Sequence[str]) -> list[list[int]]:
-    """Return the token ids of laid-out proteins, whole and without padding."""
+class Spelling:
+    """Tells which tokens of a laid-out protein are residues: the letters of its tag are none.
+
+    Attributes:
+        letters: residues of each token id (:func:`token_letters`).
+    """
+
+    def __init__(self, tokenizer: Any, layout: Layout | None = None) -> None:
+        self.letters = token_letters(tokenizer)
+        self._counts = np.array([len(letters) for letters in self.letters], dtype=np.int64)
+        self._unknown = tokenizer.unk_token_id
+        layout = layout or layout_of(tokenizer)
+        self._opening: list[int] = []
+        if layout.tag is not None:
+            self._opening = tokenizer(layout.opening, add_special_tokens=False)["input_ids"]
+
+    def _start(self, row: Sequence[int] | np.ndarray) -> int:
+        """Return where the residues begin: behind the last marker that opens them, or at the end.
+
+        Without a tag that is the row's beginning.
+        """
+        if not self._opening:
+            return 0
+        size = len(self._opening)
+        if len(row) < size:
+            return len(row)
+        found = (sliding_window_view(np.asarray(row), size) == self._opening).all(-1)
+        return int(np.flatnonzero(found)[-1]) + size if found.any() else len(row)
+
+    def sizes(self, row: Sequence[int] | np.ndarray) -> np.ndarray:
+        """Return the residues of each token of a row, ``(T,)``."""
+        sizes = self._counts[row]
+        sizes[: self._start(row)] = 0
+        return sizes
+
+    def spells(self, row: Sequence[int] | np.ndarray, residues: str) -> bool:
+        """Return whether the tokens say all of a protein: its residues and its tag."""
+        known = self._unknown in self._opening or self._unknown not in row[: self._start(row)]
+        return bool(known) and int(self.sizes(row).sum()) == len(residues)
+
+
+def encode(
+    tokenizer: Any, proteins: Sequence[str], whole: Sequence[bool] | None = None
+) -> list[list[int]]:
+    """Return the token ids of laid-out proteins without padding.
+
+    Args:
+        tokenizer: carries the layout.
+        proteins: residues of each.
+        whole: of each, whether its end is written; None: of all.
+    """
     if not proteins:
         return []
     layout = layout_of(tokenizer)
+    ends = [True] * len(proteins) if whole is None else whole
     return tokenizer(
-        [layout.text(residues) for residues in proteins],
+        [layout.text(p) if w else layout.prompt(p) for p, w in zip(proteins, ends, strict=True)],
         add_special_tokens=False,
         padding=False,
         truncation=False,
@@ -340,15 +399,15 @@ def _build(
     quiet: bool,
 ) -> None:
     """Write a store's files and manifest into an empty directory."""
-    letters = token_letters(tokenizer)
-    counts = np.array([len(letter) for letter in letters], dtype=np.int64)
+    spelling = Spelling(tokenizer)
+    letters = spelling.letters
     dtype = np.dtype("<u2" if len(letters) <= 1 << 16 else "<u4")
     writer = StoreWriter(folder, dtype)
-    seen = SeenHashes()
+    seen, named = SeenHashes(), SeenHashes()
     shown = entries if quiet else progress(entries, description="tokenising", unit="proteins")
     try:
         for batch in _batches(shown):
-            _append_batch(writer, seen, batch, report, tokenizer, counts, settings)
+            _append_batch(writer, seen, named, batch, report, tokenizer, spelling, settings)
             limit = settings["max_proteins"]
             if limit is not None and writer.proteins >= limit:
                 break
@@ -394,14 +453,15 @@ def _batches(entries: Iterator[SourceProtein]) -> Iterator[list[SourceProtein]]:
 def _append_batch(
     writer: StoreWriter,
     seen: SeenHashes,
+    named: SeenHashes,
     batch: list[SourceProtein],
     report: ReadReport,
     tokenizer: Any,
-    counts: np.ndarray,
+    spelling: Spelling,
     settings: dict[str, Any],
 ) -> None:
-    """Append the proteins of a batch that are new and chosen, tokenised."""
-    hashes = np.array([sequence_hash(entry.residues) for entry in batch], dtype=np.uint64)
+    """Append the proteins of a batch that are new and chosen, tokenised, under different names."""
+    hashes = _hashes([entry.residues for entry in batch])
     new = seen.add(hashes)
     for index in np.flatnonzero(~new):
         report.drop(DUPLICATE, batch[index].name)
@@ -410,14 +470,14 @@ def _append_batch(
     selected = [batch[i] for i in np.flatnonzero(wanted)]
     encoded = iter(encode(tokenizer, [e.residues for e in selected if e.ids is None]))
     limit, max_proteins = settings["max_length"], settings["max_proteins"]
-    names, rows, residues, kept = [], [], [], []
+    names, titles, rows, residues, kept = [], [], [], [], []
     for entry, number in zip(selected, hashes[wanted], strict=True):
         if max_proteins is not None and writer.proteins + len(rows) >= max_proteins:
             report.drop(BEYOND, entry.name)
             continue
         row = np.array(next(encoded)) if entry.ids is None else entry.ids
         too_long = len(row) > limit
-        if int(counts[row].sum()) != len(entry.residues):
+        if not spelling.spells(row, entry.residues):
             report.drop(UNKNOWN_RESIDUES, entry.name)
         elif settings["long_proteins"] == "drop" and (too_long or not entry.whole):
             report.drop(f"longer than {limit:,} tokens" if too_long else CUT_IN_SOURCE, entry.name)
@@ -426,10 +486,21 @@ def _append_batch(
                 report.fix(f"cut to {limit:,} tokens", entry.name)
                 row = row[:limit]
             names.append(entry.name)
+            titles.append(clean_name(entry.title or entry.name))
             rows.append(row)
-            residues.append(int(counts[row].sum()))
+            residues.append(int(spelling.sizes(row).sum()))
             kept.append(int(number))
+    for index in np.flatnonzero(~named.add(_hashes(names))):
+        name = title = titles[index]
+        if not named.add(_hashes([title]))[0]:
+            name = f"{title}_{writer.proteins + index + 1}"
+        report.fix(SAME_NAMES, name)
+        names[index] = name
     writer.append(names, rows, residues, kept)
+
+
+def _hashes(texts: Sequence[str]) -> np.ndarray:
+    return np.array([sequence_hash(text) for text in texts], dtype=np.uint64)
 
 
 def held_out(hashes: np.ndarray, share: float, seed: int) -> np.ndarray:

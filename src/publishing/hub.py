@@ -23,7 +23,6 @@ from src.common.files import read_json, sha256_file
 from src.common.privacy import SHORTEST_SECRET, find_secrets, known_secrets, without_private_paths
 from src.common.runs import FINISHED, RUN_FILE, read_run
 from src.evaluation.results import lookup, read_results
-from src.proteins.layouts import layout_of
 from src.publishing.model_card import EXAMPLE_PROTEIN, PROJECT, build_card, chosen_licence
 
 if TYPE_CHECKING:
@@ -137,11 +136,11 @@ def example_logits(folder: Path) -> tuple[Any, Tensor, Tensor]:
     """
     import torch
 
-    from src.models.loading import load_causal_lm, load_tokenizer, max_positions
+    from src.models.loading import ProteinModel, max_positions
 
-    model = load_causal_lm(folder)
-    tokenizer = load_tokenizer(folder)
-    ids = tokenizer(layout_of(tokenizer).text(EXAMPLE_PROTEIN), return_tensors="pt")["input_ids"]
+    model, tokenizer = loaded = ProteinModel.load(folder)
+    text = loaded.layout.untagged.text(EXAMPLE_PROTEIN)
+    ids = tokenizer(text, return_tensors="pt")["input_ids"]
     ids = ids[:, : max_positions(model.config)]  # type: ignore[index]
     if int(ids.max()) >= model.config.vocab_size:
         raise ValueError(f"{folder}: the tokenizer has tokens that the model does not know")

@@ -24,9 +24,8 @@ from src.common.settings import LossSettings, StudentSettings, TrainSettings
 from src.distillation import DistillationTrainer
 from src.evaluation.inputs import choose_split
 from src.models.loading import (
+    ProteinModel,
     build_student,
-    load_causal_lm,
-    load_tokenizer,
     max_positions,
     student_config,
 )
@@ -172,8 +171,7 @@ def open_workbench(
     scale = Scale.of(device, quick)
     if rounds:
         scale = replace(scale, rounds=rounds, slow_rounds=rounds, long_rounds=rounds)
-    tokenizer = load_tokenizer(teacher_model)
-    teacher = load_causal_lm(teacher_model, device=device)
+    teacher, tokenizer = ProteinModel.load(teacher_model, device)
     if len(tokenizer) > scale.vocabulary:
         raise ValueError(
             f"{teacher_model}: its tokenizer has more than {scale.vocabulary:,} tokens"
