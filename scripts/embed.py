@@ -19,8 +19,9 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from src.common.cli import LAYOUT_HELP, HelpFormatter, positive_int, run_script, say
+from src.common.cli import LAYOUT_HELP, HelpFormatter, positive_int, run_script
 from src.common.files import check_outputs, names_full_disk
+from src.common.processes import say
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -67,25 +68,24 @@ def run(args: argparse.Namespace) -> dict:
 
     quiet_libraries()
     processes.join(args.device)
-    told = say if processes.is_first() else (lambda line: None)
     tokenizer = load_tokenizer(args.model, layout=args.layout)
     model = load_causal_lm(args.model, device=choose_device(args.device))
-    settle_layout(model, tokenizer, told)
+    settle_layout(model, tokenizer, say)
     every = [(p.name, p.residues) for p in read_proteins(args.input, keep_ambiguous=True)]
     lengths = [len(row) for row in encode(tokenizer, [residues for _, residues in every])]
     limit = stated_positions(model.config) or max(lengths, default=0)
     fitting = [entry for entry, length in zip(every, lengths, strict=True) if length <= limit]
     if lost := len(every) - len(fitting):
         first = next(n for (n, _), length in zip(every, lengths, strict=True) if length > limit)
-        told(f"{lost:,} proteins have more than the model's {limit} tokens, the first is {first}: "
+        say(f"{lost:,} proteins have more than the model's {limit} tokens, the first is {first}: "
              "they are left out")  # fmt: skip
     if not fitting:
         raise ValueError(f"--input {args.input}: no protein fits the model's {limit} tokens")
     settings = e.EmbeddingSettings(args.layer, args.per_residue, args.batch_size)
     identity = {"model": model_fingerprint(model), "input": sha256_file(args.input)}
     with names_full_disk(args.output, "make space, or name another --output"):
-        e.write_embeddings(args.output, model, tokenizer, fitting, settings, identity, told)
-    told(f"{len(fitting):,} proteins embedded; written: {args.output}")
+        e.write_embeddings(args.output, model, tokenizer, fitting, settings, identity, say)
+    say(f"{len(fitting):,} proteins embedded; written: {args.output}")
     return {"proteins": len(fitting), "left_out": lost}
 
 
