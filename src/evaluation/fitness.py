@@ -225,7 +225,7 @@ def score_columns(
         else:
             nll = variant_nll(model, tokenizer, wild, unique)
         if windows:
-            long = np.flatnonzero(np.isnan(nll))
+            long = np.flatnonzero(np.isnan(nll)).tolist()
             sums = {
                 i: windowed_nll(model, tokenizer, unique[i]).sum() for i in processes.mine(long)
             }

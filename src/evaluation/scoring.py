@@ -172,7 +172,7 @@ def protein_nll(
         nll = F.cross_entropy(logits, targets, reduction="none")
         total += np.bincount(owners, nll.cpu().double().numpy(), minlength=len(total))
     model.train(training)
-    return sum(processes.gathered(total)) if shared else total  # 0 in all but its own process
+    return np.sum(processes.gathered(total), axis=0) if shared else total  # 0 in other processes
 
 
 @torch.inference_mode()

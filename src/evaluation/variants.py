@@ -77,7 +77,7 @@ def variant_nll(
     finally:
         model.train(training)
     found = np.full(len(others), np.nan)
-    found[fits] = sum(processes.gathered(sums))[fits]
+    found[fits] = np.sum(processes.gathered(sums), axis=0)[fits]
     return found
 
 
