@@ -27,7 +27,6 @@ from src.common.cli import (
     natural,
     positive_int,
     run_script,
-    say,
     share,
 )
 
@@ -65,17 +64,15 @@ def run(args: argparse.Namespace) -> dict:
     from src.common import processes
     from src.common.cli import quiet_libraries
     from src.training.inputs import capture_parts, gather
-    from src.training.stages import unheard
 
     quiet_libraries()
     processes.join(args.device)
-    tell = say if processes.is_first() else unheard
     inputs = gather(settings, args.device, args.cache_dir, args.shard_teacher)
-    caches = capture_parts(inputs, args.teacher_cache, tell, thorough=True)
+    caches = capture_parts(inputs, args.teacher_cache, processes.say, thorough=True)
     for line in inputs.parts["train"].report.lines():
-        tell(line)
+        processes.say(line)
     for name, cache in caches.items():
-        tell(f"{name}: {len(inputs.parts[name]):,} proteins in {cache.folder}")
+        processes.say(f"{name}: {len(inputs.parts[name]):,} proteins in {cache.folder}")
     return {name: str(cache.folder) for name, cache in caches.items()}
 
 

@@ -19,8 +19,9 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from src.common.cli import LAYOUT_HELP, HelpFormatter, positive_int, run_script, say
+from src.common.cli import LAYOUT_HELP, HelpFormatter, positive_int, run_script
 from src.common.files import check_outputs, names_full_disk
+from src.common.processes import say
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -61,8 +62,7 @@ def run(args: argparse.Namespace) -> dict:
 
     quiet_libraries()
     processes.join(args.device)
-    told = say if processes.is_first() else (lambda line: None)
-    loaded = ProteinModel.load(args.model, choose_device(args.device), args.layout, told)
+    loaded = ProteinModel.load(args.model, choose_device(args.device), args.layout, say)
     model, tokenizer = loaded
     every, report = read_distinct_names(
         args.input,
@@ -71,12 +71,12 @@ def run(args: argparse.Namespace) -> dict:
         sequence_column=args.sequence_column,
     )
     for line in report.lines():
-        told(line)
+        say(line)
     _, fits = loaded.rows([protein.residues for protein in every])
     fitting = [protein for protein, fit in zip(every, fits, strict=True) if fit]
     if lost := len(every) - len(fitting):
         first = every[int(fits.argmin())].name
-        told(f"{lost:,} proteins, the first is {first}, {NOT_TAKEN}: they are left out")
+        say(f"{lost:,} proteins, the first is {first}, {NOT_TAKEN}: they are left out")
     if not fitting:
         raise ValueError(f"--input {args.input}: all proteins {NOT_TAKEN}")
     settings = e.EmbeddingSettings(args.layer, args.per_residue, args.batch_size)
@@ -86,8 +86,8 @@ def run(args: argparse.Namespace) -> dict:
         "layout": loaded.layout.template,
     }
     with names_full_disk(args.output, "make space, or name another --output"):
-        e.write_embeddings(args.output, model, tokenizer, fitting, settings, identity, told)
-    told(f"{len(fitting):,} proteins embedded; written: {args.output}")
+        e.write_embeddings(args.output, model, tokenizer, fitting, settings, identity, say)
+    say(f"{len(fitting):,} proteins embedded; written: {args.output}")
     return {"proteins": len(fitting), "left_out": lost}
 
 

@@ -1,6 +1,8 @@
 #!/usr/bin/env python3
 r"""Generate proteins with a causal protein language model and write them as FASTA.
 
+Started by torchrun, the processes share the proteins; the file is that of one process.
+
 Examples:
   python scripts/generate.py --model models/demo --num_sequences 100 --output new.fasta
   python scripts/generate.py --model models/demo --prompt MKT --min_length 100 --max_length 300 \
@@ -18,6 +20,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
+from src.common import processes
 from src.common.cli import (
     LAYOUT_HELP,
     HelpFormatter,
@@ -25,10 +28,10 @@ from src.common.cli import (
     positive_float,
     positive_int,
     run_script,
-    say,
     share,
 )
 from src.common.files import check_outputs, names_full_disk
+from src.common.processes import say
 
 
 def residue_range(text: str) -> tuple[int, int]:
@@ -102,11 +105,12 @@ def run(args: argparse.Namespace) -> dict:
     )
     known = args.against and [p.residues for p in read_proteins(args.against, keep_ambiguous=True)]
     filters = Filters(args.drop_repeats, args.max_identity, known or (), args.distinct)
+    processes.join(args.device)
     device = choose_device(args.device)
     scorer = loaded = ProteinModel.load(args.model, device, args.layout, say)
     if args.scorer:  # before the sampling: what is wrong with it shows at once
         scorer = ProteinModel.load(args.scorer, device, announce=say)
-    result = g.sample_proteins(*loaded, settings, filters, say)
+    result = g.sample_proteins(*loaded, settings, filters, say, shared=True)
     lost = result.tally.reasons
     say(f"{result.tally.attempts:,} attempts: {result.tally.kept:,} kept" + (lost and f", {lost}"))
     if len(result.proteins) < args.num_sequences:
@@ -121,7 +125,10 @@ def run(args: argparse.Namespace) -> dict:
         f"{len(result.proteins) / result.seconds:.1f} proteins/s, "
         f"{result.tally.tokens / result.seconds:,.0f} tokens/s"
     )
-    scored = list(zip(result.proteins, g.perplexities(*scorer, result.proteins), strict=True))
+    values = g.perplexities(*scorer, result.proteins)
+    if not processes.is_first():
+        return {}
+    scored = list(zip(result.proteins, values, strict=True))
     if args.rank_by_perplexity:
         scored.sort(key=lambda pair: float("inf") if pair[1] is None else pair[1])
     names = {"model": Path(args.model).name or args.model}

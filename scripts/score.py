@@ -1,6 +1,8 @@
 #!/usr/bin/env python3
 r"""Score proteins by their likelihood, and compare the scores with measured fitness.
 
+Started by torchrun, the processes share the proteins.
+
 Examples:
   python scripts/score.py --model models/demo --input proteins.fasta --output scores.csv
   python scripts/score.py --model models/demo --teacher_model data/small_teacher \
@@ -20,8 +22,10 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from src.common.cli import LAYOUT_HELP, HelpFormatter, natural, positive_int, run_script, say
+from src.common import processes
+from src.common.cli import LAYOUT_HELP, HelpFormatter, natural, positive_int, run_script
 from src.common.files import check_outputs
+from src.common.processes import say
 from src.evaluation.results import put_estimate, with_interval
 
 
@@ -101,6 +105,7 @@ def run(args: argparse.Namespace) -> dict:
     from src.proteins.layouts import layout_of
 
     quiet_libraries()
+    processes.join(args.device)
     names = {"": args.model} | ({"teacher_": args.teacher_model} if args.teacher_model else {})
     tokenizers = {p: load_tokenizer(name, layout=args.layout) for p, name in names.items()}
     tags = (layout_of(tokenizer).tag for tokenizer in tokenizers.values())
@@ -118,6 +123,8 @@ def run(args: argparse.Namespace) -> dict:
         for prefix, name in names.items()
     }
     scores = f.score_columns(models, variants.residues, args.batch_size, wild, args.windows)
+    if not processes.is_first():
+        return {}
     columns = {"student": scores[kinds[1]]}
     if args.teacher_model:
         columns["teacher"] = scores[f"teacher_{kinds[1]}"]

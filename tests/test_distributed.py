@@ -101,3 +101,16 @@ def test_a_bad_number_in_one_process_stops_both(tmp_path):
     assert found[0]["first_bad_tensor"] is None
     assert found[1]["first_bad_tensor"] == "the parameter transformer.ln_f.bias"
     assert checkpoints_of(tmp_path / "nan")[0].name == "checkpoint-4"
+
+
+@pytest.mark.slow
+def test_two_processes_sample_and_score_what_one_does(tmp_path, random_proteins):
+    proteins = [*random_proteins(30, 20, 200), *random_proteins(2, 1500, 1600)]
+    text = "".join(f">p{i}\n{residues}\n" for i, residues in enumerate(proteins))
+    (tmp_path / "in.fasta").write_text(text)
+    lines = run_jobs(tmp_path, "serve")
+    assert lines == ["serve: [0]", "serve: [0, 0]"] * 3
+    for name, least in (("sampled", 24), ("scored", 33), ("scanned", 32 * 19 + 1)):
+        one, two = ((tmp_path / f"{name}-{n}").read_text() for n in (1, 2))
+        assert one == two
+        assert len(one.splitlines()) >= least

@@ -42,6 +42,7 @@ def test_an_export_is_the_same_model(folder, capsys, runtime):
     assert found is not None
     assert float(found[1]) < 1e-3
     assert "6 proteins" in shown
+    assert re.search(r"^sampled there: [A-Z]+$", shown, flags=re.MULTILINE)
     assert (folder / "out").exists()
     assert run(folder, "--to", runtime) == 2
 
@@ -89,3 +90,21 @@ def test_the_comparison_is_that_of_two_distributions(tiny_tokenizer):
     expected = [float((first - second)[i]) if i < 3 else 0.0 for i in ids[1:]]
     assert found["largest_difference"] == pytest.approx(max(map(abs, expected)))
     assert x.perplexity_factor(found) == pytest.approx(np.exp(np.mean(expected)))
+
+
+def test_a_stepwise_sample_follows_the_runtime(tiny_tokenizer):
+    """A runtime that gives the next token of a text all the probability spells that text."""
+    text = tiny_tokenizer("<|endoftext|>\nMKVLA\n<|endoftext|>")["input_ids"]
+    calls = []
+
+    def log_probs(ids):
+        calls.append(len(ids))
+        rows = np.full((len(ids) - 1, 64), -800.0)
+        rows[np.arange(len(rows)), text[1 : len(ids)]] = 0.0
+        return rows
+
+    draw = x.stepwise_draw(log_probs, text[-1])
+    assert x.sample_protein(draw, tiny_tokenizer) == "MKVLA"
+    assert calls[-1] == len(text)
+    with pytest.raises(ValueError, match="no whole protein among 20 samples"):
+        x.sample_protein(draw, tiny_tokenizer, longest=len(text) - 1)

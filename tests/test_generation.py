@@ -19,7 +19,9 @@ from transformers.generation.logits_process import (
 
 from src.evaluation.draws import Warp, attempt_stream, likeliest, pick
 from src.evaluation.filters import SEEN, TOO_CLOSE, Filters, banned_tokens
-from src.evaluation.generation import (
+from src.evaluation.generation import Tally, fasta_records, perplexities, sample, sample_proteins
+from src.evaluation.likelihoods import score_proteins
+from src.evaluation.sampler import (
     EMPTY,
     NO_PROTEIN,
     TOO_LONG,
@@ -27,14 +29,8 @@ from src.evaluation.generation import (
     UNFINISHED,
     GeneratedProtein,
     GenerationSettings,
-    Tally,
-    _Sampler,
-    fasta_records,
-    perplexities,
-    sample,
-    sample_proteins,
+    Sampler,
 )
-from src.evaluation.likelihoods import score_proteins
 from src.proteins.fasta import FastaRecord, fasta_text, format_header, write_fasta
 from src.proteins.layouts import layout, prompt_layout
 from src.proteins.sources import read_proteins
@@ -85,9 +81,9 @@ def test_the_first_tokens_of_1e5_attempts_follow_the_models_distribution(tiny_lm
     counts = np.zeros(64, dtype=np.int64)
     with torch.inference_mode():
         for start in range(0, 100_000, 5000):
-            sampler = _Sampler(model, tokenizer, settings)
-            sampler.begun = start
-            sampler.begin(5000)
+            sampler = Sampler(model, tokenizer, settings)
+            sampler.next = start
+            sampler.begin(5000, 100_000)
             rows = list(sampler.rows)
             sampler.step()
             counts += np.bincount([row.tokens[2] for row in rows], minlength=64)
@@ -232,7 +228,7 @@ def test_batches_do_not_change_what_is_sampled(model, tokenizer, prompt):
         )
         result = sample_proteins(model, tokenizer, settings)
         tally = result.tally
-        tally.surplus = tally.tokens = 0  # these depend on the batch
+        tally.tokens = 0  # it depends on the batch
         found.append((result.proteins, tally))
         assert len(result.proteins) == 14
     assert found[0] == found[1] == found[2] == found[3]
@@ -286,7 +282,6 @@ def test_every_attempt_is_accounted_for(model, tokenizer):
     assert {TOO_SHORT, TOO_LONG} <= set(result.tally.discarded)
     assert all(8 <= len(p.residues) <= 25 and p.whole for p in result.proteins)
     assert [p.attempt for p in result.proteins] == sorted(p.attempt for p in result.proteins)
-    assert result.tally.surplus >= 0
     assert result.tally.tokens > sum(len(p.residues) for p in result.proteins) / 3
     assert not model.training
 

@@ -204,6 +204,12 @@ def train_to_nan_sharded(folder, processes):
 TWICE = TRAIN + "--gradient_accumulation_steps 2"
 CACHED = TRAIN + "--teacher_cache {folder}-cache"
 RESUMED = {"name": "train", "typed": TRAIN + "--resume"}
+SERVED = "--model data/small_teacher --device cpu --output {folder}"
+SERVING = {
+    "sampled": ("generate", " --num_sequences 12 --length 40-130 --distinct --batch_size 5"),
+    "scored": ("score", " --input {base}/in.fasta --windows --batch_size 4"),
+    "scanned": ("score", " --wildtype MKTAYIAKQRQISFVKSHFSRQLEERLGLIEV --scan"),
+}
 KILLED_AT = "checkpoint:after_pruning"
 JOBS = {
     "inputs": [("inputs", 1, lambda folder, processes: make_inputs(folder.parent), {})],
@@ -252,6 +258,11 @@ JOBS = {
             },
         )
         for name, processes in (("cache-1", 1), ("cache-2", 2))
+    ],
+    "serve": [
+        (f"{name}-{n}", n, script, {"name": script_name, "typed": SERVED + typed})
+        for name, (script_name, typed) in SERVING.items()
+        for n in (1, 2)
     ],
     "shards": [(f"shards-{n}", n, capture_shards, {}) for n in (1, 2)],
     "one": [("one", 1, train, {})],

@@ -1,8 +1,8 @@
 #!/usr/bin/env python3
-r"""Export a model to CTranslate2 or ONNX, and compare it there with PyTorch, token by token.
+r"""Export a model to CTranslate2 or ONNX, compare it there with PyTorch, and sample a protein.
 
-The packages are optional: pip install ctranslate2, or onnx onnxscript onnxruntime. For GGUF no
-package on PyPI converts; llama.cpp's own convert_hf_to_gguf.py does (docs/RUNTIMES.md).
+The packages are optional: pip install ctranslate2, or onnx onnxscript onnxruntime. Why GGUF is not
+offered, and how to get it: docs/RUNTIMES.md.
 
 Examples:
   python tools/export.py --model models/demo --to ctranslate2 --output demo-ct2
@@ -47,7 +47,8 @@ def run(args: argparse.Namespace) -> dict:
         raise ValueError("--int8 is CTranslate2's: --to ctranslate2")
     from src.common.cli import quiet_libraries
     from src.evaluation.inputs import choose_split
-    from src.models.loading import ProteinModel
+    from src.models.loading import ProteinModel, max_positions
+    from src.proteins.layouts import stop_token
     from src.proteins.sources import read_proteins
     from src.publishing import exports as x
 
@@ -62,21 +63,26 @@ def run(args: argparse.Namespace) -> dict:
         if args.to == "onnx":
             x.to_onnx(model, made)
             other = x.onnx_log_probs(made)
+            draw = x.stepwise_draw(other, stop_token(tokenizer))
         else:
             x.to_ctranslate2(model, tokenizer, made, "int8" if args.int8 else None)
             other = x.ctranslate2_log_probs(made)
+            draw = x.ctranslate2_draw(made, tokenizer)
         found = x.compare(x.torch_log_probs(model), other, tokenizer, proteins)
         if not args.int8 and not found["largest_difference"] <= TOLERANCE:
             raise ValueError(
                 f"{args.to} gives a token another log-probability than PyTorch, by "
                 f"{found['largest_difference']:.2g} nats: the export was not kept"
             )
+        longest = min(x.SAMPLED_TOKENS, max_positions(model.config))
+        sampled = x.sample_protein(draw, tokenizer, longest)
         made.rename(args.output)
     say(
         f"{len(proteins)} proteins, {found['tokens']:,} tokens: largest difference of a token's "
         f"log-probability {found['largest_difference']:.2g} nats, KL {found['kl']:.2g} nats a "
         f"token, perplexity x {x.perplexity_factor(found):.5f}"
     )
+    say(f"sampled there: {sampled}")
     say(f"written: {args.output}")
     return found
 

@@ -210,7 +210,8 @@ def progress(
 ) -> Iterator[Item]:
     """Yield items and show on standard error how many are done, the rate and the remaining time.
 
-    On a terminal this is a bar; elsewhere one line is printed every 30 seconds.
+    On a terminal this is a bar; elsewhere one line is printed every 30 seconds. Of several
+    processes the first shows its own.
 
     Args:
         items: any iterable.
@@ -218,6 +219,11 @@ def progress(
         description: what is being done; a function, where that changes.
         unit: name of the items.
     """
+    from src.common.processes import is_first
+
+    if not is_first():
+        yield from items
+        return
     if total is None and hasattr(items, "__len__"):
         total = len(items)  # type: ignore[arg-type]
 

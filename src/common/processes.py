@@ -10,11 +10,12 @@ from __future__ import annotations
 import atexit
 import os
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager, redirect_stderr
 from datetime import timedelta
 from typing import Any, TypeVar
 
+from src.common import cli
 from src.common.cli import USER_ERROR
 
 T = TypeVar("T")
@@ -78,15 +79,26 @@ def in_turn(function: Callable[[], T]) -> T:
     return results[0]
 
 
-def largest(number: int) -> int:
-    """Return the largest number over all processes."""
+def say(line: str = "") -> None:
+    """Print one line, in rank 0."""
+    if is_first():
+        cli.say(line)
+
+
+def mine(items: Sequence[T]) -> Sequence[T]:
+    """Return this process's share of items: each of them belongs to one process."""
+    return items[rank() :: count()]
+
+
+def gathered(value: T) -> list[T]:
+    """Return what all processes hand over, by rank: all must call this together."""
     if count() == 1:
-        return number
+        return [value]
     from torch import distributed
 
-    numbers: list[Any] = [None] * count()
-    distributed.all_gather_object(numbers, number, group=_group)
-    return max(numbers)
+    values: list[Any] = [None] * count()
+    distributed.all_gather_object(values, value, group=_group)
+    return values
 
 
 def alike(function: Callable[[], T]) -> T:

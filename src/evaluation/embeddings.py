@@ -153,7 +153,7 @@ def write_embeddings(
         write_json(manifest, wanted)
     processes.wait_until((folder / MANIFEST).exists)
     files = [folder / f"{number:06d}.npz" for number in range(len(starts))]
-    mine = [n for n in range(processes.rank(), len(starts), processes.count())]
+    mine = processes.mine(range(len(starts)))
     left = [n for n in mine if not files[n].exists()]
     if len(left) < len(mine):
         say(f"{folder}: going on after {len(mine) - len(left)} of {len(mine)} parts")

@@ -20,6 +20,7 @@ from typing import Any
 
 import numpy as np
 
+from src.common import processes
 from src.common.cli import printable
 from src.common.files import write_text
 from src.evaluation.likelihoods import score_proteins
@@ -211,6 +212,8 @@ def score_columns(
 ) -> dict[str, np.ndarray]:
     """Return log-likelihoods of proteins under models, as columns of a table.
 
+    All processes call this together, and each scores a share.
+
     Args:
         models: model and tokenizer by prefix of the columns.
         residues: ``(P,)``; equal ones are scored once, empty ones not at all.
@@ -233,12 +236,16 @@ def score_columns(
     found = {}
     for prefix, (model, tokenizer) in models.items():
         if wild is None:
-            nll = score_proteins(model, tokenizer, unique, batch_size=batch_size).nll
+            nll = score_proteins(model, tokenizer, unique, batch_size=batch_size, shared=True).nll
         else:
             nll = variant_nll(model, tokenizer, wild, unique)
         if windows:
-            for i in np.flatnonzero(np.isnan(nll)):
-                nll[i] = windowed_nll(model, tokenizer, unique[i]).sum()
+            long = np.flatnonzero(np.isnan(nll)).tolist()
+            sums = {
+                i: windowed_nll(model, tokenizer, unique[i]).sum() for i in processes.mine(long)
+            }
+            for part in processes.gathered(sums):
+                nll[list(part)] = list(part.values())
         nll = np.append(nll, math.nan)  # of an empty protein
         found[f"{prefix}log_likelihood"] = -nll[back]
         found[f"{prefix}log_likelihood_per_residue"] = -nll[back] / sizes

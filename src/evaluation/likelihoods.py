@@ -40,6 +40,7 @@ def score_proteins(
     proteins: Sequence[str],
     whole: Sequence[bool] | None = None,
     batch_size: int = 32,
+    shared: bool = False,
 ) -> ProteinScores:
     """Score proteins under a model: -log p(the laid-out protein after its first token | that).
 
@@ -51,6 +52,7 @@ def score_proteins(
         proteins: residues of each.
         whole: of each, whether its end counts; None: of all.
         batch_size: proteins scored at a time; they are grouped by length.
+        shared: all processes call this together, and each scores a share.
 
     Returns:
         Their likelihoods: NaN where a protein is longer than the model takes, or its tokens do not
@@ -64,5 +66,5 @@ def score_proteins(
     nll = np.full(len(rows), np.nan)
     if len(fits):
         settings = EvaluationSettings(batch_size=batch_size)
-        nll[fits] = protein_nll(model, [rows[i] for i in fits], settings, "scoring")
+        nll[fits] = protein_nll(model, [rows[i] for i in fits], settings, shared=shared)
     return ProteinScores(nll, np.array([len(p) for p in proteins]), lengths - 1)

@@ -15,6 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from src.common import processes
 from src.common.cli import progress
 from src.evaluation.metrics import MODELS
 from src.evaluation.token_statistics import token_statistics
@@ -113,16 +114,20 @@ def _chunks_of_states(
     lengths: np.ndarray,
     settings: EvaluationSettings,
     description: str,
+    shared: bool = False,
 ) -> Iterator[tuple[np.ndarray, Tensor, list[Tensor]]]:
     """Yield, chunk by chunk, the owner of each predicted token, its id, and each model's logits.
 
-    Owners are ``(n,)`` in numpy, targets ``(n,)``, logits ``(n, V)`` in float32.
+    Owners are ``(n,)`` in numpy, targets ``(n,)``, logits ``(n, V)`` in float32. Shared, only this
+    process's batches are run.
     """
     heads = [output_head(model) for model in models]
     check_vocabularies(student=models[-1].config.vocab_size, teacher=models[0].config.vocab_size)
     device = models[0].device
     tokens = settings.batch_tokens or BATCH_TOKENS.get(device.type, BATCH_TOKENS["cuda"])
     batches = length_batches(lengths, settings.batch_size, tokens)
+    if shared:
+        batches = processes.mine(batches)
     for batch in progress(batches, len(batches), description, "batches"):
         ids, mask = (t.to(device) for t in padded([proteins[int(i)] for i in batch]))
         predicts = (mask[:, :-1] & mask[:, 1:]).bool()  # (B, T-1)
@@ -144,6 +149,7 @@ def protein_nll(
     proteins: Tokens,
     settings: EvaluationSettings | None = None,
     description: str = "scoring",
+    shared: bool = False,
 ) -> np.ndarray:
     """Return -log p(tokens after the first | the first) of each protein, ``(P,)`` in nats.
 
@@ -152,6 +158,8 @@ def protein_nll(
         proteins: token ids of each protein.
         settings: batches and chunks.
         description: for the progress.
+        shared: all processes call this together, and each runs a share of the batches. They are
+            the batches of one process, so the sums are its sums, bit by bit.
     """
     settings = settings or EvaluationSettings()
     lengths = np.array([len(proteins[i]) for i in range(len(proteins))])
@@ -159,12 +167,12 @@ def protein_nll(
     training = model.training
     model.eval()
     for owners, targets, (logits,) in _chunks_of_states(
-        [model], proteins, lengths, settings, description
+        [model], proteins, lengths, settings, description, shared
     ):
         nll = F.cross_entropy(logits, targets, reduction="none")
         total += np.bincount(owners, nll.cpu().double().numpy(), minlength=len(total))
     model.train(training)
-    return total
+    return np.sum(processes.gathered(total), axis=0) if shared else total  # 0 in other processes
 
 
 @torch.inference_mode()

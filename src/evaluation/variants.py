@@ -22,6 +22,7 @@ from torch import Tensor
 from transformers import DynamicCache
 from transformers.cache_utils import DynamicLayer
 
+from src.common import processes
 from src.common.cli import progress
 from src.evaluation.likelihoods import score_proteins
 from src.models.decoding import cache_argument
@@ -38,8 +39,6 @@ BATCH_ROWS = 64
 BATCH_TOKENS = 2048
 BATCH_LOGITS = 1 << 25
 """Tokens of a batch, at most, and logits that exist at a time (128 MB)."""
-
-
 WINDOW_TOKENS = 1024
 """Window of a model that states no longest input."""
 
@@ -48,6 +47,8 @@ def variant_nll(
     model: PreTrainedModel, tokenizer: Any, wild: str, variants: Sequence[str]
 ) -> np.ndarray:
     """Return -log p of each variant's layout, ``(P,)`` in nats, as ``score_proteins`` gives it.
+
+    All processes call this together, and each scores a share.
 
     Args:
         model: a causal language model.
@@ -62,17 +63,19 @@ def variant_nll(
     limit = stated_positions(model.config) or len(reference)
     cache = _cache(model)
     if len(reference) > limit or cache is None or not others:
-        return score_proteins(model, tokenizer, variants).nll
+        return score_proteins(model, tokenizer, variants, shared=True).nll
     shared = np.array([_shared(reference, row) for row in others])  # tokens, at least one
     fits = np.flatnonzero(takes[1:])
-    found = np.full(len(others), np.nan)
+    sums = np.zeros(len(others))
     training = model.training
     model.eval()
     try:
         with torch.inference_mode():
-            _fill(model, cache, reference, others, shared, fits, found)
+            _fill(model, cache, reference, others, shared, fits, sums)
     finally:
         model.train(training)
+    found = np.full(len(others), np.nan)
+    found[fits] = np.sum(processes.gathered(sums), axis=0)[fits]
     return found
 
 
@@ -85,7 +88,7 @@ def _fill(
     fits: np.ndarray,
     found: np.ndarray,
 ) -> None:
-    """Write the NLL of the variants that fit into ``found``."""
+    """Write the NLL of this process's share of the variants that fit into ``found``."""
     ids = torch.as_tensor(reference, device=model.device)[None]
     logits = model(input_ids=ids, use_cache=True, **{cache_argument(model): cache}).logits[0, :-1]
     nll = F.cross_entropy(logits.float(), ids[0, 1:], reduction="none").double().cpu().numpy()
@@ -96,7 +99,7 @@ def _fill(
     order = fits[np.argsort(-shared[fits], kind="stable")]
     rest = np.array([len(row) for row in others]) - shared + 1
     tokens = max(1, min(BATCH_TOKENS, BATCH_LOGITS // int(model.config.vocab_size)))
-    batches = cut_batches(rest, order, BATCH_ROWS, tokens)
+    batches = processes.mine(cut_batches(rest, order, BATCH_ROWS, tokens))
     for batch in progress(batches, len(batches), "scoring", "batches"):
         start = int(shared[batch].min()) - 1  # tokens whose keys and values are reused
         inputs, mask = padded([others[i][start:] for i in batch])

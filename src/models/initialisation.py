@@ -109,7 +109,9 @@ def principal_map(covariance: Tensor, width: int) -> Tensor:
     return directions @ basis[:, 1:].t()
 
 
-def corrected(inputs: Tensor, targets: Tensor, weight: Tensor, bias: Tensor) -> tuple[Tensor, Tensor]:
+def corrected(
+    inputs: Tensor, targets: Tensor, weight: Tensor, bias: Tensor
+) -> tuple[Tensor, Tensor]:
     """Return a linear map fitted by least squares, drawn towards the one before.
 
     It minimises ‖X W + b − Y‖² + λ ‖(W, b) − (W₀, b₀)‖², λ = :data:`RIDGE` times the mean square
@@ -274,7 +276,9 @@ class _Cut:
         source, target = self.large.h[layer], self.small.h[number]
         reset_norm(target.ln_1)
         have, want = self.heads
-        wide, narrow = (m.attn.c_proj.weight.shape[0] // n for m, n in ((source, have), (target, want)))
+        wide, narrow = (
+            m.attn.c_proj.weight.shape[0] // n for m, n in ((source, have), (target, want))
+        )
         inputs = target.ln_1(stream)
         weight, bias = self._read(source.ln_1, source.attn.c_attn.weight, source.attn.c_attn.bias)
         # Each (k+1, heads, d); the last row is the bias, the weights of a constant feature 1.

@@ -117,6 +117,6 @@ def in_step(teacher: PreTrainedModel | None, runs: int) -> Iterator[None]:
     if teacher is None or not is_sharded(teacher):
         yield
         return
-    missing = processes.largest(runs) - runs
+    missing = max(processes.gathered(runs)) - runs
     yield
     run_idle(teacher, missing)

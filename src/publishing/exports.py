@@ -1,7 +1,7 @@
 """Carries a student into other runtimes, and checks there that it is still the same model.
 
 A runtime's package is needed only by whoever exports to it. Every export is verified by the
-log-probabilities of proteins, token by token, against PyTorch's.
+log-probabilities of proteins, token by token, against PyTorch's, and by a protein sampled from it.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 
+from src.proteins.layouts import layout_of, stop_token
 from src.proteins.tokens import encode
 
 if TYPE_CHECKING:
@@ -23,6 +24,12 @@ if TYPE_CHECKING:
 LogProbs = Callable[[Sequence[int]], np.ndarray]
 """From the T token ids of a protein to the log-probabilities of the tokens after the first and of
 all others in their places, ``(T - 1, V)``."""
+
+Draw = Callable[[list[int], int, int], list[int]]
+"""From a prompt's token ids, the most tokens of a row and a seed to the ids drawn after them."""
+SAMPLED_TOKENS = 256
+"""Most tokens of a sampled protein: a runtime without a cache computes all of them at each step."""
+ATTEMPTS = 20
 
 
 def require(package: str, install: str) -> Any:
@@ -125,6 +132,61 @@ def onnx_log_probs(path: Path) -> LogProbs:
         return torch.from_numpy(logits)[0, :-1].log_softmax(-1).numpy()
 
     return log_probs
+
+
+def ctranslate2_draw(folder: Path, tokenizer: Any, threads: int = 0) -> Draw:
+    """Return what samples with CTranslate2's own generation, from all tokens at temperature 1."""
+    package = require("ctranslate2", "ctranslate2")
+    engine = package.Generator(str(folder), intra_threads=threads)
+
+    def draw(prompt: list[int], longest: int, seed: int) -> list[int]:
+        package.set_random_seed(seed)
+        (result,) = engine.generate_batch(
+            [tokenizer.convert_ids_to_tokens(prompt)], sampling_topk=0, beam_size=1,
+            max_length=longest - len(prompt), include_prompt_in_result=False, return_end_token=True,
+        )  # fmt: skip
+        return list(result.sequences_ids[0])
+
+    return draw
+
+
+def stepwise_draw(log_probs: LogProbs, end: int) -> Draw:
+    """Return what samples token by token from a runtime that has no generation of its own."""
+
+    def draw(prompt: list[int], longest: int, seed: int) -> list[int]:
+        rng = np.random.default_rng(seed)
+        ids = list(prompt)
+        while len(ids) < longest and ids[len(prompt) :][-1:] != [end]:
+            # The row that predicts what stands behind the last token needs some token there.
+            shares = np.exp(log_probs([*ids, end])[-1].astype(np.float64))
+            ids.append(int(rng.choice(len(shares), p=shares / shares.sum())))
+        return ids[len(prompt) :]
+
+    return draw
+
+
+def sample_protein(draw: Draw, tokenizer: Any, longest: int = SAMPLED_TOKENS) -> str:
+    """Return the residues of the first whole protein among 20 attempts.
+
+    Raises:
+        ValueError: none is one.
+    """
+    layout, end = layout_of(tokenizer), stop_token(tokenizer)
+    prompt = tokenizer(layout.prompt(""), add_special_tokens=False)["input_ids"]
+    for seed in range(ATTEMPTS):
+        ids = draw(prompt, longest, seed)
+        if ids[-1:] != [end]:
+            continue
+        text = tokenizer.decode(
+            [*prompt, *ids], skip_special_tokens=False, clean_up_tokenization_spaces=False
+        )
+        try:
+            residues = layout.read(text)
+        except ValueError:
+            continue
+        if residues:
+            return residues
+    raise ValueError(f"no whole protein among {ATTEMPTS} samples: the export was not kept")
 
 
 def compare(

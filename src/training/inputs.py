@@ -123,7 +123,7 @@ def gather(
             settings.teacher_model, precision, device, shard_teacher
         )
         max_length = max_positions(teacher.config, max_length)
-        settle_layout(teacher, tokenizer, say if processes.is_first() else lambda line: None)
+        settle_layout(teacher, tokenizer, processes.say)
         if settings.batching == "packed" and not settings.cached_teacher:
             require_packing(teacher)
     parts = load_parts(settings, tokenizer, max_length, cache_dir)
