@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import csv
 import json
+import sys
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 
 pytest.importorskip("pyhmmer")
 
@@ -16,6 +19,8 @@ from src.common.settings import PRESETS, StudentSettings
 from src.experiments import candidates as c
 from src.experiments import family_run as fr
 from src.experiments import specialist as s
+from src.models.loading import config_of, load_causal_lm, load_tokenizer, model_fingerprint
+from src.models.weights import count_parameters
 from src.proteins.homology import Hit
 from src.proteins.sources import Protein
 
@@ -256,6 +261,128 @@ def test_a_split_directory_is_taken_as_it_is(tmp_path, random_proteins, model_di
     assert [p.residues for p in family.test] == proteins[10:]
     assert not (tmp_path / "out").exists()
     assert any("rough" in note for note in family.notes)
+
+
+# Other starts ---------------------------------------------------------------------------------
+
+
+def llama_dir(folder, tokenizer, **more):
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    from tests.test_architectures import COMMON
+
+    torch.manual_seed(0)
+    settings = {**COMMON, "vocab_size": len(tokenizer), "max_position_embeddings": 256, **more}
+    settings |= {"initializer_range": 0.02, "bos_token_id": 0, "eos_token_id": 0}
+    config = AutoConfig.for_model("llama", **settings)
+    AutoModelForCausalLM.from_config(config).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return folder
+
+
+def test_a_llama_is_adapted_and_its_specialist_is_a_gpt2(
+    tmp_path, family_file, tiny_tokenizer, monkeypatch
+):
+    monkeypatch.setattr(fr, "SPEED_SAMPLES", 2)
+    folder = tmp_path / "out"
+    judgement = fr.run_family(
+        small_run(family_file, llama_dir(tmp_path / "llama", tiny_tokenizer), folder)
+    )
+    classes = {n: config_of(folder / n).model_type for n in ("adapted", "random", "specialist")}
+    assert classes == {"adapted": "llama", "random": "llama", "specialist": "gpt2"}
+    sizes = {n: m["parameters"] for n, m in judgement["models"].items()}
+    assert sizes[s.START] == sizes[s.ADAPTED] == sizes[s.SCRATCH]
+    prints = {n: model_fingerprint(load_causal_lm(folder / n)) for n in ("adapted", "random")}
+    assert len({*prints.values(), model_fingerprint(load_causal_lm(tmp_path / "llama"))}) == 3
+    assert set(judgement["held_out"]["nats"]) >= {s.START, s.ADAPTED, s.SCRATCH, s.SPECIALIST}
+
+
+@pytest.mark.parametrize("kind", ["plain", "progen"])
+def test_a_model_of_another_layout_keeps_it_in_every_stage(
+    kind, tmp_path, family_file, monkeypatch
+):
+    from src.proteins.layouts import layout_of
+    from tests.test_layouts import loaded, model_of
+
+    monkeypatch.setattr(fr, "SPEED_SAMPLES", 2)
+    tokenizer = loaded(kind, tmp_path / "model")
+    model_of(tokenizer).save_pretrained(tmp_path / "model")
+    folder = tmp_path / "out"
+    fr.run_family(small_run(family_file, tmp_path / "model", folder))
+    for name in ("adapted", "random", "specialist"):
+        assert layout_of(load_tokenizer(folder / name)) == layout_of(tokenizer)
+
+
+def test_a_layout_with_tags_is_refused_before_anything_is_made(tmp_path, family_file):
+    from tests.test_layouts import loaded, model_of
+
+    model_of(loaded("zymctrl", tmp_path / "model")).save_pretrained(tmp_path / "model")
+    with pytest.raises(ValueError, match=r"needs EC of each protein.*train.py --alpha 1"):
+        fr.run_family(small_run(family_file, tmp_path / "model", tmp_path / "out"))
+    assert not (tmp_path / "out" / "adapted").exists()
+
+
+def test_a_specialist_larger_than_the_model_is_refused_at_once(tmp_path, family_file, model_dir):
+    run = replace(
+        small_run(family_file, model_dir, tmp_path / "out"), specialist=StudentSettings(4, 2, 8)
+    )
+    with pytest.raises(ValueError, match="n_layer is 4, that of .* 2: .*--n_layer 2 or less"):
+        fr.run_family(run)
+    assert not (tmp_path / "out" / "adapted").exists()
+
+
+# Low-rank adaptation --------------------------------------------------------------------------
+
+
+def test_lora_without_peft_says_what_to_install(tmp_path, family_file, model_dir, monkeypatch):
+    monkeypatch.setitem(sys.modules, "peft", None)
+    run = replace(small_run(family_file, model_dir, tmp_path / "out"), lora_rank=2)
+    with pytest.raises(ValueError, match="--lora needs peft: pip install -r"):
+        fr.run_family(run)
+
+
+@pytest.mark.parametrize("kind", ["gpt2", "llama"])
+def test_lora_begins_at_the_model_and_is_merged_exactly(kind):
+    pytest.importorskip("peft")
+    from src.models.lora import add_lora, merge_lora
+    from tests.test_architectures import build, rows
+
+    model, plain = build(kind), build(kind)
+    ids, mask = rows(9, 6)
+    add_lora(model, 3, seed=0)
+    trained = {n for n, p in model.named_parameters() if p.requires_grad}
+    assert trained
+    assert all("lora_" in name for name in trained)
+    with torch.no_grad():
+        own = plain(input_ids=ids, attention_mask=mask).logits
+        assert torch.equal(model(input_ids=ids, attention_mask=mask).logits, own)
+        for name, weight in model.named_parameters():
+            if "lora_B" in name:
+                weight.normal_(std=0.1)
+        changed = model(input_ids=ids, attention_mask=mask).logits
+        assert not torch.allclose(changed, own, atol=1e-2)
+        merge_lora(model)
+        assert torch.allclose(model(input_ids=ids, attention_mask=mask).logits, changed, atol=1e-4)
+    assert list(model.state_dict()) == list(plain.state_dict())
+
+
+def test_lora_leaves_plain_weights_and_everything_after_it_is_unchanged(
+    tmp_path, family_file, model_dir, monkeypatch
+):
+    pytest.importorskip("peft")
+    monkeypatch.setattr(fr, "SPEED_SAMPLES", 2)
+    folder = tmp_path / "out"
+    fit = s.FitSettings((1e-2,), epochs=1, least_steps=8, evaluate_each=2, patience=4)
+    run = replace(small_run(family_file, model_dir, folder, adaptation=fit), lora_rank=2)
+    judgement = fr.run_family(run)
+    start, adapted = (load_causal_lm(path) for path in (model_dir, folder / "adapted"))
+    assert set(start.state_dict()) == set(adapted.state_dict())
+    assert torch.equal(start.transformer.wte.weight, adapted.transformer.wte.weight)
+    record = json.loads((folder / "adapted" / "run.json").read_text())
+    assert record["student"]["parameters"] == count_parameters(start)
+    assert record["settings"]["lora_rank"] == 2
+    assert judgement["held_out"]["nats"][s.ADAPTED] < judgement["held_out"]["nats"][s.START]
+    assert fr.run_family(run) == judgement
 
 
 # The command ----------------------------------------------------------------------------------

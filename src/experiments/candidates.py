@@ -17,7 +17,7 @@ from src.evaluation.composition import low_complexity_share, repeat_share
 from src.evaluation.generation import GenerationSettings, sample_proteins
 from src.evaluation.likelihoods import score_proteins
 from src.evaluation.sequence_quality import DescriptionSettings, describe_all
-from src.models.loading import load_causal_lm, load_tokenizer
+from src.experiments.specialist import opened
 from src.proteins.fasta import FastaRecord, write_fasta
 from src.proteins.profiles import profile_bits, read_profiles
 from src.proteins.relatives import family_hits, nearest_identities
@@ -86,7 +86,7 @@ def sample_family(
     Raises:
         ValueError: the model ended no protein.
     """
-    loaded, tokenizer = load_causal_lm(model, device=device), load_tokenizer(model)
+    loaded, tokenizer = opened(model, device)
     wanted = GenerationSettings(
         num_sequences=settings.num_candidates,
         max_length=round(LENGTH_FACTOR * longest),
