@@ -87,13 +87,17 @@ def build_parser() -> argparse.ArgumentParser:
 
     add = parser.add_argument_group("candidates").add_argument
     add("--num_candidates", type=positive_int, default=1000, help="proteins sampled")
-    add("--temperature", type=positive_float, default=1.0, help="of sampling; below 1: safer")
+    add(
+        "--temperature",
+        type=positive_float,
+        help="of sampling (default: 1, or lower where a pilot shows that little would be kept)",
+    )
     add("--top_p", type=share, default=1.0, help="sample among the tokens with this share")
     add(
         "--max_identity",
         type=share,
         default=0.9,
-        help="candidates with this identity to a training member are dropped",
+        help="candidates with a higher identity to a training member are dropped",
     )
 
     add = parser.add_argument_group("run").add_argument

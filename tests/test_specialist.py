@@ -16,6 +16,7 @@ pytest.importorskip("pyhmmer")
 
 from scripts.specialise import build_parser, main, student_shape
 from src.common.settings import PRESETS, StudentSettings
+from src.evaluation import filters
 from src.experiments import candidates as c
 from src.experiments import family_run as fr
 from src.experiments import specialist as s
@@ -117,11 +118,11 @@ def assessed(monkeypatch, random_proteins):
 
 
 def test_each_useless_sample_has_its_reason(assessed):
-    assert assessed["dropped"] == ["", c.DUPLICATE, c.COPY, c.REPEATS, "", "", c.NO_HIT]
+    assert assessed["dropped"] == ["", c.SEEN, c.TOO_CLOSE, c.REPEATED, "", "", c.NO_HIT]
     assert assessed["nearest_member"][2] == "m2"
     assert assessed["nearest_identity"][2] == 1.0
     assert c.drop_counts(assessed) == {
-        c.KEPT: 3, c.DUPLICATE: 1, c.COPY: 1, c.REPEATS: 1, c.NO_HIT: 1,
+        c.KEPT: 3, c.SEEN: 1, c.TOO_CLOSE: 1, c.REPEATED: 1, c.NO_HIT: 1,
     }  # fmt: skip
 
 
@@ -144,8 +145,54 @@ def test_candidates_are_written_best_first_and_read_back(assessed, tmp_path):
 
 
 def test_a_repetitive_family_sets_the_limit():
-    assert c.limits_of(["ACDEFGHIKLMNPQRSTVWY"])[c.REPEATS] == c.LEAST_LIMIT
-    assert c.limits_of(["QQQQQQQQACDEFGHI"])[c.REPEATS] == 0.5
+    usual = c.limits_of(["ACDEFGHIKLMNPQRSTVWY"])
+    assert usual == {
+        c.REPEATED: filters.MOST_REPEATS,
+        c.LOW_COMPLEXITY: filters.MOST_LOW_COMPLEXITY,
+    }
+    assert c.limits_of(["QQQQQQQQACDEFGHI"])[c.REPEATED] == 0.5
+
+
+def test_each_reason_is_printed_with_its_count_and_why(assessed):
+    lines = c.drop_lines(c.drop_counts(assessed))
+    assert lines[0] == "3 of 7 samples are kept"
+    assert len(lines) == 5
+    for reason, line in zip((c.SEEN, c.TOO_CLOSE, c.REPEATED, c.NO_HIT), lines[1:], strict=True):
+        assert line == f"  1 dropped: {reason} ({filters.WHY[reason]})"
+
+
+@pytest.mark.parametrize(
+    ("shares", "chosen", "tried"),
+    [
+        ((0.75, 1.0), 1.0, 1),
+        ((0.0, 0.25, 0.5), 0.7, 3),
+        ((0.0, 0.0, 0.25, 0.125), 0.7, 4),
+        ((0.0, 0.0, 0.0, 0.0), 0.55, 4),
+    ],
+)
+def test_the_temperature_is_the_highest_that_keeps_half_of_a_pilot(shares, chosen, tried):
+    left = list(shares)
+    asked = []
+
+    def sample(settings):
+        asked.append(settings.temperature)
+        assert settings.num_candidates == c.PILOT
+        return {"samples": ["M"] * c.PILOT if left[0] else []}
+
+    def judge(drawn):
+        kept = int(left.pop(0) * c.PILOT)
+        return {"dropped": [""] * kept + [c.NO_HIT] * (c.PILOT - kept)}
+
+    def none_left(settings):
+        drawn = sample(settings)
+        if not drawn["samples"]:
+            left.pop(0)
+        return drawn
+
+    found, record = c.choose_temperature(c.CandidateSettings(), none_left, judge)
+    assert found == chosen
+    assert asked == list(c.TEMPERATURES[:tried])
+    assert list(record.values()) == list(shares[:tried])
 
 
 # The whole run --------------------------------------------------------------------------------
@@ -184,7 +231,7 @@ def small_run(family, model, folder, **more) -> fr.FamilyRun:
         adaptation=more.pop("adaptation", fit),
         random=fit,
         distillation=fit,
-        candidates=c.CandidateSettings(num_candidates=6, seed=1),
+        candidates=c.CandidateSettings(num_candidates=6, temperature=1.0, seed=1),
         device="cpu",
         cache_dir=str(folder / "cache"),
         announce=more.pop("announce", lambda line: None),
@@ -400,14 +447,29 @@ def test_the_shape_of_a_specialist():
         shape("--n_layer", "4")
 
 
-def test_bad_input_is_one_line(tmp_path, refusal, model_dir):
+def test_bad_input_is_one_line(tmp_path, refusal, model_dir, random_proteins, monkeypatch):
     dna = tmp_path / "dna.fasta"
     dna.write_text("".join(f">g{i}\n{'ACGTTGCA' * 9}{'A' * i}\n" for i in range(12)))
     one = tmp_path / "one.fasta"
     one.write_text(">a\nMKTAYIAKQR\n")
     out = tmp_path / "out"
+    same = tmp_path / "same.fasta"
+    same.write_text("".join(f">p{i}\n{'MKTAYIAKQR' * 5}\n" for i in range(20)))
+    long = tmp_path / "long.fasta"
+    long.write_text("".join(f">p{i}\n{p}\n" for i, p in enumerate(random_proteins(12, 900, 999))))
+    mixed = tmp_path / "mixed.fasta"
+    mixed.write_text("".join(f">p{i}\n{p}\n" for i, p in enumerate(random_proteins(20, 40, 60))))
+    monkeypatch.setattr(
+        "src.proteins.family_split.alignments",
+        lambda proteins, queries, targets, settings: [
+            Hit(a, b, 0.9, 1.0) for a in queries for b in targets if len(a) == len(b)
+        ],
+    )  # p0 to p9, and p10 to p19
     for path, words in (
         (dna, "nucleic acids"),
+        (same, "20 proteins, 1 of them distinct: at least 10"),
+        (long, "0 of these short enough"),
+        (mixed, "2 groups without a detectable relative in another"),
         (one, "at least 10"),
         (tmp_path / "no.fasta", "no such"),
     ):
@@ -415,3 +477,4 @@ def test_bad_input_is_one_line(tmp_path, refusal, model_dir):
             main(["--family", str(path), "--model", str(model_dir), "--output_dir", str(out)])
         )
         assert words in line
+        assert not list(out.glob("*/run.json"))

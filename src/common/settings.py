@@ -286,6 +286,12 @@ class TrainSettings:
                 "--alpha 1, and no --init_from"
             )
 
+    @property
+    def shape(self) -> StudentSettings:
+        """The student's shape, of settings that have one."""
+        assert self.student is not None
+        return self.student
+
 
 DEFAULTS = TrainSettings()
 ADDED_LATER = (
@@ -318,7 +324,7 @@ def default_run_name(settings: TrainSettings) -> str:
 
     ``protgpt2-distilled-t2.0-a0.5-l4-h4-e256-p0.1-lr1e-03.uniprot`` is the run of the defaults.
     """
-    student, loss = settings.student, settings.loss
+    student, loss = settings.shape, settings.loss
     weighting = "" if loss.weighting == "published" else f"-{loss.weighting}"
     smoothing = "" if loss.smoothing == "published" else f"-{loss.smoothing}"
     factor = "" if loss.smoothing_factor == 0.1 else f"{loss.smoothing_factor}"

@@ -17,7 +17,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -224,8 +224,9 @@ def try_model(run: FamilyRun) -> tuple[int, Any]:
     layout = layout_of(tokenizer)
     if layout.tag is not None:
         raise ValueError(
-            f"--model {run.model}: its layout {layout.template} needs {layout.tag} of each protein, "
-            "which is not carried through all stages here: fine-tune it with train.py --alpha 1"
+            f"--model {run.model}: its layout {layout.template} needs {layout.tag} of each "
+            "protein, which is not carried through all stages here: fine-tune it with train.py "
+            "--alpha 1"
         )
     limit = sampling_room(model, MOST_POSITIONS)
     if run.specialist is not None and model.config.model_type == "gpt2":
@@ -233,8 +234,8 @@ def try_model(run: FamilyRun) -> tuple[int, Any]:
             have, wanted = getattr(model.config, name), getattr(run.specialist, name)
             if wanted > have:
                 raise ValueError(
-                    f"the specialist's {name} is {wanted}, that of {run.model} {have}: a specialist "
-                    f"is cut from the model, so give --{name} {have} or less"
+                    f"the specialist's {name} is {wanted}, that of {run.model} {have}: a "
+                    f"specialist is cut from the model, so give --{name} {have} or less"
                 )
     return limit, tokenizer
 
@@ -337,17 +338,33 @@ def make_candidates(run: FamilyRun, family: Family, adapted: Mapping[str, Any]) 
     def work() -> dict[str, Any]:
         device = choose_device(run.device)
         longest = max(map(len, family.known))
-        drawn = c.sample_family(model, run.candidates, longest, device, run.announce)
-        table = c.assess(
-            drawn["samples"],
-            drawn["nll"],
-            family.train,
-            searched_profile(run),
-            run.candidates.max_identity,
-        )
+
+        def sample(wanted: c.CandidateSettings, announce: Any = quiet) -> dict[str, Any]:
+            return c.sample_family(model, wanted, longest, device, announce)
+
+        def assess(drawn: Mapping[str, Any]) -> dict[str, Any]:
+            most = run.candidates.max_identity
+            return c.assess(
+                drawn["samples"], drawn["nll"], family.train, searched_profile(run), most
+            )
+
+        wanted, pilot = run.candidates, {}
+        if wanted.temperature is None:
+            chosen, pilot = c.choose_temperature(wanted, sample, assess)
+            shares = ", ".join(f"{kept:.0%} at {t}" for t, kept in pilot.items())
+            run.announce(f"temperature {chosen:g}: of a pilot of {c.PILOT} are kept {shares}")
+            wanted = replace(wanted, temperature=chosen)
+        drawn = sample(wanted, run.announce)
+        if not drawn["samples"]:
+            raise ValueError(
+                f"{model} ended no protein ({drawn['counts']}): give more members, a larger "
+                "--model, or a --temperature (in another --output_dir)"
+            )
+        table = assess(drawn)
         c.write_candidates(folder, table)
         counts = c.drop_counts(table)
-        run.announce(", ".join(f"{n:,} {reason}" for reason, n in counts.items()))
+        for line in c.drop_lines(counts):
+            run.announce(line)
         if not counts[c.KEPT]:
             run.announce(
                 "no sample is a candidate: lower --temperature, give more members or a larger "
@@ -364,6 +381,8 @@ def make_candidates(run: FamilyRun, family: Family, adapted: Mapping[str, Any]) 
             run.candidates.seed,
         )
         return {
+            "temperature": wanted.temperature,
+            "pilot": pilot,
             "attempts": drawn["counts"],
             "proteins_per_second": drawn["proteins_per_second"],
             "dropped": counts,
@@ -415,7 +434,8 @@ def judge_models(
         return {
             "held_out": held_out_figures(run, family, models, folder),
             "models": {
-                name: parameters_and_speed(run, path, name) for name, path in models.items()
+                name: parameters_and_speed(run, path, name, sampled["temperature"])
+                for name, path in models.items()
             },
         }
 
@@ -464,13 +484,19 @@ def held_out_figures(
     return {**figures, "not_recognised_by_profile": int((~known).sum())}
 
 
-def parameters_and_speed(run: FamilyRun, path: str, name: str) -> dict[str, Any]:
+def quiet(line: str) -> None:
+    """Say nothing."""
+
+
+def parameters_and_speed(
+    run: FamilyRun, path: str, name: str, temperature: float
+) -> dict[str, Any]:
     """Return a model's parameters and, of those that sample the family, their speed."""
     record: dict[str, Any] = {"parameters": s.parameters_of(path)}
     if name in (s.ADAPTED, s.SPECIALIST):
-        few = c.CandidateSettings(num_candidates=SPEED_SAMPLES, seed=run.candidates.seed)
+        few = replace(run.candidates, num_candidates=SPEED_SAMPLES, temperature=temperature)
         longest = max(map(len, candidate_residues(run)))
-        drawn = c.sample_family(path, few, longest, choose_device(run.device), lambda line: None)
+        drawn = c.sample_family(path, few, longest, choose_device(run.device), quiet)
         record["proteins_per_second"] = drawn["proteins_per_second"]
     return record
 

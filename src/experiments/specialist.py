@@ -239,8 +239,9 @@ def distil(
 ) -> dict[str, Any]:
     """Distil a GPT-2 from an adapted teacher, at T = 1 without the hard loss.
 
-    It is cut from the teacher, or starts from random weights where that is no GPT-2. Arguments, record and errors are those of :func:`adapt`; ``data`` holds natural members and
-    samples of the teacher (:func:`write_distillation_data`).
+    It is cut from the teacher, or starts from random weights where that is no GPT-2. Arguments,
+    record and errors are those of :func:`adapt`; ``data`` holds natural members and samples of
+    the teacher (:func:`write_distillation_data`).
     """
     return fit_best(
         folder,

@@ -51,10 +51,10 @@ def add_lora(model: PreTrainedModel, rank: int, seed: int) -> None:
 
 def merge_lora(model: PreTrainedModel) -> None:
     """Add the trained maps to the weights, and make a model plain again, in place."""
-    from peft.tuners.tuners_utils import BaseTunerLayer
-
-    for name, module in list(model.named_modules()):
-        if isinstance(module, BaseTunerLayer):
+    layer_class = import_module("peft.tuners.tuners_utils").BaseTunerLayer
+    layers: list[tuple[str, Any]] = [*model.named_modules()]
+    for name, module in layers:
+        if isinstance(module, layer_class):
             module.merge(safe_merge=True)
             parent, _, own = name.rpartition(".")
             setattr(model.get_submodule(parent), own, module.get_base_layer())

@@ -74,7 +74,7 @@ def plan(
     else:
         announce(f"no teacher; tokenizer {settings.tokenizer}: {shape.vocab_size:,} tokens")
     name = preset or "this run"
-    students = {name: settings.student}
+    students = {name: settings.shape}
     students |= {other: p.student for other, p in PRESETS.items() if other not in students}
     estimates = {
         other: estimate(student, settings, shape, teacher_parameters, rows)
