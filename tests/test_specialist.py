@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import csv
 import json
+import signal
+import subprocess
 import sys
+import time
 from dataclasses import replace
 from pathlib import Path
 
@@ -432,6 +435,61 @@ def test_lora_leaves_plain_weights_and_everything_after_it_is_unchanged(
     assert fr.run_family(run) == judgement
 
 
+# Killed --------------------------------------------------------------------------------------
+
+
+@pytest.mark.slow
+def test_a_command_that_is_killed_in_each_stage_ends_in_the_same_result(tmp_path, model_dir):
+    from tests.conftest import ROOT, write_parts
+    from tests.test_profiles import RESIDUES, mutants
+
+    members = mutants((RESIDUES * 3)[:50], 30, 0.3, 5)
+    parts = {"train": members[:20], "validation": members[20:25], "test": members[25:]}
+    write_parts(tmp_path / "family", parts)
+
+    def begin(folder):
+        flags = ["--family", tmp_path / "family", "--model", model_dir, "--output_dir", folder]
+        flags += ["--cache_dir", tmp_path / "cache", "--skip_random", "--num_candidates", 40]
+        flags += ["--n_layer", 1, "--n_head", 2, "--n_embd", 8, "--device", "cpu"]
+        command = [sys.executable, ROOT / "scripts" / "specialise.py", *flags]
+        out = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
+        return subprocess.Popen([str(word) for word in command], **out)
+
+    def kill(folder, pattern, number):
+        process = begin(folder)
+        while not any(folder.glob(pattern)) and process.poll() is None:
+            time.sleep(0.02)
+        process.send_signal(number)
+        output = process.communicate(timeout=300)[0]
+        assert process.returncode != 0, (pattern, output)
+
+    def finish(folder):
+        process = begin(folder)
+        output = process.communicate(timeout=600)[0]
+        assert process.returncode == 0, output
+        return output
+
+    calm, killed = tmp_path / "calm", tmp_path / "killed"
+    finish(calm)
+    kill(killed, "profile/run.json", signal.SIGKILL)
+    kill(killed, "adapted/checkpoint-*", signal.SIGTERM)
+    assert not (killed / "candidates").exists()
+    kill(killed, "candidates/run.json", signal.SIGKILL)
+    kill(killed, "specialist/checkpoint-*", signal.SIGKILL)
+    kill(killed, "judgement/run.json", signal.SIGTERM)
+    assert "adapted holds this run, finished" in finish(killed)
+    for name in (
+        "adapted/model.safetensors",
+        "specialist/model.safetensors",
+        "candidates/candidates.csv",
+        "specialist-data/train.fasta",
+    ):
+        assert (calm / name).read_bytes() == (killed / name).read_bytes(), name
+    figures = [json.loads((f / "judgement/judgement.json").read_text()) for f in (calm, killed)]
+    assert figures[0]["held_out"] == figures[1]["held_out"]
+    assert figures[0]["candidates"]["dropped"] == figures[1]["candidates"]["dropped"]
+
+
 # The command ----------------------------------------------------------------------------------
 
 
@@ -447,7 +505,7 @@ def test_the_shape_of_a_specialist():
         shape("--n_layer", "4")
 
 
-def test_bad_input_is_one_line(tmp_path, refusal, model_dir, random_proteins, monkeypatch):
+def test_bad_input_is_one_line(tmp_path, refusal, model_dir, random_proteins, monkeypatch, capsys):
     dna = tmp_path / "dna.fasta"
     dna.write_text("".join(f">g{i}\n{'ACGTTGCA' * 9}{'A' * i}\n" for i in range(12)))
     one = tmp_path / "one.fasta"
@@ -465,6 +523,7 @@ def test_bad_input_is_one_line(tmp_path, refusal, model_dir, random_proteins, mo
             Hit(a, b, 0.9, 1.0) for a in queries for b in targets if len(a) == len(b)
         ],
     )  # p0 to p9, and p10 to p19
+    capsys.readouterr()  # what saving the model printed
     for path, words in (
         (dna, "nucleic acids"),
         (same, "20 proteins, 1 of them distinct: at least 10"),

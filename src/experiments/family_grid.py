@@ -165,7 +165,7 @@ class FamilyGrid:
     # Before the run -----------------------------------------------------------------------------
 
     def plan(self, cells: Sequence[Cell]) -> list[str]:
-        """Return a line for each group with its open cells, and the hours that they take at most."""
+        """Return a line for each group with its open cells, and the hours that they take."""
         spent: dict[str, list[float]] = defaultdict(list)
         for cell in filter(lambda cell: self.file_of(cell).is_file(), cells):
             spent[cell.start].append(read_json(self.file_of(cell))["seconds"])
