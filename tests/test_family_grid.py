@@ -113,7 +113,5 @@ def test_a_dry_run_lists_cells_and_hours_and_makes_nothing(grid, capsys):
     ],
 )
 def test_starts_of_another_form(flags, message):
-    if message.endswith("L,H,E"):
-        flags = [*flags[:-1], "s=m:x"]
     with pytest.raises(ValueError, match=message):
         starts(build_parser().parse_args([*flags, "--results", "r"]))

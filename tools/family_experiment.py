@@ -70,8 +70,9 @@ def starts(args: argparse.Namespace) -> tuple:
             if flag == "specialist":
                 model, _, numbers = model.rpartition(":")
                 try:
-                    shape = StudentSettings(*map(int, numbers.split(",", 2)))
-                except (TypeError, ValueError):
+                    n_layer, n_head, n_embd = map(int, numbers.split(","))
+                    shape = StudentSettings(n_layer, n_head, n_embd)
+                except ValueError:
                     raise ValueError(f"--{flag} {text!r}: give NAME=MODEL:L,H,E") from None
                 if model not in {start.model for start in found if not start.random}:
                     raise ValueError(f"--{flag} {text!r}: its model must be a --start, too")

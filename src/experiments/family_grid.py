@@ -212,12 +212,14 @@ class FamilyGrid:
             try:
                 with locked(folder, "--work"):
                     for cell in left:
+                        if self.file_of(cell).is_file():  # another process was quicker
+                            continue
                         self.announce(f"== {cell.key}")
                         started = time.monotonic()
                         record = self._measure(cell, folder)
                         record["seconds"] = time.monotonic() - started
                         write_json(self.file_of(cell), {**asdict(cell), **record})
-                shutil.rmtree(folder)
+                    shutil.rmtree(folder)
             except InUseError:
                 self.announce(f"{group}: another process is running it")
 
