@@ -61,7 +61,19 @@ def build_parser() -> argparse.ArgumentParser:
     add("--allow_mixed", action="store_true", help="go on where members look unrelated")
 
     add = parser.add_argument_group("adaptation").add_argument
-    add("--learning_rate", type=positive_float, default=5e-4, help="of the adaptation")
+    add(
+        "--learning_rate",
+        type=positive_float,
+        help="of the adaptation (default: 5e-4, with --lora 3e-3)",
+    )
+    add(
+        "--lora",
+        nargs="?",
+        const=16,
+        type=positive_int,
+        metavar="RANK",
+        help="for a large model: train low-rank additions (16) and merge them at the end",
+    )
     add("--tune", action="store_true", help="try a third and three times each learning rate too")
     add("--epochs", type=positive_int, default=20, help="at most; validation members decide")
     add("--batch_size", type=positive_int, default=8, help="members of a step")
@@ -75,13 +87,17 @@ def build_parser() -> argparse.ArgumentParser:
 
     add = parser.add_argument_group("candidates").add_argument
     add("--num_candidates", type=positive_int, default=1000, help="proteins sampled")
-    add("--temperature", type=positive_float, default=1.0, help="of sampling; below 1: safer")
+    add(
+        "--temperature",
+        type=positive_float,
+        help="of sampling (default: 1, or lower where a pilot shows that little would be kept)",
+    )
     add("--top_p", type=share, default=1.0, help="sample among the tokens with this share")
     add(
         "--max_identity",
         type=share,
         default=0.9,
-        help="candidates with this identity to a training member are dropped",
+        help="candidates with a higher identity to a training member are dropped",
     )
 
     add = parser.add_argument_group("run").add_argument
@@ -115,7 +131,9 @@ def run(args: argparse.Namespace) -> dict:
     from src.proteins.family_split import FamilySettings
 
     fit = {"epochs": args.epochs, "batch_size": args.batch_size, "seed": args.seed}
-    adaptation = replace(sp.ADAPTATION, learning_rates=(args.learning_rate,), **fit)
+    adaptation = replace(sp.LORA if args.lora else sp.ADAPTATION, **fit)
+    if args.learning_rate:
+        adaptation = replace(adaptation, learning_rates=(args.learning_rate,))
     random = replace(sp.FROM_RANDOM, **fit)
     distillation = replace(sp.DISTILLATION, seed=args.seed)
     if args.tune:
@@ -128,6 +146,7 @@ def run(args: argparse.Namespace) -> dict:
             specialist=specialist,
             split=FamilySettings(args.test_identity, seed=args.seed),
             adaptation=adaptation,
+            lora_rank=args.lora,
             random=random,
             distillation=distillation,
             candidates=CandidateSettings(

@@ -90,18 +90,18 @@ def run(args: argparse.Namespace) -> dict:
     for line in report.lines():
         say(line)
     if args.within_families:
-        proteins, split, settings = within_families(args, proteins)
+        proteins, split, settings, search = within_families(args, proteins)
     else:
-        split, settings = by_homology(args, proteins)
+        (split, settings), search = by_homology(args, proteins), None
     source = source_record(args.data) | {"proteins": report.kept, "residues": report.residues}
     for name in ("new_families", "others", "profiles"):
         if getattr(args, name):
             source[name] = source_record(getattr(args, name))
     record = write_split(args.output, proteins, split, settings, args.train_proteins, source)
-    if args.profiles:
+    if search is not None:
         from src.proteins.families import write_profiles
 
-        count = write_profiles(args.output, proteins, split, args.profiles)
+        count = write_profiles(args.output, proteins, split, search)
         say(f"families.hmm.gz: {count} profiles; families.tsv says whose they are")
     for line in record_lines(record):
         say(line)
@@ -153,7 +153,7 @@ def by_homology(args: argparse.Namespace, proteins: dict[str, str]) -> tuple:
 
 
 def within_families(args: argparse.Namespace, proteins: dict[str, str]) -> tuple:
-    """Return all proteins, the split within families and its settings."""
+    """Return all proteins, the split, its settings and the search with the profiles, if any."""
     from src.proteins import families as f
 
     settings = f.FamilySplitSettings(
@@ -164,9 +164,10 @@ def within_families(args: argparse.Namespace, proteins: dict[str, str]) -> tuple
     if args.least_score and not args.profiles:
         raise ValueError("--least_score needs --profiles: the score is that of a family's profile")
     family_of = f.read_families(args.data, proteins)
-    if args.least_score:
+    search = f.ProfileSearch(args.profiles) if args.profiles else None
+    if args.least_score and search is not None:
         say(f"searching {len(proteins):,} proteins with the profiles of {args.profiles}")
-        scores = f.best_scores(proteins, args.profiles)
+        scores = search.best(proteins)
         chosen = f.described_families(proteins, family_of, scores, args.least_score)
         proteins = {name: p for name, p in proteins.items() if family_of[name] in set(chosen)}
         family_of = {name: family_of[name] for name in proteins}
@@ -181,7 +182,9 @@ def within_families(args: argparse.Namespace, proteins: dict[str, str]) -> tuple
         say(f"adding {args.num_others:,} proteins of {args.others} to train")
         others = named(args, args.others)
         proteins = f.add_other_proteins(split, proteins, others, args.num_others, settings)
-    return proteins, split, settings
+    say("searching for leaks once more, for the report")
+    f.report_leakage(split, proteins, settings)
+    return proteins, split, settings, search
 
 
 def main(argv: list[str] | None = None) -> int:

@@ -197,7 +197,7 @@ def shown(flags: Mapping[str, Any]) -> str:
 def build_settings(args: argparse.Namespace) -> s.TrainSettings:
     """Return the settings of the run that the arguments ask for."""
     preset = s.PRESETS.get(args.preset) if args.preset else None
-    shape = preset.student if preset else DEFAULTS.student
+    shape = preset.student if preset else DEFAULTS.shape
     shaped = args.preset or any((args.n_layer, args.n_head, args.n_embd))
     if args.init_from == s.OF_TEACHER:
         args.init_from = args.teacher_model or s.DEFAULT_TEACHER

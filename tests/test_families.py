@@ -8,7 +8,9 @@ import random
 import re
 import shutil
 from dataclasses import replace
+from pathlib import Path
 
+import numpy as np
 import pyhmmer
 import pytest
 
@@ -145,6 +147,44 @@ def test_other_proteins_are_added_without_relatives_of_held_out_ones(made_up_sea
     assert all(split.clusters[name] == name and together[name] == others[name] for name in added)
     with pytest.raises(ValueError, match="2 proteins can be added, not 15|can be added"):
         fam.add_other_proteins(split, together, others, 15, ROOMY)
+
+
+def test_the_leak_report_counts_proteins_that_were_added_to_train(made_up_search, monkeypatch):
+    proteins, families = members(2, 12)
+    split = split_within_families(proteins, families, replace(ROOMY, least_test=2))
+    assert "leakage" not in split.report
+    split.parts["train"].append("leak")
+    asked = []
+
+    def identities(together, held_out, train, settings):
+        asked.append(len(train))
+        return {name: 0.4 for name in held_out if "leak" in train}
+
+    monkeypatch.setattr(fam, "covering_identities", identities)
+    fam.report_leakage(split, {**proteins, "leak": "MK"}, ROOMY)
+    assert asked == [len(split.parts["train"])] * 2
+    for part in ("validation", "test"):
+        count = len(split.parts[part])
+        assert split.report["leakage"][part] == {
+            "proteins": count, "any_hit": count, "identity_30": count, "identity_50": 0,
+        }  # fmt: skip
+
+
+def test_profiles_search_each_protein_once(monkeypatch):
+    searched = []
+
+    def scores(proteins, profiles):
+        searched.append(list(proteins))
+        return {"P": np.array([float(len(p) - 1) for p in proteins])}
+
+    monkeypatch.setattr(fam, "profile_scores", scores)
+    search = fam.ProfileSearch(Path("x.hmm"))
+    assert search.best({"a": "MK", "b": "M", "c": "MKV", "d": "MK"}) == {
+        "a": 1.0, "b": 0.0, "c": 2.0, "d": 1.0,
+    }  # fmt: skip
+    assert search.scores(["MKV", "MKVL"])["P"].tolist() == [2.0, 3.0]
+    assert search.scores(["M"]) == {}
+    assert searched == [["MK", "M", "MKV"], ["MKVL"]]
 
 
 @pytest.mark.parametrize(

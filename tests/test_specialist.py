@@ -4,18 +4,27 @@ from __future__ import annotations
 
 import csv
 import json
+import signal
+import subprocess
+import sys
+import time
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 
 pytest.importorskip("pyhmmer")
 
 from scripts.specialise import build_parser, main, student_shape
 from src.common.settings import PRESETS, StudentSettings
+from src.evaluation import filters
 from src.experiments import candidates as c
 from src.experiments import family_run as fr
 from src.experiments import specialist as s
+from src.models.loading import config_of, load_causal_lm, load_tokenizer, model_fingerprint
+from src.models.weights import count_parameters
 from src.proteins.homology import Hit
 from src.proteins.sources import Protein
 
@@ -112,11 +121,11 @@ def assessed(monkeypatch, random_proteins):
 
 
 def test_each_useless_sample_has_its_reason(assessed):
-    assert assessed["dropped"] == ["", c.DUPLICATE, c.COPY, c.REPEATS, "", "", c.NO_HIT]
+    assert assessed["dropped"] == ["", c.SEEN, c.TOO_CLOSE, c.REPEATED, "", "", c.NO_HIT]
     assert assessed["nearest_member"][2] == "m2"
     assert assessed["nearest_identity"][2] == 1.0
     assert c.drop_counts(assessed) == {
-        c.KEPT: 3, c.DUPLICATE: 1, c.COPY: 1, c.REPEATS: 1, c.NO_HIT: 1,
+        c.KEPT: 3, c.SEEN: 1, c.TOO_CLOSE: 1, c.REPEATED: 1, c.NO_HIT: 1,
     }  # fmt: skip
 
 
@@ -139,8 +148,54 @@ def test_candidates_are_written_best_first_and_read_back(assessed, tmp_path):
 
 
 def test_a_repetitive_family_sets_the_limit():
-    assert c.limits_of(["ACDEFGHIKLMNPQRSTVWY"])[c.REPEATS] == c.LEAST_LIMIT
-    assert c.limits_of(["QQQQQQQQACDEFGHI"])[c.REPEATS] == 0.5
+    usual = c.limits_of(["ACDEFGHIKLMNPQRSTVWY"])
+    assert usual == {
+        c.REPEATED: filters.MOST_REPEATS,
+        c.LOW_COMPLEXITY: filters.MOST_LOW_COMPLEXITY,
+    }
+    assert c.limits_of(["QQQQQQQQACDEFGHI"])[c.REPEATED] == 0.5
+
+
+def test_each_reason_is_printed_with_its_count_and_why(assessed):
+    lines = c.drop_lines(c.drop_counts(assessed))
+    assert lines[0] == "3 of 7 samples are kept"
+    assert len(lines) == 5
+    for reason, line in zip((c.SEEN, c.TOO_CLOSE, c.REPEATED, c.NO_HIT), lines[1:], strict=True):
+        assert line == f"  1 dropped: {reason} ({filters.WHY[reason]})"
+
+
+@pytest.mark.parametrize(
+    ("shares", "chosen", "tried"),
+    [
+        ((0.75, 1.0), 1.0, 1),
+        ((0.0, 0.25, 0.5), 0.7, 3),
+        ((0.0, 0.0, 0.25, 0.125), 0.7, 4),
+        ((0.0, 0.0, 0.0, 0.0), 0.55, 4),
+    ],
+)
+def test_the_temperature_is_the_highest_that_keeps_half_of_a_pilot(shares, chosen, tried):
+    left = list(shares)
+    asked = []
+
+    def sample(settings):
+        asked.append(settings.temperature)
+        assert settings.num_candidates == c.PILOT
+        return {"samples": ["M"] * c.PILOT if left[0] else []}
+
+    def judge(drawn):
+        kept = int(left.pop(0) * c.PILOT)
+        return {"dropped": [""] * kept + [c.NO_HIT] * (c.PILOT - kept)}
+
+    def none_left(settings):
+        drawn = sample(settings)
+        if not drawn["samples"]:
+            left.pop(0)
+        return drawn
+
+    found, record = c.choose_temperature(c.CandidateSettings(), none_left, judge)
+    assert found == chosen
+    assert asked == list(c.TEMPERATURES[:tried])
+    assert list(record.values()) == list(shares[:tried])
 
 
 # The whole run --------------------------------------------------------------------------------
@@ -179,7 +234,7 @@ def small_run(family, model, folder, **more) -> fr.FamilyRun:
         adaptation=more.pop("adaptation", fit),
         random=fit,
         distillation=fit,
-        candidates=c.CandidateSettings(num_candidates=6, seed=1),
+        candidates=c.CandidateSettings(num_candidates=6, temperature=1.0, seed=1),
         device="cpu",
         cache_dir=str(folder / "cache"),
         announce=more.pop("announce", lambda line: None),
@@ -258,6 +313,183 @@ def test_a_split_directory_is_taken_as_it_is(tmp_path, random_proteins, model_di
     assert any("rough" in note for note in family.notes)
 
 
+# Other starts ---------------------------------------------------------------------------------
+
+
+def llama_dir(folder, tokenizer, **more):
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    from tests.test_architectures import COMMON
+
+    torch.manual_seed(0)
+    settings = {**COMMON, "vocab_size": len(tokenizer), "max_position_embeddings": 256, **more}
+    settings |= {"initializer_range": 0.02, "bos_token_id": 0, "eos_token_id": 0}
+    config = AutoConfig.for_model("llama", **settings)
+    AutoModelForCausalLM.from_config(config).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return folder
+
+
+def test_a_llama_is_adapted_and_its_specialist_is_a_gpt2(
+    tmp_path, family_file, tiny_tokenizer, monkeypatch
+):
+    monkeypatch.setattr(fr, "SPEED_SAMPLES", 2)
+    folder = tmp_path / "out"
+    judgement = fr.run_family(
+        small_run(family_file, llama_dir(tmp_path / "llama", tiny_tokenizer), folder)
+    )
+    classes = {n: config_of(folder / n).model_type for n in ("adapted", "random", "specialist")}
+    assert classes == {"adapted": "llama", "random": "llama", "specialist": "gpt2"}
+    sizes = {n: m["parameters"] for n, m in judgement["models"].items()}
+    assert sizes[s.START] == sizes[s.ADAPTED] == sizes[s.SCRATCH]
+    prints = {n: model_fingerprint(load_causal_lm(folder / n)) for n in ("adapted", "random")}
+    assert len({*prints.values(), model_fingerprint(load_causal_lm(tmp_path / "llama"))}) == 3
+    assert set(judgement["held_out"]["nats"]) >= {s.START, s.ADAPTED, s.SCRATCH, s.SPECIALIST}
+
+
+@pytest.mark.parametrize("kind", ["plain", "progen"])
+def test_a_model_of_another_layout_keeps_it_in_every_stage(
+    kind, tmp_path, family_file, monkeypatch
+):
+    from src.proteins.layouts import layout_of
+    from tests.test_layouts import loaded, model_of
+
+    monkeypatch.setattr(fr, "SPEED_SAMPLES", 2)
+    tokenizer = loaded(kind, tmp_path / "model")
+    model_of(tokenizer).save_pretrained(tmp_path / "model")
+    folder = tmp_path / "out"
+    fr.run_family(small_run(family_file, tmp_path / "model", folder))
+    for name in ("adapted", "random", "specialist"):
+        assert layout_of(load_tokenizer(folder / name)) == layout_of(tokenizer)
+
+
+def test_a_layout_with_tags_is_refused_before_anything_is_made(tmp_path, family_file):
+    from tests.test_layouts import loaded, model_of
+
+    model_of(loaded("zymctrl", tmp_path / "model")).save_pretrained(tmp_path / "model")
+    with pytest.raises(ValueError, match=r"needs EC of each protein.*train.py --alpha 1"):
+        fr.run_family(small_run(family_file, tmp_path / "model", tmp_path / "out"))
+    assert not (tmp_path / "out" / "adapted").exists()
+
+
+def test_a_specialist_larger_than_the_model_is_refused_at_once(tmp_path, family_file, model_dir):
+    run = replace(
+        small_run(family_file, model_dir, tmp_path / "out"), specialist=StudentSettings(4, 2, 8)
+    )
+    with pytest.raises(ValueError, match="n_layer is 4, that of .* 2: .*--n_layer 2 or less"):
+        fr.run_family(run)
+    assert not (tmp_path / "out" / "adapted").exists()
+
+
+# Low-rank adaptation --------------------------------------------------------------------------
+
+
+def test_lora_without_peft_says_what_to_install(tmp_path, family_file, model_dir, monkeypatch):
+    monkeypatch.setitem(sys.modules, "peft", None)
+    run = replace(small_run(family_file, model_dir, tmp_path / "out"), lora_rank=2)
+    with pytest.raises(ValueError, match="--lora needs peft: pip install -r"):
+        fr.run_family(run)
+
+
+@pytest.mark.parametrize("kind", ["gpt2", "llama"])
+def test_lora_begins_at_the_model_and_is_merged_exactly(kind):
+    pytest.importorskip("peft")
+    from src.models.lora import add_lora, merge_lora
+    from tests.test_architectures import build, rows
+
+    model, plain = build(kind), build(kind)
+    ids, mask = rows(9, 6)
+    add_lora(model, 3, seed=0)
+    trained = {n for n, p in model.named_parameters() if p.requires_grad}
+    assert trained
+    assert all("lora_" in name for name in trained)
+    with torch.no_grad():
+        own = plain(input_ids=ids, attention_mask=mask).logits
+        assert torch.equal(model(input_ids=ids, attention_mask=mask).logits, own)
+        for name, weight in model.named_parameters():
+            if "lora_B" in name:
+                weight.normal_(std=0.1)
+        changed = model(input_ids=ids, attention_mask=mask).logits
+        assert not torch.allclose(changed, own, atol=1e-2)
+        merge_lora(model)
+        assert torch.allclose(model(input_ids=ids, attention_mask=mask).logits, changed, atol=1e-4)
+    assert list(model.state_dict()) == list(plain.state_dict())
+
+
+def test_lora_leaves_plain_weights_and_everything_after_it_is_unchanged(
+    tmp_path, family_file, model_dir, monkeypatch
+):
+    pytest.importorskip("peft")
+    monkeypatch.setattr(fr, "SPEED_SAMPLES", 2)
+    folder = tmp_path / "out"
+    fit = s.FitSettings((1e-2,), epochs=1, least_steps=8, evaluate_each=2, patience=4)
+    run = replace(small_run(family_file, model_dir, folder, adaptation=fit), lora_rank=2)
+    judgement = fr.run_family(run)
+    start, adapted = (load_causal_lm(path) for path in (model_dir, folder / "adapted"))
+    assert set(start.state_dict()) == set(adapted.state_dict())
+    assert torch.equal(start.transformer.wte.weight, adapted.transformer.wte.weight)
+    record = json.loads((folder / "adapted" / "run.json").read_text())
+    assert record["student"]["parameters"] == count_parameters(start)
+    assert record["settings"]["lora_rank"] == 2
+    assert judgement["held_out"]["nats"][s.ADAPTED] < judgement["held_out"]["nats"][s.START]
+    assert fr.run_family(run) == judgement
+
+
+# Killed --------------------------------------------------------------------------------------
+
+
+@pytest.mark.slow
+def test_a_command_that_is_killed_in_each_stage_ends_in_the_same_result(tmp_path, model_dir):
+    from tests.conftest import ROOT, write_parts
+    from tests.test_profiles import RESIDUES, mutants
+
+    members = mutants((RESIDUES * 3)[:50], 30, 0.3, 5)
+    parts = {"train": members[:20], "validation": members[20:25], "test": members[25:]}
+    write_parts(tmp_path / "family", parts)
+
+    def begin(folder):
+        flags = ["--family", tmp_path / "family", "--model", model_dir, "--output_dir", folder]
+        flags += ["--cache_dir", tmp_path / "cache", "--skip_random", "--num_candidates", 40]
+        flags += ["--n_layer", 1, "--n_head", 2, "--n_embd", 8, "--device", "cpu"]
+        command = [sys.executable, ROOT / "scripts" / "specialise.py", *flags]
+        out = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
+        return subprocess.Popen([str(word) for word in command], **out)
+
+    def kill(folder, pattern, number):
+        process = begin(folder)
+        while not any(folder.glob(pattern)) and process.poll() is None:
+            time.sleep(0.02)
+        process.send_signal(number)
+        output = process.communicate(timeout=300)[0]
+        assert process.returncode != 0, (pattern, output)
+
+    def finish(folder):
+        process = begin(folder)
+        output = process.communicate(timeout=600)[0]
+        assert process.returncode == 0, output
+        return output
+
+    calm, killed = tmp_path / "calm", tmp_path / "killed"
+    finish(calm)
+    kill(killed, "profile/run.json", signal.SIGKILL)
+    kill(killed, "adapted/checkpoint-*", signal.SIGTERM)
+    assert not (killed / "candidates").exists()
+    kill(killed, "candidates/run.json", signal.SIGKILL)
+    kill(killed, "specialist/checkpoint-*", signal.SIGKILL)
+    kill(killed, "judgement/run.json", signal.SIGTERM)
+    assert "adapted holds this run, finished" in finish(killed)
+    for name in (
+        "adapted/model.safetensors",
+        "specialist/model.safetensors",
+        "candidates/candidates.csv",
+        "specialist-data/train.fasta",
+    ):
+        assert (calm / name).read_bytes() == (killed / name).read_bytes(), name
+    figures = [json.loads((f / "judgement/judgement.json").read_text()) for f in (calm, killed)]
+    assert figures[0]["held_out"] == figures[1]["held_out"]
+    assert figures[0]["candidates"]["dropped"] == figures[1]["candidates"]["dropped"]
+
+
 # The command ----------------------------------------------------------------------------------
 
 
@@ -273,14 +505,30 @@ def test_the_shape_of_a_specialist():
         shape("--n_layer", "4")
 
 
-def test_bad_input_is_one_line(tmp_path, refusal, model_dir):
+def test_bad_input_is_one_line(tmp_path, refusal, model_dir, random_proteins, monkeypatch, capsys):
     dna = tmp_path / "dna.fasta"
     dna.write_text("".join(f">g{i}\n{'ACGTTGCA' * 9}{'A' * i}\n" for i in range(12)))
     one = tmp_path / "one.fasta"
     one.write_text(">a\nMKTAYIAKQR\n")
     out = tmp_path / "out"
+    same = tmp_path / "same.fasta"
+    same.write_text("".join(f">p{i}\n{'MKTAYIAKQR' * 5}\n" for i in range(20)))
+    long = tmp_path / "long.fasta"
+    long.write_text("".join(f">p{i}\n{p}\n" for i, p in enumerate(random_proteins(12, 900, 999))))
+    mixed = tmp_path / "mixed.fasta"
+    mixed.write_text("".join(f">p{i}\n{p}\n" for i, p in enumerate(random_proteins(20, 40, 60))))
+    monkeypatch.setattr(
+        "src.proteins.family_split.alignments",
+        lambda proteins, queries, targets, settings: [
+            Hit(a, b, 0.9, 1.0) for a in queries for b in targets if len(a) == len(b)
+        ],
+    )  # p0 to p9, and p10 to p19
+    capsys.readouterr()  # what saving the model printed
     for path, words in (
         (dna, "nucleic acids"),
+        (same, "20 proteins, 1 of them distinct: at least 10"),
+        (long, "0 of these short enough"),
+        (mixed, "2 groups without a detectable relative in another"),
         (one, "at least 10"),
         (tmp_path / "no.fasta", "no such"),
     ):
@@ -288,3 +536,4 @@ def test_bad_input_is_one_line(tmp_path, refusal, model_dir):
             main(["--family", str(path), "--model", str(model_dir), "--output_dir", str(out)])
         )
         assert words in line
+        assert not list(out.glob("*/run.json"))

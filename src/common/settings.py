@@ -88,6 +88,7 @@ BOUNDS = {
     "validation_proteins": Bounds(1),
     "skip_loss_spikes": Bounds(1, LARGEST, low_open=True),
     "early_stopping": Bounds(1),
+    "lora_rank": Bounds(1),
     "seed": SEED,
 }
 CHOICES = {
@@ -233,11 +234,14 @@ class TrainSettings:
     Lengths are in tokens, batch sizes in rows. ``warmup_steps``, ``eval_steps`` and ``save_steps``
     of None are derived from the number of steps (:func:`derived_steps`). ``cached_teacher`` reads
     the teacher's hidden states from disk, which are equal but for rounding. ``init_from`` names a
-    model whose weights the student starts from, instead of random ones. ``early_stopping`` is the
-    number of validations without improvement after which a run ends and keeps its best weights.
+    model whose weights the student starts from, instead of random ones. A ``student`` of None is
+    that model as it is, of any class; without ``init_from``, the class and shape of the model in
+    ``tokenizer`` with random weights. ``lora_rank`` trains additions of that rank to the linear
+    maps alone, and adds them to the weights at the end. ``early_stopping`` is the number of
+    validations without improvement after which a run ends and keeps its best weights.
     """
 
-    student: StudentSettings = field(default_factory=StudentSettings)
+    student: StudentSettings | None = field(default_factory=StudentSettings)
     loss: LossSettings = field(default_factory=LossSettings)
     data: str = DEFAULT_DATA
     sequence_column: str | None = None
@@ -266,6 +270,7 @@ class TrainSettings:
     loss_impl: str = "fused"
     cached_teacher: bool = False
     init_from: str | None = None
+    lora_rank: int | None = None
     skip_loss_spikes: float | None = None
     early_stopping: int | None = None
     seed: int = 42
@@ -281,11 +286,18 @@ class TrainSettings:
                 "--alpha 1, and no --init_from"
             )
 
+    @property
+    def shape(self) -> StudentSettings:
+        """The student's shape, of settings that have one."""
+        assert self.student is not None
+        return self.student
+
 
 DEFAULTS = TrainSettings()
 ADDED_LATER = (
     "early_stopping",
     "layout",
+    "lora_rank",
     "optimizer",
     "other_learning_rate",
     "sequence_column",
@@ -312,7 +324,7 @@ def default_run_name(settings: TrainSettings) -> str:
 
     ``protgpt2-distilled-t2.0-a0.5-l4-h4-e256-p0.1-lr1e-03.uniprot`` is the run of the defaults.
     """
-    student, loss = settings.student, settings.loss
+    student, loss = settings.shape, settings.loss
     weighting = "" if loss.weighting == "published" else f"-{loss.weighting}"
     smoothing = "" if loss.smoothing == "published" else f"-{loss.smoothing}"
     factor = "" if loss.smoothing_factor == 0.1 else f"{loss.smoothing_factor}"

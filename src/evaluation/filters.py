@@ -1,6 +1,8 @@
 """Which sampled proteins are wanted: without repeats, unlike known ones, each once.
 
-Every filter judges one protein; :class:`Filters` puts them together and names the reason.
+Every filter judges one protein; :class:`Filters` puts them together and names the reason. The
+limits and reasons stand here once, for ``scripts/generate.py`` and the candidates of
+``scripts/specialise.py`` (:mod:`src.experiments.candidates`).
 """
 
 from __future__ import annotations
@@ -17,12 +19,25 @@ from src.proteins.layouts import STANDARD_RESIDUES
 from src.proteins.relatives import Relatives
 from src.proteins.tokens import token_letters
 
-REPEATED = "with repeats"
-TOO_CLOSE = "too close to a known protein"
 SEEN = "sampled before"
+TOO_CLOSE = "too close to a known protein"
+REPEATED = "with repeats"
+LOW_COMPLEXITY = "of low complexity"
+NO_HIT = "not hit by the family's profile"
+WHY = {
+    SEEN: "a second copy costs an experiment and tells nothing",
+    TOO_CLOSE: "the protein is known already: the model has copied it",
+    REPEATED: "models fall into repeats, and natural proteins rarely have them",
+    LOW_COMPLEXITY: "few kinds of residues in a row rarely fold",
+    NO_HIT: "what the members have in common is missing, so the protein is hardly of the family",
+}
+"""Why a protein is not wanted, and why that is a reason, in the order in which they are tried."""
 MOST_REPEATS = 0.1
 """Share of residues in tandem repeats from which a protein has repeats. Of 1,500 natural proteins
 of the bundled test part 1.3 % have more."""
+MOST_LOW_COMPLEXITY = 0.25
+"""The same of windows of low complexity; of 382 natural proteins of known families 1.3 % have
+more, and of 2,000 of new ones 1.1 %."""
 
 
 def has_repeats(residues: str) -> bool:

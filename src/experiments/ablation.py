@@ -255,7 +255,12 @@ class GridRun:
         inputs, shared = self.ingredients, self.grid.shared
         settings = [self.grid.settings(cell) for cell in cells]
         members = [
-            Member(cell.name, initial_student(s, inputs.model_shape), s.loss, s.learning_rate)
+            Member(
+                cell.name,
+                initial_student(s, inputs.model_shape, inputs.parts["train"]),
+                s.loss,
+                s.learning_rate,
+            )
             for cell, s in zip(cells, settings, strict=True)
         ]
         rows = training_rows(shared, inputs.parts["train"], inputs.max_length)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import csv
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +14,16 @@ from scipy import stats
 from src.common.cli import say
 from src.common.files import atomic_write
 from src.evaluation.composition import low_complexity_share, repeat_share
+from src.evaluation.filters import (
+    LOW_COMPLEXITY,
+    MOST_LOW_COMPLEXITY,
+    MOST_REPEATS,
+    NO_HIT,
+    REPEATED,
+    SEEN,
+    TOO_CLOSE,
+    WHY,
+)
 from src.evaluation.generation import GenerationSettings, sample_proteins
 from src.evaluation.likelihoods import score_proteins
 from src.evaluation.sequence_quality import DescriptionSettings, describe_all
@@ -23,15 +33,14 @@ from src.proteins.profiles import profile_bits, read_profiles
 from src.proteins.relatives import family_hits, nearest_identities
 from src.proteins.sources import Protein
 
-DUPLICATE = "duplicate"
-COPY = "near copy of a training member"
-REPEATS = "repeats"
-LOW_COMPLEXITY = "low complexity"
-NO_HIT = "not hit by the profile"
-REASONS = (DUPLICATE, COPY, REPEATS, LOW_COMPLEXITY, NO_HIT)
-LEAST_LIMIT = 0.05
-"""Share of residues in repeats, or of low complexity, that is never too much; a family whose own
-members have more sets the limit."""
+TEMPERATURES = (1.0, 0.85, 0.7, 0.55)
+"""Tried in this order where no temperature is given. At 1 the samples are those that the model has
+learnt, and the most diverse; a weak model's are then too far from the family."""
+PILOT = 64
+"""Proteins sampled at each temperature that is tried."""
+PILOT_KEPT = 0.5
+"""The first temperature at which this share of the pilot is kept is taken, else the best one, and
+of equal ones the lowest."""
 LENGTH_FACTOR = 1.5
 """Samples longer than this many times the longest member are not waited for."""
 ATTEMPTS = 4
@@ -39,6 +48,11 @@ ATTEMPTS = 4
 DESCRIBED = 200
 """Proteins of a set that are described: the first samples, and the best candidates."""
 KEPT, SAMPLED = "kept", "sampled"
+SHARES = {
+    REPEATED: (repeat_share, MOST_REPEATS),
+    LOW_COMPLEXITY: (low_complexity_share, MOST_LOW_COMPLEXITY),
+}
+"""How the share of residues that is a reason is measured, and how much is never too much."""
 
 
 @dataclass(frozen=True)
@@ -48,16 +62,16 @@ class CandidateSettings:
     Attributes:
         num_candidates: proteins sampled, before any is dropped.
         temperature: of the sampling; 1 samples what the model has learnt, less keeps closer to
-            its likeliest proteins.
+            its likeliest proteins. None: chosen by a pilot (:func:`choose_temperature`).
         top_p: sample among the likeliest tokens that hold this share of the probability.
         max_identity: share of a candidate's residues that are identical in its nearest training
-            member, from which it is a near copy.
+            member, above which it is a near copy.
         seed: of the sampling.
         batch_size: proteins sampled at a time.
     """
 
     num_candidates: int = 1000
-    temperature: float = 1.0
+    temperature: float | None = None
     top_p: float = 1.0
     max_identity: float = 0.9
     seed: int = 0
@@ -82,9 +96,6 @@ def sample_family(
 
     Returns:
         ``samples``, ``nll`` ``(P,)`` in nats, ``counts`` of attempts and ``proteins_per_second``.
-
-    Raises:
-        ValueError: the model ended no protein.
     """
     loaded = ProteinModel.load(model, device)
     wanted = GenerationSettings(
@@ -93,14 +104,12 @@ def sample_family(
         top_k=0,
         top_p=settings.top_p,
         repetition_penalty=1.0,
-        temperature=settings.temperature,
+        temperature=settings.temperature or TEMPERATURES[0],
         seed=settings.seed,
         batch_size=settings.batch_size,
         max_attempts=ATTEMPTS * settings.num_candidates,
     )
     result = sample_proteins(*loaded, wanted, announce=announce)
-    if not result.proteins:
-        raise ValueError(f"{model} ended no protein ({result.tally.reasons})")
     if len(result.proteins) < settings.num_candidates:
         announce(
             f"only {len(result.proteins):,} of {settings.num_candidates:,} proteins were ended "
@@ -115,12 +124,37 @@ def sample_family(
     }
 
 
+def choose_temperature(
+    settings: CandidateSettings,
+    sample: Callable[[CandidateSettings], Mapping[str, Any]],
+    judge: Callable[[Mapping[str, Any]], Mapping[str, Sequence[Any]]],
+) -> tuple[float, dict[str, float]]:
+    """Return the temperature to sample at, and the share of a pilot that was kept at each tried.
+
+    Args:
+        settings: of the sampling.
+        sample: draws a pilot (:func:`sample_family`).
+        judge: returns its table (:func:`assess`).
+    """
+    kept: dict[float, float] = {}
+    for temperature in TEMPERATURES:
+        pilot = replace(settings, num_candidates=PILOT, temperature=temperature)
+        drawn = sample(pilot)
+        count = drop_counts(judge(drawn))[KEPT] if drawn["samples"] else 0
+        kept[temperature] = count / PILOT
+        if kept[temperature] >= PILOT_KEPT:
+            break
+    return max(kept, key=lambda t: (kept[t], -t)), {f"{t:g}": share for t, share in kept.items()}
+
+
 def limits_of(members: Sequence[str]) -> dict[str, float]:
-    """Return the share of repeats and of low complexity above which a candidate is dropped."""
-    shares = {REPEATS: repeat_share, LOW_COMPLEXITY: low_complexity_share}
+    """Return the share of repeats and of low complexity above which a candidate is dropped.
+
+    They are those of :mod:`src.evaluation.filters`, or the largest of the family's own members.
+    """
     return {
-        reason: max(LEAST_LIMIT, *(share(member) for member in members))
-        for reason, share in shares.items()
+        reason: max(most, *(share(member) for member in members))
+        for reason, (share, most) in SHARES.items()
     }
 
 
@@ -133,9 +167,9 @@ def assess(
 ) -> dict[str, Any]:
     """Return the columns of the table of candidates; the best kept one has rank 1.
 
-    A sample is dropped for the first of :data:`REASONS` that applies. Kept ones are ranked by the
-    mean of two ranks: by nats per residue under the model and by bits per residue of the profile,
-    so that neither a short nor a long protein is preferred.
+    A sample is dropped for the first reason of :data:`src.evaluation.filters.WHY` that applies.
+    Kept ones are ranked by the mean of two ranks: by nats per residue under the model and by bits
+    per residue of the profile, so that neither a short nor a long protein is preferred.
 
     Args:
         samples: residues of each.
@@ -149,20 +183,20 @@ def assess(
     nearest = nearest_identities(samples, members)
     hit = family_hits(samples, profile)["hit"]
     bits = profile_bits(read_profiles(profile), samples)
-    repeats = np.array([repeat_share(s) for s in samples])
-    low = np.array([low_complexity_share(s) for s in samples])
+    shares = {
+        reason: np.array([share(s) for s in samples]) for reason, (share, _) in SHARES.items()
+    }
     lengths = np.array([len(s) for s in samples])
     first: dict[str, int] = {}
     repeated = np.array([first.setdefault(s, i) != i for i, s in enumerate(samples)])
     faults = {
-        DUPLICATE: repeated,
-        COPY: nearest["identity"] >= max_identity,
-        REPEATS: repeats > limits[REPEATS],
-        LOW_COMPLEXITY: low > limits[LOW_COMPLEXITY],
+        SEEN: repeated,
+        TOO_CLOSE: nearest["identity"] > max_identity,
+        **{reason: shares[reason] > limits[reason] for reason in SHARES},
         NO_HIT: ~hit,
     }
     dropped = ["" for _ in samples]
-    for reason in reversed(REASONS):
+    for reason in reversed(WHY):
         dropped = [reason if bad else d for bad, d in zip(faults[reason], dropped, strict=True)]
     kept = np.array([d == "" for d in dropped])
     nats = nll / lengths
@@ -181,8 +215,8 @@ def assess(
         "profile_hit": hit.tolist(),
         "nearest_identity": nearest["identity"].tolist(),
         "nearest_member": [train[int(i)].name if i >= 0 else "" for i in nearest["target"]],
-        "repeat_share": repeats.tolist(),
-        "low_complexity_share": low.tolist(),
+        "repeat_share": shares[REPEATED].tolist(),
+        "low_complexity_share": shares[LOW_COMPLEXITY].tolist(),
         "sequence": list(samples),
     }
 
@@ -229,7 +263,16 @@ def _cell(value: Any) -> Any:
 def drop_counts(table: Mapping[str, Sequence[Any]]) -> dict[str, int]:
     """Return how many samples were kept, and dropped for each reason."""
     counts = {KEPT: sum(d == "" for d in table["dropped"])}
-    return counts | {r: n for r in REASONS if (n := sum(d == r for d in table["dropped"]))}
+    return counts | {r: n for r in WHY if (n := sum(d == r for d in table["dropped"]))}
+
+
+def drop_lines(counts: Mapping[str, int]) -> list[str]:
+    """Return how many samples were kept and dropped, by reason and why it is one."""
+    return [f"{counts[KEPT]:,} of {sum(counts.values()):,} samples are kept"] + [
+        f"  {counts[reason]:,} dropped: {reason} ({why})"
+        for reason, why in WHY.items()
+        if reason in counts
+    ]
 
 
 def describe_candidates(

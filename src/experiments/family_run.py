@@ -17,7 +17,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -32,7 +32,9 @@ from src.evaluation.inputs import clusters_of
 from src.evaluation.likelihoods import score_proteins
 from src.experiments import candidates as c
 from src.experiments import specialist as s
-from src.models.loading import ProteinModel, load_causal_lm, max_positions, model_fingerprint
+from src.models.decoding import sampling_room
+from src.models.loading import MOST_POSITIONS, ProteinModel, load_causal_lm, model_fingerprint
+from src.models.lora import require_peft
 from src.proteins.family_split import (
     FamilySettings,
     family_hits_of,
@@ -41,6 +43,7 @@ from src.proteins.family_split import (
     split_family,
     test_notes,
 )
+from src.proteins.layouts import PROTGPT2, layout_of
 from src.proteins.profiles import (
     align_family,
     best_density,
@@ -73,6 +76,9 @@ class FamilyRun:
         specialist: shape of the specialist; None: none is made.
         split: how the family is split.
         adaptation: how the model is adapted.
+        lora_rank: of the additions that are trained in place of all weights; None: all weights.
+        random: how random weights of the model's shape are trained.
+        distillation: how the specialist is distilled.
         candidates: how candidates are sampled.
         scratch: also train random weights of the model's shape, for comparison.
         profile: HMM file that recognises the family; None: one is built.
@@ -88,6 +94,7 @@ class FamilyRun:
     specialist: StudentSettings | None = None
     split: FamilySettings = FamilySettings()
     adaptation: s.FitSettings = s.ADAPTATION
+    lora_rank: int | None = None
     random: s.FitSettings = s.FROM_RANDOM
     distillation: s.FitSettings = s.DISTILLATION
     candidates: c.CandidateSettings = c.CandidateSettings()
@@ -101,7 +108,7 @@ class FamilyRun:
 
 @dataclass
 class Family:
-    """A family that is split, and the model's limit in tokens."""
+    """A family that is split, the model's limit in tokens and its layout of proteins."""
 
     data: Path
     train: list[Protein]
@@ -110,6 +117,7 @@ class Family:
     clusters: list[str]
     notes: list[str]
     limit: int
+    layout: str | None = None
 
     @property
     def known(self) -> list[str]:
@@ -157,15 +165,14 @@ def step(run: FamilyRun, name: str) -> None:
 
 def prepare(run: FamilyRun) -> Family:
     """Read and split the family, or take over its split."""
-    model, tokenizer = ProteinModel.load(run.model, announce=run.announce)
-    limit = max_positions(model.config)
+    limit, tokenizer = try_model(run)
     if run.family.is_dir() and has_split(run.family, "train"):
         if not has_split(run.family, "validation"):
             raise ValueError(
                 f"--family {run.family}: has no validation part, which decides when to stop: add "
                 "one, or give one file that is split here"
             )
-        return family_of(run, run.family, [], limit)
+        return family_of(run, run.family, [], limit, tokenizer)
     folder = run.output_dir / "split"
     source = (
         {"file": run.family.name, "sha256": sha256_file(run.family)}
@@ -182,7 +189,7 @@ def prepare(run: FamilyRun) -> Family:
                 "--output_dir"
             )
         run.announce(f"{folder}: finished before")
-        return family_of(run, folder, read_json(notes_file), limit)
+        return family_of(run, folder, read_json(notes_file), limit, tokenizer)
 
     def fits(proteins: Any) -> np.ndarray:
         return np.array([len(row) <= limit for row in encode(tokenizer, proteins)])
@@ -199,18 +206,59 @@ def prepare(run: FamilyRun) -> Family:
     split = split_family(members, hits, run.split)
     write_json(notes_file, notes + split.notes)
     write_split(folder, members, split.split, run.split, source=source)
-    return family_of(run, folder, notes + split.notes, limit)
+    return family_of(run, folder, notes + split.notes, limit, tokenizer)
 
 
-def family_of(run: FamilyRun, data: Path, notes: list[str], limit: int) -> Family:
+def try_model(run: FamilyRun) -> tuple[int, Any]:
+    """Return the model's longest input in tokens, and its tokenizer, which carries its layout.
+
+    What a later stage could not do is refused here, before anything is trained.
+
+    Raises:
+        ValueError: the model cannot be loaded or sampled from, its layout needs a tag, it is
+            smaller than the specialist somewhere, or peft is wanted and missing.
+    """
+    if run.lora_rank is not None:
+        require_peft()
+    model, tokenizer = ProteinModel.load(run.model, announce=run.announce)
+    layout = layout_of(tokenizer)
+    if layout.tag is not None:
+        raise ValueError(
+            f"--model {run.model}: its layout {layout.template} needs {layout.tag} of each "
+            "protein, which is not carried through all stages here: fine-tune it with train.py "
+            "--alpha 1"
+        )
+    limit = sampling_room(model, MOST_POSITIONS)
+    if run.specialist is not None and model.config.model_type == "gpt2":
+        for name in ("n_layer", "n_head", "n_embd"):
+            have, wanted = getattr(model.config, name), getattr(run.specialist, name)
+            if wanted > have:
+                raise ValueError(
+                    f"the specialist's {name} is {wanted}, that of {run.model} {have}: a "
+                    f"specialist is cut from the model, so give --{name} {have} or less"
+                )
+    return limit, tokenizer
+
+
+def family_of(
+    run: FamilyRun, data: Path, notes: list[str], limit: int, tokenizer: Any = None
+) -> Family:
     """Return a split family, and say how it is split."""
+    layout = PROTGPT2 if tokenizer is None else layout_of(tokenizer)
     test = s.part_of(data, "test") if has_split(data, "test") else []
     table = clusters_of(data) or {}
     clusters = [table.get(p.name, p.name) for p in test]
     if data == run.family:
         notes = [*notes, *test_notes(len(test), len(set(clusters)), run.split.test_identity)]
     family = Family(
-        data, s.part_of(data, "train"), s.part_of(data, "validation"), test, clusters, notes, limit
+        data,
+        s.part_of(data, "train"),
+        s.part_of(data, "validation"),
+        test,
+        clusters,
+        notes,
+        limit,
+        None if layout == PROTGPT2 else layout.template,
     )
     run.announce(
         f"{len(family.train):,} training, {len(family.validation):,} validation and {len(test):,} "
@@ -250,6 +298,7 @@ def options_of(run: FamilyRun, family: Family) -> dict[str, Any]:
     """Return the options that all trainings share."""
     return {
         "max_length": family.limit,
+        "layout": family.layout,
         "announce": run.announce,
         "device_name": run.device,
         "cache_dir": run.cache_dir,
@@ -260,7 +309,9 @@ def adapt_model(run: FamilyRun, family: Family) -> dict[str, Any]:
     """Adapt the model and, for comparison, random weights; return the adapted model's record."""
     options = options_of(run, family)
     folder = run.output_dir / "adapted"
-    record = s.adapt(run.model, family.data, folder, run.adaptation, **options)
+    record = s.adapt(
+        run.model, family.data, folder, run.adaptation, lora_rank=run.lora_rank, **options
+    )
     if run.scratch:
         step(run, "train the same shape from random weights, for comparison")
         place = run.output_dir / "random"
@@ -287,17 +338,33 @@ def make_candidates(run: FamilyRun, family: Family, adapted: Mapping[str, Any]) 
     def work() -> dict[str, Any]:
         device = choose_device(run.device)
         longest = max(map(len, family.known))
-        drawn = c.sample_family(model, run.candidates, longest, device, run.announce)
-        table = c.assess(
-            drawn["samples"],
-            drawn["nll"],
-            family.train,
-            searched_profile(run),
-            run.candidates.max_identity,
-        )
+
+        def sample(wanted: c.CandidateSettings, announce: Any = quiet) -> dict[str, Any]:
+            return c.sample_family(model, wanted, longest, device, announce)
+
+        def assess(drawn: Mapping[str, Any]) -> dict[str, Any]:
+            most = run.candidates.max_identity
+            return c.assess(
+                drawn["samples"], drawn["nll"], family.train, searched_profile(run), most
+            )
+
+        wanted, pilot = run.candidates, {}
+        if wanted.temperature is None:
+            chosen, pilot = c.choose_temperature(wanted, sample, assess)
+            shares = ", ".join(f"{kept:.0%} at {t}" for t, kept in pilot.items())
+            run.announce(f"temperature {chosen:g}: of a pilot of {c.PILOT} are kept {shares}")
+            wanted = replace(wanted, temperature=chosen)
+        drawn = sample(wanted, run.announce)
+        if not drawn["samples"]:
+            raise ValueError(
+                f"{model} ended no protein ({drawn['counts']}): give more members, a larger "
+                "--model, or a --temperature (in another --output_dir)"
+            )
+        table = assess(drawn)
         c.write_candidates(folder, table)
         counts = c.drop_counts(table)
-        run.announce(", ".join(f"{n:,} {reason}" for reason, n in counts.items()))
+        for line in c.drop_lines(counts):
+            run.announce(line)
         if not counts[c.KEPT]:
             run.announce(
                 "no sample is a candidate: lower --temperature, give more members or a larger "
@@ -314,6 +381,8 @@ def make_candidates(run: FamilyRun, family: Family, adapted: Mapping[str, Any]) 
             run.candidates.seed,
         )
         return {
+            "temperature": wanted.temperature,
+            "pilot": pilot,
             "attempts": drawn["counts"],
             "proteins_per_second": drawn["proteins_per_second"],
             "dropped": counts,
@@ -365,7 +434,8 @@ def judge_models(
         return {
             "held_out": held_out_figures(run, family, models, folder),
             "models": {
-                name: parameters_and_speed(run, path, name) for name, path in models.items()
+                name: parameters_and_speed(run, path, name, sampled["temperature"])
+                for name, path in models.items()
             },
         }
 
@@ -414,13 +484,19 @@ def held_out_figures(
     return {**figures, "not_recognised_by_profile": int((~known).sum())}
 
 
-def parameters_and_speed(run: FamilyRun, path: str, name: str) -> dict[str, Any]:
+def quiet(line: str) -> None:
+    """Say nothing."""
+
+
+def parameters_and_speed(
+    run: FamilyRun, path: str, name: str, temperature: float
+) -> dict[str, Any]:
     """Return a model's parameters and, of those that sample the family, their speed."""
     record: dict[str, Any] = {"parameters": s.parameters_of(path)}
     if name in (s.ADAPTED, s.SPECIALIST):
-        few = c.CandidateSettings(num_candidates=SPEED_SAMPLES, seed=run.candidates.seed)
+        few = replace(run.candidates, num_candidates=SPEED_SAMPLES, temperature=temperature)
         longest = max(map(len, candidate_residues(run)))
-        drawn = c.sample_family(path, few, longest, choose_device(run.device), lambda line: None)
+        drawn = c.sample_family(path, few, longest, choose_device(run.device), quiet)
         record["proteins_per_second"] = drawn["proteins_per_second"]
     return record
 

@@ -261,7 +261,7 @@ def sweep_of_run(
         f"sweep_{name}",
         f"{name} around a run of scripts/train.py; the best is chosen on validation",
         sweep_arms(name, settings.loss, values),
-        {size: settings.student},
+        {size: settings.shape},
         (settings.seed,),
         rates=(settings.learning_rate,),
         shared=settings,

@@ -32,7 +32,7 @@ from src.evaluation.likelihoods import score_proteins
 from src.evaluation.measurement import write_per_protein
 from src.evaluation.results import put_estimate
 from src.evaluation.statistics import cluster_bootstrap
-from src.models.loading import ProteinModel, load_causal_lm, shape_of
+from src.models.loading import ProteinModel, config_of, load_causal_lm, shape_of
 from src.models.weights import count_parameters
 from src.proteins.fasta import FastaRecord, write_fasta
 from src.proteins.sources import Protein, read_proteins
@@ -90,7 +90,9 @@ class FitSettings:
         )
 
 
-ADAPTATION = FitSettings()
+ADAPTATION = FitSettings(learning_rates=(5e-4,))
+LORA = FitSettings(learning_rates=(3e-3,))
+"""Of low-rank additions, which begin at 0 and need larger steps than weights do."""
 FROM_RANDOM = FitSettings(learning_rates=(3e-3,))
 DISTILLATION = FitSettings(learning_rates=(4e-3,), epochs=5, least_steps=300, evaluate_each=30)
 
@@ -174,19 +176,23 @@ def adapt(
     *,
     random_weights: bool = False,
     shape: StudentSettings | None = None,
+    lora_rank: int | None = None,
+    layout: str | None = None,
     max_length: int = 512,
     announce: Callable[[str], None] = say,
     **options: Any,
 ) -> dict[str, Any]:
-    """Train a model on a family's members with plain cross-entropy, all weights.
+    """Train a model on a family's members with plain cross-entropy.
 
     Args:
-        model: to start from: directory or hub id.
+        model: to start from: directory or hub id; of any class, if ``shape`` is None.
         data: directory with the parts ``train`` and ``validation``.
         folder: the run's directory.
         settings: of the training.
         random_weights: take the model's tokenizer and shape, and not its weights.
         shape: cut the model to this shape, or the shape of the random weights; None: the model's.
+        lora_rank: train additions of this rank (:mod:`src.models.lora`); None: all weights.
+        layout: of proteins; None: the model's.
         max_length: tokens; longer members are cut.
         announce: called with each line for a person.
         **options: of :class:`src.training.stages.RunOptions`.
@@ -203,12 +209,19 @@ def adapt(
         len(part_of(data, "train")),
         announce,
         options,
-        student=shape or shape_of(model),
+        student=shape or gpt2_shape(model),
         loss=LossSettings(alpha=1.0),
         data=str(data),
         max_length=max_length,
+        lora_rank=lora_rank,
+        layout=layout,
         **start,
     )
+
+
+def gpt2_shape(model: str) -> StudentSettings | None:
+    """Return the shape of a GPT-2; None of a model of another class."""
+    return shape_of(model) if config_of(model).model_type == "gpt2" else None
 
 
 def distil(
@@ -219,13 +232,15 @@ def distil(
     settings: FitSettings = DISTILLATION,
     *,
     max_length: int = 512,
+    layout: str | None = None,
     announce: Callable[[str], None] = say,
     **options: Any,
 ) -> dict[str, Any]:
-    """Distil a student that is cut from an adapted teacher, at T = 1 without the hard loss.
+    """Distil a GPT-2 from an adapted teacher, at T = 1 without the hard loss.
 
-    Arguments, record and errors are those of :func:`adapt`; ``data`` holds natural members and
-    samples of the teacher (:func:`write_distillation_data`).
+    It is cut from the teacher, or starts from random weights where that is no GPT-2. Arguments,
+    record and errors are those of :func:`adapt`; ``data`` holds natural members and samples of
+    the teacher (:func:`write_distillation_data`).
     """
     return fit_best(
         folder,
@@ -237,8 +252,9 @@ def distil(
         loss=LossSettings(temperature=1.0, alpha=0.0),
         data=str(data),
         max_length=max_length,
+        layout=layout,
         teacher_model=teacher,
-        init_from=teacher,
+        init_from=teacher if gpt2_shape(teacher) else None,
     )
 
 

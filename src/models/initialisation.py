@@ -1,11 +1,11 @@
 """Initialises a small GPT-2 from a larger one, by the activations of a few calibration proteins.
 
-The stream of the large model is rotated to its principal directions and cut there (SliceGPT: Ashkboos
-et al. 2024, arXiv:2401.15024); attention heads are replaced by their best approximations of lower
-rank on the stream that they read; the most active neurons are kept (Muralidharan et al. 2024,
-arXiv:2407.14679). Then the output matrix of each attention and each MLP is fitted, first block
-first, so that the student's stream is as close as possible to the teacher's: by this a block also
-takes over from the layers that are left out after it. Nothing is trained by gradients.
+The stream of the large model is rotated to its principal directions and cut there (SliceGPT:
+Ashkboos et al. 2024, arXiv:2401.15024). Attention heads are replaced by their best approximations
+of lower rank on the stream that they read, and the most active neurons are kept (Muralidharan et
+al. 2024, arXiv:2407.14679). Then the output matrix of each attention and each MLP is fitted, first
+block first, so that the student's stream is as close as possible to the teacher's: by this a block
+also takes over from the layers that are left out after it. Nothing is trained by gradients.
 
 A student of the same shape computes the same function.
 """
@@ -25,6 +25,8 @@ if TYPE_CHECKING:
 
 CALIBRATION_TOKENS = 16_384
 """Tokens that are run: some 30 for each feature of the largest fit of the bundled students."""
+CALIBRATION_PROTEINS = 512
+"""Most proteins that are run."""
 RIDGE = 1e-3
 """Pull of a fit towards the weights before it, in units of the features' mean square."""
 
@@ -180,6 +182,7 @@ class _Cut:
         self.between = [self.large.h[layer].ln_2 for layer in self.layers]
         self.after = [norms[end] for end in ends]
         self.activity: dict[int, Tensor] = {}
+        self.last = torch.empty(0)
         self.map = self._principal_map(small.config.n_embd)
         self.streams: dict[Any, Tensor] = {}
         self.shares: dict[Any, float] = {}

@@ -287,17 +287,35 @@ def require_runnable(model: PreTrainedModel) -> None:
     head_form(model)
 
 
+def config_of(name: str | Path) -> Any:
+    """Return a model's configuration. Raises ``ValueError`` if it is missing or broken."""
+    from transformers import AutoConfig
+
+    require_model_directory(name)
+    with explain_loading("model", name):
+        return AutoConfig.from_pretrained(str(name), trust_remote_code=False)
+
+
+def random_like(name: str | Path, seed: int) -> PreTrainedModel:
+    """Return a model of another one's class and shape with random weights, in float32.
+
+    The caller's random generator is not changed. Raises ``ValueError`` like :func:`config_of`.
+    """
+    from transformers import AutoModelForCausalLM
+
+    config = config_of(name)
+    with explain_loading("model", name), torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        return AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+
+
 def shape_of(name: str | Path) -> StudentSettings:
     """Return the shape of a GPT-2 in a directory or on the hub.
 
     Raises:
         ValueError: the model is missing, or no GPT-2.
     """
-    from transformers import AutoConfig
-
-    require_model_directory(name)
-    with explain_loading("model", name):
-        config = AutoConfig.from_pretrained(str(name), trust_remote_code=False)
+    config = config_of(name)
     if config.model_type != "gpt2":
         raise ValueError(f"{name}: is a {config.model_type}, not a GPT-2")
     return StudentSettings(config.n_layer, config.n_head, config.n_embd)

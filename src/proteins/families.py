@@ -114,15 +114,32 @@ def _members(names: Iterable[str], families: Mapping[str, str]) -> dict[str, lis
     return members
 
 
-def best_scores(proteins: Mapping[str, str], profiles: Path) -> dict[str, float]:
-    """Return the highest log-odds score of each protein under any profile, nats; 0 without a hit.
+class ProfileSearch:
+    """Searches proteins with the profiles of a file, each protein once.
 
-    Raises:
-        ValueError: pyhmmer is missing, or ``profiles`` is no HMM file.
+    Args:
+        profiles: HMM file.
     """
-    scores = profile_scores(list(proteins.values()), profiles)
-    best = np.max([*scores.values(), np.zeros(len(proteins))], axis=0)
-    return dict(zip(proteins, best.tolist(), strict=True))
+
+    def __init__(self, profiles: Path) -> None:
+        self.profiles = profiles
+        self._found: dict[str, dict[str, float]] = {}
+
+    def scores(self, proteins: Sequence[str]) -> dict[str, np.ndarray]:
+        """Return what :func:`src.proteins.relatives.profile_scores` returns, and raise the same."""
+        new = [p for p in dict.fromkeys(proteins) if p not in self._found]
+        self._found |= {p: {} for p in new}
+        for key, values in (profile_scores(new, self.profiles) if new else {}).items():
+            for place in np.flatnonzero(values):
+                self._found[new[place]][key] = float(values[place])
+        keys = dict.fromkeys(key for p in proteins for key in self._found[p])
+        return {k: np.array([self._found[p].get(k, 0.0) for p in proteins]) for k in keys}
+
+    def best(self, proteins: Mapping[str, str]) -> dict[str, float]:
+        """Return each protein's highest log-odds score under any profile, nats; 0 without a hit."""
+        scores = self.scores(list(proteins.values()))
+        best = np.max([*scores.values(), np.zeros(len(proteins))], axis=0)
+        return dict(zip(proteins, best.tolist(), strict=True))
 
 
 def split_within_families(
@@ -185,13 +202,8 @@ def split_within_families(
     held_out = len(parts["test"]) + len(parts["validation"])
     left_out["relative of a held-out protein"] = len(kept_out) - held_out
     rng.shuffle(parts["train"])
-    announce("searching for leaks once more, for the report")
     report = {
         "left_out": dict(left_out),
-        "leakage": {
-            part: family_leakage(proteins, parts[part], parts["train"], search)
-            for part in ("validation", "test")
-        },
         "families": {part: len({families[n] for n in names}) for part, names in parts.items()},
     }
     return Split(parts, dict(families), report, frozenset(families.values()))
@@ -263,9 +275,6 @@ def add_new_families(
     split.clusters.update(families)
     split.families |= set(families.values())
     split.report["families"][NEW_FAMILIES] = len(set(families.values()))
-    split.report["leakage"][NEW_FAMILIES] = family_leakage(
-        together, list(new), split.parts["train"], _search_settings(settings)
-    )
     return together
 
 
@@ -312,6 +321,24 @@ def add_other_proteins(
     return {name: residues for name, residues in together.items() if name in split.clusters}
 
 
+def report_leakage(
+    split: Split, proteins: Mapping[str, str], settings: FamilySplitSettings
+) -> None:
+    """Put the leakage of every held-out part into a split's report, once all parts are complete.
+
+    Args:
+        split: changed in place.
+        proteins: residues for each name of the split.
+        settings: what the split was made with.
+    """
+    search, train = _search_settings(settings), split.parts["train"]
+    split.report["leakage"] = {
+        part: family_leakage(proteins, names, train, search)
+        for part, names in split.parts.items()
+        if part != "train"
+    }
+
+
 def family_leakage(
     proteins: Mapping[str, str],
     held_out: Sequence[str],
@@ -328,7 +355,9 @@ def family_leakage(
     }
 
 
-def write_profiles(folder: Path, proteins: Mapping[str, str], split: Split, profiles: Path) -> int:
+def write_profiles(
+    folder: Path, proteins: Mapping[str, str], split: Split, search: ProfileSearch
+) -> int:
     """Write the profiles of a split's families, and a table of the families, into its directory.
 
     A family's profile is the one with the highest sum of scores over its members. The table
@@ -339,17 +368,17 @@ def write_profiles(folder: Path, proteins: Mapping[str, str], split: Split, prof
         folder: of the split; must exist.
         proteins: residues for each name.
         split: with all its parts.
-        profiles: HMM file.
+        search: with the profiles of all families.
 
     Returns:
         The number of profiles written.
 
     Raises:
-        ValueError: pyhmmer is missing, or ``profiles`` is no HMM file.
+        ValueError: pyhmmer is missing, or the profiles are no HMM file.
     """
     part_of = {name: part for part, names in split.parts.items() for name in names}
     names = [name for name in part_of if split.clusters[name] in split.families]
-    scores = profile_scores([proteins[name] for name in names], profiles)
+    scores = search.scores([proteins[name] for name in names])
     rows: dict[str, list[int]] = defaultdict(list)
     for row, name in enumerate(names):
         rows[split.clusters[name]].append(row)
@@ -370,7 +399,7 @@ def write_profiles(folder: Path, proteins: Mapping[str, str], split: Split, prof
         lines.append("\t".join(map(str, fields)))
     write_text(folder / "families.tsv", "\n".join(lines) + "\n")
     with (
-        open_profiles(profiles) as file,
+        open_profiles(search.profiles) as file,
         (folder / "families.hmm.gz").open("wb") as raw,
         gzip.GzipFile(filename="", mode="wb", fileobj=raw, mtime=0) as packed,
     ):

@@ -12,6 +12,7 @@ from matplotlib.figure import Figure
 
 from src.common.cli import duration
 from src.common.runs import RUN_FILE, read_run
+from src.evaluation.filters import WHY
 from src.evaluation.metrics import GENERATION_METRICS
 from src.evaluation.results import with_interval
 from src.proteins.layouts import lines_of
@@ -59,7 +60,8 @@ def build_page(folder: Path, judgement: Mapping[str, Any]) -> str:
         "training": _training(judgement),
         "curves": _curves(folder),
         "profile": judgement["profile"],
-        "dropped": [(r, f"{n:,}") for r, n in found["dropped"].items()],
+        "dropped": [(r, f"{n:,}", WHY.get(r, "")) for r, n in found["dropped"].items()],
+        "temperature": f"{found['temperature']:g}",
         "limits": [(r, f"{100 * v:.0f} %") for r, v in found["limits"].items()],
         "set_heads": [(SET_LABELS[s], s, f"{sets[s]['sequences']:,} proteins") for s in sets],
         "set_rows": _set_rows(sets),

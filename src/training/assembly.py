@@ -14,8 +14,15 @@ from transformers.trainer_callback import PrinterCallback, ProgressCallback
 
 from src.common.settings import DECAY_SHARE, TrainSettings, derived_steps
 from src.distillation import DistillationTrainer
-from src.models.initialisation import subclone
-from src.models.loading import build_student, load_causal_lm, set_dropout, student_config
+from src.models.initialisation import CALIBRATION_PROTEINS, cut
+from src.models.loading import (
+    build_student,
+    load_causal_lm,
+    random_like,
+    set_dropout,
+    student_config,
+)
+from src.models.lora import add_lora
 from src.models.teacher_cache import CachedCollator, TeacherCache
 from src.proteins.batching import PackedDataset, PackingCollator, PaddingCollator, ProteinDataset
 from src.proteins.tokens import TokenisedProteins
@@ -35,18 +42,38 @@ if TYPE_CHECKING:
 CHECKPOINTS_KEPT = 2
 
 
-def initial_student(settings: TrainSettings, model_shape: Any) -> PreTrainedModel:
+def initial_student(
+    settings: TrainSettings, model_shape: Any, proteins: TokenisedProteins
+) -> PreTrainedModel:
     """Return the student as it is before the first step, in float32 and train mode.
 
-    A model of the student's shape in ``init_from`` is taken as it is, a larger one is cut down.
+    A model of the student's shape in ``init_from`` is taken as it is; a larger one is cut down, by
+    what it does on some training proteins. With ``lora_rank`` its weights are frozen and
+    low-rank additions are trained.
 
     Args:
         settings: of the run.
         model_shape: the teacher's configuration, or vocabulary, positions and marker without one.
+        proteins: those of the training.
 
     Raises:
-        ValueError: ``init_from`` is not there, or smaller than the student somewhere.
+        ValueError: ``init_from`` is not there, or smaller than the student somewhere; or peft is
+            wanted and missing.
     """
+    student = _whole_student(settings, model_shape, proteins)
+    if settings.lora_rank is not None:
+        add_lora(student, settings.lora_rank, settings.seed)
+    return student
+
+
+def _whole_student(
+    settings: TrainSettings, model_shape: Any, proteins: TokenisedProteins
+) -> PreTrainedModel:
+    if settings.student is None:
+        if settings.init_from is not None:
+            return load_causal_lm(settings.init_from).train()
+        assert settings.tokenizer is not None
+        return random_like(settings.tokenizer, settings.seed).train()
     wanted = student_config(settings.student, model_shape)
     if settings.init_from is None:
         return build_student(wanted, settings.seed)
@@ -56,7 +83,8 @@ def initial_student(settings: TrainSettings, model_shape: Any) -> PreTrainedMode
     shape = ("n_layer", "n_head", "n_embd", "vocab_size")
     if any(getattr(model.config, name) != getattr(wanted, name) for name in shape):
         student = build_student(wanted, settings.seed)
-        subclone(model, student)
+        order = np.random.default_rng(settings.seed).permutation(len(proteins))
+        cut(model, student, [proteins[int(i)] for i in order[:CALIBRATION_PROTEINS]])
         return student
     set_dropout(model, settings.student.dropout)
     return model.train()

@@ -74,7 +74,7 @@ def plan(
     else:
         announce(f"no teacher; tokenizer {settings.tokenizer}: {shape.vocab_size:,} tokens")
     name = preset or "this run"
-    students = {name: settings.student}
+    students = {name: settings.shape}
     students |= {other: p.student for other, p in PRESETS.items() if other not in students}
     estimates = {
         other: estimate(student, settings, shape, teacher_parameters, rows)
@@ -265,7 +265,7 @@ def time_steps(settings: TrainSettings, inputs: Ingredients) -> Timing:
     )
     from src.training.validation import plan_validation
 
-    student = initial_student(settings, inputs.model_shape)
+    student = initial_student(settings, inputs.model_shape, inputs.parts["train"])
     rows = training_rows(settings, inputs.parts["train"], inputs.max_length)
     steps = total_steps(settings, rows)
     assert steps is not None

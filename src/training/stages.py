@@ -36,6 +36,7 @@ from src.evaluation.gates import CHECKED_PROTEINS, check_teacher, sample
 from src.evaluation.results import lookup
 from src.models.forward import keep_head_alone
 from src.models.loading import model_fingerprint
+from src.models.lora import merge_lora
 from src.models.sizes import total_steps
 from src.models.teacher_cache import TeacherCache
 from src.models.weights import count_parameters
@@ -236,7 +237,7 @@ def build(settings: TrainSettings, run: RunOptions, claimed: Claim, inputs: Ingr
     Raises:
         ValueError: the student cannot be made, or the teacher or its cache is unusable.
     """
-    student = initial_student(settings, inputs.model_shape)
+    student = initial_student(settings, inputs.model_shape, inputs.parts["train"])
     rows = training_rows(settings, inputs.parts["train"], inputs.max_length)
     steps = total_steps(settings, rows, claimed.processes)
     assert steps is not None
@@ -261,7 +262,7 @@ def build(settings: TrainSettings, run: RunOptions, claimed: Claim, inputs: Ingr
     )
     for line in data_summary(inputs.parts["train"], settings.batch_size, "training"):
         run.announce(line)
-    run.announce(models_line(settings, parameters, teacher_parameters))
+    run.announce(models_line(settings, student, teacher_parameters))
     together = f", {processes.count()} processes" if processes.count() > 1 else ""
     run.announce(
         f"{steps:,} steps of {rows_per_step} rows over {rows:,} rows, {inputs.precision} on "
@@ -278,9 +279,14 @@ def build(settings: TrainSettings, run: RunOptions, claimed: Claim, inputs: Ingr
     return built
 
 
-def models_line(settings: TrainSettings, parameters: int, teacher_parameters: int) -> str:
+def models_line(settings: TrainSettings, model: PreTrainedModel, teacher_parameters: int) -> str:
     """Return the line that compares the student with its teacher."""
-    student = settings.student
+    student, parameters = settings.student, count_parameters(model)
+    if settings.lora_rank is not None:
+        trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
+        return f"{settings.init_from}: {trained:,} of {parameters:,} parameters are trained (LoRA)"
+    if student is None:
+        return f"{type(model).__name__} as it is: {parameters:,} parameters"
     shape = f"{student.n_layer}L/{student.n_head}H/{student.n_embd}E"
     if not teacher_parameters:
         return f"no teacher; model {shape}: {parameters:,} parameters"
@@ -428,6 +434,8 @@ def conclude(
         if final["step"] != last_step:
             trainer.load_weights(final["step"])
         run.announce(outcome_line(record["early_stopping"]))
+    if settings.lora_rank is not None:
+        merge_lora(built.student)
     trainer.save_model(str(run.output_dir))
     record |= {
         "status": FINISHED,
@@ -436,7 +444,10 @@ def conclude(
         "peak_memory_bytes": peak_memory(trainer.args.device),
         "final": {name: value for name, value in final.items() if name.startswith("eval_")},
     }
-    record["student"]["fingerprint"] = model_fingerprint(built.student)
+    record["student"] |= {
+        "parameters": count_parameters(built.student),  # without additions that were merged
+        "fingerprint": model_fingerprint(built.student),
+    }
     write_run(run.output_dir, record)
     if fitted.tracking is not None and trainer.is_world_process_zero():
         fitted.tracking.conclude(record)

@@ -1,0 +1,375 @@
+"""Runs the experiment on specialists: families, numbers of members, draws and starting points.
+
+A cell adapts one starting point to N members of one family and measures it on held-out members.
+The cells of a group (family, N and draw) share their data and the adapted models, which are removed
+when the group is done. A cell with a file in ``cells/`` is not run again, and several processes
+may work on one experiment. docs/EXPERIMENT.md has what is asked of it.
+"""
+
+from __future__ import annotations
+
+import random
+import shutil
+import time
+from collections import defaultdict
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
+from functools import cached_property
+from itertools import groupby
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from src.common.cli import say
+from src.common.files import read_json, write_json
+from src.common.runs import InUseError, locked
+from src.common.settings import StudentSettings
+from src.evaluation.composition import distinct_share
+from src.evaluation.measurement import write_per_protein
+from src.experiments import candidates as c
+from src.experiments import specialist as s
+from src.proteins import profiles as p
+from src.proteins.families import read_families
+from src.proteins.family_split import FamilySettings, family_hits_of, split_family
+from src.proteins.fasta import FastaRecord, write_fasta
+from src.proteins.relatives import nearest_identities, profile_scores
+from src.proteins.split_files import SPLIT_FILE, read_named, write_split
+from src.trainer.interruption import stops_on_signals
+
+PROFILE, RATES_FILE, TABLE = "profile", "rates.json", "specialists.parquet"
+TUNING_FAMILIES, TUNING_DRAW = 6, 1000
+"""Families drawn for tuning, and the number of a draw of members that is used for nothing else."""
+DISTILLED = 1000
+"""Samples of the adapted teacher that a specialist is distilled on, beside the members."""
+FLOPS = 2e10
+"""Operations a second of two cores, for the estimate before the first cell is finished."""
+
+
+@dataclass(frozen=True)
+class Start:
+    """A starting point.
+
+    Attributes:
+        name: of it.
+        model: directory.
+        random: take the model's shape with random weights.
+        student: adapt the model and distil this shape from it; None: adapt alone.
+    """
+
+    name: str
+    model: str
+    random: bool = False
+    student: StudentSettings | None = None
+
+
+@dataclass(frozen=True)
+class Cell:
+    """One training; ``start`` is a name, or :data:`PROFILE`; ``rate`` None: that of the tuning."""
+
+    family: str
+    members: int
+    draw: int
+    start: str
+    rate: float | None = None
+
+    @property
+    def group(self) -> str:
+        """Family, N and draw."""
+        return f"{self.family}-n{self.members}-d{self.draw}"
+
+    @property
+    def key(self) -> str:
+        """Name of its file."""
+        rate = "" if self.rate is None else f"-{self.rate:.1e}"
+        return f"{self.group}-{self.start}{rate}"
+
+
+@dataclass(frozen=True)
+class FamilyGrid:
+    """What is run, and where.
+
+    Attributes:
+        families: FASTA with ``family=NAME`` in its headers.
+        profiles: HMM file with gathering thresholds.
+        table: ``families.tsv`` of a split, which says whose profile is which.
+        results: directory of ``cells/``, the table and the tuned rates.
+        work: directory of data and models.
+        starts: starting points beside the profile HMM.
+        members: numbers of training members.
+        draws: of the members, each.
+        samples: of each adapted model, at temperature 1.
+        fit: settings of every training but for its rate.
+        rates: tried in tuning.
+        device: ``auto``, ``cpu`` or ``cuda``.
+        announce: called with each line for a person.
+    """
+
+    families: Path
+    profiles: Path
+    table: Path
+    results: Path
+    work: Path
+    starts: tuple[Start, ...]
+    members: tuple[int, ...] = (10, 30, 100)
+    draws: int = 2
+    samples: int = 200
+    fit: s.FitSettings = s.FitSettings()
+    rates: tuple[float, ...] = (1.7e-4, 5e-4, 1.5e-3, 4.5e-3)
+    device: str = "cpu"
+    announce: Callable[[str], None] = say
+
+    @cached_property
+    def proteins(self) -> dict[str, dict[str, str]]:
+        """Residues by name, by family."""
+        residues, _ = read_named(self.families)
+        found: dict[str, dict[str, str]] = defaultdict(dict)
+        for name, family in read_families(self.families, residues).items():
+            found[family][name] = residues[name]
+        return {family: found[family] for family in sorted(found)}
+
+    @cached_property
+    def profile_keys(self) -> dict[str, str]:
+        """Accession of each family's profile. Raises ``ValueError`` if one is missing."""
+        head, *rows = (line.split("\t") for line in self.table.read_text().splitlines())
+        keys = {row[0]: row[head.index("profile")] for row in rows}
+        if missing := [family for family in self.proteins if family not in keys]:
+            raise ValueError(f"{self.table}: has no family {missing[0]}, which is in the proteins")
+        return keys
+
+    def cells(self, tuning: bool = False) -> list[Cell]:
+        """Return all cells, by group."""
+        names = list(self.proteins)
+        if not tuning:
+            starts = [*(start.name for start in self.starts), PROFILE]
+            return [
+                Cell(family, n, draw, start)
+                for family in names
+                for n in self.members
+                for draw in range(self.draws)
+                for start in starts
+            ]
+        few = sorted(random.Random(0).sample(names, min(TUNING_FAMILIES, len(names))))
+        return [
+            Cell(family, n, TUNING_DRAW, start.name, rate)
+            for family in few
+            for n in self.members
+            for start in self.starts
+            for rate in self.rates
+        ]
+
+    def file_of(self, cell: Cell) -> Path:
+        """Return the path of a cell's record."""
+        return self.results / "cells" / f"{cell.key}.json"
+
+    # Before the run -----------------------------------------------------------------------------
+
+    def plan(self, cells: Sequence[Cell]) -> list[str]:
+        """Return a line for each group with its open cells, and the hours that they take."""
+        spent: dict[str, list[float]] = defaultdict(list)
+        for cell in filter(lambda cell: self.file_of(cell).is_file(), cells):
+            spent[cell.start].append(read_json(self.file_of(cell))["seconds"])
+        sizes = {start.name: s.parameters_of(start.model) for start in self.starts}
+        seconds, lines = 0.0, []
+        for group, members in groupby(cells, lambda cell: cell.group):
+            left = [cell for cell in members if not self.file_of(cell).is_file()]
+            for cell in left:
+                known = spent[cell.start]
+                seconds += sum(known) / len(known) if known else self._guess(cell, sizes)
+            if left:
+                names = sorted({cell.start for cell in left})
+                lines.append(f"  {group}: {len(left)} cells ({', '.join(names)})")
+        left = sum(not self.file_of(cell).is_file() for cell in cells)
+        measured = "from finished cells" if any(spent.values()) else "guessed, at most"
+        return [
+            *lines,
+            f"{left:,} of {len(cells):,} cells to run, {seconds / 3600:.1f} hours ({measured})",
+        ]
+
+    def _guess(self, cell: Cell, sizes: Mapping[str, int]) -> float:
+        if cell.start == PROFILE:
+            return 10.0
+        length = np.mean([len(q) for q in self.proteins[cell.family].values()])
+        steps = self.fit.train_settings(cell.members, 1e-3).max_steps
+        return float(6 * sizes[cell.start] * length * self.fit.batch_size * steps / FLOPS) + 20
+
+    # Running ------------------------------------------------------------------------------------
+
+    @stops_on_signals
+    def run(self, cells: Sequence[Cell]) -> None:
+        """Run every cell that has no file; groups that another process runs are skipped.
+
+        Raises:
+            ValueError: an input is missing, or rates are to be tuned first.
+        """
+        if any(cell.rate is None for cell in cells):
+            self.tuned_rates()
+        for group, members in groupby(cells, lambda cell: cell.group):
+            left = [cell for cell in members if not self.file_of(cell).is_file()]
+            if not left:
+                continue
+            folder = self.work / group
+            try:
+                with locked(folder, "--work"):
+                    for cell in left:
+                        if self.file_of(cell).is_file():  # another process was quicker
+                            continue
+                        self.announce(f"== {cell.key}")
+                        started = time.monotonic()
+                        record = self._measure(cell, folder)
+                        record["seconds"] = time.monotonic() - started
+                        write_json(self.file_of(cell), {**asdict(cell), **record})
+                    shutil.rmtree(folder)
+            except InUseError:
+                self.announce(f"{group}: another process is running it")
+
+    def tuned_rates(self) -> dict[str, float]:
+        """Return the chosen rate by ``START N``. Raises ``ValueError`` if some are not chosen."""
+        path = self.results / RATES_FILE
+        rates = read_json(path) if path.is_file() else {}
+        wanted = [f"{start.name} {n}" for start in self.starts for n in self.members]
+        if missing := [name for name in wanted if name not in rates]:
+            raise ValueError(
+                f"{path}: has no rate for {missing[0]}: run with --tune, then --choose"
+            )
+        return rates
+
+    def choose(self) -> dict[str, float]:
+        """Write and return the rate of the lowest mean validation loss of each start and N.
+
+        Raises:
+            ValueError: cells of the tuning are missing, or rates were chosen before.
+        """
+        path, cells = self.results / RATES_FILE, self.cells(tuning=True)
+        if path.exists():
+            raise ValueError(f"{path}: is there already, and rates are chosen once")
+        if missing := [cell.key for cell in cells if not self.file_of(cell).is_file()]:
+            raise ValueError(f"{len(missing)} cells of the tuning are missing, {missing[0]} first")
+        losses: dict[str, dict[float, list[float]]] = defaultdict(lambda: defaultdict(list))
+        for cell in cells:
+            assert cell.rate is not None
+            loss = read_json(self.file_of(cell))["validation_loss"]
+            losses[f"{cell.start} {cell.members}"][cell.rate].append(loss)
+        rates = {
+            name: min(found, key=lambda rate: float(np.mean(found[rate])))
+            for name, found in losses.items()
+        }
+        write_json(path, rates)
+        return rates
+
+    def _data(self, cell: Cell, folder: Path) -> Path:
+        """Return the group's data: N members drawn, and the family's held-out members."""
+        split = self.work / "splits" / cell.family
+        with locked(split.parent / f"{cell.family}-lock", "--work"):
+            if not (split / SPLIT_FILE).is_file():
+                members = self.proteins[cell.family]
+                made = split_family(members, family_hits_of(members), FamilySettings())
+                write_split(split, members, made.split, made.settings)
+        data = folder / "data"
+        pool = s.part_of(split, "train")
+        drawn = random.Random(cell.group).sample(pool, min(cell.members, len(pool)))
+        for part, found in {
+            "train": drawn,
+            "validation": s.part_of(split, "validation"),
+            "test": s.part_of(split, "test"),
+        }.items():
+            write_fasta(data / f"{part}.fasta", [FastaRecord(q.name, q.residues) for q in found])
+        return data
+
+    def _measure(self, cell: Cell, folder: Path) -> dict[str, Any]:
+        data = self._data(cell, folder)
+        train, test = s.part_of(data, "train"), s.part_of(data, "test")
+        counts = {
+            "train": len(train),
+            "proteins": len(test),
+            "residues": sum(len(q.residues) for q in test),
+        }
+        if cell.start == PROFILE:
+            begun = time.monotonic()
+            validation = [q.residues for q in s.part_of(data, "validation")]
+            aligned = p.align_family([q.residues for q in train])
+            density, choice, _ = p.best_density(aligned, validation)
+            nll, _ = p.profile_nll(density, [q.residues for q in test])
+            spent = time.monotonic() - begun
+            return {**counts, "nll": float(nll.sum()), "train_seconds": spent, "choice": choice}
+        start = next(start for start in self.starts if start.name == cell.start)
+        rate = cell.rate or self.tuned_rates()[f"{cell.start} {cell.members}"]
+        model, record = self._fit(cell, start, rate, data, folder)
+        found = {
+            **counts,
+            "rate_used": rate,
+            "validation_loss": s.final_loss(record),
+            "train_seconds": record["train_seconds"],
+            "parameters": record["student"]["parameters"],
+        }
+        if cell.rate is not None:  # tuning sees no test member
+            return found
+        nll = s.nats_of(model, [q.residues for q in test], self.device)
+        return {**found, "nll": float(nll.sum()), **self._sampled(cell, model, train)}
+
+    def _fit(
+        self, cell: Cell, start: Start, rate: float, data: Path, folder: Path
+    ) -> tuple[Path, dict[str, Any]]:
+        """Adapt, and distil where a student is wanted; return the model and its record."""
+        fit = replace(self.fit, learning_rates=(rate,), seed=self.fit.seed + cell.draw)
+        options: dict[str, Any] = {
+            "announce": lambda line: None,
+            "device_name": self.device,
+            "cache_dir": str(folder / "cache"),
+        }
+        named = f"-{rate:.1e}" if cell.rate else ""
+        if start.student is None:
+            place = folder / f"{start.name}{named}"
+            return place, s.adapt(
+                start.model, data, place, fit, random_weights=start.random, **options
+            )
+        # The teacher is the one that the cell of the same model left, or would make.
+        teacher = next(t for t in self.starts if t.model == start.model and t != start)
+        if cell.rate is None:
+            own = self.tuned_rates()[f"{teacher.name} {cell.members}"]
+        else:
+            own = self.rates[len(self.rates) // 2]
+        adapted = folder / (f"{teacher.name}-{own:.1e}" if cell.rate else teacher.name)
+        s.adapt(start.model, data, adapted, replace(fit, learning_rates=(own,)), **options)
+        place, both = folder / f"{start.name}{named}", folder / "distillation"
+
+        def sample() -> dict[str, Any]:
+            train = [q.residues for q in s.part_of(data, "train")]
+            wanted = c.CandidateSettings(num_candidates=DISTILLED, temperature=1.0, seed=cell.draw)
+            longest = max(map(len, train))
+            drawn = c.sample_family(adapted, wanted, longest, self.device, lambda line: None)
+            return s.write_distillation_data(both, data, list(dict.fromkeys(drawn["samples"])))
+
+        s.run_stage(both, {"rate": own}, sample, lambda line: None)
+        return place, s.distil(str(adapted), both, place, start.student, fit, **options)
+
+    def _sampled(self, cell: Cell, model: Path, train: Sequence[Any]) -> dict[str, Any]:
+        """Return what is measured on samples: hits, identity, diversity and speed."""
+        wanted = c.CandidateSettings(num_candidates=self.samples, temperature=1.0, seed=cell.draw)
+        longest = max(len(q.residues) for q in train)
+        drawn = c.sample_family(model, wanted, longest, self.device, lambda line: None)
+        found = {
+            "samples": len(drawn["samples"]),
+            "hits": 0,
+            "proteins_per_second": drawn["proteins_per_second"],
+        }
+        if not drawn["samples"]:
+            return found
+        scores = profile_scores(drawn["samples"], self.profiles)
+        found["hits"] = int((scores.get(self.profile_keys[cell.family], np.zeros(1)) > 0).sum())
+        identity = nearest_identities(drawn["samples"], [q.residues for q in train])["identity"]
+        return {
+            **found,
+            "identity": float(identity.mean()),
+            "distinct_share": len(set(drawn["samples"])) / len(drawn["samples"]),
+            "distinct_4mers": distinct_share(drawn["samples"]),
+        }
+
+    def write_table(self) -> int:
+        """Write every finished cell as a row of one parquet file; return how many there are."""
+        rows = [read_json(path) for path in sorted((self.results / "cells").glob("*.json"))]
+        names = list(dict.fromkeys(name for row in rows for name in row))
+        columns = {name: [row.get(name) for row in rows] for name in names}
+        if rows:
+            write_per_protein(self.results / TABLE, columns)
+        return len(rows)

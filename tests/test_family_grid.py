@@ -1,0 +1,117 @@
+"""The experiment on specialists, tiny: tuning, choice, every start, resuming, and its plan."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pyarrow.parquet as pq
+import pytest
+
+pytest.importorskip("pyhmmer")
+
+from src.common.settings import StudentSettings
+from src.experiments import family_grid as g
+from src.experiments import specialist as s
+from src.proteins.homology import Hit
+from src.proteins.profiles import align_family, profile_of, write_profiles
+from tests.test_profiles import RESIDUES, mutants
+from tools.family_experiment import build_parser, main, starts
+
+
+@pytest.fixture
+def grid(tmp_path, tiny_lm, tiny_tokenizer, monkeypatch):
+    tiny_lm(initializer_range=0.02).save_pretrained(tmp_path / "model")
+    tiny_tokenizer.save_pretrained(tmp_path / "model")
+    members = mutants((RESIDUES * 3)[:50], 16, 0.2, 5)
+    text = "".join(f">p{i} family=F\n{m}\n" for i, m in enumerate(members))
+    (tmp_path / "new.fasta").write_text(text)
+    write_profiles(tmp_path / "p.hmm", [profile_of(align_family(members), "P")])
+    (tmp_path / "families.tsv").write_text("family\tprofile\nF\tP\n")
+
+    def alignments(proteins, queries, targets, settings):
+        return [Hit(a, b, 1.0 if a == b else 0.5, 1.0) for a in queries for b in targets]
+
+    monkeypatch.setattr("src.proteins.family_split.alignments", alignments)
+    monkeypatch.setattr(g, "DISTILLED", 4)
+    model = str(tmp_path / "model")
+    return g.FamilyGrid(
+        tmp_path / "new.fasta",
+        tmp_path / "p.hmm",
+        tmp_path / "families.tsv",
+        tmp_path / "results",
+        tmp_path / "work",
+        (
+            g.Start("teacher", model),
+            g.Start("random", model, random=True),
+            g.Start("specialist", model, student=StudentSettings(1, 2, 8)),
+        ),
+        members=(5,),
+        draws=1,
+        samples=4,
+        fit=s.FitSettings(epochs=1, least_steps=2, evaluate_each=1, patience=2),
+        rates=(1e-4, 1e-2),
+        announce=lambda line: None,
+    )
+
+
+def test_the_experiment_is_tuned_run_and_resumed(grid, monkeypatch):
+    cells = grid.cells()
+    assert [cell.start for cell in cells] == ["teacher", "random", "specialist", "profile"]
+    with pytest.raises(ValueError, match=r"no rate for teacher 5: run with --tune, then --choose"):
+        grid.run(cells)
+    with pytest.raises(ValueError, match="6 cells of the tuning are missing"):
+        grid.choose()
+    tuning = grid.cells(tuning=True)
+    assert len(tuning) == 6
+    grid.run(tuning)
+    rates = grid.choose()
+    assert set(rates) == {"teacher 5", "random 5", "specialist 5"}
+    with pytest.raises(ValueError, match="chosen once"):
+        grid.choose()
+
+    grid.run(cells[:2])
+    assert grid.plan(cells)[0] == "  F-n5-d0: 2 cells (profile, specialist)"
+    grid.run(cells)
+    assert grid.plan(cells) == ["0 of 4 cells to run, 0.0 hours (from finished cells)"]
+    monkeypatch.setattr(g.FamilyGrid, "_measure", None)
+    grid.run(cells)
+    assert grid.write_table() == 10
+    rows = pq.read_table(grid.results / g.TABLE).to_pylist()
+    done = {row["start"]: row for row in rows if row["rate"] is None}
+    assert set(done) == {"teacher", "random", "specialist", "profile"}
+    assert done["specialist"]["parameters"] < done["teacher"]["parameters"]
+    assert all(row["train"] == 5 and row["nll"] > 0 for row in done.values())
+    assert done["profile"]["nll"] < done["random"]["nll"]
+    assert all(row["nll"] is None for row in rows if row["rate"] is not None)
+    assert not (grid.work / "F-n5-d0").exists()
+
+
+def test_a_family_without_a_profile_is_told(grid):
+    grid.table.write_text("family\tprofile\nG\tP\n")
+    with pytest.raises(ValueError, match="has no family F"):
+        _ = replace(grid).profile_keys
+
+
+def test_a_dry_run_lists_cells_and_hours_and_makes_nothing(grid, capsys):
+    flags = ["--families", grid.families, "--profiles", grid.profiles, "--table", grid.table]
+    flags += ["--results", grid.results, "--start", f"teacher={grid.starts[0].model}", "--dry_run"]
+    assert main([str(flag) for flag in flags]) == 0
+    shown = capsys.readouterr().out
+    assert "F-n10-d0: 2 cells (profile, teacher)" in shown
+    assert "12 of 12 cells to run, 0.1 hours (guessed, at most)" in shown
+    assert not grid.results.exists()
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        ([], "give --start NAME=MODEL"),
+        (["--start", "a"], "give NAME=MODEL"),
+        (["--start", "a=b", "--random_start", "a=b"], "the name a is taken"),
+        (["--specialist", "s=m:4,4,16"], "must be a --start, too"),
+        (["--start", "a=m", "--specialist", "s=m:4"], "NAME=MODEL:L,H,E"),
+    ],
+)
+def test_starts_of_another_form(flags, message):
+    with pytest.raises(ValueError, match=message):
+        starts(build_parser().parse_args([*flags, "--results", "r"]))
