@@ -67,6 +67,7 @@ def test_presets_set_shape_and_rate_and_flags_win(preset):
     assert settings.student == PRESETS[preset].student
     assert settings.learning_rate == PRESETS[preset].learning_rate
     changed = settings_of("--preset", preset, "--n_layer", "3", "--learning_rate", "2e-4")
+    assert changed.student is not None
     assert changed.student.n_layer == 3
     assert changed.learning_rate == 2e-4
 

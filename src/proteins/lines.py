@@ -21,7 +21,7 @@ from src.proteins.report import ReadReport
 MAX_LINE_BYTES = 1 << 20
 MAX_EXPANSION = 200
 """Compression shrinks proteins two- to fivefold; larger factors mean a decompression bomb."""
-FREE_EXPANSION_BYTES = 1 << 24
+FREE_EXPANSION_BYTES = 1 << 22
 GZIP = b"\x1f\x8b"
 BROKEN = (EOFError, zlib.error, gzip.BadGzipFile, zipfile.BadZipFile, tarfile.TarError)
 """What reading damaged gzip or an archive raises."""

@@ -429,7 +429,7 @@ def parquet_proteins(
         except Exception as error:  # of pyarrow, for a damaged page
             raise ValueError(f"{path}: row {row + 1}: broken parquet ({reason(error)})") from None
         empty = [""] * len(cells)
-        held = dict(zip(beside, texts, strict=True))
+        held: dict[int | None, list[str]] = dict(zip(beside, texts, strict=True))
         titles, values = (held.get(i, empty) for i in (name, tags))
         for title, value, cell in zip(titles, values, cells, strict=True):
             row += 1
