@@ -10,6 +10,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator
 from contextlib import contextmanager
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -150,6 +151,11 @@ def _refuse_adapter(folder: Path) -> None:
     whole = any(
         path for kind in ("model*.safetensors", "pytorch_model*.bin") for path in folder.glob(kind)
     )
+    if adapter.is_file() and whole and find_spec("peft"):
+        raise ValueError(
+            f"{adapter}: lies beside a whole model, and peft, which is installed, would apply it "
+            "again: move it away if it is merged already"
+        )
     if adapter.is_file() and not whole:
         base = read_json(adapter, MAX_CONFIG_BYTES)
         base = base.get("base_model_name_or_path") if isinstance(base, dict) else None

@@ -58,7 +58,7 @@ from src.common.cli import (
 from src.common.files import check_outputs, write_json
 from tests.stress import crash
 
-SECONDS = 10
+SECONDS = 60
 """Processor time of a case."""
 MEMORY_BYTES = 3 << 30
 """Address space that a case may take beyond what its process had at its start."""
