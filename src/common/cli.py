@@ -68,6 +68,10 @@ def say(line: str = "") -> None:
     print(line, flush=True)
 
 
+def unheard(line: str = "") -> None:
+    """Print nothing, where :func:`say` would."""
+
+
 def run_script(
     run: Callable[[argparse.Namespace], Any],
     build_parser: Callable[[], argparse.ArgumentParser],

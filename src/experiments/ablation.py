@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Mapping, Sequence
+from copy import deepcopy
 from dataclasses import asdict
 from itertools import groupby
 from pathlib import Path
@@ -254,15 +255,13 @@ class GridRun:
     def _trainer(self, folder: Path, cells: Sequence[Cell]) -> CohortTrainer:
         inputs, shared = self.ingredients, self.grid.shared
         settings = [self.grid.settings(cell) for cell in cells]
-        members = [
-            Member(
-                cell.name,
-                initial_student(s, inputs.model_shape, inputs.parts["train"]),
-                s.loss,
-                s.learning_rate,
-            )
-            for cell, s in zip(cells, settings, strict=True)
-        ]
+        starts: dict[Any, Any] = {}  # each is made once: a cut runs its model
+        members = []
+        for cell, s in zip(cells, settings, strict=True):
+            key = s.init_from, s.student, s.seed
+            if key not in starts:
+                starts[key] = initial_student(s, inputs.model_shape, inputs.parts["train"])
+            members.append(Member(cell.name, deepcopy(starts[key]), s.loss, s.learning_rate))
         rows = training_rows(shared, inputs.parts["train"], inputs.max_length)
         steps = total_steps(shared, rows)
         assert steps is not None

@@ -21,7 +21,7 @@ from typing import Any
 
 import numpy as np
 
-from src.common.cli import say
+from src.common.cli import say, unheard
 from src.common.files import read_json, write_json
 from src.common.runs import InUseError, locked
 from src.common.settings import StudentSettings
@@ -313,7 +313,7 @@ class FamilyGrid:
         """Adapt, and distil where a student is wanted; return the model and its record."""
         fit = replace(self.fit, learning_rates=(rate,), seed=self.fit.seed + cell.draw)
         options: dict[str, Any] = {
-            "announce": lambda line: None,
+            "announce": unheard,
             "device_name": self.device,
             "cache_dir": str(folder / "cache"),
         }
@@ -337,17 +337,17 @@ class FamilyGrid:
             train = [q.residues for q in s.part_of(data, "train")]
             wanted = c.CandidateSettings(num_candidates=DISTILLED, temperature=1.0, seed=cell.draw)
             longest = max(map(len, train))
-            drawn = c.sample_family(adapted, wanted, longest, self.device, lambda line: None)
+            drawn = c.sample_family(adapted, wanted, longest, self.device, unheard)
             return s.write_distillation_data(both, data, list(dict.fromkeys(drawn["samples"])))
 
-        s.run_stage(both, {"rate": own}, sample, lambda line: None)
+        s.run_stage(both, {"rate": own}, sample, unheard)
         return place, s.distil(str(adapted), both, place, start.student, fit, **options)
 
     def _sampled(self, cell: Cell, model: Path, train: Sequence[Any]) -> dict[str, Any]:
         """Return what is measured on samples: hits, identity, diversity and speed."""
         wanted = c.CandidateSettings(num_candidates=self.samples, temperature=1.0, seed=cell.draw)
         longest = max(len(q.residues) for q in train)
-        drawn = c.sample_family(model, wanted, longest, self.device, lambda line: None)
+        drawn = c.sample_family(model, wanted, longest, self.device, unheard)
         found = {
             "samples": len(drawn["samples"]),
             "hits": 0,

@@ -23,7 +23,7 @@ from typing import Any
 
 import numpy as np
 
-from src.common.cli import duration, quiet_libraries, say
+from src.common.cli import duration, quiet_libraries, say, unheard
 from src.common.devices import choose_device
 from src.common.files import read_json, sha256_file, write_json, write_text
 from src.common.runs import locked, read_run
@@ -339,7 +339,7 @@ def make_candidates(run: FamilyRun, family: Family, adapted: Mapping[str, Any]) 
         device = choose_device(run.device)
         longest = max(map(len, family.known))
 
-        def sample(wanted: c.CandidateSettings, announce: Any = quiet) -> dict[str, Any]:
+        def sample(wanted: c.CandidateSettings, announce: Any = unheard) -> dict[str, Any]:
             return c.sample_family(model, wanted, longest, device, announce)
 
         def assess(drawn: Mapping[str, Any]) -> dict[str, Any]:
@@ -484,10 +484,6 @@ def held_out_figures(
     return {**figures, "not_recognised_by_profile": int((~known).sum())}
 
 
-def quiet(line: str) -> None:
-    """Say nothing."""
-
-
 def parameters_and_speed(
     run: FamilyRun, path: str, name: str, temperature: float
 ) -> dict[str, Any]:
@@ -496,7 +492,7 @@ def parameters_and_speed(
     if name in (s.ADAPTED, s.SPECIALIST):
         few = replace(run.candidates, num_candidates=SPEED_SAMPLES, temperature=temperature)
         longest = max(map(len, candidate_residues(run)))
-        drawn = c.sample_family(path, few, longest, choose_device(run.device), quiet)
+        drawn = c.sample_family(path, few, longest, choose_device(run.device), unheard)
         record["proteins_per_second"] = drawn["proteins_per_second"]
     return record
 

@@ -18,7 +18,6 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from src.common import processes
-from src.common.cli import say
 from src.loss.chunks import OutputHead
 from src.loss.reference import at_least_float32
 
@@ -201,8 +200,8 @@ def head_form(model: PreTrainedModel) -> HeadForm:
         finally:
             model.train(training)
         model.__dict__[_FORM] = form
-        if not form.linear and processes.is_first():
-            say(
+        if not form.linear:
+            processes.say(
                 f"{type(model).__name__}: its logits do not follow from its last hidden states by "
                 "an output head with scale and cap: it is run for full logits, which takes more "
                 "memory and, in a teacher cache, more disk"

@@ -20,6 +20,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
+from src.proteins.batching import padded
+
 if TYPE_CHECKING:
     from transformers import GPT2LMHeadModel
 
@@ -52,14 +54,14 @@ def calibration_batch(rows: Sequence[Any], longest: int) -> tuple[Tensor, Tensor
     Returns:
         Ids ``(B, T)`` and which are no padding ``(B, T)``.
     """
-    kept: list[Tensor] = []
+    kept, tokens = [], 0
     for row in rows:
-        kept.append(torch.as_tensor(row[:longest]).long())
-        if sum(map(len, kept)) >= CALIBRATION_TOKENS:
+        kept.append(row[:longest])
+        tokens += len(kept[-1])
+        if tokens >= CALIBRATION_TOKENS:
             break
-    ids = torch.nn.utils.rnn.pad_sequence(kept, batch_first=True)
-    lengths = torch.tensor([len(row) for row in kept])
-    return ids, torch.arange(ids.shape[1])[None] < lengths[:, None]
+    ids, mask = padded(kept)
+    return ids, mask.bool()
 
 
 @torch.no_grad()

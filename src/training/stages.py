@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from src.common import processes
-from src.common.cli import duration, quiet_libraries, say, size
+from src.common.cli import duration, quiet_libraries, say, size, unheard
 from src.common.devices import describe_device, peak_memory, require_one_gpu
 from src.common.files import check_outputs, names_full_disk, remove_unfinished
 from src.common.runs import (
@@ -180,10 +180,6 @@ def train(settings: TrainSettings, output_dir: Path, **options: Any) -> dict[str
             return claimed.finished
         fitted = fit(settings, run, claimed, inputs, built)
         return conclude(settings, run, built, fitted)
-
-
-def unheard(line: str) -> None:
-    """Print nothing: the first process speaks for all."""
 
 
 def claim(settings: TrainSettings, run: RunOptions) -> Claim:
