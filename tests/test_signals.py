@@ -113,6 +113,30 @@ def test_an_ignored_hangup_stays_ignored():
         signal.signal(signal.SIGHUP, before)
 
 
+def test_workers_end_with_their_parent_and_with_nobody_else():
+    """multiprocessing ends them by SIGTERM at exit and waits: they must not ignore that one."""
+    code = (
+        "import os, signal, sys, multiprocessing\n"
+        "from torch.utils.data import DataLoader\n"
+        "from src.trainer.interruption import quiet_workers\n"
+        "batches = iter(quiet_workers(DataLoader(range(1000), num_workers=2)))\n"
+        "next(batches)\n"
+        "sys.kept = batches\n"  # as a traceback keeps it
+        "other = 'import os, sys; [os.kill(int(p), 15) for p in sys.argv[1:]]'\n"
+        "pids = [str(worker.pid) for worker in multiprocessing.active_children()]\n"
+        "os.spawnv(os.P_WAIT, sys.executable, [sys.executable, '-c', other, *pids])\n"
+        "print(sum(1 for _ in batches), flush=True)\n"
+        "again = sys.again = iter(quiet_workers(DataLoader(range(1000), num_workers=2)))\n"
+        "next(again)\n"
+        "sys.exit(143)\n"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=60
+    )
+    assert done.stdout == "999\n"
+    assert done.returncode == 143, done.stderr
+
+
 def test_a_lost_terminal_does_not_break_what_is_printed():
     """Writing to a terminal that is gone fails, and must not end the run before its checkpoint."""
     code = (

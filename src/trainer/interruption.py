@@ -120,18 +120,31 @@ def _tell(line: str, number: int) -> None:
 
 
 def quiet_workers(loader: Any) -> Any:
-    """Return a DataLoader whose workers ignore signals.
+    """Return a DataLoader whose workers ignore signals, but for SIGTERM of their own parent.
 
     Ctrl-C and many schedulers signal every process of a run. A worker that died of it would end
-    the step, and the checkpoint could not be written.
+    the step, and the checkpoint could not be written. But at its exit a process ends the workers
+    that are left by SIGTERM, and waits for them.
     """
     if getattr(loader, "num_workers", 0):
         loader.worker_init_fn = functools.partial(_start_worker, loader.worker_init_fn)
     return loader
 
 
+def _end_with_parent() -> None:
+    """Wait for a SIGTERM that the parent sent, and end this process."""
+    while signal.sigwaitinfo([signal.SIGTERM]).si_pid != os.getppid():
+        pass
+    os._exit(0)
+
+
 def _start_worker(initialise: Callable[[int], Any] | None, worker: int) -> None:
+    tells_senders = hasattr(signal, "sigwaitinfo")  # macOS does not
     for number in SIGNALS:
-        signal.signal(number, signal.SIG_IGN)
+        if number != signal.SIGTERM or not tells_senders:
+            signal.signal(number, signal.SIG_IGN)
+    if tells_senders:
+        signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGTERM])
+        threading.Thread(target=_end_with_parent, daemon=True).start()
     if initialise is not None:
         initialise(worker)
