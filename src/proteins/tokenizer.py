@@ -20,7 +20,7 @@ def train_tokenizer(
 
     Args:
         proteins: residues of each protein.
-        vocab_size: with the letters, the newline and the end-of-text marker.
+        vocab_size: with the letters, the newline and the end-of-text marker; 28 is these alone.
         n_positions: the longest input of the model, recorded in the tokenizer.
 
     Returns:
@@ -29,8 +29,8 @@ def train_tokenizer(
     Raises:
         ValueError: the vocabulary is too small for the letters.
     """
-    if vocab_size <= len(LETTERS) + 1:
-        raise ValueError(f"--vocab_size must be above {len(LETTERS) + 1}, got {vocab_size}")
+    if vocab_size < len(LETTERS) + 1:
+        raise ValueError(f"--vocab_size must be at least {len(LETTERS) + 1}, got {vocab_size}")
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
