@@ -16,7 +16,9 @@ from __future__ import annotations
 
 import argparse
 import sys
+from collections.abc import Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
@@ -32,6 +34,11 @@ from src.common.cli import (
 )
 from src.common.files import check_outputs, names_full_disk
 from src.common.processes import say
+
+if TYPE_CHECKING:
+    from src.evaluation.generation import GeneratedProtein
+
+SHOWN_FAMILIES = 20
 
 
 def residue_range(text: str) -> tuple[int, int]:
@@ -67,7 +74,11 @@ def build_parser() -> argparse.ArgumentParser:
     add = parser.add_argument_group("sampling").add_argument
     add("--top_k", type=natural, default=950, help="among so many likeliest tokens; 0: all")
     add("--top_p", type=share, default=1.0, help="among the tokens with this share")
-    add("--repetition_penalty", type=positive_float, default=1.2, help="1: none")
+    add(
+        "--repetition_penalty",
+        type=positive_float,
+        help="1: none (default: 1.2, or 1 where tokens are single residues)",
+    )
     add("--temperature", type=positive_float, default=1.0, help="divides the logits")
     add("--seed", type=natural, default=0, help="of all random numbers")
     add("--batch_size", type=positive_int, default=64, help="at a time; does not change the result")
@@ -76,6 +87,7 @@ def build_parser() -> argparse.ArgumentParser:
     add = parser.add_argument_group("output").add_argument
     add("--output", type=Path, required=True, help="FASTA file")
     add("--rank_by_perplexity", action="store_true", help="most likely proteins first")
+    add("--profiles", type=Path, help="HMM file: name the family that each protein is hit by")
     add("--scorer", help="model that gives the perplexities (default: the model itself)")
     add("--overwrite", action="store_true", help="replace the file")
     return parser
@@ -92,9 +104,12 @@ def run(args: argparse.Namespace) -> dict:
     from src.evaluation.filters import Filters
     from src.models.loading import ProteinModel
     from src.proteins.fasta import write_fasta
+    from src.proteins.relatives import check_profiles, family_hits
     from src.proteins.sources import read_proteins
 
     quiet_libraries()
+    if args.profiles:
+        check_profiles(args.profiles)
     if args.length:
         if args.min_length != 1 or args.max_length:
             raise ValueError("--length sets both: leave out --min_length and --max_length")
@@ -134,10 +149,31 @@ def run(args: argparse.Namespace) -> dict:
     names = {"model": Path(args.model).name or args.model}
     if args.scorer:
         names["scorer"] = Path(args.scorer).name or args.scorer
+    families = None
+    if args.profiles:
+        hits = family_hits([protein.residues for protein, _ in scored], args.profiles)
+        families = hits["names"]
+        show_families(scored, hits)
     with names_full_disk(args.output, "make space, or name another --output"):
-        write_fasta(args.output, g.fasta_records(scored, args.seed, names, loaded.layout.tag))
+        write_fasta(
+            args.output,
+            g.fasta_records(scored, args.seed, names, loaded.layout.tag, families),
+        )
     say(f"written: {args.output}")
     return result.counts
+
+
+def show_families(scored: Sequence[tuple[GeneratedProtein, float | None]], hits: dict) -> None:
+    """Print which family each protein is recognised as, and how many are."""
+    for number, ((protein, _), family) in enumerate(zip(scored, hits["names"], strict=True), 1):
+        if number > SHOWN_FAMILIES:
+            say(f"... and {len(scored) - SHOWN_FAMILIES:,} more, in the file")
+            break
+        say(f"{number:6d}  {len(protein.residues):5d} residues  {family or 'no known family'}")
+    say(
+        f"{sum(hits['hit']):,} of {len(scored):,} proteins hit a known family, {hits['families']} "
+        f"of the {hits['profiles']:,} families are hit (threshold: {hits['threshold']})"
+    )
 
 
 def main(argv: list[str] | None = None) -> int:

@@ -115,3 +115,22 @@ def small_teacher_dir() -> Path:
 @pytest.fixture(scope="session")
 def proteins_dir() -> Path:
     return ROOT / "data" / "proteins"
+
+
+@pytest.fixture
+def profiles(tmp_path, random_proteins):
+    """Write an HMM file of one family, without and with gathering thresholds."""
+    pyhmmer = pytest.importorskip("pyhmmer")
+    from src.proteins import relatives
+
+    protein = random_proteins(1, 90, 90, seed=9)[0]
+    alphabet = pyhmmer.easel.Alphabet.amino()
+    sequence = relatives.named_sequence("family", protein).digitize(alphabet)
+    builder = pyhmmer.plan7.Builder(alphabet)
+    hmm, _, _ = builder.build(sequence, pyhmmer.plan7.Background(alphabet))
+    with (tmp_path / "plain.hmm").open("wb") as handle:
+        hmm.write(handle)
+    hmm.cutoffs.gathering = 25.0, 25.0
+    with (tmp_path / "gathering.hmm").open("wb") as handle:
+        hmm.write(handle)
+    return protein, tmp_path

@@ -99,6 +99,20 @@ def test_every_sampling_flag_changes_something(folder):
         assert (folder / f"{number}.fasta").read_text().splitlines()[1:] != plain, option
 
 
+def test_families_are_named(folder, profiles, capsys):
+    """A protein that begins with a family's member is hit by the family's profile."""
+    member, hmms = profiles
+    options = ("--profiles", hmms / "gathering.hmm", "--num_sequences", 2)
+    assert run(folder, *options, "--prompt", member, name="members.fasta") == 0
+    assert [fields["family"] for _, fields in headers(folder / "members.fasta")] == ["family"] * 2
+    assert "2 of 2 proteins hit a known family, 1 of the 1 families" in capsys.readouterr().out
+    assert run(folder, *options, name="others.fasta") == 0
+    assert [fields["family"] for _, fields in headers(folder / "others.fasta")] == ["none"] * 2
+    assert "residues  no known family" in capsys.readouterr().out
+    assert run(folder, "--profiles", folder / "none.hmm") == 2
+    assert "none.hmm: there is no such HMM file" in capsys.readouterr().err
+
+
 def test_filters_are_told_by_reason(folder, capsys):
     assert run(folder, "--num_sequences", 3) == 0
     capsys.readouterr()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -34,6 +35,7 @@ from src.evaluation.sampler import (
 from src.proteins.fasta import FastaRecord, fasta_text, format_header, write_fasta
 from src.proteins.layouts import layout, prompt_layout
 from src.proteins.sources import read_proteins
+from src.proteins.tokenizer import train_tokenizer
 
 
 @pytest.fixture
@@ -256,10 +258,23 @@ def test_dropout_is_off_for_the_while(tiny_lm, tokenizer):
     assert found[0] == found[1]
 
 
+def test_the_penalty_suits_the_tokens(model, tokenizer):
+    """Where tokens are single residues, all of them occur soon: there is nothing to penalise."""
+    letters = train_tokenizer(["MKV"], 28, 256)
+    wanted = GenerationSettings(num_sequences=2, whole_only=False, max_length=20)
+    assert wanted.suited(letters).repetition_penalty == 1.0
+    assert wanted.suited(tokenizer).repetition_penalty == 1.2
+    assert replace(wanted, repetition_penalty=1.1).suited(letters).repetition_penalty == 1.1
+    result = sample_proteins(model, tokenizer, wanted)
+    assert result.settings.repetition_penalty == 1.2
+    given = replace(wanted, repetition_penalty=1.2)
+    assert sample_proteins(model, tokenizer, given).sequences == result.sequences
+
+
 def test_cached_steps_equal_uncached_ones(model, tokenizer):
     """Each protein, found with slots and cache, is the one that full passes find."""
     settings = GenerationSettings(num_sequences=6, seed=11, top_k=20, batch_size=2)
-    warp = Warp(settings.repetition_penalty, settings.temperature, settings.top_k)
+    warp = Warp(1.2, settings.temperature, settings.top_k)
     for protein in sample_proteins(model, tokenizer, settings).proteins:
         ids: Any = torch.tensor([tokenizer(prompt_layout())["input_ids"]])
         for level in torch.from_numpy(attempt_stream(11, protein.attempt, 256)):

@@ -63,23 +63,6 @@ def test_nearest_identities_are_those_constructed(random_proteins):
     assert half["target"][0] == 9
 
 
-@pytest.fixture
-def profiles(tmp_path, random_proteins):
-    """Write an HMM file of one family, without and with gathering thresholds."""
-    pyhmmer = pytest.importorskip("pyhmmer")
-    protein = random_proteins(1, 90, 90, seed=9)[0]
-    alphabet = pyhmmer.easel.Alphabet.amino()
-    sequence = relatives.named_sequence("family", protein).digitize(alphabet)
-    builder = pyhmmer.plan7.Builder(alphabet)
-    hmm, _, _ = builder.build(sequence, pyhmmer.plan7.Background(alphabet))
-    with (tmp_path / "plain.hmm").open("wb") as handle:
-        hmm.write(handle)
-    hmm.cutoffs.gathering = 25.0, 25.0
-    with (tmp_path / "gathering.hmm").open("wb") as handle:
-        hmm.write(handle)
-    return protein, tmp_path
-
-
 @pytest.mark.parametrize(("name", "threshold"), [("plain", 1e-3), ("gathering", "gathering")])
 def test_families(profiles, random_proteins, name, threshold):
     protein, folder = profiles
@@ -87,6 +70,7 @@ def test_families(profiles, random_proteins, name, threshold):
     others = random_proteins(4, 60, 100, seed=10)
     found = relatives.family_hits([*related, *others, ""], folder / f"{name}.hmm")
     assert found.pop("hit").tolist() == [True] * 3 + [False] * 5
+    assert found.pop("names") == ["family"] * 3 + [None] * 5
     assert found == {"families": 1, "profiles": 1, "threshold": threshold}
     control = relatives.family_hits([shuffled(p) for p in related], folder / f"{name}.hmm")
     assert not control["hit"].any()

@@ -60,11 +60,12 @@ class Tally:
 
 @dataclass
 class GenerationResult:
-    """What sampling gave: proteins in the order of their attempts, counts, wall time."""
+    """What sampling gave: proteins in the order of their attempts, counts, seconds, settings."""
 
     proteins: list[GeneratedProtein]
     tally: Tally
     seconds: float
+    settings: GenerationSettings
 
     @property
     def sequences(self) -> list[str]:
@@ -91,7 +92,7 @@ def sample_proteins(
     Returns:
         The proteins: fewer than wanted where the attempts allowed did not suffice.
     """
-    settings = settings or GenerationSettings()
+    settings = (settings or GenerationSettings()).suited(tokenizer)
     started = time.monotonic()
     tally = Tally()
 
@@ -100,7 +101,7 @@ def sample_proteins(
 
     found = sample(model, tokenizer, settings, filters, announce, tally, shared)
     proteins = list(progress(found, settings.num_sequences, description, "proteins"))
-    return GenerationResult(proteins, tally, time.monotonic() - started)
+    return GenerationResult(proteins, tally, time.monotonic() - started, settings)
 
 
 @torch.inference_mode()
@@ -225,6 +226,7 @@ def fasta_records(
     seed: int,
     names: Mapping[str, str],
     tag: str | None = None,
+    families: Sequence[str | None] | None = None,
 ) -> list[FastaRecord]:
     """Return a FASTA record for each protein, its perplexity per residue in the header.
 
@@ -233,8 +235,10 @@ def fasta_records(
         seed: that they were sampled with.
         names: what else the headers say: the model, and the scorer where it is another.
         tag: key of the layout's tag, if it has one.
+        families: name of the family that each protein is recognised as, if that was asked.
     """
     width = max(4, len(str(len(scored))))
+    known = [{} if families is None else {"family": name} for name in families or scored]
     return [
         FastaRecord(
             f"protein_{number:0{width}d}",
@@ -247,6 +251,7 @@ def fasta_records(
                 "seed": seed,
                 "attempt": protein.attempt,
                 "whole": "yes" if protein.whole else "no",
+                **known[number - 1],
             },
         )
         for number, (protein, value) in enumerate(scored, start=1)

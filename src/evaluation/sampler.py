@@ -7,7 +7,8 @@ and gives out the good ones.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -66,6 +67,7 @@ class GenerationSettings:
         top_k: sample among so many likeliest tokens; 0: among all.
         top_p: sample among the likeliest tokens that hold this share of the probability.
         repetition_penalty: divides the logits of tokens that occurred (multiplies negative ones).
+            None: what suits the tokens (:func:`suited_penalty`).
         temperature: divides the logits.
         seed: of all random numbers.
         batch_size: proteins sampled at a time, at most.
@@ -81,7 +83,7 @@ class GenerationSettings:
     ban_residues: str = ""
     top_k: int = 950
     top_p: float = 1.0
-    repetition_penalty: float = 1.2
+    repetition_penalty: float | None = None
     temperature: float = 1.0
     seed: int = 0
     batch_size: int = 64
@@ -115,14 +117,34 @@ class GenerationSettings:
         if not 0 < self.top_p <= 1:
             raise ValueError(f"--top_p must be in (0, 1], got {self.top_p}")
         for name in ("repetition_penalty", "temperature"):
-            require_moderate(name, getattr(self, name))
+            if (value := getattr(self, name)) is not None:
+                require_moderate(name, value)
         if not 0 <= self.seed < 1 << 64:
             raise ValueError(f"--seed must be in [0, 2^64), got {self.seed}")
+
+    def suited(self, tokenizer: Any) -> GenerationSettings:
+        """Return these settings with the penalty that suits the tokenizer, where none is given."""
+        if self.repetition_penalty is not None:
+            return self
+        return replace(self, repetition_penalty=suited_penalty(token_letters(tokenizer)))
 
     @property
     def attempts_allowed(self) -> int:
         """Return how many proteins may be begun."""
         return self.max_attempts or max(ATTEMPTS_A_SEQUENCE * self.num_sequences, LEAST_ATTEMPTS)
+
+
+def suited_penalty(letters: Sequence[str]) -> float:
+    """Return the repetition penalty for a vocabulary.
+
+    1.2, as ProtGPT2's authors advise for tokens of several residues (Ferruz et al. 2022,
+    doi:10.1038/s41467-022-32007-7). 1, which is none, where each token is one residue: a protein of
+    average length has every residue, so the penalty would only flatten the distribution.
+
+    Args:
+        letters: residues of each token (:func:`~src.proteins.tokens.token_letters`).
+    """
+    return 1.2 if max(map(len, letters)) > 1 else 1.0
 
 
 @dataclass(frozen=True)
@@ -172,9 +194,8 @@ class Sampler:
         never = banned_tokens(tokenizer, settings.ban_residues, vocabulary)
         never[len(letters) :] = True
         self.never = never.to(self.device) if never.any() else None
-        self.warp = Warp(
-            settings.repetition_penalty, settings.temperature, settings.top_k, settings.top_p
-        )
+        penalty = settings.repetition_penalty or suited_penalty(letters)
+        self.warp = Warp(penalty, settings.temperature, settings.top_k, settings.top_p)
         self.longest = settings.max_length or (
             self.room * max(self.each_token) + len(settings.prompt)
         )

@@ -229,8 +229,8 @@ def describe(
         }
     if settings.thorough and settings.profiles is not None:
         hits = family_hits(proteins, settings.profiles)
-        arrays["hit"] = hits.pop("hit")
-        record["families"] = hits
+        arrays["hit"] = hits["hit"]
+        record["families"] = {key: hits[key] for key in ("families", "profiles", "threshold")}
     for name, estimate in _estimates(arrays, natural, settings, clusters).items():
         put_estimate(record, name, estimate)
     if settings.thorough and len(whole) > 1:
@@ -389,7 +389,7 @@ def measure_generation(
     from src.evaluation.likelihoods import score_proteins
 
     settings = settings or DescriptionSettings()
-    wanted = GenerationSettings(num_sequences=count, seed=settings.seed, batch_size=batch_size)
+    wanted = GenerationSettings(count, seed=settings.seed, batch_size=batch_size).suited(tokenizer)
     rng, tags = np.random.default_rng(settings.seed), [getattr(p, "tag", "") for p in natural]
     drawn = Counter(tags[i] for i in rng.integers(len(tags), size=count))
     generated: dict[str, list[str]] = {}

@@ -198,20 +198,23 @@ def family_hits(
         cpus: threads.
 
     Returns:
-        ``hit`` ``(P,)``, whether each protein is hit; ``families``: number of different profiles
+        ``hit`` ``(P,)``, whether each protein is hit; ``names`` ``(P,)``: accession and name of the
+        profile with the highest score, or None; ``families``: number of different profiles
         that hit; ``profiles`` searched; ``threshold``: ``gathering`` or the E-value.
 
     Raises:
         ValueError: see :func:`check_profiles`.
     """
     count, gathering = check_profiles(profiles)
-    hit: set[int] = set()
+    best: dict[int, tuple[float, str]] = {}
     families = 0
-    for _profile, hits in _searched(proteins, profiles, count, gathering, evalue, cpus):
-        hit |= set(hits)
+    for profile, hits in _searched(proteins, profiles, count, gathering, evalue, cpus):
         families += bool(hits)
+        for protein, score in hits.items():
+            best[protein] = max(best.get(protein, (-np.inf, "")), (score, full_name(profile)))
     return {
-        "hit": np.array([i in hit for i in range(len(proteins))], dtype=bool),
+        "hit": np.array([i in best for i in range(len(proteins))], dtype=bool),
+        "names": [best[i][1] if i in best else None for i in range(len(proteins))],
         "families": families,
         "profiles": count,
         "threshold": "gathering" if gathering else evalue,
@@ -240,8 +243,8 @@ def profile_scores(
     scores: dict[str, np.ndarray] = {}
     for profile, hits in _searched(proteins, profiles, count, gathering, evalue, cpus):
         if hits:
-            scores[profile] = np.zeros(len(proteins))
-            scores[profile][list(hits)] = np.log(2) * np.array(list(hits.values()))
+            scores[profile_key(profile)] = np.zeros(len(proteins))
+            scores[profile_key(profile)][list(hits)] = np.log(2) * np.array(list(hits.values()))
     return scores
 
 
@@ -252,8 +255,8 @@ def _searched(
     gathering: bool,
     evalue: float,
     cpus: int,
-) -> Iterator[tuple[str, dict[int, float]]]:
-    """Yield each profile's key and its hits: index of the protein, score in bits."""
+) -> Iterator[tuple[Any, dict[int, float]]]:
+    """Yield each profile and its hits: index of the protein, score in bits."""
     import pyhmmer
 
     alphabet = pyhmmer.easel.Alphabet.amino()
@@ -265,12 +268,17 @@ def _searched(
             # hmmsearch is much faster than hmmscan; Z makes its E-values hmmscan's.
             for hits in pyhmmer.hmmsearch(file, block, cpus=cpus, Z=count, **options):
                 good = (h for h in hits if h.included or h.reported)
-                yield profile_key(hits.query), {int(text_of(h.name)): h.score for h in good}
+                yield hits.query, {int(text_of(h.name)): h.score for h in good}
 
 
 def profile_key(profile: Any) -> str:
     """Return a profile's accession, or its name where it has none."""
     return text_of(profile.accession or profile.name)
+
+
+def full_name(profile: Any) -> str:
+    """Return a profile's accession and name, such as ``PF00829.24 Ribosomal_L21p``."""
+    return " ".join(text_of(part) for part in (profile.accession, profile.name) if part)
 
 
 @contextmanager
