@@ -9,7 +9,7 @@ processes all take part in each stage; the work of the first alone goes through
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -51,7 +51,7 @@ from src.training.tracking import Tracking, open_tracker, require_tracker
 from src.training.validation import ValidationPlan, plan_validation
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedModel
+    from transformers import PreTrainedModel, TrainerCallback
 
 
 @dataclass(frozen=True)
@@ -70,6 +70,7 @@ class RunOptions:
         workers: processes that prepare batches.
         compile_model: run the student through ``torch.compile``.
         announce: called with each line for a person.
+        callbacks: of the Trainer, beside the run's own.
     """
 
     output_dir: Path
@@ -83,6 +84,7 @@ class RunOptions:
     workers: int = 0
     compile_model: bool = False
     announce: Callable[[str], None] = say
+    callbacks: Sequence[TrainerCallback] = ()
 
 
 @dataclass(frozen=True)
@@ -329,6 +331,8 @@ def fit(
     if run.report_to != "none":
         tracking = Tracking(run.report_to, run.output_dir, record)
         tracking.watch(trainer)
+    for callback in run.callbacks:
+        trainer.add_callback(callback)
     checkpoint = None
     if claimed.unfinished is not None:
         checkpoint = processes.agreed(lambda: newest_valid(run.output_dir, run.announce))

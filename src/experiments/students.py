@@ -1,0 +1,288 @@
+"""Trains students by several recipes and measures what quality each reaches for how much compute.
+
+The learning rate of each recipe is chosen first, at a tenth of the length. While a student is
+trained, its KL divergence from the teacher on validation proteins is taken at times that grow
+geometrically; the clock stands still meanwhile. A run with a file in ``results`` is not run again.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from transformers import TrainerCallback
+
+from src.common.cli import say
+from src.common.files import read_json, write_json
+from src.common.settings import OF_TEACHER, RECIPES, LossSettings, StudentSettings, TrainSettings
+from src.evaluation.scoring import EvaluationSettings, score_students
+from src.models.loading import ProteinModel
+from src.proteins.tokens import TokenisedProteins, tokenise
+from src.training.stages import train
+
+TUNING_SEED = 1000
+"""Seed of the runs that choose learning rates, which no other run has."""
+POINTS = 12
+"""Points of a curve, from a hundredth of the steps to the last."""
+BEYOND = 2
+"""Rates tried beyond an end of the range, where the best one lies there."""
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """What a run changes beside the shape and the budget, and the learning rates it chooses from.
+
+    Attributes:
+        loss: settings of the loss.
+        changes: other settings of the run.
+        rates: tried, ascending.
+    """
+
+    loss: LossSettings
+    changes: Mapping[str, Any]
+    rates: tuple[float, ...]
+
+    @classmethod
+    def named(cls, name: str, rates: tuple[float, ...], **changes: Any) -> Recipe:
+        """Return a recipe of ``train.py --recipe``, with changes beside it."""
+        flags = dict(RECIPES[name])
+        loss = {key: flags.pop(key) for key in list(flags) if hasattr(LossSettings(), key)}
+        return cls(LossSettings(**loss), {**flags, **changes}, rates)
+
+
+MUON = {"optimizer": "muon", "lr_schedule": "warmup_stable_decay"}
+COMPARED = {
+    "published": Recipe.named("published", (1e-3, 2e-3, 4e-3)),
+    "plain": Recipe(LossSettings(), {}, (1e-3, 2e-3, 4e-3)),
+    "recommended": Recipe.named("recommended", (5e-4, 1e-3, 2e-3)),
+    "muon": Recipe.named("recommended", (5e-4, 1e-3, 2e-3), **MUON),
+}
+"""The published recipe and plain distillation, both from random weights; the recommended one; the
+same with Muon and a rate that is constant until it falls."""
+
+
+class Curve(TrainerCallback):
+    """Takes a student's divergence from its teacher at some steps of its training.
+
+    Args:
+        steps: after which it is taken.
+        measure: returns figures of a model in eval mode.
+        points: taken before, by a run that was stopped; grows.
+    """
+
+    def __init__(
+        self,
+        steps: Sequence[int],
+        measure: Callable[[Any], dict[str, float]],
+        points: list[dict[str, float]],
+    ) -> None:
+        self.steps, self.measure, self.points = set(steps), measure, points
+        self.seconds, self.since = 0.0, 0.0
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Start the clock, at the last point where a stopped run goes on."""
+        done = [point for point in self.points if point["step"] <= state.global_step]
+        self.points[:] = done
+        if done:
+            behind = state.global_step / done[-1]["step"]
+            self.seconds = done[-1]["seconds"] * behind
+        self.since = time.monotonic()
+
+    def on_step_end(self, args: Any, state: Any, control: Any, model: Any, **kwargs: Any) -> None:
+        """Stop the clock and measure, if it is time."""
+        if state.global_step not in self.steps:
+            return
+        self.seconds += time.monotonic() - self.since
+        training = model.training
+        model.eval()
+        with torch.inference_mode():
+            figures = self.measure(model)
+        model.train(training)
+        point = {"step": state.global_step, "seconds": self.seconds, **figures}
+        self.points.append(point)
+        say(f"step {point['step']:,}: KL {point['kl_per_residue']:.4f} nats per residue")
+        self.since = time.monotonic()
+
+
+@dataclass(frozen=True)
+class Students:
+    """An experiment on students of one teacher.
+
+    Attributes:
+        base: settings of every run: teacher, data, batch, precision.
+        shapes: of the students, by name.
+        recipes: by name.
+        results: directory of a file for each run.
+        work: directory of the students.
+    """
+
+    base: TrainSettings
+    shapes: Mapping[str, StudentSettings]
+    recipes: Mapping[str, Recipe]
+    results: Path
+    work: Path
+
+    @cached_property
+    def teacher(self) -> ProteinModel:
+        """The teacher, loaded once."""
+        return ProteinModel.load(str(self.base.teacher_model), torch.device("cpu"), announce=say)
+
+    @cached_property
+    def validation(self) -> TokenisedProteins:
+        """The proteins that curves and choices are measured on."""
+        longest = self.base.max_length
+        return tokenise(self.base.data, "validation", self.teacher.tokenizer, longest)
+
+    def divergence(self, student: Any) -> dict[str, float]:
+        """Return KL(teacher‖student) and the student's NLL on validation, nats per residue."""
+        rows = self.validation
+        scores = score_students(
+            [student], self.teacher.model, rows, EvaluationSettings(compute_ece=False)
+        )[0]
+        residues = float(rows.residues.sum())
+        return {
+            "kl_per_residue": float(scores.sums["kl"].sum()) / residues,
+            "nats_per_residue": float(scores.sums["nll_student"].sum()) / residues,
+        }
+
+    def settings(
+        self, recipe: str, shape: str, rate: float, steps: int, seed: int
+    ) -> TrainSettings:
+        """Return a run's settings, as scripts/train.py would take them."""
+        chosen = self.recipes[recipe]
+        changes = dict(chosen.changes)
+        if changes.get("init_from") == OF_TEACHER:
+            changes["init_from"] = self.base.teacher_model
+        return replace(
+            self.base, student=self.shapes[shape], loss=chosen.loss, learning_rate=rate,
+            max_steps=steps, seed=seed, eval_steps=steps, save_steps=max(1, steps // 10), **changes,
+        )  # fmt: skip
+
+    def run(
+        self, recipe: str, shape: str, rate: float, steps: int, seed: int, only_read: bool = False
+    ) -> dict[str, Any]:
+        """Train a student, unless it was trained; return the content of its file.
+
+        Raises:
+            ValueError: it was not trained, and is only to be read.
+        """
+        name = f"{recipe}-{shape}-steps{steps}-seed{seed}-lr{rate:g}"
+        path = self.results / f"{name}.json"
+        if path.exists():
+            return read_json(path)
+        if only_read:
+            raise ValueError(f"{path}: there is no such run; leave out --summary to make it")
+        say(f"== {name}")
+        unfinished = self.work / f"{name}.curve.json"
+        points = read_json(unfinished)["points"] if unfinished.exists() else []
+        steps_of_points = np.unique(np.geomspace(max(1, steps // 100), steps, POINTS).astype(int))
+
+        def measured(student: Any) -> dict[str, float]:
+            write_json(unfinished, {"points": points})
+            return self.divergence(student)
+
+        record = train(
+            self.settings(recipe, shape, rate, steps, seed),
+            self.work / name,
+            resume=(self.work / name).exists(),
+            skip_teacher_check=True,
+            callbacks=[Curve(steps_of_points.tolist(), measured, points)],
+        )
+        result = {
+            "recipe": recipe, "shape": shape, "rate": rate, "steps": steps, "seed": seed,
+            "model": str(self.work / name), "curve": points,
+            "tokens_per_step": tokens_per_step(record),
+            "operations_per_token": operations(record),
+            **{key: record[key] for key in ("settings", "student", "device", "git", "started")},
+        }  # fmt: skip
+        self.results.mkdir(parents=True, exist_ok=True)
+        write_json(path, result)
+        unfinished.unlink(missing_ok=True)
+        return result
+
+    def tuned(self, recipe: str, shape: str, steps: int, only_read: bool = False) -> float:
+        """Return the recipe's best learning rate at a tenth of the steps, by validation KL.
+
+        Where it is at an end of the range, the rates beyond it are tried, a factor 2 apart.
+        """
+        found: dict[float, float] = {}
+        wanted = list(self.recipes[recipe].rates)
+        for _ in range(1 + BEYOND):
+            for rate in wanted:
+                few = max(1, steps // 10)
+                tried = self.run(recipe, shape, rate, few, TUNING_SEED, only_read)
+                found[rate] = tried["curve"][-1]["kl_per_residue"]
+            best = min(found, key=lambda rate: found[rate])
+            ends = {min(found): best / 2, max(found): best * 2}
+            if best not in ends:
+                break
+            wanted = [ends[best]]
+        return best
+
+
+def tokens_per_step(record: Mapping[str, Any]) -> float:
+    """Return the tokens of a step, on average over the training proteins."""
+    data, settings = record["data"]["train"], record["settings"]
+    return settings["batch_size"] * data["tokens"] / data["proteins"]
+
+
+def operations(record: Mapping[str, Any]) -> float:
+    """Return the operations of training for each token: 6 P of the student and 2 P of the teacher.
+
+    P counts the weights that take part in a matrix product, about all of them (Kaplan et al. 2020,
+    arXiv:2001.08361, table 1); the student runs forward and backward, the teacher forward.
+    """
+    return 6 * record["student"]["parameters"] + 2 * record["teacher"]["parameters"]
+
+
+def reached(curve: Sequence[Mapping[str, float]], quality: float, axis: str) -> float | None:
+    """Return where on an axis a curve first reaches a KL divergence, or None where it does not.
+
+    Between two points it is interpolated in the logarithms of both.
+
+    Args:
+        curve: points with ``kl_per_residue`` and the axis.
+        quality: KL per residue.
+        axis: ``seconds`` or ``step``.
+    """
+    before = None
+    for point in curve:
+        if point["kl_per_residue"] <= quality:
+            if before is None:
+                return point[axis]
+            high, low = np.log(before["kl_per_residue"]), np.log(point["kl_per_residue"])
+            share = (high - np.log(quality)) / (high - low)
+            return float(np.exp((1 - share) * np.log(before[axis]) + share * np.log(point[axis])))
+        before = point
+    return None
+
+
+def compute_ratios(first: Mapping[str, Any], other: Mapping[str, Any]) -> dict[str, float] | None:
+    """Return how much more compute one run took to its end than another to the same KL.
+
+    Args:
+        first: the file of a run.
+        other: that of the other.
+
+    Returns:
+        ``seconds`` and ``operations``; None where the other never was as close to the teacher.
+    """
+    end = first["curve"][-1]
+    seconds = reached(other["curve"], end["kl_per_residue"], "seconds")
+    step = reached(other["curve"], end["kl_per_residue"], "step")
+    if seconds is None or step is None:
+        return None
+
+    def cost(run: Mapping[str, Any], steps: float) -> float:
+        return steps * run["tokens_per_step"] * run["operations_per_token"]
+
+    return {
+        "seconds": end["seconds"] / seconds,
+        "operations": cost(first, end["step"]) / cost(other, step),
+    }

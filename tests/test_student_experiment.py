@@ -1,0 +1,102 @@
+"""The experiment on recipes for students: curves, tuned rates, compute to a given quality."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+
+from src.experiments import students
+from src.experiments.students import compute_ratios, reached
+from tools.student_experiment import main
+
+
+def curve(*points):
+    return [{"step": s, "seconds": 2.0 * s, "kl_per_residue": kl} for s, kl in points]
+
+
+def test_where_a_quality_is_reached():
+    """On a power law, interpolation in logarithms is exact."""
+    law = curve(*((step, step**-0.5) for step in (1, 4, 100)))
+    for step in (1, 2, 4, 9, 64, 100):
+        assert reached(law, step**-0.5, "step") == pytest.approx(step)
+        assert reached(law, step**-0.5, "seconds") == pytest.approx(2 * step)
+    assert reached(law, 5.0, "step") == 1  # better from its first point on
+    assert reached(law, 0.09, "step") is None
+
+
+def test_the_ratio_of_compute():
+    slow = {"curve": curve((10, 1.0), (100, 0.5)), "tokens_per_step": 3, "operations_per_token": 8}
+    fast = {"curve": curve((5, 0.5), (100, 0.1)), "tokens_per_step": 3, "operations_per_token": 2}
+    assert compute_ratios(slow, fast) == {"seconds": 20, "operations": 80}
+    assert compute_ratios(slow, slow) == {
+        "seconds": pytest.approx(1),
+        "operations": pytest.approx(1),
+    }
+    assert compute_ratios(fast, slow) is None
+
+
+@pytest.fixture
+def teacher(tiny_lm, tiny_tokenizer, tmp_path, random_proteins):
+    """Write a teacher and proteins in parts."""
+    model = tiny_lm(n_embd=72, n_head=4, seed=4, initializer_range=0.2)
+    model.save_pretrained(tmp_path / "teacher")
+    tiny_tokenizer.save_pretrained(tmp_path / "teacher")
+    (tmp_path / "data").mkdir()
+    for seed, part in enumerate(("train", "validation")):
+        lines = (f">{part}{i}\n{p}" for i, p in enumerate(random_proteins(40, 20, 40, seed=seed)))
+        (tmp_path / "data" / f"{part}.fasta").write_text("\n".join(lines))
+    return tmp_path
+
+
+def options(folder, *more):
+    return [
+        "--teacher_model", str(folder / "teacher"), "--data", str(folder / "data"),
+        "--results", str(folder / "results"), "--work", str(folder / "work"),
+        "--sizes", "s05", "--steps", "20", *more,
+    ]  # fmt: skip
+
+
+def test_an_experiment_tunes_trains_and_goes_on(teacher, capsys, monkeypatch):
+    monkeypatch.setitem(
+        students.COMPARED, "plain", students.Recipe(students.LossSettings(), {}, (1e-3, 2e-3))
+    )
+    monkeypatch.setitem(
+        students.COMPARED, "recommended", students.Recipe.named("recommended", (1e-3,))
+    )
+    monkeypatch.setattr(students, "BEYOND", 0)
+    wanted = options(teacher, "--recipes", "plain", "recommended")
+    assert main([*wanted, "--summary"]) == 2
+    assert "leave out --summary" in capsys.readouterr().err
+    assert main(wanted) == 0
+    files = sorted(path.name for path in (teacher / "results").iterdir())
+    rate = min(
+        (json.loads(path.read_text()) for path in (teacher / "results").glob("plain*steps2-*")),
+        key=lambda run: run["curve"][-1]["kl_per_residue"],
+    )["rate"]
+    assert files == sorted(
+        [
+            "plain-s05-steps2-seed1000-lr0.001.json",
+            "plain-s05-steps2-seed1000-lr0.002.json",
+            f"plain-s05-steps20-seed1-lr{rate:g}.json",
+            "recommended-s05-steps2-seed1000-lr0.001.json",
+            "recommended-s05-steps20-seed1-lr0.001.json",
+        ]
+    )
+    run = json.loads((teacher / "results" / files[-1]).read_text())
+    assert [point["step"] for point in run["curve"]][-1] == 20
+    assert run["settings"]["loss"]["alpha"] == 0
+    assert run["settings"]["init_from"] == str(teacher / "teacher")
+    seconds = [point["seconds"] for point in run["curve"]]
+    assert seconds == sorted(seconds)
+    assert seconds[0] > 0
+    capsys.readouterr()
+    before = {path: path.read_bytes() for path in (teacher / "results").iterdir()}
+    assert main([*wanted, "--summary"]) == 0
+    assert "== " not in capsys.readouterr().out
+    assert {path: path.read_bytes() for path in (teacher / "results").iterdir()} == before
+
+
+def test_unknown_names(teacher, capsys):
+    assert main(options(teacher, "--recipes", "magic")) == 2
+    assert "--recipes: must be some of published" in capsys.readouterr().err

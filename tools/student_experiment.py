@@ -1,0 +1,92 @@
+#!/usr/bin/env python3
+r"""Train students by several recipes and say what each is worth for how much compute.
+
+Learning rates are chosen first, at a tenth of the steps, on validation proteins. Each run leaves a
+file in RESULTS with its curve of KL divergence against steps and seconds; students stay in WORK.
+The same command goes on with a stopped experiment. scripts/evaluate.py measures students on test.
+
+Example:
+  python tools/student_experiment.py --steps 3000 --sizes s27 --recipes published recommended \\
+      --results results/students
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from src.common import settings as s
+from src.common.cli import HelpFormatter, positive_int, run_script, say
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """Return the parser of this script."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=HelpFormatter)
+    add = parser.add_argument
+    add("--recipes", nargs="+", default=["published", "plain", "recommended", "muon"], help="which")
+    add("--sizes", nargs="+", default=["s27", "s11"], help="s27, s11, s05: percent of the teacher")
+    add("--steps", type=positive_int, required=True, help="of each run, of 16 proteins")
+    add("--seeds", type=positive_int, nargs="+", default=[1], help="of weights and data order")
+    add("--teacher_model", default=s.BUNDLED_TEACHER, help="directory")
+    add("--data", default=s.BUNDLED_DATA, help="directory of parts")
+    add("--precision", choices=s.PRECISIONS, default="auto", help="bf16 on a GPU, else fp32")
+    add("--results", type=Path, required=True, help="directory of a file for each run")
+    add("--work", type=Path, default=Path("models/students"), help="students and checkpoints")
+    add("--summary", action="store_true", help="train nothing: compare what is there")
+    return parser
+
+
+def run(args: argparse.Namespace) -> dict:
+    """Tune, train and compare. Returns the runs by recipe, size and seed."""
+    from src.experiments.grids import SIZES
+    from src.experiments.students import COMPARED, Students
+
+    known = {"--recipes": (args.recipes, COMPARED), "--sizes": (args.sizes, SIZES)}
+    for flag, (names, table) in known.items():
+        if wrong := sorted(set(names) - set(table)):
+            raise ValueError(f"{flag}: must be some of {', '.join(table)}, got {wrong[0]!r}")
+    base = s.TrainSettings(
+        data=args.data, teacher_model=args.teacher_model, train_size_prop=1.0,
+        batch_size=16, precision=args.precision, validation_proteins=1,
+    )  # fmt: skip
+    experiment = Students(
+        base, {name: SIZES[name] for name in args.sizes}, COMPARED, args.results, args.work
+    )
+    runs = {}
+    for size in args.sizes:
+        for recipe in args.recipes:
+            rate = experiment.tuned(recipe, size, args.steps, only_read=args.summary)
+            for seed in args.seeds:
+                options = (recipe, size, rate, args.steps, seed)
+                runs[recipe, size, seed] = experiment.run(*options, only_read=args.summary)
+    show(args, runs)
+    return {"-".join(map(str, key)): result for key, result in runs.items()}
+
+
+def show(args: argparse.Namespace, runs: dict) -> None:
+    """Print each run's end, and what it took to reach the quality of the first recipe's end."""
+    from src.experiments.students import compute_ratios
+
+    first = args.recipes[0]
+    say(f"\n{'recipe':<14}{'size':<6}{'seed':>5}{'rate':>9}{'KL':>9}{'NLL':>9}{'seconds':>9}"
+        f"  compute of '{first}' to its end / to the same KL")  # fmt: skip
+    for (recipe, size, seed), result in runs.items():
+        end = result["curve"][-1]
+        ratios = compute_ratios(runs[first, size, seed], result)
+        line = "not reached" if ratios is None else (
+            f"{ratios['seconds']:.1f} in seconds, {ratios['operations']:.1f} in operations"
+        )  # fmt: skip
+        say(f"{recipe:<14}{size:<6}{seed:>5}{result['rate']:>9.2g}{end['kl_per_residue']:>9.4f}"
+            f"{end['nats_per_residue']:>9.4f}{end['seconds']:>9.0f}  {line}")  # fmt: skip
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run the script and return its exit status."""
+    return run_script(run, build_parser, argv)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
