@@ -202,13 +202,17 @@ def build_settings(args: argparse.Namespace) -> s.TrainSettings:
     if args.init_from == s.OF_TEACHER:
         args.init_from = args.teacher_model or s.DEFAULT_TEACHER
     elif args.init_from and not shaped:
-        from src.models.loading import shape_of
+        from src.models.loading import gpt2_shape
 
-        shape = shape_of(args.init_from)
-    student = s.StudentSettings(
-        **{k: getattr(args, k) or getattr(shape, k) for k in ("n_layer", "n_head", "n_embd")},
-        dropout=args.dropout,
-    )
+        shape = gpt2_shape(args.init_from)
+    student = None
+    if shape is not None:
+        student = s.StudentSettings(
+            **{k: getattr(args, k) or getattr(shape, k) for k in ("n_layer", "n_head", "n_embd")},
+            dropout=args.dropout,
+        )
+    elif args.dropout:
+        raise ValueError(f"--dropout: only of a GPT-2, which {args.init_from} is not")
     rate = args.learning_rate or (preset.learning_rate if preset else DEFAULTS.learning_rate)
     loss = s.LossSettings(**{k: getattr(args, k) for k in vars(LOSS)})
     # With alpha 1 no teacher is used; the tokenizer comes from --init_from.

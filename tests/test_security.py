@@ -13,7 +13,7 @@ import pytest
 import torch
 
 from src.evaluation import inputs
-from src.models.loading import load_causal_lm, load_tokenizer, shape_of
+from src.models.loading import gpt2_shape, load_causal_lm, load_tokenizer
 from src.proteins.layouts import END_OF_TEXT
 from src.trainer.checkpoints import MANIFEST, NEEDED_FILES, fault_of, newest_valid, write_manifest
 from src.training.dry_run import teacher_shape
@@ -146,7 +146,7 @@ def test_a_configuration_that_does_not_fit_the_weights(model_folder, change, mes
     assert message in refused(load_causal_lm, model_folder)
 
 
-@pytest.mark.parametrize("load", [load_causal_lm, load_tokenizer, shape_of, teacher_shape])
+@pytest.mark.parametrize("load", [load_causal_lm, load_tokenizer, gpt2_shape, teacher_shape])
 @pytest.mark.parametrize(
     ("change", "name"),
     [

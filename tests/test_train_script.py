@@ -436,3 +436,27 @@ def test_parameter_formula_equals_the_models():
         with torch.device("meta"):
             expected = count_parameters(GPT2LMHeadModel(student_config(s, teacher)))
         assert gpt2_parameters(s.n_layer, s.n_embd, 777, 99) == expected
+
+
+def test_a_model_of_another_class_is_fine_tuned_as_it_is(tmp_path, tiny_tokenizer, random_proteins):
+    from transformers import AutoConfig, LlamaConfig, LlamaForCausalLM
+
+    folder, data = tmp_path / "llama", tmp_path / "family.fasta"
+    shape = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 2}
+    config = LlamaConfig(
+        vocab_size=len(tiny_tokenizer), num_attention_heads=2, max_position_embeddings=128, **shape
+    )
+    LlamaForCausalLM(config).save_pretrained(folder)
+    tiny_tokenizer.save_pretrained(folder)
+    data.write_text("".join(f">{i}\n{p}\n" for i, p in enumerate(random_proteins(30, 20, 40))))
+    wanted = [
+        "--alpha", "1", "--init_from", str(folder), "--data", str(data), "--train_size_prop", "1",
+        "--max_steps", "2", "--skip_teacher_check",
+    ]  # fmt: skip
+    settings = settings_of(*wanted)
+    assert settings.student is None
+    assert "-init-llama" in default_run_name(settings)
+    assert script.main([*wanted, "--output_dir", str(tmp_path / "adapted"), "--dry_run"]) == 0
+    assert script.main([*wanted, "--output_dir", str(tmp_path / "adapted")]) == 0
+    assert AutoConfig.from_pretrained(tmp_path / "adapted").model_type == "llama"
+    assert script.main([*wanted, "--dropout", "0.1"]) == 2

@@ -324,7 +324,7 @@ def default_run_name(settings: TrainSettings) -> str:
 
     ``protgpt2-distilled-t2.0-a0.5-l4-h4-e256-p0.1-lr1e-03.uniprot`` is the run of the defaults.
     """
-    student, loss = settings.shape, settings.loss
+    student, loss = settings.student, settings.loss
     weighting = "" if loss.weighting == "published" else f"-{loss.weighting}"
     smoothing = "" if loss.smoothing == "published" else f"-{loss.smoothing}"
     factor = "" if loss.smoothing_factor == 0.1 else f"{loss.smoothing_factor}"
@@ -341,7 +341,7 @@ def default_run_name(settings: TrainSettings) -> str:
         (settings.max_steps != DEFAULTS.max_steps, f"steps{settings.max_steps:g}"),
         (settings.optimizer != DEFAULTS.optimizer, settings.optimizer),
         (settings.early_stopping, f"stop{settings.early_stopping}"),
-        (student.dropout, f"drop{student.dropout}"),
+        (student and student.dropout, f"drop{student and student.dropout}"),
         (settings.init_from, f"init-{_last_part(settings.init_from)}"),
         (not taught, "untaught"),
         (
@@ -349,9 +349,9 @@ def default_run_name(settings: TrainSettings) -> str:
             f"from-{_last_part(settings.teacher_model)}",
         ),
     )
+    shape = f"-l{student.n_layer}-h{student.n_head}-e{student.n_embd}" if student else ""
     name = (
-        f"protgpt2-distilled-t{loss.temperature}-a{loss.alpha}"
-        f"-l{student.n_layer}-h{student.n_head}-e{student.n_embd}"
+        f"protgpt2-distilled-t{loss.temperature}-a{loss.alpha}{shape}"
         f"-p{settings.train_size_prop}-lr{settings.learning_rate:.0e}.uniprot"
     )
     return "-".join([name, *(suffix for wanted, suffix in suffixes if wanted)])

@@ -32,7 +32,7 @@ from src.evaluation.likelihoods import score_proteins
 from src.evaluation.measurement import write_per_protein
 from src.evaluation.results import put_estimate
 from src.evaluation.statistics import cluster_bootstrap
-from src.models.loading import ProteinModel, config_of, load_causal_lm, shape_of
+from src.models.loading import ProteinModel, gpt2_shape, load_causal_lm
 from src.models.weights import count_parameters
 from src.proteins.fasta import FastaRecord, write_fasta
 from src.proteins.sources import Protein, read_proteins
@@ -217,11 +217,6 @@ def adapt(
         layout=layout,
         **start,
     )
-
-
-def gpt2_shape(model: str) -> StudentSettings | None:
-    """Return the shape of a GPT-2; None of a model of another class."""
-    return shape_of(model) if config_of(model).model_type == "gpt2" else None
 
 
 def distil(

@@ -74,19 +74,25 @@ def plan(
     else:
         announce(f"no teacher; tokenizer {settings.tokenizer}: {shape.vocab_size:,} tokens")
     name = preset or "this run"
-    students = {name: settings.shape}
-    students |= {other: p.student for other, p in PRESETS.items() if other not in students}
-    estimates = {
-        other: estimate(student, settings, shape, teacher_parameters, rows)
-        for other, student in students.items()
-    }
-    result: dict[str, Any] = print_table(name, students, estimates, announce)
-    announce(
-        f"memory: by formula, for batches of {settings.batch_size} x {settings.max_length} tokens, "
-        f"precision {settings.precision}"
-    )
+    if settings.student is None:
+        result: dict[str, Any] = {}
+        _, parameters = teacher_shape(str(settings.init_from))
+        announce(f"{settings.init_from} as it is: {parameters:,} parameters")
+    else:
+        students = {name: settings.student}
+        students |= {other: p.student for other, p in PRESETS.items() if other not in students}
+        estimates = {
+            other: estimate(student, settings, shape, teacher_parameters, rows)
+            for other, student in students.items()
+        }
+        result = print_table(name, students, estimates, announce)
+        parameters = estimates[name].parameters
+        announce(
+            f"memory: by formula, for batches of {settings.batch_size} x {settings.max_length} "
+            f"tokens, precision {settings.precision}"
+        )
     announce(f"output: {output_dir}")
-    result["disk"] = disk_needed(settings, estimates[name].parameters, shape, inputs)
+    result["disk"] = disk_needed(settings, parameters, shape, inputs)
     for line in disk_lines(result["disk"], output_dir, teacher_cache):
         announce(line)
     if inputs is None:
