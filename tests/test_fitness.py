@@ -240,6 +240,7 @@ def test_user_errors_are_one_line(folder, refusal):
     correlations = ["--correlations", folder / "c.json"]
     for arguments, message in (
         (["--input", folder / "none.csv"], "no such file"),
+        (["--input", folder], "is a directory: give one file"),
         (["--input", folder / "two.csv", *correlations], "2 variants have both"),
         (["--input", folder / "long.csv", *correlations], "2 variants have both"),
         (["--input", folder / "a.fasta", "--correlations", folder / "c.json"], "--score_column"),

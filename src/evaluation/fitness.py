@@ -97,7 +97,8 @@ def read_variants(
     """
     path = Path(path)
     if not path.is_file():
-        raise ValueError(f"--input {path}: there is no such file")
+        what = "is a directory: give one file" if path.is_dir() else "there is no such file"
+        raise ValueError(f"--input {path}: {what}")
     kind = kind_of(path)
     if kind in TABLES:
         return _read_table(path, kind, sequence_column, score_column, wild, tag)
