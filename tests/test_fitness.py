@@ -14,6 +14,7 @@ from scipy import stats
 
 from scripts import score as script
 from src.evaluation import fitness
+from src.models.loading import ProteinModel
 from src.proteins.tokens import encode
 
 WILD = "MKTAYIAKQRQISFVKSHFSRQLEERLGLIEVQ"
@@ -122,7 +123,7 @@ def test_mutants_of_a_wild_type_in_a_table(tmp_path):
 def test_scores_equal_a_plain_pass(tiny_lm, tiny_tokenizer, random_proteins):
     model = tiny_lm()
     proteins = [*random_proteins(5), "MK", "MK", "A" * 1000]
-    found = fitness.score_columns({"": (model, tiny_tokenizer)}, proteins, batch_size=3)
+    found = fitness.score_columns({"": ProteinModel(model, tiny_tokenizer)}, proteins, batch_size=3)
     for i, protein in enumerate(proteins[:-1]):
         ids = torch.tensor(encode(tiny_tokenizer, [protein]))
         with torch.no_grad():
