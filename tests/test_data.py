@@ -291,6 +291,10 @@ REFUSED = {
     "paired antibodies": (
         "a.csv", b"aa_heavy,aa_light\nMKVLAAGITMKVLAAGIT,MKVLAAGITMKVLAAGIV\n",
         r"pass --sequence_column \(aa_heavy, aa_light look like it\)"),
+    "JSON by columns": ("a.json", b'{"sequence": {"0": "%s", "1": "%s"}}' % ((b"MKVLA" * 9,) * 2),
+                        r"orient='records'"),
+    "peptides without a header": ("a.csv", b"SIINFEKL,1\nGILGFVFTL,0\n",
+                                  "or write a line of column names above"),
     "unknown": ("a.xyz", b"MKV\n", "not clear"),
     "CSV without a column": ("a.csv", b"name,length\na,3\n", "no column 'sequence'.*name, length"),
     "CSV with a comma in a name": ("a.csv", b"name,sequence\nKinase 0, alpha,MKT\n",

@@ -203,6 +203,10 @@ def open_table(
         if proteins:
             names = ", ".join(printable(header[i])[:30] for i in proteins[:4])
             advice = f"pass --sequence_column ({names} look{'s' * (len(proteins) == 1)} like it)"
+        elif divider or kind == EXCEL:
+            advice = "pass --sequence_column, or write a line of column names above the rows"
+        if kind == JSON_LINES and len(first) == 2:
+            advice = "write an object for each protein (pandas: orient='records', lines=True)"
     if at:
         report.fix(TITLES, f"{path.name}:{first[0][0]}", at)
     columns = [cell.strip() for cell in first[at][1]]
