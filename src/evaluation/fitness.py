@@ -39,7 +39,7 @@ from src.proteins.sources import (
     require_proteins,
     usable,
 )
-from src.proteins.tables import is_missing, number_of, open_table
+from src.proteins.tables import MUTANT_COLUMNS, is_missing, number_of, open_table
 
 SCORE_COLUMN = "DMS_score"
 MUTANT_COLUMN = "mutant"
@@ -141,7 +141,7 @@ def _read_table(
 ) -> Variants:
     report = ReadReport(source=str(path))
     table = open_table(path, kind, report, sequence_column)
-    mutant = table.find(None, (MUTANT_COLUMN,), "")
+    mutant = table.find(None, (*MUTANT_COLUMNS, *(["variant"] if wild else ())), "")
     score = table.find(score_column, (SCORE_COLUMN,), "--score_column")
     data = tags = None
     if wild is None:

@@ -59,7 +59,9 @@ NAME_COLUMNS = (
     "name", "id", "accession", "entry", "protein", "header", "sequence_id", "protein_id", "mutant",
     "primaryaccession",
 )  # fmt: skip
-OTHER_COLUMNS = ("mutant", "dms_score")
+MUTANT_COLUMNS = ("mutant", "mutation", "mutations", "hgvs_pro")
+"""Columns of mutants: ProteinGym's, usual names, MaveDB's."""
+OTHER_COLUMNS = ("mutant", "hgvs_pro", "dms_score")
 DIVIDERS = {",": "comma", "\t": "tab", ";": "semicolon"}
 LEAST_PROTEIN = 15
 """Letters from which a cell is taken for a protein by its look."""
@@ -133,7 +135,7 @@ def find_column(
 
 def no_sequence_column(columns: Sequence[str], place: str, advice: str = "") -> ValueError:
     """Return the error of a table without a known column of residues."""
-    if "mutant" in map(key, columns):
+    if not advice and not {*MUTANT_COLUMNS}.isdisjoint(map(key, columns)):
         return ValueError(
             f"{place}: holds mutants and no sequences: pass --wildtype to scripts/score.py"
         )
