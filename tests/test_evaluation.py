@@ -316,8 +316,12 @@ def test_natural_proteins_beat_shuffled_ones(teacher, tokenizer, tokens):
         ("truncated", False),
     ],
 )
+@pytest.mark.parametrize(
+    ("natural", "mixed", "message"),
+    [(2, 1, "less likely than shuffled ones"), (4.5, 5, "no better than guessing among its 64")],
+)
 def test_being_wrong_about_one_protein_is_no_proof(
-    proteins, refused, teacher, tokenizer, monkeypatch
+    proteins, refused, natural, mixed, message, teacher, tokenizer, monkeypatch
 ):
     rng = random.Random(0)
     unrelated = ["".join(rng.choices(STANDARD_RESIDUES, k=60)) for _ in range(20)]
@@ -329,14 +333,15 @@ def test_being_wrong_about_one_protein_is_no_proof(
         "truncated": [first[:i] for i in range(30, 61, 2)],
     }[proteins]
 
-    def worse_if_natural(model, rows, settings, what):  # varied by length and row alike
+    def nats(model, rows, settings, what):
         noise = np.random.default_rng(0).uniform(1, 1.01, len(rows))
-        return noise * [2 * len(row) if what == "natural proteins" else len(row) for row in rows]
+        level = natural if what == "natural proteins" else mixed  # ln 64 = 4.16 is a guess
+        return noise * [level * len(row) for row in rows]
 
-    monkeypatch.setattr("src.evaluation.gates.protein_nll", worse_if_natural)
+    monkeypatch.setattr("src.evaluation.gates.protein_nll", nats)
     rows = Tokens(encode(tokenizer, given))
     if refused:
-        with pytest.raises(ValueError, match=r"less likely than shuffled.*--skip_teacher_check"):
+        with pytest.raises(ValueError, match=f"{message}.*--skip_teacher_check"):
             check_teacher(teacher, tokenizer, rows)
     else:
         found = check_teacher(teacher, tokenizer, rows)
