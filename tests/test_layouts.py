@@ -319,7 +319,7 @@ def test_an_evaluation_samples_under_the_tags_of_natural_proteins(enzymes):
 
     def sample(model, tokenizer, settings):
         sampled.append((settings.tag, settings.num_sequences))
-        return GenerationResult([], Tally(), 1.0)
+        return GenerationResult([], Tally(), 1.0, settings)
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("src.evaluation.generation.sample_proteins", sample)
