@@ -63,11 +63,10 @@ def run(args: argparse.Namespace) -> dict:
     quiet_libraries()
     processes.join(args.device)
     loaded = ProteinModel.load(args.model, choose_device(args.device), args.layout, say)
-    model, tokenizer = loaded
     every, report = read_distinct_names(
         args.input,
         keep_ambiguous=True,
-        tokenizer=tokenizer,
+        tokenizer=loaded.tokenizer,
         sequence_column=args.sequence_column,
     )
     for line in report.lines():
@@ -81,12 +80,12 @@ def run(args: argparse.Namespace) -> dict:
         raise ValueError(f"--input {args.input}: all proteins {NOT_TAKEN}")
     settings = e.EmbeddingSettings(args.layer, args.per_residue, args.batch_size)
     identity = {
-        "model": model_fingerprint(model),
+        "model": model_fingerprint(loaded.model),
         "input": sha256_file(args.input),
         "layout": loaded.layout.template,
     }
     with names_full_disk(args.output, "make space, or name another --output"):
-        e.write_embeddings(args.output, model, tokenizer, fitting, settings, identity, say)
+        e.write_embeddings(args.output, loaded, fitting, settings, identity, say)
     say(f"{len(fitting):,} proteins embedded; written: {args.output}")
     return {"proteins": len(fitting), "left_out": lost}
 

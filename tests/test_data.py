@@ -277,6 +277,10 @@ REFUSED = {
                     "git lfs pull"),
     "web page": ("a.fasta", b"<!DOCTYPE html>\n<html>", "a web page"),
     "old Excel": ("a.xls", b"\xd0\xcf\x11\xe0rest", "save it as .xlsx"),
+    "UniProt record": ("a.txt", b"ID   A_B  Reviewed; 3 AA.\nSQ   SEQUENCE\n     MKV\n//\n",
+                       "save its proteins as FASTA"),
+    "rich text": ("a.txt", b"{\\rtf1\\ansi MKV}", "save it as plain text"),
+    "structure": ("a.pdb", b"HEADER    OXYGEN STORAGE\nATOM      1\n", "a PDB structure"),
     "Stockholm": ("a.txt", b"# STOCKHOLM 1.0\na MKV\n", "convert it to FASTA"),
     "alignment of a complex": ("a.a3m", b"#4,5\t1,1\n>101\t102\nMKVLMKVLA\n", "joined chains"),
     "DNA": ("a.fasta", b">a\nATGGCTCTGGCTGATATC\n>b\nATGGCTCTGGCTGATATCGG\n>c\nMKV\n",
@@ -287,6 +291,10 @@ REFUSED = {
     "paired antibodies": (
         "a.csv", b"aa_heavy,aa_light\nMKVLAAGITMKVLAAGIT,MKVLAAGITMKVLAAGIV\n",
         r"pass --sequence_column \(aa_heavy, aa_light look like it\)"),
+    "JSON by columns": ("a.json", b'{"sequence": {"0": "%s", "1": "%s"}}' % ((b"MKVLA" * 9,) * 2),
+                        r"orient='records'"),
+    "peptides without a header": ("a.csv", b"SIINFEKL,1\nGILGFVFTL,0\n",
+                                  "or write a line of column names above"),
     "unknown": ("a.xyz", b"MKV\n", "not clear"),
     "CSV without a column": ("a.csv", b"name,length\na,3\n", "no column 'sequence'.*name, length"),
     "CSV with a comma in a name": ("a.csv", b"name,sequence\nKinase 0, alpha,MKT\n",
@@ -846,6 +854,15 @@ LONG = "MKVLAAGITMSTNPKPQRKTKRN"
         ("a.tsv", f"sequence\tsequence_aa\nATGGCT\t{A}\n", [A]),
         ("a.jsonl", f'{{"id": "x", "sequence": "{A}"}}\n\n{{"sequence": "{B}"}}\n', [A, B]),
         ("a.dat", f'{{"Sequence": "{A}"}}\n', [A]),
+        ("a.jsonl", f'{{"x": {{"y": {{}}}}, "sequence": {{"value": "{A}", "length": 9}}}}\n', [A]),
+        ("a.txt", f"Sequence\n{A}\n{B}\n", [A, B]),
+        ("a.txt", f"# names are no residues\nname  Seq\nHEWLA  {A}\nVARA  {B}\n", [A, B]),
+        ("a.txt", f"PEPTIDE\n{A}\nSEQ\n", [A, "SEQ"]),
+        ("a.csv", "Sequence\nAla-Ala-Gly\nH-Met-Lys-Val-OH\nAc-MKV-NH2\nMKV-OH\nAcD-EF\n",
+         ["AAG", "MKV", "MKV", "MKV", "ACDEF"]),
+        ("a.fasta", ">a\nMET LYS VAL\nLEU GLY\n>b\nMetLysVal\n>c\nAC-DEF\n",
+         ["MKVLG", "MKV", "ACDEF"]),
+        ("a.pir", f">P1;x\nPEPTIDE\n{A}\n{B}*\n>P1;y\n\n{B}*\n>P1;z\n{A}\n", [A + B, B, A]),
         ("a.csv", f'"{{""Run"": ""X""}}"\nsequence,sequence_alignment_aa\nATG,{A}\n', [A]),
     ],
 )  # fmt: skip
@@ -1033,3 +1050,28 @@ def test_arrays_of_json_are_read(indent, tmp_path, monkeypatch):
     packed.write_bytes(gzip.compress(path.read_bytes()))
     assert read(packed)[0] == found
     assert read(write(tmp_path / "b.json", json.dumps([A, B], indent=indent)))[0] == [A, B]
+
+
+@pytest.mark.parametrize("indent", [None, 2])
+def test_uniprots_json_is_read(indent, tmp_path):
+    rows = [
+        {"primaryAccession": f"P{i}", "genes": [{}], "sequence": {"value": p, "length": len(p)}}
+        for i, p in enumerate((A, B, C))
+    ]
+    path = write(tmp_path / "a.json", json.dumps({"results": rows}, indent=indent))
+    assert [(p.name, p.residues) for p in read_proteins(path)] == [("P0", A), ("P1", B), ("P2", C)]
+    for row in rows:
+        row["target"] = {"construct": LONG}
+        del row["sequence"]
+    path = write(tmp_path / "b.json", json.dumps(rows))
+    with pytest.raises(ValueError, match=r"--sequence_column \(target.construct looks like it"):
+        read(path)
+    assert [p.residues for p in read_proteins(path, sequence_column="target.construct")][0] == LONG
+
+
+def test_titles_of_pir_are_no_residues(tmp_path):
+    found, report = [], ReadReport()
+    path = write(tmp_path / "a.ali", f">P1;one\nPEPTIDE\n{A}*\n>P1;two\n\n{B}*\n")
+    found = list(read_proteins(path, report=report))
+    assert found == [("one", A), ("two", B)]
+    assert report.fixed[readers.PIR_TITLES] == {"count": 2, "first": "a.ali:1"}

@@ -15,6 +15,7 @@ from pyarrow import parquet
 
 from scripts.embed import main
 from src.evaluation import embeddings as e
+from src.models.loading import ProteinModel
 from src.proteins.layouts import layout
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -37,7 +38,7 @@ def test_a_padded_batch_equals_single_proteins(tiny_lm, tiny_tokenizer, random_p
     model = tiny_lm()
     proteins = [*random_proteins(9, 1, 130), "M", "MK"]
     settings = e.EmbeddingSettings(layer, batch_size=4)
-    found = dict(e.residue_embeddings(model, tiny_tokenizer, proteins, settings))
+    found = dict(e.residue_embeddings(ProteinModel(model, tiny_tokenizer), proteins, settings))
     assert sorted(found) == list(range(11))
     for i, protein in enumerate(proteins):
         expected = alone(model, tiny_tokenizer, protein, layer)
@@ -47,9 +48,13 @@ def test_a_padded_batch_equals_single_proteins(tiny_lm, tiny_tokenizer, random_p
         np.testing.assert_allclose(both["last"], expected[-1], atol=2e-5)
     for bad in (3, -4):
         with pytest.raises(ValueError, match="the model has layers 0 to 2"):
-            list(e.residue_embeddings(model, tiny_tokenizer, ["M"], e.EmbeddingSettings(bad)))
+            list(
+                e.residue_embeddings(
+                    ProteinModel(model, tiny_tokenizer), ["M"], e.EmbeddingSettings(bad)
+                )
+            )
     with pytest.raises(ValueError, match=r"2,000 residues\) are longer than the model takes"):
-        list(e.residue_embeddings(model, tiny_tokenizer, ["A" * 2000]))
+        list(e.residue_embeddings(ProteinModel(model, tiny_tokenizer), ["A" * 2000]))
 
 
 @pytest.fixture

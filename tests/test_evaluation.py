@@ -307,6 +307,48 @@ def test_natural_proteins_beat_shuffled_ones(teacher, tokenizer, tokens):
     assert teacher.training is False
 
 
+@pytest.mark.parametrize(
+    ("proteins", "refused"),
+    [
+        ("unrelated", True),
+        ("one", False),
+        ("variants", False),
+        ("truncated", False),
+    ],
+)
+@pytest.mark.parametrize(
+    ("natural", "mixed", "message"),
+    [(2, 1, "less likely than shuffled ones"), (4.5, 5, "no better than guessing among its 64")],
+)
+def test_being_wrong_about_one_protein_is_no_proof(
+    proteins, refused, natural, mixed, message, teacher, tokenizer, monkeypatch
+):
+    rng = random.Random(0)
+    unrelated = ["".join(rng.choices(STANDARD_RESIDUES, k=60)) for _ in range(20)]
+    first = unrelated[0]
+    given = {
+        "unrelated": unrelated,
+        "one": [first],
+        "variants": [first[:i] + "C" + first[i + 1 :] for i in range(0, 60, 3)],
+        "truncated": [first[:i] for i in range(30, 61, 2)],
+    }[proteins]
+
+    def nats(model, rows, settings, what):
+        noise = np.random.default_rng(0).uniform(1, 1.01, len(rows))
+        level = natural if what == "natural proteins" else mixed  # ln 64 = 4.16 is a guess
+        return noise * [level * len(row) for row in rows]
+
+    monkeypatch.setattr("src.evaluation.gates.protein_nll", nats)
+    rows = Tokens(encode(tokenizer, given))
+    if refused:
+        with pytest.raises(ValueError, match=f"{message}.*--skip_teacher_check"):
+            check_teacher(teacher, tokenizer, rows)
+    else:
+        found = check_teacher(teacher, tokenizer, rows)
+        assert "too few or too short proteins to tell" in found["summary"]
+        assert not found["passed"]
+
+
 def test_a_random_teacher_is_stopped(tiny_lm, tokenizer, tokens):
     with pytest.raises(ValueError, match="wrong layout or tokenizer") as caught:
         check_teacher(tiny_lm(), tokenizer, tokens)

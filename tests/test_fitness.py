@@ -14,6 +14,7 @@ from scipy import stats
 
 from scripts import score as script
 from src.evaluation import fitness
+from src.models.loading import ProteinModel
 from src.proteins.tokens import encode
 
 WILD = "MKTAYIAKQRQISFVKSHFSRQLEERLGLIEVQ"
@@ -119,10 +120,22 @@ def test_mutants_of_a_wild_type_in_a_table(tmp_path):
     assert "mutants: numbered from 0" in found.report.notes
 
 
+def test_mavedbs_table(tmp_path):
+    (tmp_path / "a.csv").write_text(
+        "# Accession: urn:mavedb:1\naccession,hgvs_nt,hgvs_pro,score\n"
+        "u#1,c.4A>G,p.Val2Cys,1\nu#2,NA,p.[Lys1Arg;Val2Cys],2\nu#3,NA,_wt,3\nu#4,NA,p.Val2Ter,NA\n"
+    )
+    with pytest.raises(ValueError, match="pass --wildtype"):
+        fitness.read_variants(tmp_path / "a.csv")
+    found = fitness.read_variants(tmp_path / "a.csv", None, "score", "KVM")
+    assert found.residues == ["KCM", "RCM", "KVM", ""]
+    assert found.clusters == ["2", "1:2", "row 2", "row 3"]
+
+
 def test_scores_equal_a_plain_pass(tiny_lm, tiny_tokenizer, random_proteins):
     model = tiny_lm()
     proteins = [*random_proteins(5), "MK", "MK", "A" * 1000]
-    found = fitness.score_columns({"": (model, tiny_tokenizer)}, proteins, batch_size=3)
+    found = fitness.score_columns({"": ProteinModel(model, tiny_tokenizer)}, proteins, batch_size=3)
     for i, protein in enumerate(proteins[:-1]):
         ids = torch.tensor(encode(tiny_tokenizer, [protein]))
         with torch.no_grad():
@@ -240,6 +253,7 @@ def test_user_errors_are_one_line(folder, refusal):
     correlations = ["--correlations", folder / "c.json"]
     for arguments, message in (
         (["--input", folder / "none.csv"], "no such file"),
+        (["--input", folder], "is a directory: give one file"),
         (["--input", folder / "two.csv", *correlations], "2 variants have both"),
         (["--input", folder / "long.csv", *correlations], "2 variants have both"),
         (["--input", folder / "a.fasta", "--correlations", folder / "c.json"], "--score_column"),

@@ -26,7 +26,7 @@ from src.evaluation.generation import (
 from src.evaluation.likelihoods import score_proteins
 from src.evaluation.sequence_quality import measure_generation
 from src.evaluation.variants import windowed_nll
-from src.models.loading import load_tokenizer
+from src.models.loading import ProteinModel, load_tokenizer
 from src.models.recognition import NATURAL, candidates, settle_layout
 from src.proteins.layouts import (
     LAYOUTS,
@@ -216,13 +216,15 @@ def test_letters_of_a_tag_are_no_residues(tmp_path):
     scores = score_proteins(model, tokenizer, [protein, TaggedProtein("MKVLA", "?")])
     assert np.isfinite(scores.nll[0])
     assert np.isnan(scores.nll[1])
-    ((_, vectors),) = residue_embeddings(model, tokenizer, [protein])
+    ((_, vectors),) = residue_embeddings(ProteinModel(model, tokenizer), [protein])
     assert len(vectors) == 5
     long = TaggedProtein("MKVLA" * 80, "3.4.21.B8")
-    by_residue = windowed_nll(model, tokenizer, long)
+    by_residue = windowed_nll(ProteinModel(model, tokenizer), long)
     assert len(by_residue) == 400
     (whole,) = score_proteins(model, tokenizer, [protein]).nll
-    assert windowed_nll(model, tokenizer, protein).sum() == pytest.approx(whole, rel=1e-5)
+    assert windowed_nll(ProteinModel(model, tokenizer), protein).sum() == pytest.approx(
+        whole, rel=1e-5
+    )
 
 
 def test_tags_of_one_token_need_no_letters(tmp_path):
@@ -317,7 +319,7 @@ def test_an_evaluation_samples_under_the_tags_of_natural_proteins(enzymes):
 
     def sample(model, tokenizer, settings):
         sampled.append((settings.tag, settings.num_sequences))
-        return GenerationResult([], Tally(), 1.0)
+        return GenerationResult([], Tally(), 1.0, settings)
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("src.evaluation.generation.sample_proteins", sample)

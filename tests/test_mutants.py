@@ -22,11 +22,14 @@ def test_forms_of_a_mutant():
     assert (
         parse_mutant("A4C:K8E") == parse_mutant(" A4C; K8E ") == parse_mutant("A4C/K8E") == [a, d]
     )
-    assert parse_mutant("p.Ala4Cys") == [a]
+    assert parse_mutant("p.Ala4Cys") == parse_mutant("p.(Ala4Cys)") == [a]
+    assert parse_mutant("p.[Ala4Cys;Lys8Glu]") == [a, d]
+    assert parse_mutant("p.Ala4=") == [a._replace(new="A")]
+    assert parse_mutant("_wt") == parse_mutant("p.(=)") == []
     assert parse_mutant("SA4C") == [a._replace(prefix="S")]
     assert parse_mutant("chainA_A4C") == [a._replace(prefix="chainA_")]
     assert parse_mutant("WT") == parse_mutant("") == []
-    for text in ("A4", "4C", "A4del", "hello", "A4CC4", "A4*", "Ala4Xyz"):
+    for text in ("A4", "4C", "A4del", "hello", "A4CC4", "A4*", "Ala4Xyz", "p.Ala4Ter"):
         with pytest.raises(ValueError, match="is no mutant"):
             parse_mutant(text)
 

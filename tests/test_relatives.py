@@ -32,6 +32,15 @@ def test_words():
     assert relatives.word_sets([]).shape == (0, 8000)
 
 
+def test_relatives_are_grouped_and_strangers_are_not():
+    rng = random.Random(0)
+    first, second, third = ("".join(rng.choices("ACDEFGHIKLMNPQRSTVWY", k=300)) for _ in range(3))
+    given = [first, second, mutated(first, 0.1), third, first[:40], mutated(first, 0.5), "MK", ""]
+    assert relatives.relatives_of(given).tolist() == [0, 1, 0, 2, 0, 3, 4, 5]
+    chain = [first, mutated(first, 0.2, 1), mutated(mutated(first, 0.2, 1), 0.2, 2)]
+    assert relatives.relatives_of(chain).tolist() == [0, 0, 0]
+
+
 def test_alignments_by_hand():
     aligner = relatives.local_aligner()
     protein = "MKTAYIAKQRQISFVKSHFSRQLEERLGLIEVQ"

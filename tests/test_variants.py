@@ -9,6 +9,7 @@ import torch
 from src.evaluation import variants as v
 from src.evaluation.likelihoods import score_proteins
 from src.evaluation.mutants import every_substitution, mutated
+from src.models.loading import ProteinModel
 
 
 @pytest.mark.parametrize("rows", [1, 7, 64])
@@ -21,7 +22,7 @@ def test_shared_beginnings_change_nothing(
     chosen = every_substitution(wild)[:: 29 if rows > 1 else 290]
     others = [mutated(wild, [s]) for s in chosen]
     others += [wild, wild[:30], wild + "MK", "M", *random_proteins(3, 5, 90), "A" * 2000]
-    found = v.variant_nll(model, tiny_tokenizer, wild, others)
+    found = v.variant_nll(ProteinModel(model, tiny_tokenizer), wild, others)
     expected = score_proteins(model, tiny_tokenizer, others).nll
     np.testing.assert_allclose(found, expected, rtol=1e-9)
     assert np.isnan(found[-1])
@@ -30,7 +31,7 @@ def test_shared_beginnings_change_nothing(
 
 def test_a_wild_type_that_does_not_fit_is_no_obstacle(tiny_lm, tiny_tokenizer):
     model = tiny_lm(n_positions=30)
-    found = v.variant_nll(model, tiny_tokenizer, "MKTAYIAKQR" * 20, ["MKTAY", "MKV"])
+    found = v.variant_nll(ProteinModel(model, tiny_tokenizer), "MKTAYIAKQR" * 20, ["MKTAY", "MKV"])
     expected = score_proteins(model, tiny_tokenizer, ["MKTAY", "MKV"]).nll
     np.testing.assert_allclose(found, expected)
 
@@ -58,7 +59,7 @@ def test_windows_count_every_residue_once():
 def test_windows_of_a_short_protein_are_the_protein(tiny_lm, tiny_tokenizer, random_proteins):
     model = tiny_lm().double()
     for protein in random_proteins(4, 5, 100):
-        values = v.windowed_nll(model, tiny_tokenizer, protein)
+        values = v.windowed_nll(ProteinModel(model, tiny_tokenizer), protein)
         assert values.shape == (len(protein),)
         total = score_proteins(model, tiny_tokenizer, [protein]).nll[0]
         assert values.sum() == pytest.approx(total, rel=1e-9)
@@ -68,9 +69,9 @@ def test_a_window_shows_a_residue_what_stands_before_it(tiny_lm, tiny_tokenizer,
     """The counted half of the second window is that of the window scored alone."""
     model = tiny_lm(n_positions=140).double()
     (protein,) = random_proteins(1, 200, 200)
-    values = v.windowed_nll(model, tiny_tokenizer, protein)
+    values = v.windowed_nll(ProteinModel(model, tiny_tokenizer), protein)
     assert [w[:2] for w in v.windows_of(200, 120)] == [(0, 120), (60, 180), (120, 200)]
-    alone = v.windowed_nll(model, tiny_tokenizer, protein[120:])
+    alone = v.windowed_nll(ProteinModel(model, tiny_tokenizer), protein[120:])
     np.testing.assert_allclose(values[180:], alone[60:])
     ids = tiny_tokenizer("<|endoftext|>\n" + protein[:60] + "\n" + protein[60:120])["input_ids"]
     with torch.no_grad():

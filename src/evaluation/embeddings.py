@@ -64,8 +64,7 @@ def check_layer(model: PreTrainedModel, layer: int) -> None:
 
 @torch.inference_mode()
 def residue_embeddings(
-    model: PreTrainedModel,
-    tokenizer: Any,
+    loaded: ProteinModel,
     proteins: Sequence[str],
     settings: EmbeddingSettings | None = None,
 ) -> Iterator[tuple[int, np.ndarray]]:
@@ -74,8 +73,7 @@ def residue_embeddings(
     Proteins come in batches by length, not in their order.
 
     Args:
-        model: a causal language model in eval mode.
-        tokenizer: its tokenizer.
+        loaded: the model, in eval mode, and its tokenizer.
         proteins: residues of each.
         settings: the layer, and the size of a batch.
 
@@ -83,8 +81,9 @@ def residue_embeddings(
         ValueError: the model has no such layer, or cannot take a protein.
     """
     settings = settings or EmbeddingSettings()
+    model, tokenizer = loaded
     check_layer(model, settings.layer)
-    rows, fits = ProteinModel(model, tokenizer).rows(proteins)
+    rows, fits = loaded.rows(proteins)
     if not fits.all():
         protein = proteins[int(fits.argmin())]
         raise ValueError(f"proteins ({protein[:20]}..., {len(protein):,} residues) {NOT_TAKEN}")
@@ -114,8 +113,7 @@ def pooled(vectors: np.ndarray) -> dict[str, np.ndarray]:
 
 def write_embeddings(
     path: Path,
-    model: PreTrainedModel,
-    tokenizer: Any,
+    loaded: ProteinModel,
     proteins: Mapping[str, str] | Sequence[tuple[str, str]],
     settings: EmbeddingSettings,
     identity: Mapping[str, Any],
@@ -128,8 +126,7 @@ def write_embeddings(
             and ``last``, or ``embeddings`` with L x E numbers row after row), or ``.npz`` (arrays
             ``names``, ``residues``, ``mean`` and ``last`` ``(P, E)``; or ``embeddings`` ``(ΣL, E)``
             and ``offsets`` ``(P + 1,)``).
-        model: a causal language model in eval mode.
-        tokenizer: its tokenizer.
+        loaded: the model, in eval mode, and its tokenizer.
         proteins: names and residues.
         settings: what is embedded.
         identity: what else decides the result: parts of another are not taken for this one's.
@@ -138,7 +135,7 @@ def write_embeddings(
     Raises:
         ValueError: unfinished parts beside ``path`` are of other settings or proteins.
     """
-    check_layer(model, settings.layer)
+    check_layer(loaded.model, settings.layer)
     entries = list(proteins.items() if isinstance(proteins, Mapping) else proteins)
     folder = path.with_name(f"{path.name}.parts")
     starts = range(0, len(entries), PART)
@@ -159,7 +156,7 @@ def write_embeddings(
         say(f"{folder}: going on after {len(mine) - len(left)} of {len(mine)} parts")
     for number in progress(left, len(left), "embedding", f"parts of {PART:,}"):
         part = entries[starts[number] : starts[number] + PART]
-        arrays = _arrays(model, tokenizer, part, settings)
+        arrays = _arrays(loaded, part, settings)
         with atomic_write(files[number], "wb") as handle:
             np.savez(handle, allow_pickle=False, **arrays)
     if processes.is_first():
@@ -169,14 +166,11 @@ def write_embeddings(
 
 
 def _arrays(
-    model: PreTrainedModel,
-    tokenizer: Any,
-    entries: Sequence[tuple[str, str]],
-    settings: EmbeddingSettings,
+    loaded: ProteinModel, entries: Sequence[tuple[str, str]], settings: EmbeddingSettings
 ) -> dict[str, np.ndarray]:
     residues = [residues for _, residues in entries]
     found: list[Any] = [None] * len(entries)
-    for index, vectors in residue_embeddings(model, tokenizer, residues, settings):
+    for index, vectors in residue_embeddings(loaded, residues, settings):
         found[index] = vectors if settings.per_residue else pooled(vectors)
     arrays = {
         "names": np.array([name for name, _ in entries]),

@@ -27,6 +27,7 @@ from src.evaluation.likelihoods import score_proteins
 from src.evaluation.mutants import Substitution, mutated, numbering, parse_mutant
 from src.evaluation.statistics import Estimate, cluster_codes
 from src.evaluation.variants import variant_nll, windowed_nll
+from src.models.loading import ProteinModel
 from src.proteins.layouts import tagged_as
 from src.proteins.lines import TABLES, kind_of
 from src.proteins.readers import Record, tag_of_cell
@@ -38,7 +39,7 @@ from src.proteins.sources import (
     require_proteins,
     usable,
 )
-from src.proteins.tables import is_missing, number_of, open_table
+from src.proteins.tables import MUTANT_COLUMNS, is_missing, number_of, open_table
 
 SCORE_COLUMN = "DMS_score"
 MUTANT_COLUMN = "mutant"
@@ -97,7 +98,8 @@ def read_variants(
     """
     path = Path(path)
     if not path.is_file():
-        raise ValueError(f"--input {path}: there is no such file")
+        what = "is a directory: give one file" if path.is_dir() else "there is no such file"
+        raise ValueError(f"--input {path}: {what}")
     kind = kind_of(path)
     if kind in TABLES:
         return _read_table(path, kind, sequence_column, score_column, wild, tag)
@@ -139,7 +141,7 @@ def _read_table(
 ) -> Variants:
     report = ReadReport(source=str(path))
     table = open_table(path, kind, report, sequence_column)
-    mutant = table.find(None, (MUTANT_COLUMN,), "")
+    mutant = table.find(None, (*MUTANT_COLUMNS, *(["variant"] if wild else ())), "")
     score = table.find(score_column, (SCORE_COLUMN,), "--score_column")
     data = tags = None
     if wild is None:
@@ -204,7 +206,7 @@ def _positions(mutant: Sequence[Substitution] | None) -> str:
 
 
 def score_columns(
-    models: Mapping[str, tuple[Any, Any]],
+    models: Mapping[str, ProteinModel],
     residues: Sequence[str],
     batch_size: int = 32,
     wild: str | None = None,
@@ -215,7 +217,7 @@ def score_columns(
     All processes call this together, and each scores a share.
 
     Args:
-        models: model and tokenizer by prefix of the columns.
+        models: by prefix of the columns.
         residues: ``(P,)``; equal ones are scored once, empty ones not at all.
         batch_size: proteins scored at a time.
         wild: the protein that all are variants of: what they share with it is computed once.
@@ -234,16 +236,14 @@ def score_columns(
     back = np.array([place[p, getattr(p, "tag", "")] for p in residues])
     sizes = np.array([max(1, len(protein)) for protein in residues])
     found = {}
-    for prefix, (model, tokenizer) in models.items():
+    for prefix, loaded in models.items():
         if wild is None:
-            nll = score_proteins(model, tokenizer, unique, batch_size=batch_size, shared=True).nll
+            nll = score_proteins(*loaded, unique, batch_size=batch_size, shared=True).nll
         else:
-            nll = variant_nll(model, tokenizer, wild, unique)
+            nll = variant_nll(loaded, wild, unique)
         if windows:
             long = np.flatnonzero(np.isnan(nll)).tolist()
-            sums = {
-                i: windowed_nll(model, tokenizer, unique[i]).sum() for i in processes.mine(long)
-            }
+            sums = {i: windowed_nll(loaded, unique[i]).sum() for i in processes.mine(long)}
             for part in processes.gathered(sums):
                 nll[list(part)] = list(part.values())
         nll = np.append(nll, math.nan)  # of an empty protein

@@ -15,6 +15,7 @@ from src.evaluation.statistics import PairedTest, paired_test
 from src.models.forward import stated_positions
 from src.proteins.layouts import layout_of, shuffled
 from src.proteins.ngrams import UNIFORM_NATS, NgramModel, fit_ngrams
+from src.proteins.relatives import relatives_of
 from src.proteins.tokens import encode
 
 if TYPE_CHECKING:
@@ -138,11 +139,12 @@ def check_teacher(
 
     Such a model has the wrong layout or tokenizer, or is not a model of proteins. It is refused if
     it prefers its own shuffled proteins beyond doubt, or predicts no better than a uniform guess
-    among its tokens. A model that prefers natural proteins and beats both unigram models passes;
-    otherwise the check cannot tell, as with short peptides, which have little order to know.
-    Two unigram models are needed: tokens of several residues carry so much structure that a model
-    which ignores its input can beat the frequencies of residues, and shuffled proteins take more
-    tokens. Such a model cannot beat the frequencies of tokens.
+    among its tokens. Relatives count once in all this: a model that is wrong about one protein is
+    wrong about all its variants. A model that prefers natural proteins and beats both unigram
+    models passes; otherwise the check cannot tell, as with short peptides, which have little order
+    to know. Two unigram models are needed: tokens of several residues carry so much structure that
+    a model which ignores its input can beat the frequencies of residues, and shuffled proteins take
+    more tokens. Such a model cannot beat the frequencies of tokens.
 
     Args:
         model: a causal language model.
@@ -195,19 +197,24 @@ def check_teacher(
     )
     if not all(map(math.isfinite, per_residue.values())):
         raise ValueError(f"{name} gives likelihoods that are not finite: its weights are broken")
-    prefers = test.difference > 0 and test.p_value < GATE_LEVEL
     beaten = per_residue["natural"] >= min(per_residue["unigram"], per_residue["token_unigram"])
-    worse = test.difference < 0 and test.p_value > 1 - GATE_LEVEL
-    guess = math.log(vocabulary) * sum(len(ids) - 1 for ids in chosen)
-    if worse or natural.sum() > KNOWS_NOTHING * guess:
+    guess = math.log(vocabulary) * np.array([len(ids) - 1 for ids in chosen])
+    p_better, p_worse, p_ignorant = (
+        paired_test(_unit_means(difference / lengths, residues)).p_value
+        for difference in (mixed - natural, natural - mixed, natural - KNOWS_NOTHING * guess)
+    )
+    prefers, worse = p_better < GATE_LEVEL, p_worse < GATE_LEVEL
+    if worse or p_ignorant < GATE_LEVEL:
         why = (
-            f"finds natural proteins less likely than shuffled ones ({values}; p = "
-            f"{1 - test.p_value:.2g})"
+            f"finds natural proteins less likely than shuffled ones ({values}; p = {p_worse:.2g})"
             if worse
             else f"predicts proteins no better than guessing among its {vocabulary:,} tokens does "
             f"({values})"
         )
-        raise ValueError(f"{name} {why}: wrong layout or tokenizer, or no protein model")
+        raise ValueError(
+            f"{name} {why}: wrong layout or tokenizer, or no protein model (--skip_teacher_check "
+            "goes on all the same)"
+        )
     summary = f"{name} checked: {values}"
     if not prefers:
         few = "too few or too short proteins to tell" if test.pairs < count else "cannot tell"
@@ -223,6 +230,12 @@ def check_teacher(
         **per_residue,
         "shuffled_minus_natural": _test_record(test),
     }
+
+
+def _unit_means(values: np.ndarray, residues: Sequence[str]) -> np.ndarray:
+    """Return the mean of the values ``(P,)`` over each group of relatives, ``(groups,)``."""
+    groups = relatives_of(residues)
+    return np.bincount(groups, values) / np.bincount(groups)
 
 
 def token_unigram_nll(

@@ -9,10 +9,11 @@ from typing import NamedTuple
 
 from src.proteins.layouts import PROTEIN_LETTERS, STANDARD_RESIDUES
 
-WILD_TYPE = ("", "wt", "wildtype", "wild-type", "wild type", "wild_type")
+WILD_TYPE = ("", "wt", "wildtype", "wild-type", "wild type", "wild_type", "_wt", "_sy", "p.=", "=")
 SEPARATORS = re.compile(r"[:;/+]")
 _ONE = re.compile(r"(?P<prefix>.*?)(?P<wild>[A-Z])(?P<number>-?\d+)(?P<new>[A-Z])$")
-_THREE = re.compile(r"(?:p\.)?(?P<wild>[A-Z][a-z]{2})(?P<number>\d+)(?P<new>[A-Z][a-z]{2})$")
+_THREE = re.compile(r"(?:p\.)?(?P<wild>[A-Z][a-z]{2})(?P<number>\d+)(?P<new>[A-Z][a-z]{2}|=)$")
+_HGVS = re.compile(r"p\.[\[(](.*)[\])]")
 _NAMES = dict(
     zip(
         [
@@ -72,19 +73,22 @@ class Numbering(NamedTuple):
 def parse_mutant(text: str) -> list[Substitution]:
     """Return the substitutions of a mutant, none for the wild type.
 
-    ``A12C``, ``A12C:D45E`` (also ``;``, ``/`` or ``+`` between them), ``p.Ala12Cys``, and letters
-    before the first residue (``SA12C``, ``chainA_A12C``), which are kept as its prefix.
+    ``A12C``, ``A12C:D45E`` (also ``;``, ``/`` or ``+`` between them), HGVS (``p.Ala12Cys``,
+    ``p.[Ala12Cys;Asp45Glu]``, ``p.Ala12=``), and letters before the first residue (``SA12C``,
+    ``chainA_A12C``), which are kept as its prefix.
 
     Raises:
         ValueError: a part is no substitution.
     """
-    if text.strip().lower() in WILD_TYPE:
+    bare = _HGVS.sub(r"\1", text.strip())
+    if bare.lower() in WILD_TYPE:
         return []
     found = []
-    for part in map(str.strip, SEPARATORS.split(text.strip())):
+    for part in map(str.strip, SEPARATORS.split(bare)):
         three = _THREE.match(part)
-        if three and {three["wild"], three["new"]} <= set(_NAMES):
-            wild, new = _NAMES[three["wild"]], _NAMES[three["new"]]
+        if three and {three["wild"], three["new"]} <= {*_NAMES, "="}:
+            wild = _NAMES[three["wild"]]
+            new = _NAMES.get(three["new"], wild)
             found.append(Substitution(wild, int(three["number"]), new))
             continue
         one = _ONE.match(part)

@@ -43,27 +43,25 @@ WINDOW_TOKENS = 1024
 """Window of a model that states no longest input."""
 
 
-def variant_nll(
-    model: PreTrainedModel, tokenizer: Any, wild: str, variants: Sequence[str]
-) -> np.ndarray:
+def variant_nll(loaded: ProteinModel, wild: str, variants: Sequence[str]) -> np.ndarray:
     """Return -log p of each variant's layout, ``(P,)`` in nats, as ``score_proteins`` gives it.
 
     All processes call this together, and each scores a share.
 
     Args:
-        model: a causal language model.
-        tokenizer: its tokenizer.
+        loaded: the model and its tokenizer.
         wild: the protein that the variants resemble.
         variants: residues of each; of any length.
 
     Returns:
         NaN where a variant does not fit the model.
     """
-    (reference, *others), takes = ProteinModel(model, tokenizer).rows([wild, *variants])
+    model = loaded.model
+    (reference, *others), takes = loaded.rows([wild, *variants])
     limit = stated_positions(model.config) or len(reference)
     cache = _cache(model)
     if len(reference) > limit or cache is None or not others:
-        return score_proteins(model, tokenizer, variants, shared=True).nll
+        return score_proteins(*loaded, variants, shared=True).nll
     shared = np.array([_shared(reference, row) for row in others])  # tokens, at least one
     fits = np.flatnonzero(takes[1:])
     sums = np.zeros(len(others))
@@ -169,7 +167,7 @@ def windows_of(length: int, window: int) -> list[tuple[int, int, int]]:
     return [(s, min(s + window, length), s + step if s else 0) for s in starts]
 
 
-def windowed_nll(model: PreTrainedModel, tokenizer: Any, residues: str) -> np.ndarray:
+def windowed_nll(loaded: ProteinModel, residues: str) -> np.ndarray:
     """Return the NLL of each residue of a protein of any length, ``(L,)`` in nats.
 
     A token's NLL is shared equally by its residues; that of a token without residues (a line break,
@@ -178,6 +176,7 @@ def windowed_nll(model: PreTrainedModel, tokenizer: Any, residues: str) -> np.nd
     Raises:
         ValueError: the model's positions hold no window, or the tokens do not spell the protein.
     """
+    model, tokenizer = loaded
     window = window_residues(stated_positions(model.config) or WINDOW_TOKENS)
     found = np.zeros(len(residues))
     spelling = Spelling(tokenizer)

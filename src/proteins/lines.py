@@ -49,11 +49,17 @@ FOREIGN = {
     b"# STOCKHOLM": "a Stockholm alignment: convert it to FASTA (esl-reformat fasta)",
     b"CLUSTAL": "a Clustal alignment: save it as FASTA",
     b"LOCUS ": "a GenBank record: save its proteins as FASTA",
+    **dict.fromkeys((b"HEADER    ", b"ATOM  "), "a PDB structure: save its sequences as FASTA"),
     **dict.fromkeys((b"<!", b"<html", b"<?xml"), "a web page or XML: download the file itself"),
+    b"{\\rtf": "rich text of a word processor: save it as plain text",
     b"%PDF": "a PDF: export the proteins as FASTA",
 }
-COMPLEX = re.compile(rb"#\d+,[\d,]+\s")
-"""First line of ColabFold's alignment of a complex: the chains' lengths."""
+FOREIGN_LINES = {
+    re.compile(rb"#\d+,[\d,]+\s"): "an alignment of joined chains: give that of each chain",
+    re.compile(rb"ID   \S.*;"): "a record of UniProt or EMBL: save its proteins as FASTA",
+}
+"""First lines of files that are not read: of ColabFold's alignment of a complex, the chains'
+lengths."""
 COMMENT_SIGNS = ("#", ";")
 CRLF = "CRLF line ends"
 UTF_16 = "UTF-16 text"
@@ -89,8 +95,9 @@ def kind_of(path: Path) -> str:
     for sign, what in FOREIGN.items():
         if head.lstrip().startswith(sign):
             raise ValueError(f"{path}: is {what}")
-    if COMPLEX.match(head):
-        raise ValueError(f"{path}: is an alignment of joined chains: give that of each chain")
+    for line, what in FOREIGN_LINES.items():
+        if line.match(head):
+            raise ValueError(f"{path}: is {what}")
     if head.startswith(b"PAR1") or kind == PARQUET:
         return PARQUET
     if kind == EXCEL:

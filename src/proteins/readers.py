@@ -28,6 +28,7 @@ from src.proteins.report import ReadReport
 from src.proteins.tables import (
     MAX_ROW_TOKENS,
     NAME_COLUMNS,
+    SEQUENCE_COLUMNS,
     Table,
     is_missing,
     key,
@@ -41,8 +42,14 @@ MAX_RESIDUES = 100_000
 """Limit of a protein; the longest one known, titin, has about 35,000 residues."""
 TOO_LONG = f"longer than {MAX_RESIDUES:,} characters: no protein is"
 MARKERS = "end-of-text markers between proteins"
+HEADER_WORDS = {*SEQUENCE_COLUMNS, "sequences", "protein", "proteins", "peptide", "peptides", "aa"}
+HEADER = "a header line, skipped"
 LINE_NUMBERS = "numbers beside the residues"
 NAMES_BESIDE = "a name before the residues"
+PIR = re.compile(r"[A-Z][A-Z0-9];(?=\S)")
+"""Begins a header of PIR (NBRF), as Modeller writes it: ``>P1;NAME``. A title line follows, and
+``*`` ends the residues."""
+PIR_TITLES = "title lines of PIR, skipped"
 HUB_PAUSES = (1, 4, 16, 60, 120)
 """Seconds before each new attempt to go on with a stream that broke."""
 
@@ -110,12 +117,17 @@ def without_numbers(line: str) -> str:
 def fasta_records(path: Path, report: ReadReport) -> Iterator[Record]:
     """Yield the entries of a FASTA file; the first word of a header is the name."""
     title, place, size = "", 0, 0
+    pir: re.Match[str] | None = None
     parts: list[str] = []
 
     def entries() -> Iterator[Record]:
         words = title.split(None, 1)
         name = words[0] if words else f"line_{place}"
         where = f"{path.name}:{place}"
+        if pir and parts and parts[-1].endswith("*"):
+            report.fix(PIR_TITLES, where)
+            name = name[pir.end() :]
+            del parts[0]
         text = "".join(parts)
         if size > MAX_RESIDUES:
             yield Record(name, where, fault=TOO_LONG, title=title)
@@ -129,6 +141,7 @@ def fasta_records(path: Path, report: ReadReport) -> Iterator[Record]:
             if place:
                 yield from entries()
             title, place, size = line[1:].strip(), number, 0
+            pir = PIR.match(title)
             parts.clear()
         elif not place:
             if line.strip():
@@ -136,6 +149,8 @@ def fasta_records(path: Path, report: ReadReport) -> Iterator[Record]:
                     f"{path}:{number}: text before the first '>' header: is this FASTA? Plain text "
                     "with one protein a line is named .txt"
                 )
+        elif pir and not parts:
+            parts.append(line)
         elif line:
             if not line.isalpha() and (bare := without_numbers(line)):
                 report.fix(LINE_NUMBERS, f"{path.name}:{number}")
@@ -177,11 +192,13 @@ def laid_out_records(path: Path, report: ReadReport) -> Iterator[Record]:
 def text_records(path: Path, report: ReadReport) -> Iterator[Record]:
     """Yield the lines of a plain text file, one protein each; blank lines are skipped.
 
-    A line may begin with a name, and residues may stand in blocks of ten.
+    A line may begin with a name, and residues may stand in blocks of ten. A first line like
+    ``Sequence`` or ``name seq`` is a header.
 
     Raises:
         ValueError: a line holds several words of which none is known to be the residues.
     """
+    header = True
     for number, line in guarded_lines(path, report, content=True):
         if not line.strip():
             continue
@@ -190,6 +207,10 @@ def text_records(path: Path, report: ReadReport) -> Iterator[Record]:
             yield Record(name, place, fault=TOO_LONG)
             continue
         words = line.split()
+        begins, header = header, False
+        if begins and len(words) <= 2 and words[-1].lower() in HEADER_WORDS:
+            report.fix(HEADER, place)
+            continue
         if len(words) > 1 and not _are_blocks(words):
             if len(words) == 2 and PROTEIN_LETTERS.issuperset(words[1].rstrip("*").upper()):
                 report.fix(NAMES_BESIDE, place)

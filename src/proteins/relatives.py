@@ -10,12 +10,15 @@ from typing import Any
 
 import numpy as np
 from scipy import sparse
+from scipy.sparse.csgraph import connected_components
 
 from src.common.cli import progress
 from src.proteins.layouts import STANDARD_RESIDUES
 
 WORD = 3
 """Residues of a word, for diversity and the search for relatives."""
+LINK_WORD, SHARED_WORDS = 4, 0.3
+"""Residues of a word, and the share of words, by which relatives are told without an alignment."""
 CANDIDATES = 10
 """Training proteins that are aligned with each query."""
 GAP_OPEN, GAP_EXTEND = -11.0, -1.0
@@ -44,6 +47,20 @@ def word_sets(proteins: Sequence[str], width: int = WORD) -> sparse.csr_matrix:
         return sparse.csr_matrix(shape, dtype=np.float32)
     place = (np.concatenate(rows), np.concatenate(columns))
     return sparse.csr_matrix((np.ones(len(place[0]), np.float32), place), shape=shape)
+
+
+def relatives_of(proteins: Sequence[str]) -> np.ndarray:
+    """Return the group ``(P,)`` of each protein: proteins that share words are in one.
+
+    Two are linked if ``SHARED_WORDS`` of the words of the one with fewer are the other's. Identity
+    p conserves p⁴ of the words, so links begin at about 74 %, or where one is a part of the other;
+    two unrelated proteins of 500 residues share about 0.5 %.
+    """
+    words = word_sets(proteins, LINK_WORD)
+    shared = (words @ words.T).toarray()
+    own = np.maximum(shared.diagonal(), 1)
+    linked = shared >= SHARED_WORDS * np.minimum(own, own[:, None])
+    return connected_components(sparse.csr_matrix(linked), directed=False)[1]
 
 
 def local_aligner() -> Any:

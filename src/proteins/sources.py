@@ -21,7 +21,8 @@ keeps the first place of each:
 
 ==================================================  ==============================================
 fixed                                               lower case; ``*`` at the end; white space;
-                                                    alignment gaps ``-`` and ``.``; comment lines;
+                                                    alignment gaps ``-`` and ``.``; three-letter
+                                                    codes; ``Ac-`` and ``-NH2``; comment lines;
                                                     line numbers; CRLF line ends; UTF-16; a
                                                     byte-order mark (not counted)
 dropped                                             no residues (or ``NA``); ``*`` inside; ambiguous
@@ -64,6 +65,7 @@ from src.proteins.layouts import (
     tag_in,
 )
 from src.proteins.locations import has_split, hub_split, local_files, on_hub, unread_files
+from src.proteins.notation import peptide
 from src.proteins.readers import Record, file_records, hub_records
 from src.proteins.report import ReadReport
 
@@ -142,6 +144,9 @@ def clean(text: str, report: ReadReport, place: str, keep_ambiguous: bool = Fals
     if raw and not strange and not is_nucleic(raw):
         return text
     fixes = []
+    if written := peptide(text.strip()):
+        text, how = written
+        fixes.append(how)
     residues = "".join(text.split())
     if residues != text:
         fixes.append(WHITE_SPACE)

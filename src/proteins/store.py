@@ -29,7 +29,7 @@ from src.common.manifest import first_fault, is_record, signature
 from src.proteins.report import ReadReport
 
 FORMAT = "protein-lm-distill tokens"
-FORMAT_VERSION = 2
+FORMAT_VERSION = 3
 MANIFEST = "manifest.json"
 ARRAYS = {
     "offsets.bin": np.dtype("<i8"),

@@ -47,21 +47,27 @@ SEQUENCE_COLUMNS = (
     "protein_sequence",
     "aa_seq",
     "sequence",
+    "sequence.value",
     "seq",
     "text",
     "input_ids",
 )
 """Columns of residues, the first that is there is read: ProteinGym's, antibodies' (AIRR and OAS,
-whose ``sequence`` holds nucleotides), usual names; ``text`` may be laid out, ``input_ids`` is
-tokens."""
+whose ``sequence`` holds nucleotides), usual names, UniProt's JSON (``sequence.value``); ``text``
+may be laid out, ``input_ids`` is tokens."""
 NAME_COLUMNS = (
     "name", "id", "accession", "entry", "protein", "header", "sequence_id", "protein_id", "mutant",
+    "primaryaccession",
 )  # fmt: skip
-OTHER_COLUMNS = ("mutant", "dms_score")
+MUTANT_COLUMNS = ("mutant", "mutation", "mutations", "hgvs_pro")
+"""Columns of mutants: ProteinGym's, usual names, MaveDB's."""
+OTHER_COLUMNS = ("mutant", "hgvs_pro", "dms_score")
 DIVIDERS = {",": "comma", "\t": "tab", ";": "semicolon"}
 LEAST_PROTEIN = 15
 """Letters from which a cell is taken for a protein by its look."""
-_FIRST, _NEXT = re.compile(r"\s*\[?\s*"), re.compile(r"\s*,?\s*")
+_RESULTS = r'\s*(\{\s*"results"\s*:\s*)?\[\s*'
+"""Beginning of an array, perhaps in an object as UniProt writes it."""
+_FIRST, _NEXT = re.compile(_RESULTS), re.compile(r"\s*,?\s*")
 TITLES = "lines above the header, skipped"
 csv.field_size_limit(MAX_ROW_BYTES)
 
@@ -129,7 +135,7 @@ def find_column(
 
 def no_sequence_column(columns: Sequence[str], place: str, advice: str = "") -> ValueError:
     """Return the error of a table without a known column of residues."""
-    if "mutant" in map(key, columns):
+    if not advice and not {*MUTANT_COLUMNS}.isdisjoint(map(key, columns)):
         return ValueError(
             f"{place}: holds mutants and no sequences: pass --wildtype to scripts/score.py"
         )
@@ -199,6 +205,10 @@ def open_table(
         if proteins:
             names = ", ".join(printable(header[i])[:30] for i in proteins[:4])
             advice = f"pass --sequence_column ({names} look{'s' * (len(proteins) == 1)} like it)"
+        elif divider or kind == EXCEL:
+            advice = "pass --sequence_column, or write a line of column names above the rows"
+        if kind == JSON_LINES and len(first) == 2:
+            advice = "write an object for each protein (pandas: orient='records', lines=True)"
     if at:
         report.fix(TITLES, f"{path.name}:{first[0][0]}", at)
     columns = [cell.strip() for cell in first[at][1]]
@@ -286,11 +296,14 @@ def _delimited_rows(path: Path, divider: str) -> Iterator[tuple[int, list[str]]]
 
 
 def _json_rows(path: Path) -> Iterator[tuple[int, list[str]]]:
-    """Yield the columns, the keys of the first objects, then the rows of JSON lines or an array."""
+    """Yield the columns, the keys of the first objects, then the rows of JSON lines or an array.
+
+    An object in an object gives a column ``key.key`` for each of its keys.
+    """
 
     def objects() -> Iterator[tuple[int, dict[str, Any]]]:
         with opened(path) as (stream, _, _):
-            array = stream.peek(64).lstrip(b"\xef\xbb\xbf \t\r\n").startswith(b"[")
+            array = re.match(_RESULTS.encode(), stream.peek(64).removeprefix(b"\xef\xbb\xbf"))
         if array:
             yield from _array_objects(path)
             return
@@ -305,7 +318,7 @@ def _json_rows(path: Path) -> Iterator[tuple[int, list[str]]]:
                 raise ValueError(f"{path}:{number}: not a JSON object with a column for each key")
             yield number, value
 
-    rows = objects()
+    rows = ((number, _flat(row)) for number, row in objects())
     first = list(islice(rows, SAMPLE))
     columns = list(dict.fromkeys(name for _, row in first for name in row))
     if columns:
@@ -345,6 +358,15 @@ def _array_objects(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
                 number += 1
                 yield number, value if isinstance(value, dict) else {"sequence": value}
     raise ValueError(f"{path}: the JSON array has no end: the file is cut short")
+
+
+def _flat(row: dict[str, Any]) -> dict[str, Any]:
+    """Return a row with the keys of an object in it as its own, ``key.key``."""
+    flat = {}
+    for name, value in row.items():
+        inner = value if isinstance(value, dict) else {}
+        flat |= {f"{name}.{k}": v for k, v in inner.items()} if inner else {name: value}
+    return flat
 
 
 def _text_of(value: Any) -> str:
