@@ -77,7 +77,6 @@ def job(grid, folder, world, **options) -> GridRun:
         folder / "results",
         folder / "work",
         cache_dir=str(world / "tokens"),
-        announce=lambda line: None,
         **options,
     )
 

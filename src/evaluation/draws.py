@@ -46,10 +46,10 @@ class Warp:
         """
         if self.repetition_penalty != 1.0:
             assert before is not None
-            found = logits.gather(1, before)
+            seen = logits.gather(1, before)
             penalty = self.repetition_penalty
-            found = torch.where(found < 0, found * penalty, found / penalty)
-            logits = logits.scatter_(1, before, found)
+            seen = torch.where(seen < 0, seen * penalty, seen / penalty)
+            logits = logits.scatter_(1, before, seen)
         if self.temperature != 1.0:
             logits = logits / self.temperature
         scores, ids = likeliest(logits, self.top_k)

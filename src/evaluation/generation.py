@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from src.common import processes
-from src.common.cli import progress
+from src.common.cli import progress, unheard
 from src.evaluation.filters import SEEN, Filters
 from src.evaluation.likelihoods import score_proteins
 from src.evaluation.sampler import LEAST_ATTEMPTS, GeneratedProtein, GenerationSettings, Sampler
@@ -84,7 +84,7 @@ def sample_proteins(
     tokenizer: Any,
     settings: GenerationSettings | None = None,
     filters: Filters | None = None,
-    announce: Callable[[str], None] = lambda line: None,
+    announce: Callable[[str], None] = unheard,
     shared: bool = False,
 ) -> GenerationResult:
     """Sample proteins until there are as many as wanted, with progress: :func:`sample`.
@@ -99,8 +99,8 @@ def sample_proteins(
     def description() -> str:
         return f"sampling ({tally.reasons})" if tally.discarded else "sampling"
 
-    found = sample(model, tokenizer, settings, filters, announce, tally, shared)
-    proteins = list(progress(found, settings.num_sequences, description, "proteins"))
+    sampled = sample(model, tokenizer, settings, filters, announce, tally, shared)
+    proteins = list(progress(sampled, settings.num_sequences, description, "proteins"))
     return GenerationResult(proteins, tally, time.monotonic() - started, settings)
 
 
@@ -110,7 +110,7 @@ def sample(
     tokenizer: Any,
     settings: GenerationSettings | None = None,
     filters: Filters | None = None,
-    announce: Callable[[str], None] = lambda line: None,
+    announce: Callable[[str], None] = unheard,
     tally: Tally | None = None,
     shared: bool = False,
 ) -> Iterator[GeneratedProtein]:
@@ -166,9 +166,9 @@ def _in_order(
             missing = math.ceil((wanted - len(likely)) / luck / sampler.stride) - len(sampler.rows)
         sampler.begin(missing, limit)
         own = sampler.run(filters, STEPS_APART if shared else 1)
-        told = processes.gathered((own, sampler.tokens)) if shared else [(own, sampler.tokens)]
-        tally.tokens = sum(tokens for _, tokens in told)
-        for attempt, verdict in (pair for pairs, _ in told for pair in pairs):
+        shares = processes.gathered((own, sampler.tokens)) if shared else [(own, sampler.tokens)]
+        tally.tokens = sum(tokens for _, tokens in shares)
+        for attempt, verdict in (pair for pairs, _ in shares for pair in pairs):
             settled += 1
             waiting[attempt] = verdict
             if isinstance(verdict, GeneratedProtein):

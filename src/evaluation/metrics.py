@@ -254,18 +254,6 @@ GENERATION_METRICS: list[Metric] = [
 """What is measured of a set of generated proteins; names within the record of the set."""
 
 
-def register(metric: Metric) -> Metric:
-    """Add a metric to the table and return it.
-
-    Raises:
-        ValueError: the table has a metric of that name.
-    """
-    if metric.name in {known.name for known in METRICS}:
-        raise ValueError(f"there is a metric {metric.name} already")
-    METRICS.append(metric)
-    return metric
-
-
 def compute_metrics(sums: Sums) -> dict[str, np.ndarray]:
     """Return every metric that follows from sums over proteins.
 

@@ -49,7 +49,6 @@ class EvaluationSettings:
         max_length: longest protein in tokens; None: what both models can take.
         compute_ece: measure calibration.
         bootstrap: replicates for the intervals; 0: none.
-        level: of the intervals.
         seed: of shuffling and bootstrap.
         check: stop where the teacher fails its sanity checks.
     """
@@ -60,7 +59,6 @@ class EvaluationSettings:
     max_length: int | None = None
     compute_ece: bool = True
     bootstrap: int = 2000
-    level: float = 0.95
     seed: int = 0
     check: bool = True
 
@@ -72,8 +70,6 @@ class EvaluationSettings:
                 raise ValueError(f"--{name} must be at least 1, got {value}")
         if self.bootstrap < 0:
             raise ValueError(f"--bootstrap must not be negative, got {self.bootstrap}")
-        if not 0 < self.level < 1:
-            raise ValueError(f"the level of an interval is in (0, 1), got {self.level}")
 
 
 @dataclass
