@@ -41,7 +41,7 @@ FORMATS = (".parquet", ".npz")
 
 @dataclass(frozen=True)
 class EmbeddingSettings:
-    """What is embedded.
+    """Layer, kind and batches of embeddings.
 
     Attributes:
         layer: 0: the input of the first block; n: the output of the n-th; -1: of the last, after

@@ -43,7 +43,7 @@ from src.proteins.tables import is_missing, number_of, open_table
 SCORE_COLUMN = "DMS_score"
 MUTANT_COLUMN = "mutant"
 LEAST_COMPARED = 3
-"""Variants with both a measurement and a score: any two agree or disagree wholly."""
+"""Fewest variants with both a measurement and a score: of two the correlation is always ±1."""
 OTHER_MUTANTS = "mutants whose position is not understood, each by itself in intervals"
 CELLS = 2_000_000
 """Weights (replicates × variants) that the bootstrap holds at a time: 16 MB."""

@@ -66,7 +66,7 @@ def floor_nll(
     clusters: Sequence[Any],
     seed: int = 0,
 ) -> tuple[dict[str, np.ndarray], str]:
-    """Return each n-gram floor's NLL on each protein, and what it was fitted on.
+    """Return each n-gram floor's NLL on each protein, and the name of the data it was fitted on.
 
     Args:
         residues: of the proteins to score.
@@ -266,7 +266,7 @@ def floor_warning(teacher: np.ndarray, unigram: np.ndarray, residues: np.ndarray
 def floors_record(
     measured: dict[str, Any] | None, fitted_on: str, train: Sequence[str] | None
 ) -> dict[str, Any]:
-    """Describe the floors: their figures, and what they were fitted on."""
+    """Return the floors' metrics and the data that they were fitted on."""
     return {
         "fitted_on": fitted_on,
         "fitted_proteins": len(train) if train is not None and fitted_on == "train" else None,

@@ -3,7 +3,7 @@
 Every attempt at a protein has its own stream of random numbers, keyed by seed and attempt, and good
 attempts are taken in order. Except for rounding, the result does not depend on the batch size, and
 short proteins, which end first, are not preferred. Nor does it depend on how many processes share
-the attempts: each tells the others what became of its own.
+the attempts: they exchange the outcomes.
 
 :func:`sample` yields proteins as they come; :func:`sample_proteins` gives them all, with counts.
 """
@@ -32,12 +32,12 @@ if TYPE_CHECKING:
 PRIOR_ATTEMPTS = 8
 """Good attempts assumed before any is known, when guessing how many must be begun."""
 STEPS_APART = 16
-"""Tokens of each protein between two exchanges of what the processes have done."""
+"""Tokens of each protein between two exchanges between the processes."""
 
 
 @dataclass
 class Tally:
-    """What became of the attempts, kept up to date while proteins are sampled.
+    """Counts of attempts by outcome, kept up to date while proteins are sampled.
 
     Attributes:
         attempts: attempts up to the last protein that was taken: those kept and all that were
@@ -54,13 +54,13 @@ class Tally:
 
     @property
     def reasons(self) -> str:
-        """How many attempts were discarded for what, for a person."""
+        """The numbers of discarded attempts by reason, for a person."""
         return ", ".join(f"{count:,} {reason}" for reason, count in self.discarded.most_common())
 
 
 @dataclass
 class GenerationResult:
-    """What sampling gave: proteins in the order of their attempts, counts, seconds, settings."""
+    """The sampled proteins in the order of their attempts, counts, seconds and settings."""
 
     proteins: list[GeneratedProtein]
     tally: Tally
@@ -74,7 +74,7 @@ class GenerationResult:
 
     @property
     def counts(self) -> dict[str, int]:
-        """Attempts by what became of them."""
+        """Numbers of attempts by outcome."""
         tally = self.tally
         return {"attempts": tally.attempts, "kept": tally.kept, **tally.discarded}
 
@@ -150,18 +150,20 @@ def _in_order(
     tally: Tally,
     shared: bool,
 ) -> Iterator[GeneratedProtein]:
-    """Run a sampler and give out what is good, attempt by attempt, alike in all processes."""
+    """Yield the good proteins in the order of attempts, the same in all processes."""
     settings = sampler.settings
     wanted, limit = settings.num_sequences, settings.attempts_allowed
-    waiting: dict[int, GeneratedProtein | str] = {}  # settled before an earlier attempt
-    good: dict[int, str] = {}  # residues of the good ones by attempt, given out or waiting
-    likely: set[str | int] = set()  # what of these counts: each, or each sequence
+    waiting: dict[
+        int, GeneratedProtein | str
+    ] = {}  # outcomes behind an attempt under way
+    good: dict[int, str] = {}  # residues of good attempts
+    likely: set[str | int] = set()  # good attempts, or distinct sequences
     seen: set[str] = set()
     settled, notice = 0, LEAST_ATTEMPTS // 2
     while tally.attempts < settings.attempts_allowed:
         missing = limit  # all before the last that is needed
         if len(likely) < wanted:
-            # Of those under way about as many will be good as were so far.
+            # Attempts under way are assumed to succeed as often as finished ones.
             luck = (len(likely) + PRIOR_ATTEMPTS) / (settled + PRIOR_ATTEMPTS)
             missing = math.ceil((wanted - len(likely)) / luck / sampler.stride) - len(sampler.rows)
         sampler.begin(missing, limit)

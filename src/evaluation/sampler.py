@@ -209,7 +209,7 @@ class Sampler:
         self.decoder = Decoder(model, torch.tensor(self.prompt, device=self.device), self.room)
         fitting = self._memory() // self.decoder.bytes_of_a_row()
         self.slots = max(1, min(settings.batch_size, fitting))
-        # (slots, R) tokens, for the penalty; what opens every protein is nothing new behind it
+        # (slots, R) tokens for the penalty; rows are filled up with a token that all of them hold
         self.ids = torch.full((self.slots, self.room), self.prompt[0], device=self.device)
 
     def _check(self, vocabulary: int, letters: list[str]) -> None:

@@ -98,7 +98,7 @@ class GridRun:
         self._caches: dict[str, TeacherCache] = {}
         self._seconds: list[float] = []
 
-    # What stands on disk ------------------------------------------------------------------------
+    # Files on disk -----------------------------------------------------------------------------
 
     def file_of(self, cell: Cell) -> Path:
         """Return the path of a cell's results."""
@@ -233,7 +233,7 @@ class GridRun:
         return {"teacher": inputs.teacher_fingerprint, "data": inputs.parts["train"].fingerprint}
 
     def _require_inputs(self, before: Mapping[str, Any], path: Path, flag: str) -> None:
-        """Check that a file of this grid was made with the teacher and proteins of now.
+        """Check that a file of this grid was made with the current teacher and proteins.
 
         Raises:
             ValueError: it was made with others.

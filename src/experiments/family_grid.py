@@ -87,7 +87,7 @@ class Cell:
 
 @dataclass(frozen=True)
 class FamilyGrid:
-    """What is run, and where.
+    """Settings and directories of the experiment.
 
     Attributes:
         families: FASTA with ``family=NAME`` in its headers.

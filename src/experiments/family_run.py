@@ -67,7 +67,7 @@ RESULTS_FILE = "judgement.json"
 
 @dataclass(frozen=True)
 class FamilyRun:
-    """What is asked for.
+    """Settings of a run of scripts/specialise.py.
 
     Attributes:
         family: one file of members, or a directory with parts that is split already.
@@ -159,7 +159,7 @@ def run_family(run: FamilyRun) -> dict[str, Any]:
 
 
 def step(run: FamilyRun, name: str) -> None:
-    """Say which stage begins."""
+    """Announce the stage that begins."""
     run.announce(f"== {name}")
 
 
@@ -286,7 +286,7 @@ def build_profiles(run: FamilyRun, family: Family) -> dict[str, Any]:
 
 
 def identity(family: Family) -> dict[str, Any]:
-    """Return what tells this family's split from another's, for the records of stages."""
+    """Return the hashes of the family's parts, for the records of stages."""
     parts = ("train", "validation", "test")
     files = {p: sorted(family.data.glob(f"{p}.*")) for p in parts}
     return {p: [sha256_file(path) for path in paths] for p, paths in files.items() if paths}
@@ -497,7 +497,7 @@ def parameters_and_speed(
 
 
 def fit_summary(record: Mapping[str, Any]) -> dict[str, Any]:
-    """Return what the page says of a training."""
+    """Return the settings and the outcome of a training that the page shows."""
     settings = {"optimizer": DEFAULTS.optimizer, **record["settings"]}  # defaults are left out
     return {
         **{name: settings[name] for name in ("learning_rate", "optimizer", "batch_size")},

@@ -45,7 +45,7 @@ START, ADAPTED, SCRATCH, SPECIALIST, PROFILE = (
     "specialist",
     "profile HMM",
 )
-"""Names of what is judged."""
+"""Names of the judged models."""
 SWEEP = (1 / 3, 1.0, 3.0)
 """Learning rates that ``--tune`` tries, as factors of the given one."""
 

@@ -278,10 +278,10 @@ def _slug(text: str) -> str:
 
 
 def _inline(text: Any) -> str:
-    """Keep a value in one line, and out of HTML."""
+    """Return a value in one line, without HTML tags."""
     return " ".join(str(text).split()).replace("<", "&lt;")
 
 
 def _cell(text: Any) -> str:
-    """Keep a value in one cell of a Markdown table."""
+    """Return a value for one cell of a Markdown table."""
     return _inline(text).replace("|", "\\|")

@@ -33,7 +33,7 @@ COLOURS = {
     "shuffled": "#cc79a7",
 }
 CYCLE = ("#0072b2", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#4d4f53")
-"""Of series without a colour of their own, the teacher's left out."""
+"""Colours of other series: all but the teacher's."""
 MARKERS = ("o", "s", "^", "D", "v", "P")
 DASHES = ("-", "--", "-.", ":", (0, (5, 1, 1, 1, 1, 1)), (0, (7, 2)))
 FEW_TOKENS = 100

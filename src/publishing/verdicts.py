@@ -68,7 +68,7 @@ class Difference:
 
 @dataclass(frozen=True)
 class Verdict:
-    """What a candidate is against a reference, and why."""
+    """The scenario of a candidate against a reference, and its reasons."""
 
     candidate: str
     reference: str
@@ -326,7 +326,7 @@ def _paired_estimates(
 
 
 def verdict_lines(verdict: Verdict) -> list[str]:
-    """Return a verdict for a person: a headline, a line for each part, and what to doubt."""
+    """Return a verdict for a person: a headline, a line for each part, and warnings."""
     lines = [
         f"{verdict.candidate} against {verdict.reference}: {verdict.scenario} "
         f"({SCENARIOS[verdict.scenario]})"
