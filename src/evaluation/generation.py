@@ -153,9 +153,7 @@ def _in_order(
     """Yield the good proteins in the order of attempts, the same in all processes."""
     settings = sampler.settings
     wanted, limit = settings.num_sequences, settings.attempts_allowed
-    waiting: dict[
-        int, GeneratedProtein | str
-    ] = {}  # outcomes behind an attempt under way
+    waiting: dict[int, GeneratedProtein | str] = {}  # outcomes behind an attempt under way
     good: dict[int, str] = {}  # residues of good attempts
     likely: set[str | int] = set()  # good attempts, or distinct sequences
     seen: set[str] = set()

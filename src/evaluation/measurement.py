@@ -70,6 +70,16 @@ class HeldOut(NamedTuple):
     sizes: np.ndarray
     clusters: list[str]
 
+    def table(self, scores: Scores) -> dict[str, Any]:
+        """Return the table of single proteins; sums are over a protein, in nats."""
+        return {
+            "protein": self.names,
+            "cluster": self.clusters,
+            "residues": self.sizes,
+            "tokens": scores.tokens,
+            **{key: scores.sums[key] for key in ("nll_student", "nll_teacher", "kl")},
+        }
+
 
 def evaluate(student: PreTrainedModel, *arguments: Any, **options: Any) -> Evaluation:
     """Return :func:`evaluate_students` of one student, with its other arguments."""
@@ -103,9 +113,8 @@ def evaluate_students(
 
     Returns:
         For each student the content of a results file without ``run``, and the table of single
-        proteins: ``protein``, ``cluster``, ``residues``, ``tokens``, ``nll_student``,
-        ``nll_teacher``, ``kl`` (summed over the protein, in nats). Keys that concern generated
-        proteins are null: see :func:`src.evaluation.sequence_quality.measure_generation`.
+        proteins. Keys of generated proteins are null
+        (:func:`src.evaluation.sequence_quality.measure_generation`).
 
     Raises:
         ValueError: the teacher fails its checks, the vocabularies differ, or nothing can be scored.
@@ -154,14 +163,7 @@ def evaluate_students(
             "students": len(students),
             "peak_memory_bytes": peak_memory(teacher.device),
         }
-        table = {
-            "protein": held_out.names,
-            "cluster": held_out.clusters,
-            "residues": held_out.sizes,
-            "tokens": scores.tokens,
-            **{key: scores.sums[key] for key in ("nll_student", "nll_teacher", "kl")},
-        }
-        evaluations[name] = Evaluation(results, table)
+        evaluations[name] = Evaluation(results, held_out.table(scores))
     return evaluations
 
 
