@@ -25,7 +25,7 @@ from src.common.cli import printable
 from src.common.files import write_text
 from src.evaluation.likelihoods import score_proteins
 from src.evaluation.mutants import Substitution, mutated, numbering, parse_mutant
-from src.evaluation.statistics import TAILS, Estimate, cluster_codes
+from src.evaluation.statistics import TAILS, Estimate, cluster_codes, cluster_weights
 from src.evaluation.variants import variant_nll, windowed_nll
 from src.proteins.layouts import tagged_as
 from src.proteins.lines import TABLES, kind_of
@@ -45,8 +45,6 @@ MUTANT_COLUMN = "mutant"
 LEAST_COMPARED = 3
 """Fewest variants with both a measurement and a score: of two the correlation is always ±1."""
 OTHER_MUTANTS = "mutants whose position is not understood, each by itself in intervals"
-CELLS = 2_000_000
-"""Weights (replicates × variants) that the bootstrap holds at a time: 16 MB."""
 
 
 @dataclass
@@ -371,14 +369,10 @@ def spearman(
     codes, groups = cluster_codes([c for c, k in zip(clusters, known, strict=True) if k])
     tests: dict[str, Any] = {name: stats.spearmanr(x, y) for name, x in xs.items()}
     point = {name: float(test.statistic) for name, test in tests.items()}
-    rng = np.random.default_rng(seed)
     drawn: dict[str, list[np.ndarray]] = {name: [] for name in xs}
-    step = max(1, CELLS // count)
-    for start in range(0, n, step):
-        size = min(step, n - start)
-        weights = rng.multinomial(groups, np.full(groups, 1 / groups), size=size)[:, codes]
+    for weights in cluster_weights(groups, n, seed, count):
         for name, x in xs.items():
-            drawn[name].append(weighted_spearman(x, y, weights.astype(np.float64)))
+            drawn[name].append(weighted_spearman(x, y, weights[:, codes]))
     replicates = {name: np.concatenate(v) if v else np.array([]) for name, v in drawn.items()}
     if len(xs) == 2:
         first, second = xs

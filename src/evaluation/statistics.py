@@ -8,7 +8,7 @@ values of the same protein together (student with teacher, arm with arm). Interv
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Hashable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -17,7 +17,7 @@ from scipy import sparse, stats
 LEVEL = 0.95
 TAILS = ((1 - LEVEL) / 2, (1 + LEVEL) / 2)
 CHUNK_CELLS = 4_000_000
-"""Weights (replicates × clusters) that the bootstrap holds at a time: 32 MB."""
+"""Numbers of replicates that a bootstrap holds at a time: 32 MB."""
 
 LARGEST_BIAS = 0.8
 """Normal quantile of the share of replicates below the estimate (0.8: 79 %) up to which BCa is
@@ -77,6 +77,22 @@ def cluster_sums(values: np.ndarray, codes: np.ndarray, count: int) -> np.ndarra
     return (membership @ flat).reshape(count, *values.shape[1:])
 
 
+def cluster_weights(count: int, n: int, seed: int, row_cells: int) -> Iterator[np.ndarray]:
+    """Yield the weights ``(R, C)`` of ``n`` replicates that draw C clusters with replacement.
+
+    Args:
+        count: number of clusters C.
+        n: replicates.
+        seed: of the draws.
+        row_cells: numbers that the caller makes of one replicate, which bounds R.
+    """
+    rng = np.random.default_rng(seed)
+    step = max(1, CHUNK_CELLS // row_cells)
+    for start in range(0, n, step):
+        size = min(step, n - start)
+        yield rng.multinomial(count, np.full(count, 1 / count), size=size).astype(np.float64)
+
+
 def cluster_bootstrap(
     statistic: Statistic,
     arrays: Mapping[str, np.ndarray],
@@ -119,15 +135,13 @@ def cluster_bootstrap(
     totals = {name: sums.sum(0, keepdims=True) for name, sums in by_cluster.items()}
     point = {name: float(value[0]) for name, value in statistic(totals).items()}
 
-    rng = np.random.default_rng(seed)
-    pieces: list[Mapping[str, np.ndarray]] = []
-    step = max(1, CHUNK_CELLS // count)
-    for start in range(0, n, step):
-        size = min(step, n - start)
-        weights = rng.multinomial(count, np.full(count, 1 / count), size=size).astype(np.float64)
-        pieces.append(statistic({k: _weighted(weights, v) for k, v in by_cluster.items()}))
+    pieces = [
+        statistic({k: _weighted(weights, v) for k, v in by_cluster.items()})
+        for weights in cluster_weights(count, n, seed, count)
+    ]
     left_out: list[Mapping[str, np.ndarray]] = []
     if count > 1:
+        step = max(1, CHUNK_CELLS // count)
         for start in range(0, count, step):
             part = slice(start, start + step)
             left_out.append(statistic({k: totals[k] - v[part] for k, v in by_cluster.items()}))
