@@ -96,7 +96,8 @@ def run(args: argparse.Namespace) -> dict:
     from src.common.runs import provenance
     from src.evaluation import gates, inputs
     from src.evaluation import sequence_quality as q
-    from src.evaluation.measurement import evaluate, write_per_protein
+    from src.evaluation.measurement import evaluate
+    from src.evaluation.per_protein import write_per_protein
     from src.evaluation.results import print_table, write_results
     from src.evaluation.scoring import EvaluationSettings
     from src.models.decoding import sampling_room

@@ -77,7 +77,6 @@ def job(grid, folder, world, **options) -> GridRun:
         folder / "results",
         folder / "work",
         cache_dir=str(world / "tokens"),
-        announce=lambda line: None,
         **options,
     )
 
@@ -412,8 +411,8 @@ def test_the_script(grid, world, tmp_path, capsys, refusal):
     [
         ({}, "rates is missing"),
         ([1], "must be an object"),
-        ({"rates": {"s27": "x"}, "best_arm": {}}, "rates: s27 must be an object"),
-        ({"rates": {"s27": {"both": -1}}, "best_arm": {}}, "rates: s27.both must be"),
+        ({"rates": {"s27": "x"}, "best_arm": {}}, "rates.s27 must be an object"),
+        ({"rates": {"s27": {"both": -1}}, "best_arm": {}}, "rates.s27.both must be"),
         ({"rates": {"s27": {"both": 1e400}}, "best_arm": {}}, "not a finite number"),
         ({"rates": {}, "best_arm": {"s27": 3}}, "best_arm.s27 must be text"),
     ],

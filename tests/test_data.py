@@ -26,7 +26,7 @@ from datasets.exceptions import DatasetNotFoundError
 
 from src.common.cli import add_data_flags
 from src.proteins import lines, readers, sources, tables
-from src.proteins.layouts import END_OF_TEXT, layout, prompt_layout, residues_of
+from src.proteins.layouts import END_OF_TEXT, PROTGPT2, layout, prompt_layout
 from src.proteins.report import ReadReport
 from src.proteins.sources import SAME_NAMES, has_split, read_proteins
 from src.proteins.tokens import (
@@ -97,16 +97,16 @@ def test_layout_at_the_edges_of_a_line(length):
     assert lines[0] == lines[-1] == END_OF_TEXT
     assert all(len(line) == 60 for line in lines[1:-2])
     assert 1 <= len(lines[-2]) <= 60
-    assert residues_of(text) == residues
+    assert PROTGPT2.read(text) == residues
 
 
 @pytest.mark.parametrize("seed", range(5))
 def test_layout_round_trip_on_random_proteins(random_proteins, seed, tiny_tokenizer):
     for residues in random_proteins(30, 1, 400, seed):
-        assert residues_of(layout(residues)) == residues
+        assert PROTGPT2.read(layout(residues)) == residues
         assert layout(residues).startswith(prompt_layout(residues))
         ids = tiny_tokenizer(layout(residues))["input_ids"]
-        assert residues_of(tiny_tokenizer.decode(ids)) == residues
+        assert PROTGPT2.read(tiny_tokenizer.decode(ids)) == residues
 
 
 # Formats: the same proteins out of each
@@ -468,7 +468,7 @@ def test_rows_of_tokens_are_cut_at_their_markers(tmp_path, tiny_tokenizer, store
     path = tmp_path / "train.parquet"
     pq.write_table(pa.table({"input_ids": pa.array(rows, pa.list_(pa.int32()))}), path)
     found, report = read(path, tokenizer=tiny_tokenizer)
-    assert found == [A, B, C, residues_of(tiny_tokenizer.decode(a[:4])), C]
+    assert found == [A, B, C, PROTGPT2.read(tiny_tokenizer.decode(a[:4])), C]
     assert counts(report.dropped) == {sources.HEADLESS: 1, sources.NO_RESIDUES: 2}
     assert counts(report.fixed) == {sources.CUT_IN_SOURCE: 1}
 
@@ -544,7 +544,7 @@ def test_store_equals_direct_tokenisation(tmp_path, random_proteins, tiny_tokeni
     expected = [row[:90] for row in whole]
     assert [store[i].tolist() for i in range(len(store))] == expected
     assert store.lengths.tolist() == [len(row) for row in expected]
-    visible = [residues_of(tiny_tokenizer.decode(row)) for row in expected]
+    visible = [PROTGPT2.read(tiny_tokenizer.decode(row)) for row in expected]
     assert [store.sequence(i) for i in range(len(store))] == visible
     assert store.residues.tolist() == [len(v) for v in visible]
     assert store.hashes.tolist() == [sequence_hash(p) for p in distinct]

@@ -17,8 +17,8 @@ from src.evaluation.measurement import (
     evaluate,
     evaluate_students,
     protein_clusters,
-    write_per_protein,
 )
+from src.evaluation.per_protein import write_per_protein
 from src.evaluation.results import lookup, read_results, validate
 from src.evaluation.scoring import EvaluationSettings, length_batches, protein_nll
 from src.models.sizes import threshold_for

@@ -21,14 +21,10 @@ ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "results"
 
 
-def silent(line: str) -> None:
-    """Say nothing."""
-
-
 @pytest.fixture(scope="module")
 def made(tmp_path_factory):
     folder = tmp_path_factory.mktemp("figures")
-    return folder, figures.make_all(RESULTS, folder, announce=silent)
+    return folder, figures.make_all(RESULTS, folder)
 
 
 def test_every_figure_with_results_is_made_twice(made):
@@ -158,7 +154,7 @@ def test_sizes_that_were_not_analysed_alike_are_refused(tmp_path):
     ("change", "message"),
     [
         ({"training": {}}, "training.curve is missing"),
-        ({"training": {"curve": [{"step": "x"}]}}, r"training.curve\[0\]: step must be a number"),
+        ({"training": {"curve": [{"step": "x"}]}}, r"training.curve\[0\].step must be a number"),
         ({"student_ece": {"ece": 0.1}}, "student_ece.reliability is missing"),
         ({"share_of_teacher": None}, "share_of_teacher must be a number"),
     ],

@@ -613,7 +613,7 @@ def test_a_student_in_the_pipeline_as_on_the_card_of_protgpt2(finished):  # noqa
 def test_the_code_on_our_card_runs(student, capsys):
     import torch
 
-    package = hub.pack(student, "me/student", license="mit", known={})
+    package = hub.pack(student, "me/student", license="mit")
     blocks = re.findall(r"```python\n(.*?)```", package.card, re.DOTALL)
     assert len(blocks) == 2
     for block in blocks:

@@ -8,10 +8,10 @@ from src.proteins.layouts import (
     AMBIGUOUS_RESIDUES,
     END_OF_TEXT,
     PROTEIN_LETTERS,
+    PROTGPT2,
     STANDARD_RESIDUES,
     layout,
     prompt_layout,
-    residues_of,
 )
 
 
@@ -55,7 +55,7 @@ def test_what_layout_refuses(residues):
     ],
 )
 def test_reading_back(text, residues):
-    assert residues_of(text) == residues
+    assert PROTGPT2.read(text) == residues
 
 
 @pytest.mark.parametrize(
@@ -69,4 +69,4 @@ def test_reading_back(text, residues):
 )
 def test_what_reading_back_refuses(text, message):
     with pytest.raises(ValueError, match=message):
-        residues_of(text)
+        PROTGPT2.read(text)

@@ -86,7 +86,7 @@ def test_families(profiles, random_proteins, name, threshold):
     assert not len(relatives.family_hits([], folder / f"{name}.hmm")["hit"])
 
 
-def test_expectations_count_profiles_and_not_proteins(profiles, random_proteins):
+def test_expectations_count_profiles_and_not_proteins(profiles, random_proteins, monkeypatch):
     protein, folder = profiles
     query = mutated(protein[:45], 0.3)
     single = (folder / "plain.hmm").read_bytes()
@@ -96,7 +96,8 @@ def test_expectations_count_profiles_and_not_proteins(profiles, random_proteins)
         """Return the smallest power of ten that the query's E-value stays below."""
         for power in range(-40, 2):
             proteins = [query, *others]
-            if relatives.family_hits(proteins, folder / name, 10.0**power)["hit"].any():
+            monkeypatch.setattr(relatives, "EVALUE", 10.0**power)
+            if relatives.family_hits(proteins, folder / name)["hit"].any():
                 return power
         return None
 

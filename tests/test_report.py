@@ -14,7 +14,8 @@ import pytest
 from scripts import report as script
 from src.evaluation.results import REQUIRED
 from src.publishing import report
-from src.publishing.report import build_report, command_line, short_name
+from src.publishing.pages import short_name
+from src.publishing.report import build_report, command_line
 from src.trainer.callbacks import read_metrics
 from tests.finished_run import finished  # noqa: F401 - a fixture
 from tests.spoiling import refusals

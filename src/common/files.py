@@ -222,14 +222,14 @@ def read_json(path: str | Path, max_bytes: int = MAX_JSON_BYTES) -> Any:
     return value
 
 
-def read_json_lines(path: str | Path, max_bytes: int = MAX_JSON_BYTES) -> list[dict[str, Any]]:
+def read_json_lines(path: str | Path) -> list[dict[str, Any]]:
     """Return the JSON objects of a file, one a line, without an unfinished last line.
 
     Raises:
         ValueError: the file cannot be read or is too large, or a line before the last is no object.
     """
     try:
-        raw = _read_bounded(path, max_bytes)
+        raw = _read_bounded(path, MAX_JSON_BYTES)
     except (OSError, ValueError) as error:
         raise ValueError(f"{path}: cannot be read ({_reason(error)})") from None
     records, lines = [], raw.splitlines()

@@ -14,17 +14,17 @@ SMOOTH_CELLS = 250
 """Cells of [0, 1] on which residuals are smoothed: finer than any bandwidth that matters."""
 
 
-def equal_width_edges(bins: int = BINS) -> np.ndarray:
-    """Return the ``(bins + 1,)`` edges of bins of equal width over [0, 1]."""
-    return np.linspace(0.0, 1.0, bins + 1)
+def equal_width_edges() -> np.ndarray:
+    """Return the 16 edges of bins of equal width over [0, 1]."""
+    return np.linspace(0.0, 1.0, BINS + 1)
 
 
-def equal_mass_edges(confidence: np.ndarray, bins: int = BINS) -> np.ndarray:
-    """Return the ``(bins + 1,)`` edges that put the same number of confidences into each bin.
+def equal_mass_edges(confidence: np.ndarray) -> np.ndarray:
+    """Return the 16 edges that put the same number of confidences into each bin.
 
     Where many confidences are equal, bins can come out empty; an empty bin adds nothing.
     """
-    edges = np.quantile(confidence, np.linspace(0, 1, bins + 1))
+    edges = np.quantile(confidence, np.linspace(0, 1, BINS + 1))
     edges[0], edges[-1] = 0.0, 1.0
     return np.maximum.accumulate(edges)
 
@@ -128,9 +128,9 @@ def residual_sums(
     correct: np.ndarray,
     groups: np.ndarray,
     count: int,
-    cells: int = SMOOTH_CELLS,
 ) -> np.ndarray:
     """Sum correct - confidence in fine cells of confidence: ``(G, cells)``, for the smooth ECE."""
+    cells = SMOOTH_CELLS
     which = np.minimum((confidence * cells).astype(np.int64), cells - 1)
     place = np.asarray(groups, dtype=np.int64) * cells + which
     residual = np.asarray(correct, dtype=np.float64) - confidence
@@ -219,11 +219,10 @@ class CalibrationSums:
         correct: np.ndarray,
         groups: np.ndarray,
         count: int,
-        bins: int = BINS,
     ) -> CalibrationSums:
         """Sum ``(N,)`` confidences and outcomes by the protein ``(N,)`` that they belong to."""
         confidence = np.asarray(confidence, dtype=np.float64)
-        width, mass = equal_width_edges(bins), equal_mass_edges(confidence, bins)
+        width, mass = equal_width_edges(), equal_mass_edges(confidence)
         return cls(
             bin_sums(confidence, correct, width, groups, count),
             bin_sums(confidence, correct, mass, groups, count),

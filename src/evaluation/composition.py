@@ -46,18 +46,15 @@ def residue_counts(proteins: Iterable[str]) -> np.ndarray:
     return counts
 
 
-def repeat_share(residues: str, longest_unit: int = LONGEST_UNIT) -> float:
+def repeat_share(residues: str) -> float:
     """Return the share of residues in tandem repeats.
 
-    A tandem repeat is a stretch that equals itself shifted by its unit of 1 to ``longest_unit``
-    residues, at least three copies and six residues long: QQQQQQ, GSGSGS, ADEADEADE.
-
-    Returns:
-        A share in [0, 1]; 0 of an empty protein.
+    A tandem repeat is a stretch that equals itself shifted by its unit of 1 to 30 residues, at
+    least three copies and six residues long: QQQQQQ, GSGSGS, ADEADEADE. 0 of an empty protein.
     """
     letters = np.frombuffer(residues.encode("ascii"), np.uint8)
     covered = np.zeros(len(letters) + 1, dtype=np.int64)
-    for unit in range(1, min(longest_unit, len(letters) // LEAST_COPIES) + 1):
+    for unit in range(1, min(LONGEST_UNIT, len(letters) // LEAST_COPIES) + 1):
         same = np.concatenate([[0], letters[unit:] == letters[:-unit], [0]]).astype(np.int8)
         edges = np.flatnonzero(np.diff(same))
         for start, stop in zip(edges[::2], edges[1::2], strict=True):
@@ -130,10 +127,10 @@ def longest_run(residues: str) -> int:
     return longest
 
 
-def distinct_share(proteins: Iterable[str], width: int = 4) -> float:
-    """Return distinct words of ``width`` residues over all of them (distinct-n); 0 without any.
+def distinct_share(proteins: Iterable[str]) -> float:
+    """Return distinct words of four residues over all of them (distinct-4); 0 without any.
 
     Falls as more is generated: compare sets of the same size.
     """
-    words = [p[i : i + width] for p in proteins for i in range(len(p) - width + 1)]
+    words = [p[i : i + 4] for p in proteins for i in range(len(p) - 3)]
     return len(set(words)) / len(words) if words else 0.0

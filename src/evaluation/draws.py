@@ -15,12 +15,12 @@ from torch import Tensor
 from transformers.generation.logits_process import TopPLogitsWarper
 
 WHOLE_ROWS = 4096
-"""Up to so many tokens a top k is found on the whole row."""
+"""Up to this vocabulary a top k is searched in the whole row."""
 
 
 @dataclass(frozen=True)
 class Warp:
-    """What is done to logits before a draw, in transformers' order.
+    """Changes to logits before a draw, in transformers' order.
 
     Attributes:
         repetition_penalty: divides the logits of tokens that occurred (multiplies negative ones).
@@ -46,10 +46,10 @@ class Warp:
         """
         if self.repetition_penalty != 1.0:
             assert before is not None
-            found = logits.gather(1, before)
+            seen = logits.gather(1, before)
             penalty = self.repetition_penalty
-            found = torch.where(found < 0, found * penalty, found / penalty)
-            logits = logits.scatter_(1, before, found)
+            seen = torch.where(seen < 0, seen * penalty, seen / penalty)
+            logits = logits.scatter_(1, before, seen)
         if self.temperature != 1.0:
             logits = logits / self.temperature
         scores, ids = likeliest(logits, self.top_k)
@@ -117,7 +117,7 @@ def pick(scores: Tensor, uniforms: Tensor) -> Tensor:
     total = cumulative[:, -1:]
     if not torch.isfinite(total).all():
         raise ValueError("the model's output is not a number: its weights are broken or overflow")
-    # The sum misses 1 by rounding: the number is a share of it.
+    # The sum is not exactly 1, so the number is scaled by it.
     return torch.searchsorted(cumulative, uniforms[:, None] * total, right=True).squeeze(-1)
 
 

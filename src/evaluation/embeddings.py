@@ -41,7 +41,7 @@ FORMATS = (".parquet", ".npz")
 
 @dataclass(frozen=True)
 class EmbeddingSettings:
-    """What is embedded.
+    """Layer, kind and batches of embeddings.
 
     Attributes:
         layer: 0: the input of the first block; n: the output of the n-th; -1: of the last, after
@@ -114,10 +114,10 @@ def pooled(vectors: np.ndarray) -> dict[str, np.ndarray]:
 def write_embeddings(
     path: Path,
     loaded: ProteinModel,
-    proteins: Mapping[str, str] | Sequence[tuple[str, str]],
+    proteins: Sequence[tuple[str, str]],
     settings: EmbeddingSettings,
     identity: Mapping[str, Any],
-    say: Callable[[str], None] = lambda line: None,
+    say: Callable[[str], None],
 ) -> None:
     """Embed proteins and write them to a file, part by part.
 
@@ -128,19 +128,17 @@ def write_embeddings(
             and ``offsets`` ``(P + 1,)``).
         loaded: the model, in eval mode, and its tokenizer.
         proteins: names and residues.
-        settings: what is embedded.
-        identity: what else decides the result: parts of another are not taken for this one's.
+        settings: of the embeddings.
+        identity: what else decides the result; parts with another identity are not used.
         say: called with lines for a person, in the first process.
 
     Raises:
         ValueError: unfinished parts beside ``path`` are of other settings or proteins.
     """
     check_layer(loaded.model, settings.layer)
-    entries = list(proteins.items() if isinstance(proteins, Mapping) else proteins)
     folder = path.with_name(f"{path.name}.parts")
-    starts = range(0, len(entries), PART)
-    wanted = {"settings": asdict(settings), "part": PART, **identity}
-    wanted = json.loads(json.dumps(wanted))
+    starts = range(0, len(proteins), PART)
+    wanted = json.loads(json.dumps({"settings": asdict(settings), "part": PART, **identity}))
     if processes.is_first():
         manifest = folder / MANIFEST
         if manifest.exists() and read_json(manifest) != wanted:
@@ -155,7 +153,7 @@ def write_embeddings(
     if len(left) < len(mine):
         say(f"{folder}: going on after {len(mine) - len(left)} of {len(mine)} parts")
     for number in progress(left, len(left), "embedding", f"parts of {PART:,}"):
-        part = entries[starts[number] : starts[number] + PART]
+        part = proteins[starts[number] : starts[number] + PART]
         arrays = _arrays(loaded, part, settings)
         with atomic_write(files[number], "wb") as handle:
             np.savez(handle, allow_pickle=False, **arrays)
@@ -169,16 +167,16 @@ def _arrays(
     loaded: ProteinModel, entries: Sequence[tuple[str, str]], settings: EmbeddingSettings
 ) -> dict[str, np.ndarray]:
     residues = [residues for _, residues in entries]
-    found: list[Any] = [None] * len(entries)
+    values: list[Any] = [None] * len(entries)
     for index, vectors in residue_embeddings(loaded, residues, settings):
-        found[index] = vectors if settings.per_residue else pooled(vectors)
+        values[index] = vectors if settings.per_residue else pooled(vectors)
     arrays = {
         "names": np.array([name for name, _ in entries]),
         "residues": np.array([len(r) for r in residues]),
     }
     if settings.per_residue:
-        return arrays | {"embeddings": np.concatenate(found)}
-    return arrays | {key: np.stack([f[key] for f in found]) for key in ("mean", "last")}
+        return arrays | {"embeddings": np.concatenate(values)}
+    return arrays | {key: np.stack([v[key] for v in values]) for key in ("mean", "last")}
 
 
 def _join_npz(path: Path, files: Sequence[Path]) -> None:

@@ -1,4 +1,4 @@
-"""Which sampled proteins are wanted: without repeats, unlike known ones, each once.
+"""Filters for sampled proteins: repeats, identity to known proteins, duplicates.
 
 Every filter judges one protein; :class:`Filters` puts them together and names the reason. The
 limits and reasons stand here once, for ``scripts/generate.py`` and the candidates of
@@ -31,13 +31,13 @@ WHY = {
     LOW_COMPLEXITY: "few kinds of residues in a row rarely fold",
     NO_HIT: "what the members have in common is missing, so the protein is hardly of the family",
 }
-"""Why a protein is not wanted, and why that is a reason, in the order in which they are tried."""
+"""Reasons to discard a protein, in the order in which they are checked, each with its why."""
 MOST_REPEATS = 0.1
-"""Share of residues in tandem repeats from which a protein has repeats. Of 1,500 natural proteins
-of the bundled test part 1.3 % have more."""
+"""Largest share of residues in tandem repeats. Of 1,500 natural proteins of the bundled test part
+1.3 % have more."""
 MOST_LOW_COMPLEXITY = 0.25
-"""The same of windows of low complexity; of 382 natural proteins of known families 1.3 % have
-more, and of 2,000 of new ones 1.1 %."""
+"""Largest share of residues in windows of low complexity. Of 382 natural proteins of known families
+1.3 % have more, and of 2,000 of new ones 1.1 %."""
 
 
 def has_repeats(residues: str) -> bool:
@@ -66,7 +66,7 @@ def banned_tokens(tokenizer: Any, residues: str, vocabulary: int) -> Tensor:
 
 @dataclass
 class Filters:
-    """What a sampled protein must be beside whole and long enough.
+    """Conditions on sampled proteins beside being whole and long enough.
 
     Attributes:
         drop_repeats: discard proteins with repeats (:func:`has_repeats`).
@@ -93,7 +93,7 @@ class Filters:
             self.known = Relatives(self.against)
 
     def reason(self, residues: str) -> str | None:
-        """Return why a protein is not wanted, or None; that it came before is not looked at."""
+        """Return why a protein is discarded, or None; duplicates are not checked here."""
         if self.drop_repeats and has_repeats(residues):
             return REPEATED
         if self.known is not None and self.max_identity is not None:

@@ -25,7 +25,7 @@ from src.common.cli import printable
 from src.common.files import write_text
 from src.evaluation.likelihoods import score_proteins
 from src.evaluation.mutants import Substitution, mutated, numbering, parse_mutant
-from src.evaluation.statistics import Estimate, cluster_codes
+from src.evaluation.statistics import TAILS, Estimate, cluster_codes, cluster_weights
 from src.evaluation.variants import variant_nll, windowed_nll
 from src.models.loading import ProteinModel
 from src.proteins.layouts import tagged_as
@@ -44,10 +44,8 @@ from src.proteins.tables import MUTANT_COLUMNS, is_missing, number_of, open_tabl
 SCORE_COLUMN = "DMS_score"
 MUTANT_COLUMN = "mutant"
 LEAST_COMPARED = 3
-"""Variants with both a measurement and a score: any two agree or disagree wholly."""
+"""Fewest variants with both a measurement and a score: of two the correlation is always ±1."""
 OTHER_MUTANTS = "mutants whose position is not understood, each by itself in intervals"
-CELLS = 2_000_000
-"""Weights (replicates × variants) that the bootstrap holds at a time: 16 MB."""
 
 
 @dataclass
@@ -166,8 +164,8 @@ def _read_table(
     residues, measured = [], []
     for place, row, text in zip(places, rows, texts, strict=True):
         record = Record("", place, text, tag="" if tags is None else tag_of_cell(row[tags]))
-        found = usable(record, report, keep_ambiguous=True, tag=None if wild else tag)
-        residues.append("" if found is None else found if wild is None else tagged_as(wild, found))
+        protein = usable(record, report, keep_ambiguous=True, tag=None if wild else tag) or ""
+        residues.append(tagged_as(wild, protein) if wild and protein else protein)
         if score is not None:
             where = f"{place}: {table.columns[score]}"
             comma = table.divider != ","
@@ -190,14 +188,14 @@ def _parsed(
     mutants: Sequence[str], places: Sequence[str], report: ReadReport
 ) -> list[list[Substitution] | None]:
     """Return the substitutions of each mutant, None where it is written in another way."""
-    found: list[list[Substitution] | None] = []
+    parsed: list[list[Substitution] | None] = []
     for mutant, place in zip(mutants, places, strict=True):
         try:
-            found.append(parse_mutant(mutant))
+            parsed.append(parse_mutant(mutant))
         except ValueError:
             report.notice(OTHER_MUTANTS, f"{place}, {printable(mutant[:30])!r}")
-            found.append(None)
-    return found
+            parsed.append(None)
+    return parsed
 
 
 def _positions(mutant: Sequence[Substitution] | None) -> str:
@@ -235,7 +233,7 @@ def score_columns(
     place = {kind: i for i, kind in enumerate([*kinds, ("", "")])}
     back = np.array([place[p, getattr(p, "tag", "")] for p in residues])
     sizes = np.array([max(1, len(protein)) for protein in residues])
-    found = {}
+    columns = {}
     for prefix, loaded in models.items():
         if wild is None:
             nll = score_proteins(*loaded, unique, batch_size=batch_size, shared=True).nll
@@ -247,11 +245,11 @@ def score_columns(
             for part in processes.gathered(sums):
                 nll[list(part)] = list(part.values())
         nll = np.append(nll, math.nan)  # of an empty protein
-        found[f"{prefix}log_likelihood"] = -nll[back]
-        found[f"{prefix}log_likelihood_per_residue"] = -nll[back] / sizes
+        columns[f"{prefix}log_likelihood"] = -nll[back]
+        columns[f"{prefix}log_likelihood_per_residue"] = -nll[back] / sizes
         if wild is not None:
-            found[f"{prefix}log_ratio"] = nll[0] - nll[back]
-    return found
+            columns[f"{prefix}log_ratio"] = nll[0] - nll[back]
+    return columns
 
 
 def write_scores(path: str | Path, variants: Variants, scores: Mapping[str, np.ndarray]) -> None:
@@ -294,10 +292,10 @@ def wild_type(given: str, tag: str | None = None) -> str:
         ValueError: they are neither, or the file holds several proteins.
     """
     if Path(given).is_file():
-        found = {p.residues for p in read_entries(given, keep_ambiguous=True, tag=tag)}
-        if len(found) != 1:
-            raise ValueError(f"--wildtype {given}: holds {len(found)} proteins, and not one")
-        return found.pop()
+        proteins = {p.residues for p in read_entries(given, keep_ambiguous=True, tag=tag)}
+        if len(proteins) != 1:
+            raise ValueError(f"--wildtype {given}: holds {len(proteins)} proteins, and not one")
+        return proteins.pop()
     report = ReadReport()
     cleaned = clean(given, report, "--wildtype", keep_ambiguous=True)
     if cleaned is None:
@@ -342,7 +340,6 @@ def spearman(
     clusters: Sequence[Any],
     n: int = 2000,
     seed: int = 0,
-    level: float = 0.95,
 ) -> tuple[dict[str, Estimate], int]:
     """Return Spearman's correlation of scores with measurements, and of two scores the difference.
 
@@ -355,7 +352,6 @@ def spearman(
         clusters: ``(P,)``.
         n: replicates; 0: no intervals (NaN).
         seed: of the draws.
-        level: of the intervals.
 
     Returns:
         Estimates by name, and how many variants had both a measurement and every score.
@@ -373,27 +369,22 @@ def spearman(
     codes, groups = cluster_codes([c for c, k in zip(clusters, known, strict=True) if k])
     tests: dict[str, Any] = {name: stats.spearmanr(x, y) for name, x in xs.items()}
     point = {name: float(test.statistic) for name, test in tests.items()}
-    rng = np.random.default_rng(seed)
     drawn: dict[str, list[np.ndarray]] = {name: [] for name in xs}
-    step = max(1, CELLS // count)
-    for start in range(0, n, step):
-        size = min(step, n - start)
-        weights = rng.multinomial(groups, np.full(groups, 1 / groups), size=size)[:, codes]
+    for weights in cluster_weights(groups, n, seed, count):
         for name, x in xs.items():
-            drawn[name].append(weighted_spearman(x, y, weights.astype(np.float64)))
+            drawn[name].append(weighted_spearman(x, y, weights[:, codes]))
     replicates = {name: np.concatenate(v) if v else np.array([]) for name, v in drawn.items()}
     if len(xs) == 2:
         first, second = xs
         point["difference"] = point[first] - point[second]
         replicates["difference"] = replicates[first] - replicates[second]
-    found = {}
+    estimates = {}
     for name, estimate in point.items():
         low = high = math.nan
         if groups > 1 and len(replicates[name]) and np.isfinite(replicates[name]).all():
-            tails = [(1 - level) / 2, (1 + level) / 2]
-            low, high = map(float, np.quantile(replicates[name], tails))
-        found[name] = Estimate(estimate, low, high, level)
-    return found, count
+            low, high = map(float, np.quantile(replicates[name], TAILS))
+        estimates[name] = Estimate(estimate, low, high)
+    return estimates, count
 
 
 def weighted_spearman(x: np.ndarray, y: np.ndarray, weights: np.ndarray) -> np.ndarray:

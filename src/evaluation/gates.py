@@ -11,12 +11,12 @@ import numpy as np
 
 from src.evaluation.results import finite_or_none
 from src.evaluation.scoring import EvaluationSettings, Proteins, Tokens, protein_nll
-from src.evaluation.statistics import PairedTest, paired_test
+from src.evaluation.statistics import paired_test
 from src.models.forward import stated_positions
-from src.proteins.layouts import layout_of, shuffled
-from src.proteins.ngrams import UNIFORM_NATS, NgramModel, fit_ngrams
+from src.proteins.layouts import shuffled
+from src.proteins.ngrams import UNIFORM_NATS, fit_ngrams
 from src.proteins.relatives import relatives_of
-from src.proteins.tokens import encode
+from src.proteins.tokens import decode, encode
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -26,7 +26,8 @@ FLOOR_PROTEINS = 50_000
 """Training proteins, at most, that n-gram floors are fitted on."""
 GATE_LEVEL = 0.01
 KNOWS_NOTHING = 0.98
-"""Share of a uniform guess's likelihood, in nats, from which a model knows nothing of proteins."""
+"""A model knows nothing of proteins if its NLL is above this share of a uniform guess's."""
+WRONG = "wrong layout or tokenizer, or no protein model (--skip_teacher_check goes on all the same)"
 
 
 def residues_of_tokens(proteins: Proteins, tokenizer: Any) -> list[str]:
@@ -39,13 +40,8 @@ def residues_of_tokens(proteins: Proteins, tokenizer: Any) -> list[str]:
     for index in range(len(proteins)):
         protein = proteins[index]
         if not isinstance(protein, str):
-            text = tokenizer.decode(
-                [int(i) for i in protein],
-                skip_special_tokens=False,
-                clean_up_tokenization_spaces=False,
-            )
             try:
-                protein = layout_of(tokenizer).read(text)
+                protein = decode(tokenizer, [int(i) for i in protein])
             except ValueError as error:
                 raise ValueError(
                     f"protein {index + 1} does not read back from its tokens ({error}): "
@@ -71,7 +67,7 @@ def floor_nll(
     clusters: Sequence[Any],
     seed: int = 0,
 ) -> tuple[dict[str, np.ndarray], str]:
-    """Return each n-gram floor's NLL on each protein, and what it was fitted on.
+    """Return each n-gram floor's NLL on each protein, and the name of the data it was fitted on.
 
     Args:
         residues: of the proteins to score.
@@ -107,7 +103,7 @@ def _select(items: Sequence[str], chosen: np.ndarray) -> list[str]:
 
 
 def _pairs(
-    model: PreTrainedModel, tokenizer: Any, proteins: Sequence[np.ndarray], seed: int, name: str
+    model: PreTrainedModel, tokenizer: Any, proteins: Sequence[np.ndarray], seed: int
 ) -> tuple[list[np.ndarray], list[str], list[np.ndarray]]:
     """Return tokens and residues of the proteins that fit, and tokens of the same shuffled."""
     limit = stated_positions(model.config) or max(map(len, proteins), default=0)
@@ -119,8 +115,32 @@ def _pairs(
     mixtures = [np.asarray(mixtures[i]) for i in fit]
     chosen, residues = [chosen[i] for i in fit], [residues[i] for i in fit]
     if not chosen:
-        raise ValueError(f"all proteins are longer than the {limit} tokens that {name} takes")
+        raise ValueError(f"all proteins are longer than the {limit} tokens that the teacher takes")
     return chosen, residues, mixtures
+
+
+def _likelihoods(
+    model: PreTrainedModel,
+    tokenizer: Any,
+    proteins: Tokens,
+    train: Proteins | None,
+    seed: int,
+    settings: EvaluationSettings | None,
+) -> tuple[dict[str, np.ndarray], list[str], np.ndarray]:
+    """Return the NLLs ``(P,)`` of the checked proteins, their residues, and their tokens."""
+    checked = sample(proteins, CHECKED_PROTEINS, seed)
+    chosen, residues, mixtures = _pairs(model, tokenizer, checked, seed)
+    fitted_on = residues if train is None or len(train) < 2 else train
+    drawn = residues_of_tokens(sample(fitted_on, 5000, seed), tokenizer)
+    unigram = fit_ngrams(drawn if len(drawn) > 1 else drawn * 2, seed=seed)["unigram"]
+    vocabulary = int(model.config.vocab_size)
+    nll = {
+        "natural": protein_nll(model, chosen, settings, "natural proteins"),
+        "shuffled": protein_nll(model, mixtures, settings, "shuffled proteins"),
+        "unigram": unigram.nll(residues),
+        "token_unigram": token_unigram_nll(chosen, encode(tokenizer, drawn), vocabulary),
+    }
+    return nll, residues, np.array([len(ids) - 1 for ids in chosen])
 
 
 def check_teacher(
@@ -129,22 +149,19 @@ def check_teacher(
     proteins: Tokens,
     train: Proteins | None = None,
     *,
-    count: int = CHECKED_PROTEINS,
     seed: int = 0,
-    unigram: NgramModel | None = None,
     settings: EvaluationSettings | None = None,
-    name: str = "the teacher",
 ) -> dict[str, Any]:
-    """Stop where a model certainly does not know natural proteins from shuffled ones.
+    """Refuse a teacher that certainly does not know natural proteins from shuffled ones.
 
     Such a model has the wrong layout or tokenizer, or is not a model of proteins. It is refused if
     it prefers its own shuffled proteins beyond doubt, or predicts no better than a uniform guess
     among its tokens. Relatives count once in all this: a model that is wrong about one protein is
     wrong about all its variants. A model that prefers natural proteins and beats both unigram
     models passes; otherwise the check cannot tell, as with short peptides, which have little order
-    to know. Two unigram models are needed: tokens of several residues carry so much structure that
-    a model which ignores its input can beat the frequencies of residues, and shuffled proteins take
-    more tokens. Such a model cannot beat the frequencies of tokens.
+    to know. Two unigram models are needed: tokens of several residues carry so much structure that a model
+    which ignores its input can beat the frequencies of residues, and shuffled proteins take more
+    tokens. Such a model cannot beat the frequencies of tokens.
 
     Args:
         model: a causal language model.
@@ -152,83 +169,66 @@ def check_teacher(
         proteins: token ids of natural proteins, as they will be used.
         train: training proteins (residues or tokens) that the unigram floor is fitted on; None:
             the checked proteins themselves, which makes the floor a little harder.
-        count: proteins checked, at most.
-        seed: draws and shuffles them.
-        unigram: the floor where it is already fitted.
+        seed: draws and shuffles the proteins.
         settings: batches and chunks.
-        name: of the model, for messages.
 
     Returns:
         ``summary`` (one line of text); ``natural``, ``shuffled``, ``unigram`` (of residues) and
-        ``token_unigram`` in nats for each residue; ``shuffled_minus_natural`` with ``mean``,
-        ``low``, ``high``, ``p_value`` and ``pairs`` (nats for each residue, protein by protein);
-        ``passed`` (False where the check cannot tell).
+        ``token_unigram`` in nats per residue; ``shuffled_minus_natural`` with ``mean``, ``low``,
+        ``high``, ``p_value`` and ``pairs`` (nats per residue, protein by protein); ``passed``
+        (False where the check cannot tell).
 
     Raises:
         ValueError: the model is refused, or there are no proteins to check with.
     """
     if not len(proteins):
         raise ValueError("there are no proteins to check the teacher with")
-    chosen, residues, mixtures = _pairs(model, tokenizer, sample(proteins, count, seed), seed, name)
+    nll, residues, tokens = _likelihoods(model, tokenizer, proteins, train, seed, settings)
     lengths = np.array([len(r) for r in residues])
-    natural = protein_nll(model, chosen, settings, "natural proteins")
-    mixed = protein_nll(model, mixtures, settings, "shuffled proteins")
-    fitted_on = residues if train is None or len(train) < 2 else train
-    drawn = residues_of_tokens(sample(fitted_on, 5000, seed), tokenizer)
-    if unigram is None:
-        unigram = fit_ngrams(drawn if len(drawn) > 1 else drawn * 2, seed=seed)["unigram"]
-    floor = unigram.nll(residues)
-    vocabulary = int(model.config.vocab_size)
-    token_floor = token_unigram_nll(chosen, encode(tokenizer, drawn), vocabulary)
-    test = paired_test((mixed - natural) / lengths)
-    per_residue = {
-        key: float(values.sum() / lengths.sum())
-        for key, values in (
-            ("natural", natural),
-            ("shuffled", mixed),
-            ("unigram", floor),
-            ("token_unigram", token_floor),
-        )
-    }
+    per_residue = {key: float(v.sum() / lengths.sum()) for key, v in nll.items()}
+    test = paired_test((nll["shuffled"] - nll["natural"]) / lengths)
     values = (
         f"natural {per_residue['natural']:.3f}, shuffled {per_residue['shuffled']:.3f}, unigram "
         f"floor {per_residue['unigram']:.3f} (of tokens {per_residue['token_unigram']:.3f}) nats "
-        f"per residue over {len(residues)} proteins"
+        f"per residue over {len(lengths)} proteins"
     )
     if not all(map(math.isfinite, per_residue.values())):
-        raise ValueError(f"{name} gives likelihoods that are not finite: its weights are broken")
-    beaten = per_residue["natural"] >= min(per_residue["unigram"], per_residue["token_unigram"])
-    guess = math.log(vocabulary) * np.array([len(ids) - 1 for ids in chosen])
+        raise ValueError(
+            "the teacher gives likelihoods that are not finite: its weights are broken"
+        )
+    vocabulary = int(model.config.vocab_size)
+    guess = KNOWS_NOTHING * math.log(vocabulary) * tokens
     p_better, p_worse, p_ignorant = (
         paired_test(_unit_means(difference / lengths, residues)).p_value
-        for difference in (mixed - natural, natural - mixed, natural - KNOWS_NOTHING * guess)
+        for difference in (
+            nll["shuffled"] - nll["natural"],
+            nll["natural"] - nll["shuffled"],
+            nll["natural"] - guess,
+        )
     )
-    prefers, worse = p_better < GATE_LEVEL, p_worse < GATE_LEVEL
-    if worse or p_ignorant < GATE_LEVEL:
-        why = (
-            f"finds natural proteins less likely than shuffled ones ({values}; p = {p_worse:.2g})"
-            if worse
-            else f"predicts proteins no better than guessing among its {vocabulary:,} tokens does "
-            f"({values})"
-        )
+    if p_worse < GATE_LEVEL:
         raise ValueError(
-            f"{name} {why}: wrong layout or tokenizer, or no protein model (--skip_teacher_check "
-            "goes on all the same)"
+            f"the teacher finds natural proteins less likely than shuffled ones ({values}; "
+            f"p = {p_worse:.2g}): {WRONG}"
         )
-    summary = f"{name} checked: {values}"
-    if not prefers:
-        few = "too few or too short proteins to tell" if test.pairs < count else "cannot tell"
-        summary = f"{name} checked, {few} whether it knows proteins of this kind: {values}"
-    elif beaten:
-        summary = (
-            f"{name} checked: it prefers natural proteins, but predicts them worse than a unigram "
-            f"model does: weak for these, or in another layout: {values}"
+    if p_ignorant < GATE_LEVEL:
+        raise ValueError(
+            f"the teacher predicts proteins no better than guessing among its {vocabulary:,} "
+            f"tokens does ({values}): {WRONG}"
         )
+    prefers = p_better < GATE_LEVEL
+    beaten = per_residue["natural"] >= min(per_residue["unigram"], per_residue["token_unigram"])
     return {
-        "summary": summary,
+        "summary": _summary(values, prefers, beaten, test.pairs),
         "passed": prefers and not beaten,
         **per_residue,
-        "shuffled_minus_natural": _test_record(test),
+        "shuffled_minus_natural": {
+            "mean": test.difference,
+            "low": finite_or_none(test.low),
+            "high": finite_or_none(test.high),
+            "p_value": test.p_value,
+            "pairs": test.pairs,
+        },
     }
 
 
@@ -236,6 +236,20 @@ def _unit_means(values: np.ndarray, residues: Sequence[str]) -> np.ndarray:
     """Return the mean of the values ``(P,)`` over each group of relatives, ``(groups,)``."""
     groups = relatives_of(residues)
     return np.bincount(groups, values) / np.bincount(groups)
+
+
+def _summary(values: str, prefers: bool, beaten: bool, pairs: int) -> str:
+    """Return the outcome of a check in one line."""
+    if not prefers:
+        few = pairs < CHECKED_PROTEINS
+        why = "too few or too short proteins to tell" if few else "cannot tell"
+        return f"the teacher checked, {why} whether it knows proteins of this kind: {values}"
+    if beaten:
+        return (
+            "the teacher checked: it prefers natural proteins, but predicts them worse than a "
+            f"unigram model does: weak for these, or in another layout: {values}"
+        )
+    return f"the teacher checked: {values}"
 
 
 def token_unigram_nll(
@@ -255,16 +269,6 @@ def token_unigram_nll(
     return np.array([-log_probs[np.asarray(row)[1:]].sum() for row in proteins])
 
 
-def _test_record(test: PairedTest) -> dict[str, Any]:
-    return {
-        "mean": test.difference,
-        "low": finite_or_none(test.low),
-        "high": finite_or_none(test.high),
-        "p_value": test.p_value,
-        "pairs": test.pairs,
-    }
-
-
 def floor_warning(teacher: np.ndarray, unigram: np.ndarray, residues: np.ndarray) -> str | None:
     """Return a warning where the teacher is worse than the unigram floor over all proteins."""
     mine, floor = teacher.sum() / residues.sum(), unigram.sum() / residues.sum()
@@ -279,7 +283,7 @@ def floor_warning(teacher: np.ndarray, unigram: np.ndarray, residues: np.ndarray
 def floors_record(
     measured: dict[str, Any] | None, fitted_on: str, train: Sequence[str] | None
 ) -> dict[str, Any]:
-    """Describe the floors: their figures, and what they were fitted on."""
+    """Return the floors' metrics and the data that they were fitted on."""
     return {
         "fitted_on": fitted_on,
         "fitted_proteins": len(train) if train is not None and fitted_on == "train" else None,

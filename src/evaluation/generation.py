@@ -3,7 +3,7 @@
 Every attempt at a protein has its own stream of random numbers, keyed by seed and attempt, and good
 attempts are taken in order. Except for rounding, the result does not depend on the batch size, and
 short proteins, which end first, are not preferred. Nor does it depend on how many processes share
-the attempts: each tells the others what became of its own.
+the attempts: they exchange the outcomes.
 
 :func:`sample` yields proteins as they come; :func:`sample_proteins` gives them all, with counts.
 """
@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from src.common import processes
-from src.common.cli import progress
+from src.common.cli import progress, unheard
 from src.evaluation.filters import SEEN, Filters
 from src.evaluation.likelihoods import score_proteins
 from src.evaluation.sampler import LEAST_ATTEMPTS, GeneratedProtein, GenerationSettings, Sampler
@@ -32,12 +32,12 @@ if TYPE_CHECKING:
 PRIOR_ATTEMPTS = 8
 """Good attempts assumed before any is known, when guessing how many must be begun."""
 STEPS_APART = 16
-"""Tokens of each protein between two exchanges of what the processes have done."""
+"""Tokens of each protein between two exchanges between the processes."""
 
 
 @dataclass
 class Tally:
-    """What became of the attempts, kept up to date while proteins are sampled.
+    """Counts of attempts by outcome, kept up to date while proteins are sampled.
 
     Attributes:
         attempts: attempts up to the last protein that was taken: those kept and all that were
@@ -54,13 +54,13 @@ class Tally:
 
     @property
     def reasons(self) -> str:
-        """How many attempts were discarded for what, for a person."""
+        """The numbers of discarded attempts by reason, for a person."""
         return ", ".join(f"{count:,} {reason}" for reason, count in self.discarded.most_common())
 
 
 @dataclass
 class GenerationResult:
-    """What sampling gave: proteins in the order of their attempts, counts, seconds, settings."""
+    """The sampled proteins in the order of their attempts, counts, seconds and settings."""
 
     proteins: list[GeneratedProtein]
     tally: Tally
@@ -74,7 +74,7 @@ class GenerationResult:
 
     @property
     def counts(self) -> dict[str, int]:
-        """Attempts by what became of them."""
+        """Numbers of attempts by outcome."""
         tally = self.tally
         return {"attempts": tally.attempts, "kept": tally.kept, **tally.discarded}
 
@@ -84,7 +84,7 @@ def sample_proteins(
     tokenizer: Any,
     settings: GenerationSettings | None = None,
     filters: Filters | None = None,
-    announce: Callable[[str], None] = lambda line: None,
+    announce: Callable[[str], None] = unheard,
     shared: bool = False,
 ) -> GenerationResult:
     """Sample proteins until there are as many as wanted, with progress: :func:`sample`.
@@ -99,8 +99,8 @@ def sample_proteins(
     def description() -> str:
         return f"sampling ({tally.reasons})" if tally.discarded else "sampling"
 
-    found = sample(model, tokenizer, settings, filters, announce, tally, shared)
-    proteins = list(progress(found, settings.num_sequences, description, "proteins"))
+    sampled = sample(model, tokenizer, settings, filters, announce, tally, shared)
+    proteins = list(progress(sampled, settings.num_sequences, description, "proteins"))
     return GenerationResult(proteins, tally, time.monotonic() - started, settings)
 
 
@@ -110,7 +110,7 @@ def sample(
     tokenizer: Any,
     settings: GenerationSettings | None = None,
     filters: Filters | None = None,
-    announce: Callable[[str], None] = lambda line: None,
+    announce: Callable[[str], None] = unheard,
     tally: Tally | None = None,
     shared: bool = False,
 ) -> Iterator[GeneratedProtein]:
@@ -150,25 +150,25 @@ def _in_order(
     tally: Tally,
     shared: bool,
 ) -> Iterator[GeneratedProtein]:
-    """Run a sampler and give out what is good, attempt by attempt, alike in all processes."""
+    """Yield the good proteins in the order of attempts, the same in all processes."""
     settings = sampler.settings
     wanted, limit = settings.num_sequences, settings.attempts_allowed
-    waiting: dict[int, GeneratedProtein | str] = {}  # settled before an earlier attempt
-    good: dict[int, str] = {}  # residues of the good ones by attempt, given out or waiting
-    likely: set[str | int] = set()  # what of these counts: each, or each sequence
+    waiting: dict[int, GeneratedProtein | str] = {}  # outcomes behind an attempt under way
+    good: dict[int, str] = {}  # residues of good attempts
+    likely: set[str | int] = set()  # good attempts, or distinct sequences
     seen: set[str] = set()
     settled, notice = 0, LEAST_ATTEMPTS // 2
     while tally.attempts < settings.attempts_allowed:
         missing = limit  # all before the last that is needed
         if len(likely) < wanted:
-            # Of those under way about as many will be good as were so far.
+            # Attempts under way are assumed to succeed as often as finished ones.
             luck = (len(likely) + PRIOR_ATTEMPTS) / (settled + PRIOR_ATTEMPTS)
             missing = math.ceil((wanted - len(likely)) / luck / sampler.stride) - len(sampler.rows)
         sampler.begin(missing, limit)
         own = sampler.run(filters, STEPS_APART if shared else 1)
-        told = processes.gathered((own, sampler.tokens)) if shared else [(own, sampler.tokens)]
-        tally.tokens = sum(tokens for _, tokens in told)
-        for attempt, verdict in (pair for pairs, _ in told for pair in pairs):
+        shares = processes.gathered((own, sampler.tokens)) if shared else [(own, sampler.tokens)]
+        tally.tokens = sum(tokens for _, tokens in shares)
+        for attempt, verdict in (pair for pairs, _ in shares for pair in pairs):
             settled += 1
             waiting[attempt] = verdict
             if isinstance(verdict, GeneratedProtein):

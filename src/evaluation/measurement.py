@@ -5,13 +5,12 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
+from src.common.cli import unheard
 from src.common.devices import peak_memory
-from src.common.files import atomic_write
 from src.evaluation.calibration import CalibrationSums, reliability_curve
 from src.evaluation.gates import (
     FLOOR_PROTEINS,
@@ -26,7 +25,7 @@ from src.evaluation.inputs import longest
 from src.evaluation.metrics import MODELS, compute_metrics
 from src.evaluation.results import put_estimate
 from src.evaluation.scoring import EvaluationSettings, Proteins, Scores, score_students
-from src.evaluation.statistics import Estimate, cluster_bootstrap, plain_estimates
+from src.evaluation.statistics import Estimate, bootstrap_or_plain
 from src.models.sizes import threshold_for
 from src.models.weights import count_parameters
 
@@ -62,52 +61,29 @@ def protein_clusters(
     return clusters
 
 
-def evaluate(
-    student: PreTrainedModel,
-    teacher: PreTrainedModel,
-    tokenizer: Any,
-    test: Any,
-    settings: EvaluationSettings | None = None,
-    *,
-    train: Proteins | None = None,
-    clusters: Mapping[str, str] | None = None,
-    cluster_kind: str = "clusters",
-    announce: Callable[[str], None] = lambda line: None,
-) -> Evaluation:
-    """Measure a student beside its teacher on held-out proteins.
+class HeldOut(NamedTuple):
+    """P held-out proteins: token ids, names, residues, their lengths ``(P,)`` and clusters."""
 
-    Args:
-        student: a causal language model in eval mode.
-        teacher: one with the same vocabulary, on the same device.
-        tokenizer: of both.
-        test: held-out proteins: token ids by index, with ``len``; ``names`` where they have any.
-        settings: what is measured and how.
-        train: training proteins, residues or tokens, to fit the n-gram floors on.
-        clusters: cluster of related proteins by name.
-        cluster_kind: what they are: ``clusters`` or ``families``.
-        announce: called with one line for each stage.
+    proteins: list[np.ndarray]
+    names: list[str]
+    residues: list[str]
+    sizes: np.ndarray
+    clusters: list[str]
 
-    Returns:
-        The content of a results file without ``run``, and the table of single proteins:
-        ``protein``, ``cluster``, ``residues``, ``tokens``, ``nll_student``, ``nll_teacher``, ``kl``
-        (summed over the protein, in nats). Keys that concern generated proteins are null: see
-        :func:`src.evaluation.sequence_quality.measure_generation`.
+    def table(self, scores: Scores) -> dict[str, Any]:
+        """Return the table of single proteins; sums are over a protein, in nats."""
+        return {
+            "protein": self.names,
+            "cluster": self.clusters,
+            "residues": self.sizes,
+            "tokens": scores.tokens,
+            **{key: scores.sums[key] for key in ("nll_student", "nll_teacher", "kl")},
+        }
 
-    Raises:
-        ValueError: the teacher fails its checks, the vocabularies differ, or nothing can be scored.
-    """
-    evaluations = evaluate_students(
-        {"student": student},
-        teacher,
-        tokenizer,
-        test,
-        settings,
-        train=train,
-        clusters=clusters,
-        cluster_kind=cluster_kind,
-        announce=announce,
-    )
-    return evaluations["student"]
+
+def evaluate(student: PreTrainedModel, *arguments: Any, **options: Any) -> Evaluation:
+    """Return :func:`evaluate_students` of one student, with its other arguments."""
+    return evaluate_students({"student": student}, *arguments, **options)["student"]
 
 
 def evaluate_students(
@@ -120,122 +96,127 @@ def evaluate_students(
     train: Proteins | None = None,
     clusters: Mapping[str, str] | None = None,
     cluster_kind: str = "clusters",
-    announce: Callable[[str], None] = lambda line: None,
+    announce: Callable[[str], None] = unheard,
 ) -> dict[str, Evaluation]:
-    """Return the evaluation of each student by name; the teacher runs once for all of them.
+    """Measure students beside their teacher on held-out proteins; the teacher runs once for all.
 
-    The other arguments and the errors are those of :func:`evaluate`.
+    Args:
+        students: causal language models in eval mode, by name.
+        teacher: one with the same vocabulary, on the same device.
+        tokenizer: of all.
+        test: held-out proteins: token ids by index, with ``len``; ``names`` where they have any.
+        settings: what is measured and how.
+        train: training proteins, residues or tokens, to fit the n-gram floors on.
+        clusters: cluster of related proteins by name.
+        cluster_kind: what they are: ``clusters`` or ``families``.
+        announce: called with one line for each stage.
+
+    Returns:
+        For each student the content of a results file without ``run``, and the table of single
+        proteins. Keys of generated proteins are null
+        (:func:`src.evaluation.sequence_quality.measure_generation`).
+
+    Raises:
+        ValueError: the teacher fails its checks, the vocabularies differ, or nothing can be scored.
     """
     settings = settings or EvaluationSettings()
     started = time.monotonic()
     limit = min(longest(student, teacher, settings) for student in students.values())
-    lengths = np.array([len(test[i]) for i in range(len(test))])
-    fits = np.flatnonzero(lengths <= limit)
-    if not len(fits):
-        raise ValueError(f"no protein to evaluate fits {limit} tokens ({len(lengths)} given)")
-    proteins = [np.asarray(test[int(i)]) for i in fits]
-    all_names = getattr(test, "names", None)
-    names = [str(all_names[int(i)]) if all_names is not None else str(i + 1) for i in fits]
-    residues = residues_of_tokens(proteins, tokenizer)
-    labels = protein_clusters(names, residues, clusters)
+    held_out = _held_out(test, tokenizer, limit, clusters)
     drawn = None
     if train is not None:
         drawn = residues_of_tokens(sample(train, FLOOR_PROTEINS, settings.seed), tokenizer)
     announce("fitting the n-gram floors")
-    floors, fitted_on = floor_nll(residues, drawn, labels, settings.seed)
+    floors, fitted_on = floor_nll(held_out.residues, drawn, held_out.clusters, settings.seed)
     gates: dict[str, Any] | None = None
     if settings.check:
         announce("checking the teacher on natural and shuffled proteins")
         gates = check_teacher(
-            teacher, tokenizer, proteins, drawn, seed=settings.seed, settings=settings
+            teacher, tokenizer, held_out.proteins, drawn, seed=settings.seed, settings=settings
         )
         announce(gates["summary"])
-    all_scores = score_students(list(students.values()), teacher, proteins, settings)
-    sizes = np.array([len(r) for r in residues])
+    all_scores = score_students(list(students.values()), teacher, held_out.proteins, settings)
     if settings.check and "unigram" in floors:
-        warning = floor_warning(all_scores[0].sums["nll_teacher"], floors["unigram"], sizes)
+        nll = all_scores[0].sums["nll_teacher"]
+        warning = floor_warning(nll, floors["unigram"], held_out.sizes)
         if warning:
             announce(warning)
-    announce(f"intervals over {len(set(labels)):,} {cluster_kind}")
-    device = teacher.device
-    shared = {
-        "gates": gates,
-        "data": {
-            "proteins": len(sizes),
-            "too_long": int(len(lengths) - len(fits)),
-            "residues": int(sizes.sum()),
-            "tokens": int(all_scores[0].tokens.sum()),
-            "clusters": len(set(labels)),
-            "cluster_kind": cluster_kind,
-            "fingerprint": getattr(test, "fingerprint", None),
-        },
-    }
+    number_of_clusters = len(set(held_out.clusters))
+    announce(f"intervals over {number_of_clusters:,} {cluster_kind}")
     evaluations = {}
     for (name, student), scores in zip(students.items(), all_scores, strict=True):
-        results = _describe_student(student, teacher, scores, sizes, floors, labels, settings)
+        results = _describe_student(student, teacher, scores, held_out, floors, settings)
         results["floors"] = floors_record(results.get("floors"), fitted_on, drawn)
-        results |= shared
+        results["gates"] = gates
+        results["data"] = {
+            "proteins": len(held_out.sizes),
+            "too_long": len(test) - len(held_out.sizes),
+            "residues": int(held_out.sizes.sum()),
+            "tokens": int(scores.tokens.sum()),
+            "clusters": number_of_clusters,
+            "cluster_kind": cluster_kind,
+            "fingerprint": getattr(test, "fingerprint", None),
+        }
         results["performance"] = {
-            "device": device.type,
+            "device": teacher.device.type,
             "seconds": round(time.monotonic() - started, 2),
             "students": len(students),
-            "peak_memory_bytes": peak_memory(device),
+            "peak_memory_bytes": peak_memory(teacher.device),
         }
-        table = {
-            "protein": names,
-            "cluster": labels,
-            "residues": sizes,
-            "tokens": scores.tokens,
-            **{key: scores.sums[key] for key in ("nll_student", "nll_teacher", "kl")},
-        }
-        evaluations[name] = Evaluation(results, table)
+        evaluations[name] = Evaluation(results, held_out.table(scores))
     return evaluations
+
+
+def _held_out(test: Any, tokenizer: Any, limit: int, clusters: Mapping[str, str] | None) -> HeldOut:
+    """Return the proteins of at most ``limit`` tokens."""
+    fits = [i for i in range(len(test)) if len(test[i]) <= limit]
+    if not fits:
+        raise ValueError(f"no protein to evaluate fits {limit} tokens ({len(test)} given)")
+    proteins = [np.asarray(test[i]) for i in fits]
+    all_names = getattr(test, "names", None)
+    names = [str(i + 1 if all_names is None else all_names[i]) for i in fits]
+    residues = residues_of_tokens(proteins, tokenizer)
+    sizes = np.array([len(r) for r in residues])
+    return HeldOut(proteins, names, residues, sizes, protein_clusters(names, residues, clusters))
 
 
 def _describe_student(
     student: PreTrainedModel,
     teacher: PreTrainedModel,
     scores: Scores,
-    sizes: np.ndarray,
+    held_out: HeldOut,
     floors: Mapping[str, np.ndarray],
-    labels: Sequence[Any],
     settings: EvaluationSettings,
 ) -> dict[str, Any]:
     """Return the metrics of one student with their intervals."""
-    arrays = {**scores.sums, "tokens": scores.tokens, "residues": sizes}
+    arrays = {**scores.sums, "tokens": scores.tokens, "residues": held_out.sizes}
     arrays |= {f"floor_{name}": values for name, values in floors.items()}
+    proteins = len(held_out.sizes)
     calibration: dict[str, CalibrationSums] = {}
     if settings.compute_ece:
         top = int(np.bincount(scores.targets).argmax())
         arrays["most_frequent"] = np.bincount(
-            scores.owners[scores.targets == top], minlength=len(sizes)
+            scores.owners[scores.targets == top], minlength=proteins
         )
         for model in MODELS:
             calibration[model] = CalibrationSums.collect(
-                scores.confidence[model], scores.correct[model], scores.owners, len(sizes)
+                scores.confidence[model], scores.correct[model], scores.owners, proteins
             )
             arrays |= calibration[model].arrays(f"{model}_")
-    results = _results(_estimates(arrays, labels, settings), student, teacher)
+    estimates = bootstrap_or_plain(
+        compute_metrics, arrays, held_out.clusters, settings.bootstrap, settings.seed
+    )
+    results = _results(estimates, student, teacher)
     for model, sums in calibration.items():
         interval = results["intervals"][f"{model}_ece.accuracy_over_floor"]
         _describe_calibration(results[f"{model}_ece"], sums, interval)
     return results
 
 
-def _estimates(
-    arrays: Mapping[str, np.ndarray], labels: Sequence[Any], settings: EvaluationSettings
-) -> dict[str, Estimate]:
-    if settings.bootstrap:
-        return cluster_bootstrap(
-            compute_metrics, arrays, labels, settings.bootstrap, settings.seed, settings.level
-        )
-    return plain_estimates(compute_metrics, arrays, settings.level)
-
-
 def _results(
     estimates: Mapping[str, Estimate], student: PreTrainedModel, teacher: PreTrainedModel
 ) -> dict[str, Any]:
-    """Lay figures out under their names, with intervals, sizes and the threshold."""
+    """Return estimates by the dotted names of a results file, with sizes and the threshold."""
     results: dict[str, Any] = {"perplexity_ratio": None, "kl_divergence": None}
     # Empty, not null, where calibration is not measured: the owner's readers call .get on it.
     results |= {"student_ece": {}, "teacher_ece": {}}
@@ -276,12 +257,3 @@ def _describe_calibration(
     record["bins"] = len(sums.width_edges) - 1
     record["reliability"] = reliability_curve(sums.width.sum(0), sums.width_edges)
     record["reliability_equal_mass"] = reliability_curve(sums.mass.sum(0), sums.mass_edges)
-
-
-def write_per_protein(path: str | Path, table: Mapping[str, Any]) -> None:
-    """Write a table of single proteins as parquet, atomically."""
-    import pyarrow as pa
-    import pyarrow.parquet as pq
-
-    with atomic_write(path, "wb") as handle:
-        pq.write_table(pa.table({name: pa.array(values) for name, values in table.items()}), handle)

@@ -187,7 +187,7 @@ METRICS: list[Metric] = [
     _calibration_metric("brier", compute=_mean("brier_{model}")),
     _calibration_metric("accuracy_floor", compute=_mean("most_frequent")),
     _calibration_metric("accuracy_over_floor", compute=_accuracy_over_floor),
-    # Set elsewhere: from generated proteins and from the models' sizes.
+    # Computed elsewhere, from generated proteins and from the models' sizes.
     Metric("kl_from_natural.{model}", "composition KL from held-out", better="lower",
            column="KL from natural", index="kl_from_natural"),
     Metric("kl_from_natural_uniprot.{model}", "composition KL from UniProt", better="lower"),
@@ -251,19 +251,7 @@ GENERATION_METRICS: list[Metric] = [
            compute=_quotient("hit", "proteins")),
     Metric("sequences_per_second", "proteins per second"),
 ]  # fmt: skip
-"""What is measured of a set of generated proteins; names within the record of the set."""
-
-
-def register(metric: Metric) -> Metric:
-    """Add a metric to the table and return it.
-
-    Raises:
-        ValueError: the table has a metric of that name.
-    """
-    if metric.name in {known.name for known in METRICS}:
-        raise ValueError(f"there is a metric {metric.name} already")
-    METRICS.append(metric)
-    return metric
+"""Metrics of a set of generated proteins; names are those in the record of the set."""
 
 
 def compute_metrics(sums: Sums) -> dict[str, np.ndarray]:

@@ -14,34 +14,10 @@ SEPARATORS = re.compile(r"[:;/+]")
 _ONE = re.compile(r"(?P<prefix>.*?)(?P<wild>[A-Z])(?P<number>-?\d+)(?P<new>[A-Z])$")
 _THREE = re.compile(r"(?:p\.)?(?P<wild>[A-Z][a-z]{2})(?P<number>\d+)(?P<new>[A-Z][a-z]{2}|=)$")
 _HGVS = re.compile(r"p\.[\[(](.*)[\])]")
-_NAMES = dict(
-    zip(
-        [
-            "Ala",
-            "Arg",
-            "Asn",
-            "Asp",
-            "Cys",
-            "Gln",
-            "Glu",
-            "Gly",
-            "His",
-            "Ile",
-            "Leu",
-            "Lys",
-            "Met",
-            "Phe",
-            "Pro",
-            "Ser",
-            "Thr",
-            "Trp",
-            "Tyr",
-            "Val",
-        ],
-        "ARNDCQEGHILKMFPSTWYV",
-        strict=True,
-    )
-)
+_THREE_LETTERS = "AlaArgAsnAspCysGlnGluGlyHisIleLeuLysMetPheProSerThrTrpTyrVal"
+_NAMES = {
+    _THREE_LETTERS[3 * i : 3 * i + 3]: letter for i, letter in enumerate("ARNDCQEGHILKMFPSTWYV")
+}
 
 
 class Substitution(NamedTuple):
@@ -62,11 +38,9 @@ class Numbering(NamedTuple):
     first: int
 
     def __str__(self) -> str:
-        """Say it to a person."""
-        if self.first == 1:
-            return "numbered from 1"
-        if self.first == 0:
-            return "numbered from 0"
+        """Return it as a person says it."""
+        if self.first in (0, 1):
+            return f"numbered from {self.first}"
         return f"numbered so that the first residue is {self.first}"
 
 
@@ -83,13 +57,13 @@ def parse_mutant(text: str) -> list[Substitution]:
     bare = _HGVS.sub(r"\1", text.strip())
     if bare.lower() in WILD_TYPE:
         return []
-    found = []
+    substitutions = []
     for part in map(str.strip, SEPARATORS.split(bare)):
         three = _THREE.match(part)
         if three and {three["wild"], three["new"]} <= {*_NAMES, "="}:
             wild = _NAMES[three["wild"]]
             new = _NAMES.get(three["new"], wild)
-            found.append(Substitution(wild, int(three["number"]), new))
+            substitutions.append(Substitution(wild, int(three["number"]), new))
             continue
         one = _ONE.match(part)
         if not one or not {one["wild"], one["new"]} <= PROTEIN_LETTERS:
@@ -97,8 +71,9 @@ def parse_mutant(text: str) -> list[Substitution]:
                 f"{text[:40]!r} is no mutant: write A12C, or A12C:D45E for several substitutions "
                 "(insertions and deletions: give whole sequences)"
             )
-        found.append(Substitution(one["wild"], int(one["number"]), one["new"], one["prefix"]))
-    return found
+        wild, number, new = one["wild"], int(one["number"]), one["new"]
+        substitutions.append(Substitution(wild, number, new, one["prefix"]))
+    return substitutions
 
 
 def numbering(mutants: Sequence[Sequence[Substitution]], residues: str) -> Numbering:
@@ -127,13 +102,7 @@ def numbering(mutants: Sequence[Sequence[Substitution]], residues: str) -> Numbe
             return Numbering(usual)
     if len(fitting) == 1 and len(places) > 2:
         return Numbering(fitting[0])
-    wrong = next(
-        (
-            n
-            for n, w in sorted(places.items())
-            if not 1 <= n <= len(residues) or residues[n - 1] != w
-        )
-    )
+    wrong = min(n for n, w in places.items() if not 1 <= n <= len(residues) or residues[n - 1] != w)
     there = residues[wrong - 1] if 1 <= wrong <= len(residues) else "beyond its end"
     raise ValueError(
         f"mutants: {places[wrong]}{wrong}: the wild type has {there} there, and no other numbering "
@@ -168,9 +137,9 @@ def read_mutants(given: str) -> list[str]:
     path = Path(given)
     if path.is_file():
         lines = path.read_text(encoding="utf-8-sig").splitlines()
-        found = [line.strip() for line in lines if line.strip() and not line.startswith("#")]
+        mutants = [line.strip() for line in lines if line.strip() and not line.startswith("#")]
     else:
-        found = [part.strip() for part in given.split(",") if part.strip()]
-    if not found:
+        mutants = [part.strip() for part in given.split(",") if part.strip()]
+    if not mutants:
         raise ValueError(f"--mutants {given}: no mutant in it")
-    return found
+    return mutants

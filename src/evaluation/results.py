@@ -28,15 +28,12 @@ from src.evaluation.schema import (
     Object,
     Positive,
     Share,
-    check_figures,
     check_record,
     record_type,
 )
 
 if TYPE_CHECKING:
     from src.evaluation.statistics import Estimate
-
-__all__ = ["FLOORS", "MODELS", "check_figures", "is_number"]  # also used by other packages
 
 SCHEMA_VERSION = 1
 REQUIRED = (
@@ -259,6 +256,12 @@ def generation_rows(results: Mapping[str, Any]) -> tuple[list[str], list[list[st
     return list(sets), rows
 
 
+def floor_cells(results: Mapping[str, Any]) -> list[tuple[str, str]]:
+    """Return name and perplexity per residue of each n-gram floor."""
+    values = [(n, lookup(results, f"floors.{n}.perplexity_per_residue")) for n in FLOORS]
+    return [(name, f"{value:.2f}") for name, value in values if value is not None]
+
+
 SIZES = ("student_parameters", "teacher_parameters", "share_of_teacher", "compression_ratio")
 
 
@@ -305,11 +308,7 @@ def summary_lines(results: Mapping[str, Any]) -> list[str]:
             f"parameters ({results['share_of_teacher']:.1%}, {results['compression_ratio']:.1f} "
             f"times smaller); ratio below {bound:.2f}: {verdict}"
         )
-    floors = [
-        f"{name} {lookup(results, f'floors.{name}.perplexity_per_residue'):.2f}"
-        for name in FLOORS
-        if lookup(results, f"floors.{name}.perplexity_per_residue") is not None
-    ]
+    floors = [" ".join(cells) for cells in floor_cells(results)]
     if floors:
         lines.append(f"floors, perplexity per residue: {', '.join(floors)}")
     lines += cautions(results)

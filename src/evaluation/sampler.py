@@ -28,7 +28,7 @@ from src.proteins.layouts import (
     layout_of,
     stop_token,
 )
-from src.proteins.tokens import Spelling, encode, require_known, token_letters
+from src.proteins.tokens import Spelling, decode, encode, require_known, token_letters
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -184,12 +184,15 @@ class Sampler:
         (self.prompt,) = encode(tokenizer, [begun], [False])
         if not Spelling(tokenizer).spells(self.prompt, begun):
             raise ValueError(f"--tag {settings.tag}: the tokenizer does not know it")
-        wanted = None if settings.max_length is None else self._tokens_of(settings.max_length)
+        wanted = None
+        if settings.max_length is not None:  # with line breaks and markers
+            lines = settings.max_length // RESIDUES_PER_LINE
+            wanted = len(self.prompt) + settings.max_length + lines + 3
         self.room = sampling_room(model, wanted)
         vocabulary = int(model.config.vocab_size)
         letters = token_letters(tokenizer)[:vocabulary]
         self._check(vocabulary, letters)
-        self.each_token = [len(text) for text in letters]
+        self.residues_of = [len(text) for text in letters]
         # Columns that pad the vocabulary stand for no token: they are never sampled.
         never = banned_tokens(tokenizer, settings.ban_residues, vocabulary)
         never[len(letters) :] = True
@@ -197,7 +200,7 @@ class Sampler:
         penalty = settings.repetition_penalty or suited_penalty(letters)
         self.warp = Warp(penalty, settings.temperature, settings.top_k, settings.top_p)
         self.longest = settings.max_length or (
-            self.room * max(self.each_token) + len(settings.prompt)
+            self.room * max(self.residues_of) + len(settings.prompt)
         )
         # Attempts of this process: the next to begin, and the steps between them.
         self.next, self.stride = (processes.rank(), processes.count()) if shared else (0, 1)
@@ -206,12 +209,8 @@ class Sampler:
         self.decoder = Decoder(model, torch.tensor(self.prompt, device=self.device), self.room)
         fitting = self._memory() // self.decoder.bytes_of_a_row()
         self.slots = max(1, min(settings.batch_size, fitting))
-        # (slots, R) tokens, for the penalty; what opens every protein is nothing new behind it
+        # (slots, R) tokens for the penalty; rows are filled up with a token that all of them hold
         self.ids = torch.full((self.slots, self.room), self.prompt[0], device=self.device)
-
-    def _tokens_of(self, residues: int) -> int:
-        """Return how many tokens a protein takes at most, with line breaks and markers."""
-        return len(self.prompt) + residues + residues // RESIDUES_PER_LINE + 3
 
     def _check(self, vocabulary: int, letters: list[str]) -> None:
         """Raise ``ValueError`` where tokenizer, model, prompt and lengths do not fit together."""
@@ -308,20 +307,17 @@ class Sampler:
         for index in reversed(range(len(rows))):
             row, token = rows[index], tokens[index]
             row.tokens.append(token)
-            row.residues += self.each_token[token]
+            row.residues += self.residues_of[token]
             if token == self.end or row.residues > self.longest or len(row.tokens) == self.room:
                 settled.append((row.attempt, self._judge(row, token == self.end)))
                 self._drop(index)
         return settled
 
     def _judge(self, row: Row, whole: bool) -> GeneratedProtein | str:
-        """Return the protein that a row's tokens spell, or why it is none that is wanted."""
+        """Return the protein that a row's tokens spell, or why it is discarded."""
         settings = self.settings
-        text = self.tokenizer.decode(
-            row.tokens, skip_special_tokens=False, clean_up_tokenization_spaces=False
-        )
         try:
-            residues = self.layout.read(text)
+            residues = decode(self.tokenizer, row.tokens)
         except ValueError:
             return NO_PROTEIN
         if not residues:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 import math
 import sys
 from collections.abc import Mapping
@@ -33,24 +32,6 @@ def _check_interval(value: Any) -> Any:
 Interval = Annotated[Any, AfterValidator(_check_interval)]
 Intervals = dict[Any, Interval | None]
 
-KINDS: dict[str, Any] = {
-    "number": Number,
-    "above 0": Positive,
-    "at least 0": NonNegative,
-    "share": Share,
-    "text": str,
-    "interval": Interval,
-    "object": Object,
-    "texts": list[str],
-    "numbers": list[Number],
-    "objects": list[Object],
-    "shares": dict[Any, Share],
-    "rates": dict[Any, Positive],
-    "names": dict[Any, str],
-}
-"""Types by the names that :func:`check_figures` takes; ``shares``, ``rates`` and ``names`` are
-objects with keys of any name."""
-
 PROBLEMS = {
     "missing": "is missing",
     "float_type": "must be a number",
@@ -62,6 +43,16 @@ PROBLEMS = {
     "list_type": "must be a list",
 }
 """What the message says, by pydantic's type of the error; of other types pydantic's own text."""
+
+
+def maybe(kind: Any) -> Any:
+    """Return the type of a value that may be missing or null."""
+    return NotRequired[kind | None]
+
+
+def object_type(fields: Mapping[str, Any]) -> Any:
+    """Return the type of a JSON object that has these values, by key; other keys are allowed."""
+    return TypedDict("Record", dict(fields))  # pyright: ignore
 
 
 def record_type(fields: Mapping[str, Any], required: bool = False) -> TypeAdapter[Any]:
@@ -86,9 +77,7 @@ def record_type(fields: Mapping[str, Any], required: bool = False) -> TypeAdapte
         if not isinstance(node, dict):
             return node
         types = {key: build(below) for key, below in node.items()}
-        if not required:
-            types = {key: NotRequired[kind | None] for key, kind in types.items()}
-        return TypedDict("Record", types)  # pyright: ignore
+        return object_type(types if required else {k: maybe(kind) for k, kind in types.items()})
 
     return TypeAdapter(build(tree))
 
@@ -112,23 +101,6 @@ def check_record(record: Any, kind: TypeAdapter[Any], path: str | Path, advice: 
         problem = _problem(error)
     if problem:
         raise ValueError(printable(f"{path}: {problem}{advice and ': '}{advice}"))
-
-
-def check_figures(
-    record: Any,
-    kinds: Mapping[str, str],
-    path: str | Path,
-    *,
-    needed: bool = False,
-    way_out: str = "",
-) -> None:
-    """Check a JSON record as :func:`check_record` does, with types by their names in ``KINDS``."""
-    check_record(record, _type_of_kinds(tuple(kinds.items()), needed), path, way_out)
-
-
-@functools.cache
-def _type_of_kinds(kinds: tuple[tuple[str, str], ...], required: bool) -> TypeAdapter[Any]:
-    return record_type({name: KINDS[kind] for name, kind in kinds}, required)
 
 
 def _problem(error: ValidationError) -> str:

@@ -27,7 +27,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 BATCH_TOKENS = {"cpu": 2048, "cuda": 16_384}
-"""Tokens of a batch: on a CPU larger ones leave its caches and gain nothing."""
+"""Tokens of a batch; larger ones do not fit a CPU's caches and gain no speed there."""
 KEPT = ("confidence", "correct")
 """Statistics that are kept of every token, for calibration."""
 
@@ -49,7 +49,6 @@ class EvaluationSettings:
         max_length: longest protein in tokens; None: what both models can take.
         compute_ece: measure calibration.
         bootstrap: replicates for the intervals; 0: none.
-        level: of the intervals.
         seed: of shuffling and bootstrap.
         check: stop where the teacher fails its sanity checks.
     """
@@ -60,7 +59,6 @@ class EvaluationSettings:
     max_length: int | None = None
     compute_ece: bool = True
     bootstrap: int = 2000
-    level: float = 0.95
     seed: int = 0
     check: bool = True
 
@@ -72,13 +70,11 @@ class EvaluationSettings:
                 raise ValueError(f"--{name} must be at least 1, got {value}")
         if self.bootstrap < 0:
             raise ValueError(f"--bootstrap must not be negative, got {self.bootstrap}")
-        if not 0 < self.level < 1:
-            raise ValueError(f"the level of an interval is in (0, 1), got {self.level}")
 
 
 @dataclass
 class Scores:
-    """What was measured on each protein; P proteins, N predicted tokens.
+    """Statistics of P proteins with N predicted tokens.
 
     Attributes:
         sums: ``(P,)`` each, over the protein's tokens: the keys of ``metrics.token_statistics``.
@@ -194,7 +190,7 @@ def score_students(
         For each student sums over each protein, in float64.
 
     Raises:
-        ValueError: the vocabularies differ, or a figure is not finite.
+        ValueError: the vocabularies differ, or a value is NaN.
     """
     settings = settings or EvaluationSettings()
     lengths = np.array([len(proteins[i]) for i in range(len(proteins))])
@@ -214,7 +210,7 @@ def score_students(
 
 
 class _Tally:
-    """Adds up what is measured of one student, chunk by chunk."""
+    """Adds up the statistics of one student, chunk by chunk."""
 
     def __init__(self, proteins: int, keep: bool) -> None:
         self.proteins = proteins
@@ -224,7 +220,7 @@ class _Tally:
             self.kept = {f"{k}_{m}": [] for k in KEPT for m in MODELS}
 
     def add(self, owners: np.ndarray, statistics: Mapping[str, Tensor]) -> None:
-        """Add a chunk's figures to the proteins that its tokens belong to."""
+        """Add the statistics of a chunk's tokens to the sums of their proteins."""
         table = torch.stack(list(statistics.values())).cpu().double().numpy()  # (K, n)
         if np.isnan(table).any():
             raise ValueError("a model's output is not a number: its weights are broken or overflow")

@@ -1,12 +1,13 @@
 """Describes sets of generated proteins: lengths, repeats, diversity, novelty, known families.
 
-There is one description, :func:`describe`: plain figures under dotted names, with intervals over
-proteins. Every figure means little alone: :func:`describe_all` puts natural proteins beside it, and
-the same shuffled, which keep length and composition and lose everything else.
+:func:`describe` returns the metrics of one set by dotted names, with intervals over proteins.
+:func:`describe_all` adds two controls to compare them with: natural proteins, and the same
+proteins shuffled, which keep length and composition and lose everything else.
 """
 
 from __future__ import annotations
 
+import functools
 import math
 import time
 from collections import Counter
@@ -22,7 +23,7 @@ from src.common.cli import progress
 from src.evaluation import composition
 from src.evaluation.metrics import compute_generation_metrics
 from src.evaluation.results import put_estimate
-from src.evaluation.statistics import Estimate, cluster_bootstrap, plain_estimates
+from src.evaluation.statistics import LEVEL, TAILS, Estimate, bootstrap_or_plain
 from src.proteins.layouts import STANDARD_RESIDUES, shuffled
 from src.proteins.relatives import (
     aligned,
@@ -40,7 +41,7 @@ PAIRS = 500
 """Pairs, at most, whose identity is aligned for diversity."""
 NOVELTY_LEVELS = (0.3, 0.5, 0.9)
 NOVELTY_PROTEINS = 100_000
-"""Training proteins, at most, that relatives of generated ones are looked for among."""
+"""Training proteins, at most, among which relatives of generated ones are searched."""
 OF_ALL = ("valid_share", "families.hit_share")
 SHARES = (
     *OF_ALL,
@@ -48,42 +49,34 @@ SHARES = (
     *(f"novelty.share_over_{level * 100:.0f}" for level in NOVELTY_LEVELS),
     "novelty.copied_share",
 )
-"""Figures that are shares of proteins; of all of them, or else of those with residues."""
+"""Metrics that are shares of proteins: of all (``OF_ALL``), or else of those with residues."""
 EXAMPLES = 5
 """Generated proteins of each model that a results file shows."""
 THOROUGH_SAMPLES = 200
-"""Proteins that each model generates for a thorough description, unless told otherwise."""
+"""Proteins that each model generates for a thorough description, by default."""
 
 
 def length_statistics(proteins: Sequence[str]) -> dict[str, float | None]:
     """Return mean, standard deviation, extremes and quartiles of the lengths, in residues."""
-    names = ("mean", "sd", "min", "q1", "median", "q3", "max")
-    if not proteins:
-        return dict.fromkeys(names)
     lengths = np.array([len(p) for p in proteins], dtype=np.float64)
-    quartiles = np.quantile(lengths, [0, 0.25, 0.5, 0.75, 1])
-    return dict(zip(names, map(float, [lengths.mean(), lengths.std(), *quartiles]), strict=True))
+    mean, sd = (float(lengths.mean()), float(lengths.std())) if len(lengths) else (None, None)
+    return {"mean": mean, "sd": sd, **_quartiles(lengths)}
 
 
 def composition_shares(proteins: Iterable[str]) -> dict[str, float]:
     """Return the share of each of the 20 residues; zeros where there is none."""
     counts = composition.residue_counts(proteins)
-    return {
-        letter: float(value)
-        for letter, value in zip(STANDARD_RESIDUES, counts / max(1, counts.sum()), strict=True)
-    }
+    shares = (counts / max(1, counts.sum())).tolist()
+    return dict(zip(STANDARD_RESIDUES, shares, strict=True))
 
 
-def diversity(
-    proteins: Sequence[str], pairs: int = PAIRS, seed: int = 0, level: float = 0.95
-) -> dict[str, Estimate]:
+def diversity(proteins: Sequence[str], pairs: int = PAIRS, seed: int = 0) -> dict[str, Estimate]:
     """Return how much proteins differ from each other.
 
     Args:
         proteins: residues of each, at least two.
-        pairs: pairs that are aligned, at most; drawn without replacement where there are more.
+        pairs: pairs to align, at most; drawn without replacement where there are more.
         seed: of the draw.
-        level: of the intervals (:func:`pair_mean`).
 
     Returns:
         ``word_distance``, the mean over all pairs of one less the Jaccard similarity of their sets
@@ -97,10 +90,10 @@ def diversity(
     for start in range(0, count, 512):  # blocks bound the memory
         shared = (words[start : start + 512] @ words.T).toarray().astype(np.float64)
         union = sizes[start : start + 512, None] + sizes - shared
-        ratio = np.divide(shared, union, out=np.zeros_like(shared), where=union > 0)
-        here = np.arange(start, start + len(shared))
-        ratio[np.arange(len(here)), here] = 1.0  # a protein and itself are no pair
-        distances[here] = (1 - ratio).sum(1)
+        similarity = np.divide(shared, union, out=np.zeros_like(shared), where=union > 0)
+        block = np.arange(start, start + len(shared))
+        similarity[np.arange(len(block)), block] = 1.0  # a protein and itself are no pair
+        distances[block] = (1 - similarity).sum(1)
     all_pairs = count * (count - 1) // 2
     chosen = np.random.default_rng(seed).choice(all_pairs, min(pairs, all_pairs), replace=False)
     first = np.floor((1 + np.sqrt(1 + 8 * chosen.astype(np.float64))) / 2).astype(np.int64)
@@ -111,41 +104,38 @@ def diversity(
     for pair in progress(range(len(chosen)), len(chosen), "aligning", "pairs"):
         left, right = proteins[int(first[pair])], proteins[int(second[pair])]
         identity.append(aligned(aligner, left, right)[0] / min(len(left), len(right)))
-    touched = np.concatenate([first, second])
-    identities = np.bincount(touched, weights=np.tile(identity, 2), minlength=count)
+    members = np.concatenate([first, second])
+    identities = np.bincount(members, weights=np.tile(identity, 2), minlength=count)
     return {
-        "word_distance": pair_mean(distances, np.full(count, count - 1.0), level),
-        "pairwise_identity": pair_mean(
-            identities, np.bincount(touched, minlength=count).astype(np.float64), level
-        ),
+        "word_distance": pair_mean(distances, np.full(count, count - 1.0)),
+        "pairwise_identity": pair_mean(identities, np.bincount(members, minlength=count)),
     }
 
 
-def pair_mean(sums: np.ndarray, counts: np.ndarray, level: float = 0.95) -> Estimate:
-    """Return the mean of a figure of pairs of proteins, with its interval over proteins.
+def pair_mean(sums: np.ndarray, counts: np.ndarray) -> Estimate:
+    """Return the mean of a value of pairs of proteins, with its interval over proteins.
 
     Pairs that share a protein are not independent, so proteins are left out one at a time with all
     their pairs (jackknife of a U-statistic; Arvesen 1969, Annals of Mathematical Statistics
     40:2076). Where only some pairs were measured the interval is a little wide.
 
     Args:
-        sums: ``(P,)`` sum of the figure over the pairs that hold each protein.
-        counts: ``(P,)`` how many pairs those are.
-        level: of the interval, Student's with P - 1 degrees of freedom.
+        sums: ``(P,)`` sum of the value over the pairs that each protein is in.
+        counts: ``(P,)`` number of those pairs.
 
     Returns:
-        The mean over pairs; the interval is NaN where a protein alone holds all pairs.
+        The mean over pairs; the interval is NaN where one protein is in all pairs.
     """
     total, pairs = sums.sum() / 2, counts.sum() / 2
     estimate = float(total / pairs)
     left = pairs - counts
     if not (left > 0).all():
-        return Estimate(estimate, math.nan, math.nan, level)
+        return Estimate(estimate, math.nan, math.nan)
     without = (total - sums) / left
     count = len(sums)
     error = math.sqrt((count - 1) / count * np.sum((without - without.mean()) ** 2))
-    half = stats.t.ppf(0.5 + level / 2, count - 1) * error
-    return Estimate(estimate, float(estimate - half), float(estimate + half), level, error)
+    half = stats.t.ppf(TAILS[1], count - 1) * error
+    return Estimate(estimate, float(estimate - half), float(estimate + half), error)
 
 
 @dataclass(frozen=True)
@@ -156,14 +146,12 @@ class DescriptionSettings:
         thorough: also diversity, novelty and, given ``profiles``, known families.
         profiles: HMM file.
         bootstrap: replicates for the intervals; 0: none.
-        level: of the intervals.
-        seed: of all draws.
+        seed: of all random draws.
     """
 
     thorough: bool = False
     profiles: Path | None = None
     bootstrap: int = 2000
-    level: float = 0.95
     seed: int = 0
 
     def __post_init__(self) -> None:
@@ -200,7 +188,7 @@ def describe(
         metrics of :data:`src.evaluation.metrics.GENERATION_METRICS` and, if thorough, of
         :func:`diversity`; ``novelty.train_proteins``, quartiles of ``novelty.nearest_identity``,
         ``families.families``, ``.profiles`` and ``.threshold``. ``intervals`` by dotted name.
-        A figure without anything to count is None.
+        A metric with nothing to count is None.
     """
     settings = settings or DescriptionSettings()
     whole = [p for p in proteins if p]
@@ -234,14 +222,14 @@ def describe(
     for name, estimate in _estimates(arrays, natural, settings, clusters).items():
         put_estimate(record, name, estimate)
     if settings.thorough and len(whole) > 1:
-        differences = diversity(whole, seed=settings.seed, level=settings.level)
+        differences = diversity(whole, seed=settings.seed)
         for name, estimate in differences.items():
             put_estimate(record, f"diversity.{name}", estimate)
     return record
 
 
 def per_protein_sums(proteins: Sequence[str]) -> dict[str, np.ndarray]:
-    """Return what the cheap figures of a description are sums of, ``(P, ...)`` by name."""
+    """Return the sums over each protein that the cheap metrics need, ``(P, ...)`` by name."""
     sizes = np.array([len(p) for p in proteins], dtype=np.int64)
     counts = np.array([composition.residue_counts([p]) for p in proteins]).reshape(-1, 20)
     runs = np.array([composition.longest_run(p) for p in proteins], dtype=np.int64)
@@ -264,18 +252,11 @@ def _estimates(
     settings: DescriptionSettings,
     clusters: Sequence[Any] | None,
 ) -> dict[str, Estimate]:
-    reference = composition.residue_counts(natural)
-    count = len(arrays["proteins"])
-
-    def statistic(sums: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
-        return compute_generation_metrics(sums, reference)
-
-    if not (settings.bootstrap and count):
-        return plain_estimates(statistic, arrays, settings.level)
-    labels = list(range(count) if clusters is None else clusters)
-    estimates = cluster_bootstrap(
-        statistic, arrays, labels, settings.bootstrap, settings.seed, settings.level
+    labels = list(range(len(arrays["proteins"])) if clusters is None else clusters)
+    metrics = functools.partial(
+        compute_generation_metrics, natural=composition.residue_counts(natural)
     )
+    estimates = bootstrap_or_plain(metrics, arrays, labels, settings.bootstrap, settings.seed)
     counted = [label for label, whole in zip(labels, arrays["whole"], strict=True) if whole]
     draws = {name: len(set(labels if name in OF_ALL else counted)) for name in SHARES}
     return {
@@ -285,10 +266,10 @@ def _estimates(
 
 
 def _without_spread(estimate: Estimate, draws: int | None) -> Estimate:
-    """Return an estimate whose bootstrap saw no spread with an honest interval, or with none.
+    """Return an estimate whose replicates are all equal with Wilson's interval, or with none.
 
-    Where none or all of the proteins have a property, resampling them says nothing of those that
-    might have come instead; Wilson's interval (1927, JASA 22:209) does: 0 of 40 is [0, 0.09].
+    Where none or all of the proteins have a property, resampling them cannot show other values;
+    Wilson's interval (1927, JASA 22:209) can: that of 0 among 40 is [0, 0.09].
 
     Args:
         estimate: with low = high.
@@ -297,7 +278,7 @@ def _without_spread(estimate: Estimate, draws: int | None) -> Estimate:
     low = high = math.nan
     if draws and estimate.estimate in (0.0, 1.0):
         test = stats.binomtest(round(estimate.estimate * draws), draws)
-        low, high = test.proportion_ci(estimate.level, method="wilson")
+        low, high = test.proportion_ci(LEVEL, method="wilson")
     return replace(estimate, low=float(low), high=float(high))
 
 
@@ -324,7 +305,7 @@ def describe_all(
         natural: natural proteins that no model was trained on.
         settings: as for :func:`describe`.
         train: as for :func:`describe`.
-        score: gives the teacher's NLL of proteins, NaN where it has none.
+        score: returns the teacher's NLL of proteins, NaN where it has none.
         clusters: of the natural proteins.
 
     Returns:
@@ -370,7 +351,7 @@ def measure_generation(
     train: Sequence[str] | None = None,
     clusters: Sequence[Any] | None = None,
 ) -> None:
-    """Let each model generate proteins, and add what they show to the results of an evaluation.
+    """Let each model generate proteins, and add their description to an evaluation's results.
 
     Args:
         results: of ``src.evaluation.measurement.evaluate``; changed in place: ``generation``

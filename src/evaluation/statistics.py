@@ -2,20 +2,22 @@
 
 Residues of one protein, and proteins of one homology cluster, resemble each other; treating them as
 independent makes intervals too narrow. Everything here resamples or sums whole clusters, and keeps
-what was measured on the same protein together (student with teacher, arm with arm).
+values of the same protein together (student with teacher, arm with arm). Intervals are of 95 %.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Hashable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 from scipy import sparse, stats
 
+LEVEL = 0.95
+TAILS = ((1 - LEVEL) / 2, (1 + LEVEL) / 2)
 CHUNK_CELLS = 4_000_000
-"""Weights (replicates × clusters) that the bootstrap holds at a time: 32 MB."""
+"""Numbers of replicates that a bootstrap holds at a time: 32 MB."""
 
 LARGEST_BIAS = 0.8
 """Normal quantile of the share of replicates below the estimate (0.8: 79 %) up to which BCa is
@@ -27,21 +29,19 @@ Statistic = Callable[[Sums], Mapping[str, np.ndarray]]
 
 @dataclass(frozen=True)
 class Estimate:
-    """A value with its interval; errors and variances are in the unit of the value.
+    """A value with its 95 % interval; the error is in the unit of the value.
 
-    ``variance_seeds``, ``variance_clusters`` and ``variance_both`` are what seeds, test clusters
-    and their interplay add to the variance of the estimate; None where they were not separated.
+    ``variance_seeds`` and ``variance_clusters`` are what seeds and test clusters add to the
+    variance of the estimate; None where they were not separated.
     """
 
     estimate: float
     low: float
     high: float
-    level: float = 0.95
     standard_error: float = math.nan
     degrees_of_freedom: float = math.inf
     variance_seeds: float | None = None
     variance_clusters: float | None = None
-    variance_both: float | None = None
 
     @property
     def p_value(self) -> float:
@@ -50,11 +50,6 @@ class Estimate:
             return 1.0 if self.estimate == 0 else 0.0
         t = abs(self.estimate) / self.standard_error
         return float(2 * stats.t.sf(t, self.degrees_of_freedom))
-
-    def interval(self, level: float) -> tuple[float, float]:
-        """Return the t interval of another level."""
-        half = stats.t.ppf(0.5 + level / 2, self.degrees_of_freedom) * self.standard_error
-        return float(self.estimate - half), float(self.estimate + half)
 
 
 def cluster_codes(clusters: Sequence[Hashable] | np.ndarray) -> tuple[np.ndarray, int]:
@@ -82,42 +77,52 @@ def cluster_sums(values: np.ndarray, codes: np.ndarray, count: int) -> np.ndarra
     return (membership @ flat).reshape(count, *values.shape[1:])
 
 
+def cluster_weights(count: int, n: int, seed: int, row_cells: int) -> Iterator[np.ndarray]:
+    """Yield the weights ``(R, C)`` of ``n`` replicates that draw C clusters with replacement.
+
+    Args:
+        count: number of clusters C.
+        n: replicates.
+        seed: of the draws.
+        row_cells: numbers that the caller makes of one replicate, which bounds R.
+    """
+    rng = np.random.default_rng(seed)
+    step = max(1, CHUNK_CELLS // row_cells)
+    for start in range(0, n, step):
+        size = min(step, n - start)
+        yield rng.multinomial(count, np.full(count, 1 / count), size=size).astype(np.float64)
+
+
 def cluster_bootstrap(
     statistic: Statistic,
     arrays: Mapping[str, np.ndarray],
     clusters: Sequence[Hashable] | np.ndarray,
     n: int = 2000,
     seed: int = 0,
-    level: float = 0.95,
-    method: str = "bca",
 ) -> dict[str, Estimate]:
-    """Bootstrap figures that are functions of sums over proteins, resampling whole clusters.
+    """Bootstrap functions of sums over proteins, resampling whole clusters.
 
     A replicate draws as many clusters as there are, with replacement (multinomial weights), and
     sums each array with those weights; arrays of one call share the weights, so differences and
-    ratios between models are paired.
+    ratios between models are paired. Intervals are bias-corrected and accelerated (BCa; Efron 1987,
+    JASA 82:171); the acceleration comes from leaving out one cluster at a time. Where almost all
+    replicates lie on one side of the estimate they are percentiles less twice the bias.
 
     Args:
-        statistic: maps weighted sums ``(R, ...)`` under the names of ``arrays`` to figures
+        statistic: maps weighted sums ``(R, ...)`` under the names of ``arrays`` to values
             ``(R,)``. Must work for any R.
         arrays: per-protein sufficient statistics ``(P, ...)``.
         clusters: ``(P,)`` cluster of each protein.
         n: replicates.
         seed: of the draws.
-        level: of the interval.
-        method: ``percentile``, or ``bca`` (bias-corrected and accelerated, Efron 1987, JASA
-            82:171), whose acceleration comes from leaving out one cluster at a time; where the
-            replicates lie almost all on one side of the estimate, percentiles less twice the bias.
 
     Returns:
-        For each figure of ``statistic`` its estimate on all proteins, interval and standard error.
-        With fewer than two clusters, or where a figure is not finite, the interval is NaN.
+        For each value of ``statistic`` its estimate on all proteins, interval and standard error.
+        With fewer than two clusters, or where a value is not finite, the interval is NaN.
 
     Raises:
-        ValueError: nothing to resample, lengths that differ, or an unknown method.
+        ValueError: nothing to resample, or lengths that differ.
     """
-    if method not in ("percentile", "bca"):
-        raise ValueError(f"method must be percentile or bca, got {method!r}")
     if n < 1:
         raise ValueError(f"--bootstrap must be at least 1, got {n}")
     codes, count = cluster_codes(clusters)
@@ -130,15 +135,13 @@ def cluster_bootstrap(
     totals = {name: sums.sum(0, keepdims=True) for name, sums in by_cluster.items()}
     point = {name: float(value[0]) for name, value in statistic(totals).items()}
 
-    rng = np.random.default_rng(seed)
-    pieces: list[Mapping[str, np.ndarray]] = []
-    step = max(1, CHUNK_CELLS // count)
-    for start in range(0, n, step):
-        size = min(step, n - start)
-        weights = rng.multinomial(count, np.full(count, 1 / count), size=size).astype(np.float64)
-        pieces.append(statistic({k: _weighted(weights, v) for k, v in by_cluster.items()}))
+    pieces = [
+        statistic({k: _weighted(weights, v) for k, v in by_cluster.items()})
+        for weights in cluster_weights(count, n, seed, count)
+    ]
     left_out: list[Mapping[str, np.ndarray]] = []
-    if method == "bca" and count > 1:
+    if count > 1:
+        step = max(1, CHUNK_CELLS // count)
         for start in range(0, count, step):
             part = slice(start, start + step)
             left_out.append(statistic({k: totals[k] - v[part] for k, v in by_cluster.items()}))
@@ -147,28 +150,27 @@ def cluster_bootstrap(
     for name, estimate in point.items():
         replicates = np.concatenate([piece[name] for piece in pieces])
         jackknife = np.concatenate([piece[name] for piece in left_out]) if left_out else None
-        low, high = _bootstrap_interval(estimate, replicates, jackknife, level)
-        if count < 2:
-            low = high = math.nan
-        results[name] = Estimate(
-            estimate, low, high, level, float(np.std(replicates, ddof=1)) if n > 1 else math.nan
-        )
+        low = high = math.nan
+        if jackknife is not None:
+            low, high = _bootstrap_interval(estimate, replicates, jackknife)
+        error = float(np.std(replicates, ddof=1)) if n > 1 else math.nan
+        results[name] = Estimate(estimate, low, high, error)
     return results
 
 
-def plain_estimates(
-    statistic: Statistic, arrays: Mapping[str, np.ndarray], level: float = 0.95
+def bootstrap_or_plain(
+    statistic: Statistic,
+    arrays: Mapping[str, np.ndarray],
+    clusters: Sequence[Hashable] | np.ndarray,
+    n: int,
+    seed: int,
 ) -> dict[str, Estimate]:
-    """Return the figures of :func:`cluster_bootstrap` without intervals (NaN).
-
-    Args:
-        statistic: as there.
-        arrays: per-protein sufficient statistics ``(P, ...)``; P may be 0.
-        level: stored with each estimate.
-    """
+    """Return :func:`cluster_bootstrap`; without replicates or proteins, intervals of NaN."""
+    if n and len(clusters):
+        return cluster_bootstrap(statistic, arrays, clusters, n, seed)
     totals = {k: np.asarray(v, np.float64).sum(0, keepdims=True) for k, v in arrays.items()}
     return {
-        name: Estimate(float(value[0]), math.nan, math.nan, level)
+        name: Estimate(float(value[0]), math.nan, math.nan)
         for name, value in statistic(totals).items()
     }
 
@@ -183,19 +185,19 @@ def _weighted(weights: np.ndarray, sums: np.ndarray) -> np.ndarray:
 
 
 def _bootstrap_interval(
-    estimate: float, replicates: np.ndarray, jackknife: np.ndarray | None, level: float
+    estimate: float, replicates: np.ndarray, jackknife: np.ndarray
 ) -> tuple[float, float]:
-    """Return the percentile interval, corrected for bias and acceleration given a jackknife."""
+    """Return the percentile interval, corrected for bias and acceleration if that is finite."""
     if not math.isfinite(estimate) or not np.isfinite(replicates).all():
         return math.nan, math.nan
-    tails = np.array([(1 - level) / 2, (1 + level) / 2])
-    if jackknife is not None and np.isfinite(jackknife).all():
+    tails = np.array(TAILS)
+    if np.isfinite(jackknife).all():
         n = len(replicates)
         below = np.sum(replicates < estimate) + 0.5 * np.sum(replicates == estimate)
         # Half a replicate away from 0 and 1, so that a one-sided bootstrap stays finite.
         bias = stats.norm.ppf(np.clip(below / n, 0.5 / n, 1 - 0.5 / n))
         if abs(bias) > LARGEST_BIAS:
-            return _shifted_interval(estimate, replicates, tails)
+            return _shifted_interval(estimate, replicates)
         deviation = jackknife.mean() - jackknife
         spread = np.sum(deviation**2)
         acceleration = np.sum(deviation**3) / (6 * spread**1.5) if spread > 0 else 0.0
@@ -205,16 +207,14 @@ def _bootstrap_interval(
     return float(low), float(high)
 
 
-def _shifted_interval(
-    estimate: float, replicates: np.ndarray, tails: np.ndarray
-) -> tuple[float, float]:
-    """Return percentiles less twice the bias, drawn out to hold the estimate.
+def _shifted_interval(estimate: float, replicates: np.ndarray) -> tuple[float, float]:
+    """Return percentiles less twice the bias, widened to hold the estimate.
 
-    A figure that noise can only raise (a divergence, an ECE) is higher in replicates than in the
+    A value that noise can only raise (a divergence, an ECE) is higher in replicates than in the
     data by about as much as it is higher in the data than in truth.
     """
     shift = 2 * (float(replicates.mean()) - estimate)
-    low, high = np.quantile(replicates, tails) - shift
+    low, high = np.quantile(replicates, TAILS) - shift
     if estimate >= 0 and replicates.min() >= 0:
         low = max(low, 0.0)
     return float(min(low, estimate)), float(max(high, estimate))
@@ -225,7 +225,6 @@ def contrast(
     coefficients: Mapping[str, float],
     residues: np.ndarray,
     clusters: Sequence[Hashable] | np.ndarray,
-    level: float = 0.95,
 ) -> Estimate:
     """Estimate Σ_arm c_arm ln(perplexity per residue) over seeds and test clusters.
 
@@ -235,10 +234,9 @@ def contrast(
         coefficients: c of each arm; ``{"both": 1, "baseline": -1}`` is a plain difference.
         residues: ``(P,)`` residues of each protein.
         clusters: ``(P,)`` cluster of each protein.
-        level: of the interval.
 
     Returns:
-        The estimate of :func:`two_way_interval`, in nats for each residue.
+        The estimate of :func:`two_way_interval`, in nats per residue.
 
     Raises:
         ValueError: an arm is missing, shapes differ, or there are fewer than two seeds or clusters.
@@ -252,58 +250,32 @@ def contrast(
     numerators = np.sum(
         [c * np.asarray(nll[arm], dtype=np.float64) for arm, c in coefficients.items()], axis=0
     )
-    return two_way_interval(numerators, residues, clusters, level)
-
-
-def interaction(
-    nll: Mapping[str, np.ndarray],
-    residues: np.ndarray,
-    clusters: Sequence[Hashable] | np.ndarray,
-    level: float = 0.95,
-    arms: tuple[str, str, str, str] = ("baseline", "uncertainty", "calibration", "both"),
-) -> Estimate:
-    """Estimate I = y11 - y10 - y01 + y00 with y = ln(perplexity per residue).
-
-    Args:
-        nll: as in :func:`contrast`.
-        residues: ``(P,)``.
-        clusters: ``(P,)``.
-        level: of the interval.
-        arms: names of y00, y10, y01 and y11.
-
-    Returns:
-        The estimate; below 0 means that the two together are better than their separate effects.
-    """
-    coefficients = dict(zip(arms, (1.0, -1.0, -1.0, 1.0), strict=True))
-    return contrast(nll, coefficients, residues, clusters, level)
+    return two_way_interval(numerators, residues, clusters)
 
 
 def two_way_interval(
     numerators: np.ndarray,
     denominators: np.ndarray,
     clusters: Sequence[Hashable] | np.ndarray,
-    level: float = 0.95,
 ) -> Estimate:
     """Return the mean over seeds of Σ numerators / Σ denominators, with a t interval.
 
     Seeds and clusters are crossed random effects: every seed is measured on every cluster. The
     variance of the mean is σ²_seed/S + σ²_cluster/C + σ²_both/(SC), estimated as V_S + V_C - V_SC:
-    the variance of the seeds' figures divided by S, the linearised variance over clusters of the
+    the variance between seeds divided by S, the linearised variance over clusters of the
     mean over seeds, and the part that both of these contain (two-way clustering; Cameron, Gelbach
     & Miller 2011, J. Business & Economic Statistics 29:238; Owen 2007, Annals of Applied
     Statistics 1:386).
 
-    Why not the percentiles of a bootstrap over seeds: with S = 5 it takes the spread of the seeds
-    (S-1)/S too small and uses normal quantiles where t quantiles of four degrees belong, and so
-    covers about 85 % instead of 95 % where seeds dominate. Here the quantile is Student's, with
-    degrees of freedom after Satterthwaite (1946, Biometrics Bulletin 2:110): S - 1 where seeds
-    dominate, C - 1 where clusters do.
+    The quantile is Student's, with degrees of freedom after Satterthwaite (1946, Biometrics
+    Bulletin 2:110): S - 1 where seeds dominate, C - 1 where clusters do. Percentiles of a bootstrap
+    over five seeds would cover about 85 % instead of 95 % where seeds dominate: their variance is
+    too small by (S-1)/S, and they stand for normal quantiles instead of t quantiles.
 
     Args:
         numerators: ``(S, P)``.
         denominators: ``(P,)``, the same for all seeds.
         clusters: ``(P,)``.
-        level: of the interval.
 
     Returns:
         The estimate with its components of variance.
@@ -314,12 +286,12 @@ def two_way_interval(
     x, r = _seed_cluster_sums(numerators, denominators, clusters)
     seeds, count = x.shape
     total = r.sum()
-    figures = x.sum(1) / total  # (S,)
-    estimate = float(figures.mean())
-    residual = (x - figures[:, None] * r) / total  # (S, C), each row sums to 0
+    by_seed = x.sum(1) / total  # (S,)
+    estimate = float(by_seed.mean())
+    residual = (x - by_seed[:, None] * r) / total  # (S, C), each row sums to 0
     shared = residual.mean(0)
     finite = count / (count - 1)
-    v_seeds = float(figures.var(ddof=1)) / seeds
+    v_seeds = float(by_seed.var(ddof=1)) / seeds
     v_clusters = float(finite * np.sum(shared**2))
     v_both = float(finite * np.sum((residual - shared) ** 2)) / (seeds * (seeds - 1))
     # The difference can fall below either part by chance; the larger part is a safe floor.
@@ -331,18 +303,9 @@ def two_way_interval(
     )
     freedom = variance**2 / spread if spread > 0 else math.inf
     error = math.sqrt(variance)
-    half = stats.t.ppf(0.5 + level / 2, freedom) * error
-    return Estimate(
-        estimate,
-        float(estimate - half),
-        float(estimate + half),
-        level,
-        error,
-        float(freedom),
-        v_seeds,
-        v_clusters,
-        v_both,
-    )
+    half = stats.t.ppf(TAILS[1], freedom) * error
+    low, high = float(estimate - half), float(estimate + half)
+    return Estimate(estimate, low, high, error, float(freedom), v_seeds, v_clusters)
 
 
 def _seed_cluster_sums(
@@ -359,114 +322,45 @@ def _seed_cluster_sums(
     if len(codes) != numerators.shape[1]:
         raise ValueError(f"{len(codes)} clusters for {numerators.shape[1]} proteins")
     if len(numerators) < 2:
-        raise ValueError("one seed says nothing about the spread of seeds: at least 2 are needed")
+        raise ValueError("one seed does not show the spread between seeds: at least 2 are needed")
     if count < 2:
-        raise ValueError("one test cluster says nothing about their spread: at least 2 are needed")
+        raise ValueError("one test cluster does not show their spread: at least 2 are needed")
     return (
         cluster_sums(numerators.T, codes, count).T,
         cluster_sums(np.asarray(denominators), codes, count),
     )
 
 
-@dataclass(frozen=True)
-class Equivalence:
-    """The outcome of two one-sided tests: ``equivalent`` if both ends lie within the margin."""
+def is_equivalent(estimate: Estimate, margin: float, alpha: float = 0.05) -> bool:
+    """Return whether a value is shown to lie within ±margin of 0 (two one-sided tests, TOST).
 
-    equivalent: bool
-    p_value: float
-    low: float
-    high: float
-    margin: float
-
-
-def equivalence(estimate: Estimate, margin: float, alpha: float = 0.05) -> Equivalence:
-    """Test whether a figure lies within ±margin of 0 (TOST).
-
-    Two one-sided tests at ``alpha`` are passed exactly when the interval of level 1 - 2 ``alpha``
+    Both tests are passed at level ``alpha`` exactly when the t interval of level 1 - 2 ``alpha``
     lies inside the margin (Schuirmann 1987, J. Pharmacokinetics and Biopharmaceutics 15:657).
-
-    Args:
-        estimate: with standard error and degrees of freedom.
-        margin: above 0, in the figure's unit.
-        alpha: level of each one-sided test.
-
-    Returns:
-        The decision, the larger of the two p-values and the interval.
-
-    Raises:
-        ValueError: ``margin`` is not above 0.
     """
-    if not margin > 0:
-        raise ValueError(f"the margin of equivalence must be above 0, got {margin}")
-    low, high = estimate.interval(1 - 2 * alpha)
-    error = estimate.standard_error
-    if error > 0:
-        freedom = estimate.degrees_of_freedom
-        p = max(
-            float(stats.t.sf((estimate.estimate + margin) / error, freedom)),
-            float(stats.t.cdf((estimate.estimate - margin) / error, freedom)),
-        )
-    else:
-        p = 0.0 if abs(estimate.estimate) < margin else 1.0
-    return Equivalence(-margin < low and high < margin, p, low, high, margin)
-
-
-def standard_error(seed_sd: float, cluster_error: float, seeds: int) -> tuple[float, float]:
-    """Return the standard error expected with some number of seeds, and its degrees of freedom.
-
-    Args:
-        seed_sd: standard deviation of the figure between seeds.
-        cluster_error: what the test clusters add, whatever the seeds (√ of ``variance_clusters``).
-        seeds: at least 2.
-    """
-    if seeds < 2:
-        raise ValueError(f"at least 2 seeds are needed, got {seeds}")
-    between = seed_sd**2 / seeds
-    variance = between + cluster_error**2
-    freedom = variance**2 / (between**2 / (seeds - 1)) if between > 0 else math.inf
-    return math.sqrt(variance), freedom
-
-
-def power(
-    effect: float, seed_sd: float, cluster_error: float, seeds: int, alpha: float = 0.05
-) -> float:
-    """Return the chance that a two-sided test finds a true effect.
-
-    Args:
-        effect: true value of the figure.
-        seed_sd: standard deviation between seeds.
-        cluster_error: standard error that the test clusters add.
-        seeds: at least 2.
-        alpha: level of the test.
-
-    Returns:
-        The power of the t test with Satterthwaite's degrees of freedom (non-central t).
-    """
-    error, freedom = standard_error(seed_sd, cluster_error, seeds)
-    if error == 0:
-        return 1.0 if effect else alpha
-    bound = stats.t.ppf(1 - alpha / 2, freedom)
-    shift = effect / error
-    if math.isinf(freedom):
-        return float(stats.norm.sf(bound - shift) + stats.norm.cdf(-bound - shift))
-    return float(stats.nct.sf(bound, freedom, shift) + stats.nct.cdf(-bound, freedom, shift))
+    quantile = stats.t.ppf(1 - alpha, estimate.degrees_of_freedom)
+    half = quantile * estimate.standard_error
+    return bool(-margin < estimate.estimate - half and estimate.estimate + half < margin)
 
 
 def seeds_for_half_width(
-    half_width: float,
-    seed_sd: float,
-    cluster_error: float,
-    level: float = 0.95,
-    most: int = 1000,
+    half_width: float, seed_sd: float, cluster_error: float, most: int = 1000
 ) -> int | None:
     """Return the fewest seeds whose expected interval is no wider than ±half_width.
+
+    Args:
+        half_width: in the unit of the value.
+        seed_sd: standard deviation of the value between seeds.
+        cluster_error: standard error that the test clusters add, whatever the number of seeds.
+        most: seeds, at most.
 
     Returns:
         None where ``most`` seeds are not enough, as when the test clusters alone are too few.
     """
     for seeds in range(2, most + 1):
-        error, freedom = standard_error(seed_sd, cluster_error, seeds)
-        if stats.t.ppf(0.5 + level / 2, freedom) * error <= half_width:
+        between = seed_sd**2 / seeds
+        variance = between + cluster_error**2
+        freedom = variance**2 / (between**2 / (seeds - 1)) if between > 0 else math.inf
+        if stats.t.ppf(TAILS[1], freedom) * math.sqrt(variance) <= half_width:
             return seeds
     return None
 
@@ -501,15 +395,14 @@ class PairedTest:
     pairs: int
 
 
-def paired_test(differences: np.ndarray, level: float = 0.95) -> PairedTest:
+def paired_test(differences: np.ndarray) -> PairedTest:
     """Test whether differences are above 0 on average (paired t test, one-sided).
 
     Args:
         differences: ``(n,)``, one for each independent unit.
-        level: of the two-sided interval that goes with it.
 
     Returns:
-        Mean, interval and one-sided p-value; with fewer than two pairs the p-value is 1.
+        Mean, two-sided interval and one-sided p-value; with fewer than two pairs the p-value is 1.
     """
     differences = np.asarray(differences, dtype=np.float64)
     n = len(differences)
@@ -519,5 +412,5 @@ def paired_test(differences: np.ndarray, level: float = 0.95) -> PairedTest:
     error = float(differences.std(ddof=1)) / math.sqrt(n)
     if error == 0:
         return PairedTest(mean, mean, mean, 0.0 if mean > 0 else 1.0, n)
-    half = float(stats.t.ppf(0.5 + level / 2, n - 1)) * error
+    half = float(stats.t.ppf(TAILS[1], n - 1)) * error
     return PairedTest(mean, mean - half, mean + half, float(stats.t.sf(mean / error, n - 1)), n)

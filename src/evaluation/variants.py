@@ -72,9 +72,9 @@ def variant_nll(loaded: ProteinModel, wild: str, variants: Sequence[str]) -> np.
             _fill(model, cache, reference, others, shared, fits, sums)
     finally:
         model.train(training)
-    found = np.full(len(others), np.nan)
-    found[fits] = np.sum(processes.gathered(sums), axis=0)[fits]
-    return found
+    nll = np.full(len(others), np.nan)
+    nll[fits] = np.sum(processes.gathered(sums), axis=0)[fits]
+    return nll
 
 
 def _fill(
@@ -84,13 +84,13 @@ def _fill(
     others: Sequence[np.ndarray],
     shared: np.ndarray,
     fits: np.ndarray,
-    found: np.ndarray,
+    nll: np.ndarray,
 ) -> None:
-    """Write the NLL of this process's share of the variants that fit into ``found``."""
+    """Write the NLL of this process's share of the variants that fit into ``nll``."""
     ids = torch.as_tensor(reference, device=model.device)[None]
     logits = model(input_ids=ids, use_cache=True, **{cache_argument(model): cache}).logits[0, :-1]
-    nll = F.cross_entropy(logits.float(), ids[0, 1:], reduction="none").double().cpu().numpy()
-    before = np.concatenate([[0.0], np.cumsum(nll)])  # (T,): of the tokens up to each
+    values = F.cross_entropy(logits.float(), ids[0, 1:], reduction="none").double().cpu().numpy()
+    before = np.concatenate([[0.0], np.cumsum(values)])  # (T,): NLL of the tokens up to each
     kept: Any = cache.layers
     layers = [(layer.keys, layer.values) for layer in kept]
     # Those that differ late first: rows of a batch share what the earliest of them shares.
@@ -108,7 +108,7 @@ def _fill(
             reduction="none",
         ).view(len(batch), -1)  # fmt: skip
         sums = (values.double() * mask[:, 1:]).sum(1).cpu().numpy()
-        found[batch] = before[start] + sums
+        nll[batch] = before[start] + sums
 
 
 def _after(
@@ -178,7 +178,7 @@ def windowed_nll(loaded: ProteinModel, residues: str) -> np.ndarray:
     """
     model, tokenizer = loaded
     window = window_residues(stated_positions(model.config) or WINDOW_TOKENS)
-    found = np.zeros(len(residues))
+    nll = np.zeros(len(residues))
     spelling = Spelling(tokenizer)
     for start, stop, first in windows_of(len(residues), window):
         text = residues[start:stop]
@@ -189,8 +189,8 @@ def windowed_nll(loaded: ProteinModel, residues: str) -> np.ndarray:
         with torch.inference_mode():
             logits = model(input_ids=row, use_cache=False).logits[0, :-1].float()
         values = F.cross_entropy(logits, row[0, 1:], reduction="none").double().cpu().numpy()
-        found[first:stop] = by_residue(values, spelling.sizes(ids)[1:])[first - start :]
-    return found
+        nll[first:stop] = by_residue(values, spelling.sizes(ids)[1:])[first - start :]
+    return nll
 
 
 def by_residue(values: np.ndarray, sizes: np.ndarray) -> np.ndarray:

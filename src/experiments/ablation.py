@@ -9,10 +9,11 @@ that it runs.
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from copy import deepcopy
 from dataclasses import asdict
-from itertools import groupby
+from functools import cached_property
+from itertools import groupby, islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -32,7 +33,8 @@ from src.common.settings import as_recorded
 from src.evaluation.gates import FLOOR_PROTEINS
 from src.evaluation.inputs import cluster_kind, clusters_of, longest
 from src.evaluation.measurement import Evaluation, evaluate_students
-from src.evaluation.results import check_figures, lookup, read_results, write_results
+from src.evaluation.results import lookup, read_results, write_results
+from src.evaluation.schema import Object, check_record, record_type
 from src.evaluation.scoring import EvaluationSettings
 from src.experiments.grids import Cell, Grid, read_rates, settings_key
 from src.models.loading import load_causal_lm, model_fingerprint
@@ -59,6 +61,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 GROUP_FILE = "group.json"
+GROUP = record_type({"members": Object, "inputs": Object})
 BOOTSTRAP = 1000
 
 
@@ -72,7 +75,6 @@ class GridRun:
         device: ``auto``, ``cpu`` or ``cuda``.
         cache_dir: where tokenised proteins are kept.
         max_proteins: measure on the first so many proteins; None: on all.
-        announce: called with each line for a person.
 
     Raises:
         ValueError: the grid reads tuned learning rates, and their file is missing or broken.
@@ -87,18 +89,16 @@ class GridRun:
         device: str = "auto",
         cache_dir: str | None = None,
         max_proteins: int | None = None,
-        announce: Callable[[str], None] = say,
     ) -> None:
         self.grid, self.max_proteins = grid, max_proteins
         self.results, self.work = results, work
-        self.device, self.cache_dir, self.announce = device, cache_dir, announce
+        self.device, self.cache_dir = device, cache_dir
         tuned = read_rates(results)["rates"] if grid.tuned else None
         self.cells = self.grid.cells(tuned)
-        self._ingredients: Ingredients | None = None
         self._caches: dict[str, TeacherCache] = {}
         self._seconds: list[float] = []
 
-    # What stands on disk ------------------------------------------------------------------------
+    # Files on disk -----------------------------------------------------------------------------
 
     def file_of(self, cell: Cell) -> Path:
         """Return the path of a cell's results."""
@@ -155,7 +155,7 @@ class GridRun:
         """
         quiet_libraries()
         for line in self.status_lines():
-            self.announce(line)
+            say(line)
         if not all(self.done(cell) for cell in self.cells):
             self._require_parts()
         for name, cells in self.groups():
@@ -168,9 +168,9 @@ class GridRun:
                     self._run_group(name, cells)
                     self._seconds.append(time.monotonic() - started)
             except InUseError:
-                self.announce(f"{name}: skipped, because another process is running it")
+                say(f"{name}: skipped, because another process is running it")
                 continue
-            self.announce(self.status_lines()[0])
+            say(self.status_lines()[0])
         return {"cells": len(self.cells), "done": sum(self.done(cell) for cell in self.cells)}
 
     def _require_parts(self) -> None:
@@ -183,32 +183,26 @@ class GridRun:
                 "on: divide it with scripts/split_data.py"
             )
 
-    @property
+    @cached_property
     def ingredients(self) -> Ingredients:
         """Teacher, tokenizer and proteins."""
-        if self._ingredients is None:
-            self._ingredients = gather(self.grid.shared, self.device, self.cache_dir)
-            if self.grid.shared.cached_teacher:
-                self._caches = capture_parts(
-                    self._ingredients, self.work / "teacher_cache", self.announce, flag="--work"
-                )
-        return self._ingredients
+        ingredients = gather(self.grid.shared, self.device, self.cache_dir)
+        if self.grid.shared.cached_teacher:
+            folder = self.work / "teacher_cache"
+            self._caches = capture_parts(ingredients, folder, say, flag="--work")
+        return ingredients
 
     def _run_group(self, name: str, cells: Sequence[Cell]) -> None:
         folder = self.work / name
-        for cell in filter(self.done, self.cells):
-            made = read_results(self.file_of(cell))
-            fingerprints = {
-                "teacher": lookup(made, "run.teacher.fingerprint"),
-                "data": lookup(made, "run.data.train"),
-            }
-            self._require_inputs(fingerprints, self.file_of(cell), "--results")
+        for path in (self.file_of(cell) for cell in self.cells if self.done(cell)):
+            run = read_results(path)["run"]
+            teacher, data = lookup(run, "teacher.fingerprint"), lookup(run, "data.train")
+            self._require_inputs({"teacher": teacher, "data": data}, path, "--results")
         members = self._members(folder, cells)
         missing = [cell for cell in members if not self.done(cell)]
-        self.announce(f"{name}: {len(members)} students, {len(missing)} cells to finish")
+        say(f"{name}: {len(members)} students, {len(missing)} cells to finish")
         trainer = self._trainer(folder, members)
-        checkpoint = newest_valid(folder, self.announce)
-        seconds = train_from(checkpoint, trainer)
+        seconds = train_from(newest_valid(folder, say), trainer)
         students = {m.name: m.model.eval() for m in trainer.members}
         evaluations = self._evaluate({cell.name: students[cell.name] for cell in missing})
         self._write(name, missing, evaluations, trainer, seconds)
@@ -219,8 +213,7 @@ class GridRun:
         path = folder / GROUP_FILE
         if is_begun(folder, GROUP_FILE, "--work"):
             group = read_json(path)
-            kinds = {"members": "object", "inputs": "object"}
-            check_figures(group, kinds, path, way_out="choose another --work")
+            check_record(group, GROUP, path, "choose another --work")
             self._require_inputs(group.get("inputs") or {}, path, "--work")
             begun = group.get("members") or {}
             by_name = {cell.name: cell for cell in cells}
@@ -240,7 +233,7 @@ class GridRun:
         return {"teacher": inputs.teacher_fingerprint, "data": inputs.parts["train"].fingerprint}
 
     def _require_inputs(self, before: Mapping[str, Any], path: Path, flag: str) -> None:
-        """Check that a file of this grid was made with the teacher and proteins of now.
+        """Check that a file of this grid was made with the current teacher and proteins.
 
         Raises:
             ValueError: it was made with others.
@@ -301,29 +294,22 @@ class GridRun:
             teacher = load_causal_lm(str(shared.teacher_model), device=inputs.device)
         settings = EvaluationSettings(bootstrap=BOOTSTRAP, check=False)
         test = self._held_out(next(iter(students.values())), teacher, settings)
-        train = [
-            protein.residues
-            for protein, _ in zip(
-                read_proteins(
-                    shared.data,
-                    split="train",
-                    tokenizer=inputs.tokenizer,
-                    sequence_column=shared.sequence_column,
-                ),
-                range(FLOOR_PROTEINS),
-                strict=False,
-            )
-        ]
+        proteins = read_proteins(
+            shared.data,
+            split="train",
+            tokenizer=inputs.tokenizer,
+            sequence_column=shared.sequence_column,
+        )
         return evaluate_students(
             students,
             teacher,
             inputs.tokenizer,
             test,
             settings,
-            train=train,
+            train=[protein.residues for protein in islice(proteins, FLOOR_PROTEINS)],
             clusters=clusters_of(shared.data),
             cluster_kind=cluster_kind(shared.data),
-            announce=self.announce,
+            announce=say,
         )
 
     def _held_out(self, student: Any, teacher: Any, settings: Any) -> TokenisedProteins:
@@ -386,17 +372,11 @@ class GridRun:
                     "parameters": count_parameters(model),
                     "fingerprint": model_fingerprint(model),
                 },
-                "teacher": {
-                    "name": settings.teacher_model,
-                    "fingerprint": inputs["teacher"],
-                },
-                "data": {
-                    "source": settings.data,
-                    "train": inputs["data"],
-                },
+                "teacher": {"name": settings.teacher_model, "fingerprint": inputs["teacher"]},
+                "data": {"source": settings.data, "train": inputs["data"]},
             }
             write_results(self.file_of(cell), results)
-        self.announce(f"{name}: {len(cells)} cells written to {self.results}")
+        say(f"{name}: {len(cells)} cells written to {self.results}")
 
 
 def write_table(path: Path, tables: Sequence[tuple[Cell, Mapping[str, Any]]], split: str) -> None:

@@ -42,7 +42,7 @@ PILOT_KEPT = 0.5
 """The first temperature at which this share of the pilot is kept is taken, else the best one, and
 of equal ones the lowest."""
 LENGTH_FACTOR = 1.5
-"""Samples longer than this many times the longest member are not waited for."""
+"""Longer samples than this many times the longest member are discarded."""
 ATTEMPTS = 4
 """Proteins begun for each one wanted, at most."""
 DESCRIBED = 200
@@ -52,7 +52,7 @@ SHARES = {
     REPEATED: (repeat_share, MOST_REPEATS),
     LOW_COMPLEXITY: (low_complexity_share, MOST_LOW_COMPLEXITY),
 }
-"""How the share of residues that is a reason is measured, and how much is never too much."""
+"""For each reason: the share of residues, and the limit where no member has more."""
 
 
 @dataclass(frozen=True)

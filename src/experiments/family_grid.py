@@ -26,7 +26,7 @@ from src.common.files import read_json, write_json
 from src.common.runs import InUseError, locked
 from src.common.settings import StudentSettings
 from src.evaluation.composition import distinct_share
-from src.evaluation.measurement import write_per_protein
+from src.evaluation.per_protein import write_per_protein
 from src.experiments import candidates as c
 from src.experiments import specialist as s
 from src.proteins import profiles as p
@@ -87,7 +87,7 @@ class Cell:
 
 @dataclass(frozen=True)
 class FamilyGrid:
-    """What is run, and where.
+    """Settings and directories of the experiment.
 
     Attributes:
         families: FASTA with ``family=NAME`` in its headers.
@@ -123,10 +123,10 @@ class FamilyGrid:
     def proteins(self) -> dict[str, dict[str, str]]:
         """Residues by name, by family."""
         residues, _ = read_named(self.families)
-        found: dict[str, dict[str, str]] = defaultdict(dict)
+        by_family: dict[str, dict[str, str]] = defaultdict(dict)
         for name, family in read_families(self.families, residues).items():
-            found[family][name] = residues[name]
-        return {family: found[family] for family in sorted(found)}
+            by_family[family][name] = residues[name]
+        return {family: by_family[family] for family in sorted(by_family)}
 
     @cached_property
     def profile_keys(self) -> dict[str, str]:
@@ -251,8 +251,8 @@ class FamilyGrid:
             loss = read_json(self.file_of(cell))["validation_loss"]
             losses[f"{cell.start} {cell.members}"][cell.rate].append(loss)
         rates = {
-            name: min(found, key=lambda rate: float(np.mean(found[rate])))
-            for name, found in losses.items()
+            name: min(by_rate, key=lambda rate: float(np.mean(by_rate[rate])))
+            for name, by_rate in losses.items()
         }
         write_json(path, rates)
         return rates
@@ -268,12 +268,9 @@ class FamilyGrid:
         data = folder / "data"
         pool = s.part_of(split, "train")
         drawn = random.Random(cell.group).sample(pool, min(cell.members, len(pool)))
-        for part, found in {
-            "train": drawn,
-            "validation": s.part_of(split, "validation"),
-            "test": s.part_of(split, "test"),
-        }.items():
-            write_fasta(data / f"{part}.fasta", [FastaRecord(q.name, q.residues) for q in found])
+        held_out = {part: s.part_of(split, part) for part in ("validation", "test")}
+        for part, proteins in {"train": drawn, **held_out}.items():
+            write_fasta(data / f"{part}.fasta", [FastaRecord(q.name, q.residues) for q in proteins])
         return data
 
     def _measure(self, cell: Cell, folder: Path) -> dict[str, Any]:
@@ -295,7 +292,7 @@ class FamilyGrid:
         start = next(start for start in self.starts if start.name == cell.start)
         rate = cell.rate or self.tuned_rates()[f"{cell.start} {cell.members}"]
         model, record = self._fit(cell, start, rate, data, folder)
-        found = {
+        record = {
             **counts,
             "rate_used": rate,
             "validation_loss": s.final_loss(record),
@@ -303,9 +300,9 @@ class FamilyGrid:
             "parameters": record["student"]["parameters"],
         }
         if cell.rate is not None:  # tuning sees no test member
-            return found
+            return record
         nll = s.nats_of(model, [q.residues for q in test], self.device)
-        return {**found, "nll": float(nll.sum()), **self._sampled(cell, model, train)}
+        return {**record, "nll": float(nll.sum()), **self._sampled(cell, model, train)}
 
     def _fit(
         self, cell: Cell, start: Start, rate: float, data: Path, folder: Path
@@ -348,21 +345,18 @@ class FamilyGrid:
         wanted = c.CandidateSettings(num_candidates=self.samples, temperature=1.0, seed=cell.draw)
         longest = max(len(q.residues) for q in train)
         drawn = c.sample_family(model, wanted, longest, self.device, unheard)
-        found = {
-            "samples": len(drawn["samples"]),
-            "hits": 0,
-            "proteins_per_second": drawn["proteins_per_second"],
-        }
-        if not drawn["samples"]:
-            return found
-        scores = profile_scores(drawn["samples"], self.profiles)
-        found["hits"] = int((scores.get(self.profile_keys[cell.family], np.zeros(1)) > 0).sum())
-        identity = nearest_identities(drawn["samples"], [q.residues for q in train])["identity"]
+        samples, speed = drawn["samples"], drawn["proteins_per_second"]
+        if not samples:
+            return {"samples": 0, "hits": 0, "proteins_per_second": speed}
+        scores = profile_scores(samples, self.profiles).get(self.profile_keys[cell.family])
+        identity = nearest_identities(samples, [q.residues for q in train])["identity"]
         return {
-            **found,
+            "samples": len(samples),
+            "hits": 0 if scores is None else int((scores > 0).sum()),
+            "proteins_per_second": speed,
             "identity": float(identity.mean()),
-            "distinct_share": len(set(drawn["samples"])) / len(drawn["samples"]),
-            "distinct_4mers": distinct_share(drawn["samples"]),
+            "distinct_share": len(set(samples)) / len(samples),
+            "distinct_4mers": distinct_share(samples),
         }
 
     def write_table(self) -> int:

@@ -67,7 +67,7 @@ RESULTS_FILE = "judgement.json"
 
 @dataclass(frozen=True)
 class FamilyRun:
-    """What is asked for.
+    """Settings of a run of scripts/specialise.py.
 
     Attributes:
         family: one file of members, or a directory with parts that is split already.
@@ -159,7 +159,7 @@ def run_family(run: FamilyRun) -> dict[str, Any]:
 
 
 def step(run: FamilyRun, name: str) -> None:
-    """Say which stage begins."""
+    """Announce the stage that begins."""
     run.announce(f"== {name}")
 
 
@@ -174,11 +174,9 @@ def prepare(run: FamilyRun) -> Family:
             )
         return family_of(run, run.family, [], limit, tokenizer)
     folder = run.output_dir / "split"
-    source = (
-        {"file": run.family.name, "sha256": sha256_file(run.family)}
-        if (run.family.is_file())
-        else {}
-    )
+    source = {}
+    if run.family.is_file():
+        source = {"file": run.family.name, "sha256": sha256_file(run.family)}
     notes_file = run.output_dir / "split-notes.json"
     if (folder / SPLIT_FILE).is_file():
         record = read_split(folder)
@@ -288,10 +286,10 @@ def build_profiles(run: FamilyRun, family: Family) -> dict[str, Any]:
 
 
 def identity(family: Family) -> dict[str, Any]:
-    """Return what tells this family's split from another's, for the records of stages."""
+    """Return the hashes of the family's parts, for the records of stages."""
     parts = ("train", "validation", "test")
     files = {p: sorted(family.data.glob(f"{p}.*")) for p in parts}
-    return {p: [sha256_file(path) for path in found] for p, found in files.items() if found}
+    return {p: [sha256_file(path) for path in paths] for p, paths in files.items() if paths}
 
 
 def options_of(run: FamilyRun, family: Family) -> dict[str, Any]:
@@ -480,8 +478,8 @@ def held_out_figures(
     nll = {name: s.nats_of(path, proteins, device) for name, path in models.items()}
     density = read_profiles(run.output_dir / "profile" / DENSITY)[0]
     nll[s.PROFILE], known = profile_nll(density, proteins)
-    figures = s.judge(nll, family.test, family.clusters, table=folder / "per_member.parquet")
-    return {**figures, "not_recognised_by_profile": int((~known).sum())}
+    judged = s.judge(nll, family.test, family.clusters, table=folder / "per_member.parquet")
+    return {**judged, "not_recognised_by_profile": int((~known).sum())}
 
 
 def parameters_and_speed(
@@ -491,19 +489,15 @@ def parameters_and_speed(
     record: dict[str, Any] = {"parameters": s.parameters_of(path)}
     if name in (s.ADAPTED, s.SPECIALIST):
         few = replace(run.candidates, num_candidates=SPEED_SAMPLES, temperature=temperature)
-        longest = max(map(len, candidate_residues(run)))
+        table = c.read_table(run.output_dir / "candidates" / "candidates.csv")
+        longest = max(map(len, table["sequence"]))
         drawn = c.sample_family(path, few, longest, choose_device(run.device), unheard)
         record["proteins_per_second"] = drawn["proteins_per_second"]
     return record
 
 
-def candidate_residues(run: FamilyRun) -> list[str]:
-    """Return the residues of the candidates, for their lengths."""
-    return c.read_table(run.output_dir / "candidates" / "candidates.csv")["sequence"]
-
-
 def fit_summary(record: Mapping[str, Any]) -> dict[str, Any]:
-    """Return what the page says of a training."""
+    """Return the settings and the outcome of a training that the page shows."""
     settings = {"optimizer": DEFAULTS.optimizer, **record["settings"]}  # defaults are left out
     return {
         **{name: settings[name] for name in ("learning_rate", "optimizer", "batch_size")},
@@ -513,18 +507,18 @@ def fit_summary(record: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def outcome_lines(run: FamilyRun, judgement: Mapping[str, Any]) -> list[str]:
-    """Return the main figures and the files, for the terminal."""
+    """Return the main numbers and the files, for the terminal."""
     from src.evaluation.results import with_interval
 
     lines = []
-    figures = judgement["held_out"]
-    if figures:
-        lines.append(f"nats per residue on {figures['proteins']} held-out members:")
+    held_out = judgement["held_out"]
+    if held_out:
+        lines.append(f"nats per residue on {held_out['proteins']} held-out members:")
         lines += [
-            f"  {name:<20} {with_interval(figures, f'nats.{name}')}" for name in figures["nats"]
+            f"  {name:<20} {with_interval(held_out, f'nats.{name}')}" for name in held_out["nats"]
         ]
-        if figures.get("kept") is not None:
-            lines.append(f"the specialist kept {with_interval(figures, 'kept')} of the gain")
+        if held_out.get("kept") is not None:
+            lines.append(f"the specialist kept {with_interval(held_out, 'kept')} of the gain")
     dropped = judgement["candidates"]["dropped"]
     lines.append(
         f"{dropped[c.KEPT]:,} of {sum(dropped.values()):,} samples are candidates: "

@@ -5,6 +5,7 @@ A figure or table whose files are missing is left out, with the command that mak
 
 from __future__ import annotations
 
+import string
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -14,7 +15,18 @@ import numpy as np
 from src.common.cli import say
 from src.common.files import replace_section, write_text
 from src.common.tables import latex_lines, markdown_lines
-from src.evaluation.results import MODELS, check_figures, lookup, read_results
+from src.evaluation.metrics import MODELS
+from src.evaluation.results import interval_of, lookup, read_results
+from src.evaluation.schema import (
+    Number,
+    Object,
+    Positive,
+    Share,
+    check_record,
+    maybe,
+    object_type,
+    record_type,
+)  # fmt: skip
 from src.experiments import plots as experiment_plots
 from src.experiments import synergy
 from src.experiments.grids import read_rates
@@ -27,6 +39,7 @@ SIZE_NAMES = {"s27": "27 %", "s11": "11 %", "s05": "5 %"}
 PUBLISHED_ARMS = ("baseline", "uncertainty", "calibration", "both")
 GENERATION = "generation"
 """Directory of evaluations with generated proteins."""
+HOW_TO_GENERATE = "python scripts/evaluate.py --num_samples 100 --generation_metrics --output ..."
 COMPARED_SETS = ("teacher", "natural", "shuffled")
 """Sets of proteins that the students' generated ones are compared with."""
 SWEEPS = ("temperature", "alpha", "smoothing")
@@ -34,20 +47,23 @@ SWEEPS = ("temperature", "alpha", "smoothing")
 SECTION = "experiment tables"
 """Name of the generated section of docs/RESULTS.md."""
 
-CELL_KINDS = {
-    **{f"settings.{name}": "text" for name in ("arm", "size")},
-    **{f"settings.{name}": "number" for name in ("seed", "learning_rate", "train.max_steps")},
-    "training.curve": "objects",
-    "share_of_teacher": "above 0",
-    "teacher_nats_per_residue": "number",
-    "student_nats_per_residue": "number",
-    "kl_per_residue": "number",
-    "floors.unigram.nats_per_residue": "number",
-    **{f"{m}_ece.{k}": t for m in MODELS for k, t in (("ece", "share"), ("reliability", "object"))},
-}
+POINT = object_type({"step": Number, "eval_hard_loss": maybe(Number), "grad_norm": maybe(Number)})
+CELL = record_type(
+    {
+        **{f"settings.{name}": str for name in ("arm", "size")},
+        **{f"settings.{name}": Number for name in ("seed", "learning_rate", "train.max_steps")},
+        "training.curve": list[POINT],
+        "share_of_teacher": Positive,
+        "teacher_nats_per_residue": Number,
+        "student_nats_per_residue": Number,
+        "kl_per_residue": Number,
+        "floors.unigram.nats_per_residue": Number,
+        **{f"{model}_ece.ece": Share for model in MODELS},
+        **{f"{model}_ece.reliability": Object for model in MODELS},
+    },
+    required=True,
+)
 """Values that figures and tables need of a cell, beside those of all results files."""
-POINT_KINDS = {"step": "number", "eval_hard_loss": "number", "grad_norm": "number"}
-"""Values of a point of a learning curve; all but the step may be missing."""
 
 Cells = list[dict[str, Any]]
 Table = tuple[list[str], list[list[str]]]
@@ -70,11 +86,7 @@ def read_cells(folder: Path, grid: str) -> Cells:
         results = read_results(path)
         if lookup(results, "settings.grid") != grid:
             continue
-        check_figures(results, CELL_KINDS, path, needed=True, way_out=advice)
-        for number, point in enumerate(results["training"]["curve"]):
-            where = f"{path}: training.curve[{number}]"
-            check_figures(point, {"step": "number"}, where, needed=True, way_out=advice)
-            check_figures(point, POINT_KINDS, where, way_out=advice)
+        check_record(results, CELL, path, advice)
         cells.append(results)
     if not cells:
         raise Missing(f"{folder}: no cells of {grid}: python scripts/ablation.py --grid {grid}")
@@ -82,7 +94,7 @@ def read_cells(folder: Path, grid: str) -> Cells:
 
 
 def read_analysis(folder: Path, grid: str) -> dict[str, Any]:
-    """Return the sizes' records of a grid's analysis.
+    """Return the record of each size in a grid's analysis.
 
     Raises:
         Missing: the grid was not analysed yet.
@@ -97,16 +109,10 @@ def read_analysis(folder: Path, grid: str) -> dict[str, Any]:
 
 
 def _strata(results: Path) -> dict[str, tuple[Path, str]]:
-    """Return folder and grid of the strata that were analysed."""
-    analysed = {
-        name: (results / folder, grid)
-        for name, (folder, grid) in STRATA.items()
-        if (results / folder / "analysis.json").exists()
-    }
-    if not analysed:
-        folder, grid = STRATA["cut"]
-        read_analysis(results / folder, grid)  # raises Missing
-    return analysed
+    """Return folder and grid of the strata that were analysed, of one at least."""
+    folders = {name: (results / folder, grid) for name, (folder, grid) in STRATA.items()}
+    analysed = {n: f for n, f in folders.items() if (f[0] / "analysis.json").exists()}
+    return analysed or {"cut": folders["cut"]}  # read_analysis says how to make it
 
 
 def _title(size: str, stratum: str) -> str:
@@ -174,16 +180,16 @@ def composition(results: Path) -> Any:
     """Return figure 4: amino acids of generated proteins."""
     sets: dict[str, Mapping[str, float]] = {}
     for path in sorted((results / GENERATION).glob("*.json")):
-        found = read_results(path)
+        evaluation = read_results(path)
         for name, key in ((path.stem, "student"), ("teacher", "teacher")):
-            shares = lookup(found, f"generation.{key}.composition")
+            shares = lookup(evaluation, f"generation.{key}.composition")
             if shares and name not in sets:
                 sets[name] = shares
-        natural = lookup(found, "generation.reference.composition")
+        natural = lookup(evaluation, "generation.reference.composition")
         if natural:
             sets["natural"] = natural
     if not sets:
-        raise Missing(_how_to_generate(results))
+        raise Missing(f"{results / GENERATION}: {HOW_TO_GENERATE}")
     return plots.composition_bars(sets)
 
 
@@ -202,12 +208,7 @@ def calibration(results: Path) -> Any:
 
 
 def _calibration_of(cell: Mapping[str, Any], model: str) -> dict[str, Any]:
-    record = cell[f"{model}_ece"]
-    return {
-        "ece": record["ece"],
-        "interval": cell["intervals"].get(f"{model}_ece.ece"),
-        "reliability": record["reliability"],
-    }
+    return cell[f"{model}_ece"] | {"interval": interval_of(cell, f"{model}_ece.ece")}
 
 
 def compression(results: Path) -> Any:
@@ -224,7 +225,7 @@ def compression(results: Path) -> Any:
         for arm in ("baseline", "both"):
             own = [c for c in cells if c["settings"]["arm"] == arm]
             kinds[f"{arm}, {stratum}, {'/'.join(map(str, sorted(steps)))} steps of 16"] = own
-    return plots.quality_against_compression(kinds)
+    return experiment_plots.quality_against_compression(kinds)
 
 
 def recipes(results: Path) -> Any:
@@ -310,17 +311,16 @@ def generation_tables(results: Path) -> Iterator[tuple[str, Table]]:
     """Yield a table of generated proteins of students and teacher, natural and shuffled ones."""
     rows: dict[str, list[str]] = {}
     for path in sorted((results / GENERATION).glob("*.json")):
-        found = read_results(path)
+        evaluation = read_results(path)
         for name, key in ((path.stem, "student"), *((k, k) for k in COMPARED_SETS)):
-            if name in rows or not lookup(found, f"generation.{key}"):
-                continue
-            values = [lookup(found, f"generation.{key}.{column}") for _, column, _ in GENERATED]
-            rows[name] = [
-                "---" if value is None else format(value, shape)
-                for value, (_, _, shape) in zip(values, GENERATED, strict=True)
-            ]
+            described = lookup(evaluation, f"generation.{key}")
+            if described and name not in rows:
+                rows[name] = [
+                    "---" if (value := lookup(described, column)) is None else format(value, spec)
+                    for _, column, spec in GENERATED
+                ]
     if not rows:
-        raise Missing(_how_to_generate(results))
+        raise Missing(f"{results / GENERATION}: {HOW_TO_GENERATE}")
     headings = ["proteins of", *(heading for heading, _, _ in GENERATED)]
     last = [name for name in COMPARED_SETS if name in rows]
     ordered = [name for name in rows if name not in last] + last
@@ -336,24 +336,15 @@ def sweep_tables(results: Path) -> Iterator[tuple[str, Table]]:
         for cell in read_cells(folder, grid):
             by_arm.setdefault(cell["settings"]["arm"], []).append(cell)
         best = read_rates(folder)["best_arm"]
-        for arm, cells in sorted(by_arm.items(), key=lambda item: _value_of(item[0])):
+        # An arm is named by setting and value: temperature2.
+        for arm in sorted(by_arm, key=lambda arm: float(arm.lstrip(string.ascii_lowercase + "_"))):
             row = [f"{arm} (best)" if arm in best.values() else arm]
             for name in ("student_nats_per_residue", "kl_per_residue", "student_ece.ece"):
-                values = [lookup(cell, name) for cell in cells]
+                values = [lookup(cell, name) for cell in by_arm[arm]]
                 row.append(f"{np.mean(values):.4f} ({', '.join(f'{v:.4f}' for v in values)})")
             rows.append(row)
         headings = ["setting", "nats per residue (each seed)", "KL per residue", "ECE"]
         yield f"sweep_{grid}", (headings, rows)
-
-
-def _value_of(arm: str) -> float:
-    """Return the value in the name of a sweep's arm."""
-    return float(arm.lstrip("abcdefghijklmnopqrstuvwxyz_"))
-
-
-def _how_to_generate(results: Path) -> str:
-    how = "python scripts/evaluate.py --num_samples 100 --generation_metrics --output ..."
-    return f"{results / GENERATION}: {how}"
 
 
 TABLES: tuple[Callable[[Path], Iterator[tuple[str, Table]]], ...] = (
@@ -370,12 +361,7 @@ def _of_size(cells: Cells, size: str) -> Cells:
 
 
 def arms_table(record: Mapping[str, Any], cells: Cells) -> Table:
-    """Return a row for each arm of one size.
-
-    Args:
-        record: the size's record in the analysis.
-        cells: the size's results.
-    """
+    """Return a row for each arm of one size, from its record in the analysis and its cells."""
     headings = [
         "arm", "learning rate", "nats per residue [95 %]", "KL per residue", "ECE",
         "top-1 agreement", "kept of the teacher", "gradient norm",
@@ -384,26 +370,22 @@ def arms_table(record: Mapping[str, Any], cells: Cells) -> Table:
     for arm, entry in record["arms"].items():
         own = [cell for cell in cells if cell["settings"]["arm"] == arm]
 
-        def mean(name: str, own: Cells = own) -> float:
-            values = [lookup(cell, name) for cell in own]
-            return float(np.mean([v for v in values if v is not None]))
-
-        norms = [
-            point["grad_norm"]
-            for cell in own
-            for point in cell["training"]["curve"]
-            if "grad_norm" in point
-        ]
+        points = [point for cell in own for point in cell["training"]["curve"]]
+        norms = [point["grad_norm"] for point in points if "grad_norm" in point]
         low, high = entry["interval"]
+        means = {
+            name: np.mean([v for cell in own if (v := lookup(cell, name)) is not None])
+            for name in ("kl_per_residue", "student_ece.ece", "top1_agreement", "kept_advantage")
+        }
         rows.append(
             [
                 arm,
                 ", ".join(sorted({f"{cell['settings']['learning_rate']:g}" for cell in own})),
                 f"{entry['estimate']:.4f} [{low:.4f}, {high:.4f}]",
-                f"{mean('kl_per_residue'):.4f}",
-                f"{mean('student_ece.ece'):.4f}",
-                f"{mean('top1_agreement'):.3f}",
-                f"{mean('kept_advantage'):.2f}",
+                f"{means['kl_per_residue']:.4f}",
+                f"{means['student_ece.ece']:.4f}",
+                f"{means['top1_agreement']:.3f}",
+                f"{means['kept_advantage']:.2f}",
                 f"{float(np.median(norms)):.2f}" if norms else "---",
             ]
         )
@@ -417,7 +399,6 @@ def make_all(
     results: Path,
     output: Path,
     page: Path | None = None,
-    announce: Callable[[str], None] = say,
 ) -> dict[str, Sequence[str]]:
     """Write every figure (PNG and PDF) and table (Markdown and LaTeX) that can be made.
 
@@ -425,7 +406,6 @@ def make_all(
         results: directory of results.
         output: directory to write to; files of the same names are replaced.
         page: a document whose generated section is replaced by the tables.
-        announce: called with each line for a person.
 
     Returns:
         ``written`` and ``missing``.
@@ -460,7 +440,7 @@ def make_all(
         replace_section(page, SECTION, "\n".join(text))
         written.append(str(page))
     for path in written:
-        announce(f"written: {path}")
+        say(f"written: {path}")
     for line in missing:
-        announce(f"left out: {line}")
+        say(f"left out: {line}")
     return {"written": written, "missing": missing}

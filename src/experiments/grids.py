@@ -23,7 +23,7 @@ from src.common.settings import (
     TrainSettings,
     as_recorded,
 )
-from src.evaluation.results import check_figures
+from src.evaluation.schema import Positive, check_record, record_type
 
 PUBLISHED = {
     "baseline": LossSettings(),
@@ -64,6 +64,10 @@ SIZES = {
 
 RATES_FILE = "learning_rates.json"
 """File with the choice of a tuning grid or a sweep, in the directory of its results."""
+CHOSEN = record_type(
+    {"rates": dict[Any, dict[Any, Positive]], "best_arm": dict[Any, str]}, required=True
+)
+"""Type of that file."""
 RATES = (2e-3, 4e-3, 8e-3)
 """Learning rates that are tried for every arm."""
 
@@ -195,11 +199,7 @@ def read_rates(folder: Path) -> dict[str, Any]:
     """
     path = folder / RATES_FILE
     record = read_json(path)
-    advice = "choose again (scripts/ablation.py --grid NAME --choose)"
-    kinds = {"rates": "object", "best_arm": "names"}
-    check_figures(record, kinds, path, needed=True, way_out=advice)
-    sizes = dict.fromkeys(record["rates"], "rates")
-    check_figures(record["rates"], sizes, f"{path}: rates", needed=True, way_out=advice)
+    check_record(record, CHOSEN, path, "choose again (scripts/ablation.py --grid NAME --choose)")
     return record
 
 

@@ -14,7 +14,8 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
-from src.publishing.plots import COLOURS, FAINT, INK, series_look, styled
+from src.evaluation.results import interval_of, lookup
+from src.publishing.plots import COLOURS, FAINT, INK, WIDTH, series_look, styled
 
 SHIFT = 0.16
 """Distance of the seeds' points below the estimate in a forest plot, in rows."""
@@ -24,16 +25,14 @@ SHIFT = 0.16
 def effects_figure(
     sizes: Mapping[str, Mapping[str, Any]], margin: float, reference: str = "baseline"
 ) -> Figure:
-    """Draw every arm's effect and the published design's contrasts, with intervals and seeds.
+    """Draw every arm less the reference, and below it the contrasts U, C, B and I of the claim.
+
+    Each size has a column. Small marks are single seeds.
 
     Args:
         sizes: records of ``analysis.json`` by title of the column.
         margin: half-width of the band of differences that count as none.
         reference: the arm that is subtracted.
-
-    Returns:
-        The figure, one column for each size: each arm less the reference above, the contrasts U, C,
-        B and I of the claim below. Small marks are single seeds.
 
     Raises:
         ValueError: there is nothing to draw, or the sizes were not analysed alike.
@@ -55,32 +54,28 @@ def effects_figure(
         figsize=(2.2 + 2.7 * len(sizes), 0.24 * sum(heights) + 1.4), layout="constrained"
     )
     grid = figure.subplots(
-        len(heights),
-        len(sizes),
-        squeeze=False,
-        sharex="col",
-        sharey="row",
+        len(heights), len(sizes), squeeze=False, sharex="col", sharey="row",
         gridspec_kw={"height_ratios": heights},
-    )
+    )  # fmt: skip
     for column, (title, record) in enumerate(sizes.items()):
-        base = np.asarray(record["arms"][reference]["by_seed"])
+        by_seed = {arm: np.asarray(entry["by_seed"]) for arm, entry in record["arms"].items()}
         others = record["against"][reference]
-        seeds = {a: np.asarray(record["arms"][a]["by_seed"]) - base for a in arms}
-        _forest(grid[0, column], [(a, others[a]["nats"], seeds[a]) for a in arms], margin)
+        rows = [(a, others[a]["nats"], by_seed[a] - by_seed[reference]) for a in arms]
+        _forest(grid[0, column], rows, margin)
         grid[0, column].set_title(title)
         if designs:
             design = record["designs"]["published"]
-            y00, y10, y01, y11 = (
-                np.asarray(record["arms"][arm]["by_seed"]) for arm in design["arms"]
-            )
-            single = {"U": y10 - y00, "C": y01 - y00, "B": y11 - y00, "I": y11 - y10 - y01 + y00}
-            names = {
-                "U": "uncertainty alone (U)",
-                "C": "calibration alone (C)",
-                "B": "both (B)",
-                "I": "interaction (I)",
+            y00, y10, y01, y11 = (by_seed[arm] for arm in design["arms"])
+            contrasts = {
+                "U": ("uncertainty alone (U)", y10 - y00),
+                "C": ("calibration alone (C)", y01 - y00),
+                "B": ("both (B)", y11 - y00),
+                "I": ("interaction (I)", y11 - y10 - y01 + y00),
             }
-            rows = [(names[k], e, single[k]) for k, e in design["contrasts"].items()]
+            rows = [
+                (contrasts[key][0], entry, contrasts[key][1])
+                for key, entry in design["contrasts"].items()
+            ]
             _forest(grid[1, column], rows, margin)
         grid[-1, column].set_xlabel("difference in ln(perplexity\nper residue)")
         grid[-1, column].xaxis.set_major_locator(MaxNLocator(4))
@@ -102,23 +97,13 @@ def _forest(
     estimates = np.array([entry["estimate"] for _, entry, _ in rows])
     ends = np.array([entry["interval"] for _, entry, _ in rows])
     axes.errorbar(
-        estimates,
-        places,
-        xerr=np.abs(ends.T - estimates),
-        fmt="o",
-        color=COLOURS["student"],
-        capsize=2.5,
-        label="mean, 95 % interval",
-    )
+        estimates, places, xerr=np.abs(ends.T - estimates), fmt="o", color=COLOURS["student"],
+        capsize=2.5, label="mean, 95 % interval",
+    )  # fmt: skip
     for index, (place, (_, _, seeds)) in enumerate(zip(places, rows, strict=True)):
-        axes.plot(
-            seeds,
-            np.full(len(seeds), place - 2 * SHIFT),
-            "|",
-            color=FAINT,
-            markersize=5,
-            label="single seeds" if index == 0 else None,
-        )
+        below = np.full(len(seeds), place - 2 * SHIFT)
+        label = None if index else "single seeds"
+        axes.plot(seeds, below, "|", color=FAINT, markersize=5, label=label)
     axes.set_yticks(places - SHIFT / 2, [name.replace("_", " ") for name, _, _ in rows])
     axes.set_ylim(places[-1] - 0.8, 0.6)
     axes.grid(visible=False, axis="y")
@@ -129,14 +114,11 @@ def scaling_figure(
     series: Mapping[str, Sequence[tuple[float, float, float, float]]],
     lines: Mapping[str, float],
 ) -> Figure:
-    """Draw nats for each residue against the student's share of the teacher's parameters.
+    """Draw nats per residue against the student's share of the teacher's parameters.
 
     Args:
         series: points (share, value, low, high) by name.
         lines: values of models that are drawn as horizontal lines: the teacher, the unigram floor.
-
-    Returns:
-        The figure.
 
     Raises:
         ValueError: there is nothing to draw.
@@ -149,26 +131,16 @@ def scaling_figure(
     for index, (name, points) in enumerate(series.items()):
         table = np.array(sorted(points), dtype=float)
         axes.errorbar(
-            100 * table[:, 0],
-            table[:, 1],
-            yerr=np.maximum(np.abs(table[:, 2:].T - table[:, 1]), 0),
-            **series_look(index),
-            capsize=2.5,
-            label=name.replace("_", " "),
-        )
+            100 * table[:, 0], table[:, 1], yerr=np.abs(table[:, 2:].T - table[:, 1]),
+            **series_look(index), capsize=2.5, label=name.replace("_", " "),
+        )  # fmt: skip
     for index, (name, value) in enumerate(lines.items()):
         colour = COLOURS.get(name, FAINT)
         axes.axhline(value, color=colour, linewidth=1.2, linestyle=(":", "--", "-.")[index % 3])
         axes.annotate(
-            f"{name} {value:.3f}",
-            (1, value),
-            xycoords=("axes fraction", "data"),
-            xytext=(-2, 2),
-            textcoords="offset points",
-            ha="right",
-            fontsize=8,
-            color=colour,
-        )
+            f"{name} {value:.3f}", (1, value), xycoords=("axes fraction", "data"), xytext=(-2, 2),
+            textcoords="offset points", ha="right", fontsize=8, color=colour,
+        )  # fmt: skip
     axes.set_xscale("log")
     ticks = sorted(set(shares))
     axes.set_xticks(ticks, [f"{tick:.0f} %" for tick in ticks])
@@ -189,9 +161,6 @@ def arm_curves(
     Args:
         panels: by title of the panel and arm, steps (K,) and values (seeds, K).
         label: of the vertical axis.
-
-    Returns:
-        The figure.
 
     Raises:
         ValueError: there is nothing to draw.
@@ -218,16 +187,109 @@ def arm_curves(
 
 
 @styled
+def quality_against_compression(kinds: Mapping[str, Sequence[Mapping[str, Any]]]) -> Figure:
+    """Draw perplexity ratio and KL divergence of students against how much smaller they are.
+
+    Students of different kinds and equal size are drawn side by side, with intervals, and with the
+    ratio that each size must stay below where the files name it.
+
+    Args:
+        kinds: results of students of different sizes, by name of their kind.
+
+    Raises:
+        ValueError: no file has a compression ratio and a perplexity ratio.
+    """
+    students = {
+        name: sorted(
+            (r for r in records if r.get("compression_ratio") and r.get("perplexity_ratio")),
+            key=lambda r: float(r["compression_ratio"]),
+        )
+        for name, records in kinds.items()
+    }
+    students = {name: records for name, records in students.items() if records}
+    if not students:
+        raise ValueError("no results with compression_ratio and perplexity_ratio to draw")
+    figure = Figure(figsize=(WIDTH * 1.5, 3.2), layout="constrained")
+    ratio, kl = figure.subplots(1, 2)
+    _panel(ratio, students, "perplexity_ratio", "perplexity, student / teacher")
+    _panel(kl, students, "kl_divergence", "KL(teacher‖student), nats per token")
+    ratio.axhline(1, color=COLOURS["teacher"], linewidth=1, label="teacher")
+    bounds = sorted(
+        {
+            (float(record["compression_ratio"]), bound)
+            for records in students.values()
+            for record in records
+            if (bound := lookup(record, "threshold.perplexity_ratio_below")) is not None
+        }
+    )
+    if bounds:
+        places, limits = zip(*bounds, strict=True)
+        # One student gives one bound, and a line needs two ends.
+        places = (places[0] / 1.12, *places, places[-1] * 1.12)
+        limits = (limits[0], *limits, limits[-1])
+        ratio.plot(places, limits, color=FAINT, linestyle="--", linewidth=1, label="to stay below")
+    low, high = ratio.get_ylim()
+    ratio.set_ylim(min(low, 1 - 0.05 * (high - 1)), high)
+    kl.set_ylim(bottom=0)
+    handles, labels = ratio.get_legend_handles_labels()
+    columns = min(len(labels), 4 if max(map(len, labels)) < 24 else 2)
+    figure.legend(handles, labels, loc="outside lower center", ncols=columns, fontsize=8)
+    return figure
+
+
+def _panel(
+    axes: Axes, students: Mapping[str, Sequence[Mapping[str, Any]]], metric: str, title: str
+) -> None:
+    """Draw one metric of the students, by kind, against their compression ratios."""
+    middle = (len(students) - 1) / 2
+    several_sizes = max(map(len, students.values())) > 1
+    for index, (name, records) in enumerate(students.items()):
+        shown = [r for r in records if lookup(r, metric) is not None]
+        if not shown:
+            continue
+        values = np.array([lookup(r, metric) for r in shown], dtype=float)
+        intervals = [interval_of(r, metric) for r in shown]
+        ends = [e or (v, v) for e, v in zip(intervals, values, strict=True)]
+        low, high = np.array(ends, dtype=float).T
+        shift = 1 + 0.03 * (index - middle) * several_sizes
+        axes.errorbar(
+            [float(r["compression_ratio"]) * shift for r in shown],
+            values,
+            yerr=np.maximum([values - low, high - values], 0),
+            **series_look(index) | ({} if len(shown) > 1 else {"linestyle": ""}),
+            linewidth=1,
+            capsize=3,
+            label=name,
+        )
+    sizes = [float(record["compression_ratio"]) for rs in students.values() for record in rs]
+    ticks = _round_sizes(sizes)
+    axes.set_xscale("log")
+    axes.set_xticks(ticks, [f"{tick:g}×" for tick in ticks])
+    axes.minorticks_off()
+    axes.set_xlim(ticks[0] / 1.15, ticks[-1] * 1.15)
+    axes.set_xlabel("times smaller than the teacher")
+    axes.set_title(title, fontweight="normal")
+
+
+def _round_sizes(values: Sequence[float]) -> list[float]:
+    """Return round compression ratios that enclose those given."""
+    steps = [s * 10.0**power for power in range(-2, 6) for s in (1, 2, 5)]
+    low = max((s for s in steps if s <= min(values)), default=steps[0])
+    high = min((s for s in steps if s >= max(values)), default=steps[-1])
+    chosen = [s for s in steps if low <= s <= high]
+    return chosen if len(chosen) > 1 else [low / 2, low, low * 2]
+
+
+@styled
 def calibration_figure(models: Mapping[str, Sequence[Mapping[str, Any]]]) -> Figure:
     """Draw reliability curves of several models, their confidences, and their ECE with intervals.
+
+    On the left: accuracy less confidence of each bin with at least one token in a thousand, and the
+    share of tokens in each bin. On the right: the ECE of each seed.
 
     Args:
         models: by name, ``ece``, ``interval`` and ``reliability`` (edges, count, confidence and
             accuracy of each bin) of each seed. The curve pools all seeds.
-
-    Returns:
-        The figure: on the left, accuracy less confidence of each bin with at least one token in a
-        thousand, and the share of tokens in each bin; on the right, the ECE of each seed.
 
     Raises:
         ValueError: there is nothing to draw.
@@ -236,9 +298,7 @@ def calibration_figure(models: Mapping[str, Sequence[Mapping[str, Any]]]) -> Fig
         raise ValueError("no reliability curves to draw")
     figure = Figure(figsize=(7.2, 3.9), layout="constrained")
     grid = figure.subplot_mosaic(
-        [["gap", "ece"], ["tokens", "ece"]],
-        height_ratios=[3, 1.2],
-        width_ratios=[3, 2],
+        [["gap", "ece"], ["tokens", "ece"]], height_ratios=[3, 1.2], width_ratios=[3, 2]
     )
     gap, tokens, ece = grid["gap"], grid["tokens"], grid["ece"]
     gap.axhline(0, color=FAINT, linestyle="--", linewidth=1)
@@ -254,10 +314,7 @@ def calibration_figure(models: Mapping[str, Sequence[Mapping[str, Any]]]) -> Fig
         shown = share >= 1e-3
         largest = max(largest, float(edges[1:][shown].max()))
         gap.plot(
-            confidence[shown],
-            (accuracy - confidence)[shown],
-            **look,
-            label=name.replace("_", " "),
+            confidence[shown], (accuracy - confidence)[shown], **look, label=name.replace("_", " ")
         )
         tokens.stairs(share, edges, color=colour, linestyle=look["linestyle"], lw=1.4)
         places = -index + np.linspace(0.18, -0.18, len(seeds)) if len(seeds) > 1 else [-index]

@@ -29,7 +29,7 @@ from src.common.runs import (
 )
 from src.common.settings import LossSettings, StudentSettings, TrainSettings
 from src.evaluation.likelihoods import score_proteins
-from src.evaluation.measurement import write_per_protein
+from src.evaluation.per_protein import write_per_protein
 from src.evaluation.results import put_estimate
 from src.evaluation.statistics import cluster_bootstrap
 from src.models.loading import ProteinModel, gpt2_shape, load_causal_lm
@@ -45,7 +45,7 @@ START, ADAPTED, SCRATCH, SPECIALIST, PROFILE = (
     "specialist",
     "profile HMM",
 )
-"""Names of what is judged."""
+"""Names of the judged models."""
 SWEEP = (1 / 3, 1.0, 3.0)
 """Learning rates that ``--tune`` tries, as factors of the given one."""
 
@@ -289,7 +289,7 @@ def judge(
         clusters: ``(P,)``, resampled for the intervals.
         bootstrap: replicates.
         seed: of the draws.
-        table: parquet file for the figures of single proteins.
+        table: parquet file for the values of single proteins.
 
     Returns:
         ``nats.MODEL``, nats per residue with line breaks and end; ``gain.MODEL``, those of the
@@ -308,14 +308,14 @@ def judge(
     labels = [clusters[i] for i in places]
 
     def statistic(sums: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
-        figures = {f"nats.{name}": sums[name] / sums["residues"] for name in nll}
+        values = {f"nats.{name}": sums[name] / sums["residues"] for name in nll}
         for name in nll:
             if name != START:
-                figures[f"gain.{name}"] = figures[f"nats.{START}"] - figures[f"nats.{name}"]
+                values[f"gain.{name}"] = values[f"nats.{START}"] - values[f"nats.{name}"]
         if {ADAPTED, SPECIALIST} <= set(nll):
             with np.errstate(divide="ignore", invalid="ignore"):
-                figures["kept"] = figures[f"gain.{SPECIALIST}"] / figures[f"gain.{ADAPTED}"]
-        return figures
+                values["kept"] = values[f"gain.{SPECIALIST}"] / values[f"gain.{ADAPTED}"]
+        return values
 
     record: dict[str, Any] = {
         "proteins": int(fits.sum()),

@@ -16,8 +16,9 @@ import numpy as np
 
 from src.common.files import read_json
 from src.common.tables import markdown_lines
-from src.evaluation.results import check_figures
-from src.evaluation.statistics import Estimate, contrast, equivalence, holm, seeds_for_half_width
+from src.evaluation.per_protein import read_per_protein
+from src.evaluation.schema import Interval, Number, check_record, object_type, record_type
+from src.evaluation.statistics import Estimate, contrast, holm, is_equivalent, seeds_for_half_width
 from src.experiments.grids import ARMS, RECIPE_ARMS
 
 MARGIN = 0.02
@@ -90,10 +91,15 @@ def read_runs(folder: str | Path, grid: str, split: str = "test") -> dict[str, R
     rates: dict[tuple[str, str], set[float]] = {}
     for path in paths:
         try:
-            frame = _read_table(path)
+            frame = read_per_protein(
+                path,
+                ("arm", "size", "split", "protein", "cluster"),
+                ("seed", "residues"),
+                ("learning_rate", "nll_student", "kl"),
+            )
         except ValueError as error:
             raise ValueError(
-                f"{path}: {error}: move it away and run scripts/ablation.py --grid {grid} again"
+                f"{error}: move it away and run scripts/ablation.py --grid {grid} again"
             ) from None
         frame = frame[frame["split"] == split]
         for (size, arm, seed), rows in frame.groupby(["size", "arm", "seed"], sort=False):
@@ -110,31 +116,6 @@ def read_runs(folder: str | Path, grid: str, split: str = "test") -> dict[str, R
     return {size: _runs(size, by_arm) for size, by_arm in cells.items()}
 
 
-def _read_table(path: Path) -> Any:
-    """Return a table of single proteins. Raises ``ValueError``, whose message lacks the path."""
-    import pyarrow as pa
-    import pyarrow.parquet as pq
-
-    texts, numbers = ("arm", "size", "split", "protein", "cluster"), ("nll_student", "kl")
-    schema = pa.schema(
-        [(name, pa.string()) for name in texts]
-        + [(name, pa.int64()) for name in ("seed", "residues")]
-        + [(name, pa.float64()) for name in ("learning_rate", *numbers)]
-    )
-    try:
-        table = pq.read_table(path).select(schema.names).cast(schema)
-    except (pa.ArrowException, KeyError, OSError):
-        raise ValueError("broken, or not a table of single proteins") from None
-    if not len(table):
-        raise ValueError("holds no proteins")
-    if any(column.null_count for column in table.columns):
-        raise ValueError("a value is missing")
-    frame = table.to_pandas()
-    if not np.isfinite(frame[list(numbers)]).all(axis=None) or (frame["residues"] < 1).any():
-        raise ValueError("a number is not finite, or a protein has no residues")
-    return frame
-
-
 def _runs(size: str, cells: Mapping[tuple[str, int], Mapping[str, np.ndarray]]) -> Runs:
     """Return one size's runs, arms in the order of the grids, with the seeds that all arms have."""
     known = list({**ARMS, **RECIPE_ARMS})
@@ -147,18 +128,16 @@ def _runs(size: str, cells: Mapping[tuple[str, int], Mapping[str, np.ndarray]]) 
         if not np.array_equal(cell["protein"], first["protein"]):
             raise ValueError(f"{size}: {arm} of seed {seed} was measured on other proteins")
 
-    def stacked(name: str) -> dict[str, np.ndarray]:
-        empty = np.zeros((0, len(first["protein"])))
-        return {
-            arm: np.stack([cells[arm, s][name].astype(np.float64) for s in seeds])
-            if seeds
-            else empty
+    nll, kl = (
+        {
+            arm: np.array([cells[arm, seed][name] for seed in seeds], dtype=np.float64).reshape(
+                len(seeds), len(first["protein"])
+            )
             for arm in arms
         }
-
-    return Runs(
-        stacked("nll_student"), stacked("kl"), first["residues"], list(first["cluster"]), seeds
+        for name in ("nll_student", "kl")
     )
+    return Runs(nll, kl, first["residues"], list(first["cluster"]), seeds)
 
 
 def design_contrasts(arms: Sequence[str]) -> dict[str, dict[str, float]]:
@@ -176,20 +155,19 @@ EXPECTED_SIGN = {"U": 1, "C": 1, "B": -1, "I": -1}
 """The claimed sign of each contrast."""
 
 
-def part_verdict(estimate: Estimate, sign: int, margin: float = MARGIN) -> str:
+def part_verdict(estimate: Estimate, sign: int) -> str:
     """Return whether one part of the claim holds.
 
     Args:
         estimate: of the contrast.
         sign: the claimed sign of the contrast, 1 or -1.
-        margin: of equivalence.
 
     Returns:
         ``refuted`` where the contrast is within the margin of 0, which is too small to matter, or
         its interval lies on the other side of 0; ``holds`` where the interval lies on the claimed
         side; else ``inconclusive``.
     """
-    if equivalence(estimate, margin).equivalent:
+    if is_equivalent(estimate, MARGIN):
         return REFUTED
     low, high = sorted((sign * estimate.low, sign * estimate.high))
     if low > 0:
@@ -233,7 +211,7 @@ def _analyse_size(runs: Runs, references: Sequence[str]) -> dict[str, Any]:
         "clusters": len(set(runs.clusters)),
         "proteins": len(runs.residues),
         "arms": {
-            arm: _described(estimate({arm: 1.0}))
+            arm: _record(estimate({arm: 1.0}))
             | {"by_seed": (nll.sum(axis=1) / runs.residues.sum()).tolist()}
             for arm, nll in runs.nll.items()
         },
@@ -247,7 +225,7 @@ def _analyse_size(runs: Runs, references: Sequence[str]) -> dict[str, Any]:
         interaction = contrasts["I"]
         record["designs"][name] = {
             "arms": list(arms),
-            "contrasts": {key: _described(e) for key, e in contrasts.items()},
+            "contrasts": {key: _record(e) for key, e in contrasts.items()},
             "parts": parts,
             "verdict": claim_verdict(parts),
             "interaction_half_width": (interaction.high - interaction.low) / 2,
@@ -279,7 +257,7 @@ def against(runs: Runs, reference: str) -> dict[str, Any]:
     nats = {a: contrast(runs.nll, c, runs.residues, runs.clusters) for a, c in coefficients.items()}
     kl = {a: contrast(runs.kl, c, runs.residues, runs.clusters) for a, c in coefficients.items()}
     return {
-        arm: {"nats": _described(nats[arm]), "kl": _described(kl[arm]), **p_values}
+        arm: {"nats": _record(nats[arm]), "kl": _record(kl[arm]), **p_values}
         for arm, p_values in _p_values(nats).items()
     }
 
@@ -293,9 +271,8 @@ def _p_values(family: Mapping[str, Estimate]) -> dict[str, dict[str, float]]:
 def _seeds_needed(interaction: Estimate, seeds: int) -> int | None:
     """Return how many seeds the half-width needs, None if the clusters alone are too few."""
     between = (interaction.variance_seeds or 0.0) * seeds
-    return seeds_for_half_width(
-        HALF_WIDTH, between**0.5, max(interaction.variance_clusters or 0.0, 0.0) ** 0.5
-    )
+    clusters = interaction.variance_clusters or 0.0
+    return seeds_for_half_width(HALF_WIDTH, between**0.5, clusters**0.5)
 
 
 def _explanations(runs: Runs, estimate: Any) -> dict[str, Any]:
@@ -306,12 +283,12 @@ def _explanations(runs: Runs, estimate: Any) -> dict[str, Any]:
         if one in runs.nll and other in runs.nll
     }
     return {
-        name: {**_described(estimates[name]), "arms": list(EXPLANATIONS[name]), **p_values}
+        name: {**_record(estimates[name]), "arms": list(EXPLANATIONS[name]), **p_values}
         for name, p_values in _p_values(estimates).items()
     }
 
 
-def _described(estimate: Estimate) -> dict[str, Any]:
+def _record(estimate: Estimate) -> dict[str, Any]:
     return {
         "estimate": estimate.estimate,
         "interval": [estimate.low, estimate.high],
@@ -319,13 +296,28 @@ def _described(estimate: Estimate) -> dict[str, Any]:
     }
 
 
-ESTIMATE = {"estimate": "number", "interval": "interval"}
-DIFFERENCE = {f"{unit}.{name}": kind for unit in ("nats", "kl") for name, kind in ESTIMATE.items()}
-SIZE = {
-    "seeds": "numbers",
-    **dict.fromkeys(("arms", "designs", "explanations", "against"), "object"),
-}
-DESIGN = {"arms": "texts", "contrasts": "object", "parts": "names", "verdict": "text"}
+ESTIMATE = {"estimate": Number, "interval": Interval}
+DIFFERENCE = object_type(
+    {unit: object_type(ESTIMATE) for unit in ("nats", "kl")} | {"p_holm": Number}
+)
+DESIGN = object_type(
+    {
+        "arms": list[str],
+        "contrasts": dict[Any, object_type(ESTIMATE)],
+        "parts": dict[Any, str],
+        "verdict": str,
+    }
+)
+SIZE = object_type(
+    {
+        "seeds": list[Number],
+        "arms": dict[Any, object_type({**ESTIMATE, "by_seed": list[Number]})],
+        "designs": dict[Any, DESIGN],
+        "explanations": dict[Any, object_type({**ESTIMATE, "p_holm": Number})],
+        "against": dict[Any, dict[Any, DIFFERENCE]],
+    }
+)
+ANALYSIS = record_type({"sizes": dict[Any, SIZE]}, required=True)
 
 
 def read_analysis(path: Path) -> dict[str, Any]:
@@ -336,44 +328,30 @@ def read_analysis(path: Path) -> dict[str, Any]:
     """
     advice = "run scripts/analyse_ablation.py again"
 
-    def check(record: Any, kinds: Mapping[str, str], where: str = "") -> None:
-        begin = f"{path}: {where}" if where else path
-        check_figures(record, kinds, begin, needed=True, way_out=advice)
-
-    def check_names(names: Iterable[str], expected: Iterable[str], where: str) -> None:
+    def require_names(names: Iterable[str], expected: Iterable[str], where: str) -> None:
         if set(names) != set(expected):
             wanted = ", ".join(sorted(expected))
             raise ValueError(f"{path}: {where} must hold {wanted:.200}: {advice}")
 
-    record = read_json(path)
-    check(record, {"sizes": "object"})
-    for size, of_size in record["sizes"].items():
-        where = f"sizes.{size}"
-        check(of_size, SIZE, where)
-        for arm, entry in of_size["arms"].items():
-            check(entry, {**ESTIMATE, "by_seed": "numbers"}, f"{where}.arms.{arm}")
-            if len(entry["by_seed"]) != len(of_size["seeds"]):
+    analysis = read_json(path)
+    check_record(analysis, ANALYSIS, path, advice)
+    for size, record in analysis["sizes"].items():
+        where, arms = f"sizes.{size}", record["arms"]
+        for arm, entry in arms.items():
+            if len(entry["by_seed"]) != len(record["seeds"]):
                 raise ValueError(f"{path}: {where}.arms.{arm} lacks seeds: {advice}")
-        for name, design in of_size["designs"].items():
+        for name, design in record["designs"].items():
             at = f"{where}.designs.{name}"
-            check(design, DESIGN, at)
             if tuple(design["arms"]) != DESIGNS.get(name):
                 raise ValueError(f"{path}: {at}.arms are not those of a design: {advice}")
-            check_names(set(design["arms"]) & set(of_size["arms"]), design["arms"], f"{where}.arms")
+            require_names(set(design["arms"]) & set(arms), design["arms"], f"{where}.arms")
             for part in ("contrasts", "parts"):
-                check_names(design[part], EXPECTED_SIGN, f"{at}.{part}")
-            for key, entry in design["contrasts"].items():
-                check(entry, ESTIMATE, f"{at}.contrasts.{key}")
-        for name, entry in of_size["explanations"].items():
-            check_names({name} & set(EXPLANATIONS), {name}, f"{where}.explanations")
-            check(entry, {**ESTIMATE, "p_holm": "number"}, f"{where}.explanations.{name}")
-        for reference, arms in of_size["against"].items():
-            at = f"{where}.against.{reference}"
-            check(arms, {}, at)
-            check_names({reference, *arms}, of_size["arms"], at)
-            for arm, entry in arms.items():
-                check(entry, {**DIFFERENCE, "p_holm": "number"}, f"{at}.{arm}")
-    return record["sizes"]
+                require_names(design[part], EXPECTED_SIGN, f"{at}.{part}")
+        known = set(record["explanations"]) & set(EXPLANATIONS)
+        require_names(known, record["explanations"], f"{where}.explanations")
+        for reference, others in record["against"].items():
+            require_names({reference, *others}, arms, f"{where}.against.{reference}")
+    return analysis["sizes"]
 
 
 def analysis_lines(analysis: Mapping[str, Any]) -> list[str]:
@@ -391,7 +369,8 @@ def analysis_lines(analysis: Mapping[str, Any]) -> list[str]:
         lines += [*markdown_lines(["arm", "ln(perplexity per residue)"], arms), ""]
         for name, design in record["designs"].items():
             rows = [[key, shown(e), design["parts"][key]] for key, e in design["contrasts"].items()]
-            title = f"{name}: the claim {_says(design['verdict'])}"
+            verdict = design["verdict"] if design["verdict"] == HOLDS else f"is {design['verdict']}"
+            title = f"{name}: the claim {verdict}"
             lines += _section(title, ["contrast", "estimate", "the claim's part"], rows)
         if record["explanations"]:
             rows = [
@@ -412,12 +391,6 @@ def analysis_lines(analysis: Mapping[str, Any]) -> list[str]:
 
 def _section(title: str, headings: list[str], rows: list[list[str]]) -> list[str]:
     return [f"### {title}", "", *markdown_lines(headings, rows), ""]
-
-
-def _says(verdict: str) -> str:
-    return (
-        "is inconclusive" if verdict == INCONCLUSIVE else verdict.replace("refuted", "is refuted")
-    )
 
 
 def shown(entry: Mapping[str, Any]) -> str:

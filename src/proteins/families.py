@@ -16,6 +16,7 @@ from pathlib import Path
 
 import numpy as np
 
+from src.common.cli import unheard
 from src.common.files import write_text
 from src.proteins.homology import alignments, covering_identities
 from src.proteins.readers import guarded_lines
@@ -146,7 +147,7 @@ def split_within_families(
     proteins: Mapping[str, str],
     families: Mapping[str, str],
     settings: FamilySplitSettings,
-    announce: Callable[[str], None] = lambda line: None,
+    announce: Callable[[str], None] = unheard,
 ) -> Split:
     """Hold out members of each family, and keep their relatives out of train.
 

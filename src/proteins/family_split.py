@@ -16,6 +16,7 @@ import numpy as np
 from scipy import sparse
 from scipy.sparse import csgraph
 
+from src.common.cli import unheard
 from src.proteins.homology import Hit, SearchSettings, alignments
 from src.proteins.split_files import read_named
 from src.proteins.splits import Split
@@ -56,7 +57,7 @@ def read_family(
     path: str | Path,
     fits: Callable[[Sequence[str]], np.ndarray],
     limit: str,
-    announce: Callable[[str], None] = lambda line: None,
+    announce: Callable[[str], None] = unheard,
 ) -> dict[str, str]:
     """Return the distinct members of a family that a model takes, by name.
 

@@ -208,11 +208,6 @@ def prompt_layout(residues: str = "") -> str:
     return PROTGPT2.prompt(residues)
 
 
-def residues_of(text: str) -> str:
-    """Return the residues of a protein in ProtGPT2's layout (:meth:`Layout.read`)."""
-    return PROTGPT2.read(text)
-
-
 def shuffled(residues: str, seed: int = 0) -> str:
     """Return the residues in a random order that depends on them and the seed alone."""
     letters = list(residues)

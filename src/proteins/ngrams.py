@@ -20,6 +20,7 @@ UNIFORM_NATS = math.log(20)
 """Nats per residue of a model that gives each of the 20 residues 1/20 and the end nothing."""
 NAMES = {1: "unigram", 2: "bigram", 3: "trigram"}
 CHUNK_PROTEINS = 20_000
+HELD_OUT_SHARE = 0.05
 EM_ROUNDS = 500
 
 
@@ -87,19 +88,16 @@ def trigram_counts(proteins: Sequence[str]) -> np.ndarray:
     return counts.reshape(SYMBOLS, SYMBOLS, SYMBOLS)
 
 
-def fit_ngrams(
-    proteins: Sequence[str], held_out_share: float = 0.05, seed: int = 0
-) -> dict[str, NgramModel]:
+def fit_ngrams(proteins: Sequence[str], seed: int = 0) -> dict[str, NgramModel]:
     """Fit unigram, bigram and trigram models.
 
     Each mixes the relative frequencies of all orders up to its own and the uniform distribution
-    over the 27 symbols; the shares are fitted by expectation maximisation on proteins held out
-    from the counts (Jelinek & Mercer 1980), after which the counts of all proteins are used.
+    over the 27 symbols; the shares are fitted by expectation maximisation on the 5 % of proteins
+    that are held out from the counts (Jelinek & Mercer 1980), then all proteins are counted.
 
     Args:
         proteins: residues of each training protein.
-        held_out_share: share of them, in (0, 1), that decides the weights.
-        seed: chooses which.
+        seed: chooses the held-out proteins.
 
     Returns:
         The models under the names ``unigram``, ``bigram`` and ``trigram``.
@@ -110,7 +108,7 @@ def fit_ngrams(
     if len(proteins) < 2:
         raise ValueError(f"{len(proteins)} training proteins are too few for the n-gram floors")
     order = np.random.default_rng(seed).permutation(len(proteins))
-    count = min(len(proteins) - 1, max(1, round(held_out_share * len(proteins))))
+    count = min(len(proteins) - 1, max(1, round(HELD_OUT_SHARE * len(proteins))))
     shuffled: list[str] = [proteins[int(i)] for i in order]
     held_out, counted = trigram_counts(shuffled[:count]), trigram_counts(shuffled[count:])
     models = {}

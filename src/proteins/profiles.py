@@ -40,18 +40,12 @@ def require_pyhmmer() -> Any:
         ) from None
 
 
-def align_family(members: Sequence[str], rounds: int = ROUNDS) -> Any:
+def align_family(members: Sequence[str]) -> Any:
     """Return an alignment of a family's members, made with HMMER alone.
 
     The member whose words are most common among the others gives a first profile; all members are
-    aligned to it, the alignment gives the next profile, and so on.
-
-    Args:
-        members: residues of each.
-        rounds: of alignment.
-
-    Returns:
-        A ``pyhmmer.easel.DigitalMSA``.
+    aligned to it, the alignment gives the next profile, and so on. Returns a
+    ``pyhmmer.easel.DigitalMSA``.
     """
     pyhmmer = require_pyhmmer()
     alphabet = pyhmmer.easel.Alphabet.amino()
@@ -63,7 +57,7 @@ def align_family(members: Sequence[str], rounds: int = ROUNDS) -> Any:
     common = words @ np.asarray(words.sum(0)).ravel() / np.maximum(1, sizes)
     profile, _, _ = pyhmmer.plan7.Builder(alphabet).build(digital[int(common.argmax())], background)
     alignment = None
-    for _ in range(rounds):
+    for _ in range(ROUNDS):
         alignment = pyhmmer.hmmalign(profile, block, trim=False).digitize(alphabet)
         _name(alignment, "family")
         profile, _, _ = pyhmmer.plan7.Builder(alphabet).build_msa(alignment, background)
@@ -170,9 +164,7 @@ def profile_nll(profile: Any, proteins: Sequence[str]) -> tuple[np.ndarray, np.n
     return background_nll(proteins) - np.where(known, bits, 0.0) * math.log(2), known
 
 
-def best_density(
-    alignment: Any, validation: Sequence[str], name: str = "family"
-) -> tuple[Any, str, dict[str, float]]:
+def best_density(alignment: Any, validation: Sequence[str]) -> tuple[Any, str, dict[str, float]]:
     """Return the profile whose effective number gives the validation members the least NLL.
 
     Returns:
@@ -182,7 +174,7 @@ def best_density(
     nats: dict[str, float] = {}
     profiles = {}
     for choice in EFFECTIVE_NUMBERS:
-        profiles[choice] = profile_of(alignment, name, choice)
+        profiles[choice] = profile_of(alignment, "family", choice)
         nats[choice] = float(profile_nll(profiles[choice], validation)[0].sum() / residues)
     best = min(nats, key=lambda choice: nats[choice])
     return profiles[best], best, nats

@@ -30,19 +30,19 @@ _CODE = np.full(256, -1, dtype=np.int64)
 _CODE[np.frombuffer(STANDARD_RESIDUES.encode(), np.uint8)] = np.arange(len(STANDARD_RESIDUES))
 
 
-def word_sets(proteins: Sequence[str], width: int = WORD) -> sparse.csr_matrix:
-    """Return which words of ``width`` standard residues each protein has, ``(P, 20 ** width)``."""
+def word_sets(proteins: Sequence[str]) -> sparse.csr_matrix:
+    """Return which words of three standard residues each protein has, ``(P, 8000)``."""
     rows, columns = [], []
-    base = len(STANDARD_RESIDUES) ** np.arange(width)
+    base = len(STANDARD_RESIDUES) ** np.arange(WORD)
     for row, residues in enumerate(proteins):
         codes = _CODE[np.frombuffer(residues.encode("ascii"), np.uint8)]
-        if len(codes) < width:
+        if len(codes) < WORD:
             continue
-        windows = np.lib.stride_tricks.sliding_window_view(codes, width)
+        windows = np.lib.stride_tricks.sliding_window_view(codes, WORD)
         words = np.unique(windows[(windows >= 0).all(1)] @ base)
         rows.append(np.full(len(words), row))
         columns.append(words)
-    shape = (len(proteins), len(STANDARD_RESIDUES) ** width)
+    shape = (len(proteins), len(STANDARD_RESIDUES) ** WORD)
     if not rows:
         return sparse.csr_matrix(shape, dtype=np.float32)
     place = (np.concatenate(rows), np.concatenate(columns))
@@ -152,12 +152,10 @@ def _unit_rows(table: sparse.csr_matrix) -> sparse.csr_matrix:
     return sparse.csr_matrix(scaled, dtype=np.float32)
 
 
-def nearest_identities(
-    queries: Sequence[str], targets: Sequence[str], candidates: int = CANDIDATES
-) -> dict[str, np.ndarray]:
+def nearest_identities(queries: Sequence[str], targets: Sequence[str]) -> dict[str, np.ndarray]:
     """Return the identity of each query with its closest target.
 
-    The ``candidates`` of :meth:`Relatives.likeliest` are aligned locally (Smith & Waterman 1981,
+    The targets of :meth:`Relatives.likeliest` are aligned locally (Smith & Waterman 1981,
     BLOSUM62, gaps 11 and 1). Identity is **identical pairs / residues of the query**, for the
     target with the most identical pairs: short matches count little, and 1 means that the whole
     query is part of a target. It is a lower bound, because a relative with few common words may be
@@ -170,7 +168,7 @@ def nearest_identities(
         or -1.
     """
     if queries and targets:
-        return Relatives(targets, candidates).identities(queries, show=True)
+        return Relatives(targets).identities(queries, show=True)
     none = {name: np.zeros(len(queries)) for name in ("identity", "local_identity", "coverage")}
     return {**none, "target": np.full(len(queries), -1, dtype=np.int64)}
 
@@ -200,19 +198,15 @@ def check_profiles(profiles: str | Path) -> tuple[int, bool]:
     return count, gathering
 
 
-def family_hits(
-    proteins: Sequence[str], profiles: str | Path, evalue: float = EVALUE, cpus: int = 1
-) -> dict[str, Any]:
+def family_hits(proteins: Sequence[str], profiles: str | Path) -> dict[str, Any]:
     """Search proteins for known families with HMMER (pyhmmer; Larralde & Zeller 2023, btad214).
 
     If every profile has a gathering threshold, as in Pfam, it decides what is a hit; otherwise an
-    E-value of at most ``evalue``, relative to the number of profiles as in ``hmmscan``.
+    E-value of at most ``EVALUE``, relative to the number of profiles as in ``hmmscan``.
 
     Args:
         proteins: residues of each.
         profiles: HMM file, such as ``Pfam-A.hmm``.
-        evalue: threshold without gathering thresholds.
-        cpus: threads.
 
     Returns:
         ``hit`` ``(P,)``, whether each protein is hit; ``names`` ``(P,)``: accession and name of the
@@ -225,7 +219,7 @@ def family_hits(
     count, gathering = check_profiles(profiles)
     best: dict[int, tuple[float, str]] = {}
     families = 0
-    for profile, hits in _searched(proteins, profiles, count, gathering, evalue, cpus):
+    for profile, hits in _searched(proteins, profiles, count, gathering):
         families += bool(hits)
         for protein, score in hits.items():
             best[protein] = max(best.get(protein, (-np.inf, "")), (score, full_name(profile)))
@@ -234,20 +228,12 @@ def family_hits(
         "names": [best[i][1] if i in best else None for i in range(len(proteins))],
         "families": families,
         "profiles": count,
-        "threshold": "gathering" if gathering else evalue,
+        "threshold": "gathering" if gathering else EVALUE,
     }
 
 
-def profile_scores(
-    proteins: Sequence[str], profiles: str | Path, evalue: float = EVALUE, cpus: int = 1
-) -> dict[str, np.ndarray]:
-    """Return each profile's scores of all proteins.
-
-    Args:
-        proteins: residues of each.
-        profiles: HMM file; thresholds as in :func:`family_hits`.
-        evalue: threshold without gathering thresholds.
-        cpus: threads.
+def profile_scores(proteins: Sequence[str], profiles: str | Path) -> dict[str, np.ndarray]:
+    """Return each profile's scores of all proteins, with the thresholds of :func:`family_hits`.
 
     Returns:
         For each profile that hits a protein, by accession (or name, without one), ``(P,)``: the
@@ -258,7 +244,7 @@ def profile_scores(
     """
     count, gathering = check_profiles(profiles)
     scores: dict[str, np.ndarray] = {}
-    for profile, hits in _searched(proteins, profiles, count, gathering, evalue, cpus):
+    for profile, hits in _searched(proteins, profiles, count, gathering):
         if hits:
             scores[profile_key(profile)] = np.zeros(len(proteins))
             scores[profile_key(profile)][list(hits)] = np.log(2) * np.array(list(hits.values()))
@@ -266,12 +252,7 @@ def profile_scores(
 
 
 def _searched(
-    proteins: Sequence[str],
-    profiles: str | Path,
-    count: int,
-    gathering: bool,
-    evalue: float,
-    cpus: int,
+    proteins: Sequence[str], profiles: str | Path, count: int, gathering: bool
 ) -> Iterator[tuple[Any, dict[int, float]]]:
     """Yield each profile and its hits: index of the protein, score in bits."""
     import pyhmmer
@@ -279,11 +260,11 @@ def _searched(
     alphabet = pyhmmer.easel.Alphabet.amino()
     digital = [named_sequence(str(i), p).digitize(alphabet) for i, p in enumerate(proteins) if p]
     block: Any = pyhmmer.easel.DigitalSequenceBlock(alphabet, digital)
-    options: dict[str, Any] = {"bit_cutoffs": "gathering"} if gathering else {"E": evalue}
+    options: dict[str, Any] = {"bit_cutoffs": "gathering"} if gathering else {"E": EVALUE}
     if len(block):
         with open_profiles(profiles) as file:
             # hmmsearch is much faster than hmmscan; Z makes its E-values hmmscan's.
-            for hits in pyhmmer.hmmsearch(file, block, cpus=cpus, Z=count, **options):
+            for hits in pyhmmer.hmmsearch(file, block, cpus=1, Z=count, **options):
                 good = (h for h in hits if h.included or h.reported)
                 yield hits.query, {int(text_of(h.name)): h.score for h in good}
 

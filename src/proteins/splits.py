@@ -14,6 +14,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
+from src.common.cli import unheard
 from src.proteins.homology import SearchSettings, alignments, best_identities, homology_clusters
 
 IN_FAMILY = "test_in_family"
@@ -58,7 +59,7 @@ def split_by_homology(
     proteins: Mapping[str, str],
     settings: SplitSettings,
     clusters: Mapping[str, str] | None = None,
-    announce: Callable[[str], None] = lambda line: None,
+    announce: Callable[[str], None] = unheard,
 ) -> Split:
     """Divide proteins into train, validation and test by homology cluster.
 

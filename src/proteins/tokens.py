@@ -21,7 +21,7 @@ import numpy as np
 from filelock import FileLock, Timeout
 from numpy.lib.stride_tricks import sliding_window_view
 
-from src.common.cli import progress, say
+from src.common.cli import progress, say, unheard
 from src.common.files import atomic_folder, names_full_disk, sha256_file, write_json
 from src.common.manifest import file_entry, signature
 from src.proteins.layouts import PROTGPT2, Layout, layout_of
@@ -230,6 +230,16 @@ def encode(
     )["input_ids"]
 
 
+def decode(tokenizer: Any, ids: Sequence[int]) -> str:
+    """Return the residues that tokens spell in the tokenizer's layout.
+
+    Raises:
+        ValueError: they are not the tokens of a laid-out protein.
+    """
+    text = tokenizer.decode(ids, skip_special_tokens=False, clean_up_tokenization_spaces=False)
+    return layout_of(tokenizer).read(text)
+
+
 def _require_layout(tokenizer: Any) -> None:
     if layout_of(tokenizer) != PROTGPT2:
         return
@@ -348,7 +358,7 @@ def tokenise(
         )
         _build(temporary, entries, report, tokenizer, settings, quiet)
 
-    return _open_or_build(folder, build, (lambda line: None) if quiet else say)
+    return _open_or_build(folder, build, unheard if quiet else say)
 
 
 def _open_or_build(
@@ -533,16 +543,13 @@ def _nothing_left(report: ReadReport, settings: dict[str, Any]) -> str:
 # Summary
 
 
-def data_summary(
-    proteins: TokenisedProteins, batch_size: int, title: str = "data", with_report: bool = True
-) -> list[str]:
+def data_summary(proteins: TokenisedProteins, batch_size: int, title: str) -> list[str]:
     """Return lines that describe proteins: counts, lengths, and the share of padding.
 
     Args:
         proteins: tokenised proteins, or a selection.
         batch_size: rows of a batch, for the share of padding.
         title: name of the proteins.
-        with_report: begin with the report of reading them.
     """
     from src.proteins.batching import padding_share
 
@@ -553,9 +560,8 @@ def data_summary(
     if len(sample) > 100_000:
         sample = sample[np.random.default_rng(0).choice(len(sample), 100_000, replace=False)]
     random, grouped = (padding_share(sample, batch_size, by_length=b) for b in (False, True))
-    lines = proteins.report.lines() if with_report else []
     return [
-        *lines,
+        *proteins.report.lines(),
         f"{title}: {len(proteins):,} proteins, {total:,} residues, {tokens:,} tokens "
         f"({total / tokens:.2f} residues a token)",
         f"  residues a protein: {_quartiles(residues)}",

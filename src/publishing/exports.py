@@ -15,8 +15,8 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 
-from src.proteins.layouts import layout_of, stop_token
-from src.proteins.tokens import encode
+from src.proteins.layouts import stop_token
+from src.proteins.tokens import decode, encode
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -73,24 +73,20 @@ def to_ctranslate2(
     with tempfile.TemporaryDirectory() as work:
         model.save_pretrained(work)
         if (beyond := int(model.config.vocab_size) - len(tokenizer)) > 0:
-            tokenizer = type(tokenizer).from_pretrained(_saved(tokenizer, work))
+            tokenizer.save_pretrained(work)
+            tokenizer = type(tokenizer).from_pretrained(work)  # a copy, to add tokens to
             tokenizer.add_tokens([f"<unused{i}>" for i in range(beyond)])
         tokenizer.save_pretrained(work)
         TransformersConverter(work).convert(str(folder), quantization=quantization)
 
 
-def _saved(tokenizer: Any, folder: str) -> str:
-    tokenizer.save_pretrained(folder)
-    return folder
-
-
-def ctranslate2_log_probs(folder: Path, threads: int = 0) -> LogProbs:
+def ctranslate2_log_probs(folder: Path) -> LogProbs:
     """Return the log-probabilities of a model that CTranslate2 runs on the CPU."""
-    engine = require("ctranslate2", "ctranslate2").Generator(str(folder), intra_threads=threads)
+    engine = require("ctranslate2", "ctranslate2").Generator(str(folder))
 
     def log_probs(ids: Sequence[int]) -> np.ndarray:
-        found = engine.forward_batch([list(map(int, ids))], return_log_probs=True)
-        return np.array(found)[0, :-1]
+        batch = engine.forward_batch([list(map(int, ids))], return_log_probs=True)
+        return np.array(batch)[0, :-1]
 
     return log_probs
 
@@ -134,10 +130,10 @@ def onnx_log_probs(path: Path) -> LogProbs:
     return log_probs
 
 
-def ctranslate2_draw(folder: Path, tokenizer: Any, threads: int = 0) -> Draw:
-    """Return what samples with CTranslate2's own generation, from all tokens at temperature 1."""
+def ctranslate2_draw(folder: Path, tokenizer: Any) -> Draw:
+    """Return a sampler of CTranslate2's own generation, from all tokens at temperature 1."""
     package = require("ctranslate2", "ctranslate2")
-    engine = package.Generator(str(folder), intra_threads=threads)
+    engine = package.Generator(str(folder))
 
     def draw(prompt: list[int], longest: int, seed: int) -> list[int]:
         package.set_random_seed(seed)
@@ -151,13 +147,13 @@ def ctranslate2_draw(folder: Path, tokenizer: Any, threads: int = 0) -> Draw:
 
 
 def stepwise_draw(log_probs: LogProbs, end: int) -> Draw:
-    """Return what samples token by token from a runtime that has no generation of its own."""
+    """Return a sampler of single tokens, for a runtime that has no generation of its own."""
 
     def draw(prompt: list[int], longest: int, seed: int) -> list[int]:
         rng = np.random.default_rng(seed)
         ids = list(prompt)
         while len(ids) < longest and ids[len(prompt) :][-1:] != [end]:
-            # The row that predicts what stands behind the last token needs some token there.
+            # The last row holds the prediction from all tokens but the last: any token serves.
             shares = np.exp(log_probs([*ids, end])[-1].astype(np.float64))
             ids.append(int(rng.choice(len(shares), p=shares / shares.sum())))
         return ids[len(prompt) :]
@@ -171,17 +167,13 @@ def sample_protein(draw: Draw, tokenizer: Any, longest: int = SAMPLED_TOKENS) ->
     Raises:
         ValueError: none is one.
     """
-    layout, end = layout_of(tokenizer), stop_token(tokenizer)
-    prompt = tokenizer(layout.prompt(""), add_special_tokens=False)["input_ids"]
+    end, (prompt,) = stop_token(tokenizer), encode(tokenizer, [""], [False])
     for seed in range(ATTEMPTS):
         ids = draw(prompt, longest, seed)
         if ids[-1:] != [end]:
             continue
-        text = tokenizer.decode(
-            [*prompt, *ids], skip_special_tokens=False, clean_up_tokenization_spaces=False
-        )
         try:
-            residues = layout.read(text)
+            residues = decode(tokenizer, [*prompt, *ids])
         except ValueError:
             continue
         if residues:

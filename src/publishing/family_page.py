@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import functools
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -17,7 +18,7 @@ from src.evaluation.metrics import GENERATION_METRICS
 from src.evaluation.results import with_interval
 from src.proteins.layouts import lines_of
 from src.publishing import plots
-from src.publishing.report import Cell, Drawing, make_drawing, short_name, split_cell, template
+from src.publishing.pages import Cell, Drawing, make_drawing, render, short_name, split_cell
 from src.trainer.callbacks import read_metrics
 from src.trainer.early_stopping import outcome_line
 
@@ -46,11 +47,11 @@ def build_page(folder: Path, judgement: Mapping[str, Any]) -> str:
         folder: of the run.
         judgement: of :func:`src.experiments.family_run.judge_models`.
     """
-    family, found = judgement["family"], judgement["candidates"]
+    family, candidates = judgement["family"], judgement["candidates"]
     with (folder / "candidates" / "candidates.csv").open(newline="") as handle:
         table = list(csv.DictReader(handle))
     best = [row for row in table if row["rank"]]
-    sets = found["sets"]
+    sets = candidates["sets"]
     content = {
         "name": short_name(family["name"]),
         "summary": _summary(judgement),
@@ -60,9 +61,9 @@ def build_page(folder: Path, judgement: Mapping[str, Any]) -> str:
         "training": _training(judgement),
         "curves": _curves(folder),
         "profile": judgement["profile"],
-        "dropped": [(r, f"{n:,}", WHY.get(r, "")) for r, n in found["dropped"].items()],
-        "temperature": f"{found['temperature']:g}",
-        "limits": [(r, f"{100 * v:.0f} %") for r, v in found["limits"].items()],
+        "dropped": [(r, f"{n:,}", WHY.get(r, "")) for r, n in candidates["dropped"].items()],
+        "temperature": f"{candidates['temperature']:g}",
+        "limits": [(r, f"{100 * v:.0f} %") for r, v in candidates["limits"].items()],
         "set_heads": [(SET_LABELS[s], s, f"{sets[s]['sequences']:,} proteins") for s in sets],
         "set_rows": _set_rows(sets),
         "composition": _composition(sets),
@@ -75,100 +76,66 @@ def build_page(folder: Path, judgement: Mapping[str, Any]) -> str:
         "files": _files(folder),
         "location": short_name(folder),
     }
-    page = template("family.html.jinja").render(content)
-    return page.encode("utf-8", "replace").decode("utf-8")
+    return render("family.html.jinja", content)
 
 
 def _summary(judgement: Mapping[str, Any]) -> str:
-    family, found = judgement["family"], judgement["candidates"]
-    made = sum(found["dropped"].values())
-    text = (
+    family, candidates = judgement["family"], judgement["candidates"]
+    made = sum(candidates["dropped"].values())
+    return (
         f"{short_name(judgement['model'])}, adapted to {family['train']:,} members of this family "
         f"({family['validation']:,} more decided when to stop, {family['test']:,} were held out), "
-        f"sampled {made:,} proteins; {found['dropped']['kept']:,} of them are candidates."
+        f"sampled {made:,} proteins; {candidates['dropped']['kept']:,} of them are candidates."
     )
-    return text
 
 
 def _tiles(judgement: Mapping[str, Any]) -> list[dict[str, Any]]:
-    """Return the main figures: label, cell, and how to read it."""
-    tiles = []
-    figures = judgement["held_out"] or {}
-    if figures:
-        unadapted = with_interval(figures, "nats.unadapted")
-        tiles.append(
-            {
-                "label": "nats per residue, adapted",
-                "cell": split_cell(with_interval(figures, "nats.adapted")),
-                "note": f"unadapted {unadapted}; lower is better",
-            }
-        )
-    if figures.get("kept") is not None:
-        tiles.append(
-            {
-                "label": "of that gain, kept by the specialist",
-                "cell": split_cell(with_interval(figures, "kept")),
-                "note": "1 is the adapted model, 0 the unadapted one",
-            }
-        )
-    sampled = judgement["candidates"]["sets"].get("sampled")
-    if sampled:
-        tiles.append(
-            {
-                "label": "of samples hit by the profile",
-                "cell": split_cell(with_interval(sampled, "families.hit_share")),
-                "note": judgement["profile"]["counted"],
-            }
-        )
+    """Return the main numbers: label, cell, and a note on how to read it."""
+    held_out = judgement["held_out"] or {}
+    sampled = judgement["candidates"]["sets"].get("sampled") or {}
     dropped = judgement["candidates"]["dropped"]
-    tiles.append(
-        {
-            "label": "candidates",
-            "cell": Cell(f"{dropped['kept']:,}"),
-            "note": f"of {sum(dropped.values()):,} samples",
-        }
-    )
-    return tiles
+    tiles = [
+        ("nats per residue, adapted", with_interval(held_out, "nats.adapted"),
+         f"unadapted {with_interval(held_out, 'nats.unadapted')}; lower is better"),
+        ("of that gain, kept by the specialist", with_interval(held_out, "kept"),
+         "1 is the adapted model, 0 the unadapted one"),
+        ("of samples hit by the profile", with_interval(sampled, "families.hit_share"),
+         judgement["profile"]["counted"]),
+        ("candidates", f"{dropped['kept']:,}", f"of {sum(dropped.values()):,} samples"),
+    ]  # fmt: skip
+    return [{"label": t[0], "cell": split_cell(t[1]), "note": t[2]} for t in tiles if t[1]]
 
 
 def _judged(judgement: Mapping[str, Any]) -> dict[str, Any] | None:
     """Return the table of models on held-out members."""
-    figures = judgement["held_out"]
-    if not figures:
+    held_out = judgement["held_out"]
+    if not held_out:
         return None
     rows = []
-    for name in figures["nats"]:
+    for name in held_out["nats"]:
         model = judgement["models"].get(name, {})
+        nats, gain = (split_cell(with_interval(held_out, f"{k}.{name}")) for k in ("nats", "gain"))
         speed = model.get("proteins_per_second")
-        rows.append(
-            (
-                name,
-                split_cell(with_interval(figures, f"nats.{name}")),
-                split_cell(with_interval(figures, f"gain.{name}")),
-                f"{model['parameters']:,}" if model else "",
-                f"{speed:.1f}" if speed else "",
-            )
-        )
-    counts = f"{figures['proteins']:,} members in {figures['clusters']:,} clusters"
-    if figures["not_fitting"]:
-        counts += f"; {figures['not_fitting']:,} more do not fit a model"
-    if figures["not_recognised_by_profile"]:
-        counts += (
-            f"; the profile does not recognise {figures['not_recognised_by_profile']:,}, which get "
-            "its background"
-        )
+        parameters = f"{model['parameters']:,}" if model else ""
+        rows.append((name, nats, gain, parameters, f"{speed:.1f}" if speed else ""))
+    counts = f"{held_out['proteins']:,} members in {held_out['clusters']:,} clusters"
+    if held_out["not_fitting"]:
+        counts += f"; {held_out['not_fitting']:,} more do not fit a model"
+    if unknown := held_out["not_recognised_by_profile"]:
+        counts += f"; the profile does not recognise {unknown:,}, which get its background"
     return {"rows": rows, "counts": counts}
 
 
 def _training(judgement: Mapping[str, Any]) -> list[tuple[str, str]]:
-    rows = []
-    for label, key in (("adaptation", "adaptation"), ("distillation", "distillation")):
-        fit = judgement[key]
-        if fit:
-            text = f"{fit['optimizer']}, learning rate {fit['learning_rate']:g}, "
-            text += f"{duration(fit['seconds'])}; {outcome_line(fit)}"
-            rows.append((label, text))
-    return rows
+    return [
+        (
+            stage,
+            f"{fit['optimizer']}, learning rate {fit['learning_rate']:g}, "
+            f"{duration(fit['seconds'])}; {outcome_line(fit)}",
+        )
+        for stage in ("adaptation", "distillation")
+        if (fit := judgement[stage])
+    ]
 
 
 def _curves(folder: Path) -> list[Drawing]:
@@ -177,24 +144,17 @@ def _curves(folder: Path) -> list[Drawing]:
         for name, label in TRAINED.items()
         if (folder / name / RUN_FILE).is_file()
     }
-    drawings = []
-    fits = {label: records for label, records in runs.items() if label != "specialist"}
+    specialist = runs.pop("specialist", None)
+    draw = functools.partial(plots.learning_curves, runs, "hard_loss", "nats per token")
     caption = "Cross-entropy with training members, thin, and with validation members, thick."
-    drawings.append(
-        make_drawing(
-            lambda: plots.learning_curves(fits, "hard_loss", "nats per token"), "fit", caption
-        )
-    )
-    if "specialist" in runs:
+    drawings = [make_drawing(draw, "fit", caption)]
+    if specialist is not None:
+        draw = functools.partial(
+            plots.learning_curves, {"specialist": specialist}, "soft_loss",
+            "divergence, nats per token",
+        )  # fmt: skip
         caption = "The specialist's divergence from the adapted model."
-        only = {"specialist": runs["specialist"]}
-        drawings.append(
-            make_drawing(
-                lambda: plots.learning_curves(only, "soft_loss", "divergence, nats per token"),
-                "distil",
-                caption,
-            )
-        )
+        drawings.append(make_drawing(draw, "distil", caption))
     return drawings
 
 

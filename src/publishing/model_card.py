@@ -23,12 +23,16 @@ EXAMPLE_PROTEIN = "MQIFVKTLTGKTITLEVEPSDTIENVKAKIQDKEGIPPDQQRLIFAGKQLEDGRTLSDYNI
 LICENCES = {DEFAULT_TEACHER: "apache-2.0"}
 """Licences of teachers on the hub, as their cards state them."""
 OWN_FOLDERS = {"data", "models", "results"}
-"""First parts of names that are folders of the project, and no account on the hub."""
+"""First parts of names that are folders of the project, not accounts on the hub."""
+TAGS = [
+    *("protein", "protein-language-model", "biology"),
+    *("gpt2", "distillation", "knowledge-distillation"),
+]
 HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
 
 
 def hub_id(name: str | None) -> str | None:
-    """Return a name if it is that of something on the hub, None if it is a place on a disk."""
+    """Return a name if it is a hub id, None if it is a path."""
     if not name or name in (BUNDLED_TEACHER, BUNDLED_DATA) or not HUB_ID.fullmatch(name):
         return None
     if name.split("/")[0] in OWN_FOLDERS or Path(name).exists() or (PROJECT / name).exists():
@@ -129,47 +133,39 @@ def build_metadata(
     from huggingface_hub import EvalResult, ModelCardData
 
     dataset = hub_id(record["settings"]["data"])
+    source = lookup(results or {}, "run.data.source") or record["settings"]["data"]
     metrics = []
-    if results:
-        source = lookup(results, "run.data.source") or record["settings"]["data"]
-        for metric in METRICS:
-            value = lookup(results, metric.key) if metric.index else None
-            if value is None:
-                continue
-            label = metric.title or metric.key.replace("_", " ")
-            metrics.append(
-                EvalResult(
-                    task_type="text-generation",
-                    task_name="Protein sequence generation",
-                    dataset_type=hub_id(source) or _slug(source),
-                    dataset_name=source,
-                    dataset_split=lookup(results, "run.data.split"),
-                    metric_type=metric.index,
-                    metric_name=f"{label}, student" if metric.per_model else label,
-                    metric_value=value,
-                )
+    for metric in METRICS:
+        value = lookup(results or {}, metric.key) if metric.index else None
+        if value is None:
+            continue
+        label = metric.title or metric.key.replace("_", " ")
+        metrics.append(
+            EvalResult(
+                task_type="text-generation",
+                task_name="Protein sequence generation",
+                dataset_type=hub_id(source) or _slug(source),
+                dataset_name=source,
+                dataset_split=lookup(results or {}, "run.data.split"),
+                metric_type=metric.index,
+                metric_name=f"{label}, student" if metric.per_model else label,
+                metric_value=value,
             )
+        )
     return ModelCardData(
         base_model=base_model(record),
         datasets=[dataset] if dataset else None,
         license=license,
         library_name="transformers",
         pipeline_tag="text-generation",
-        tags=[
-            "protein",
-            "protein-language-model",
-            "biology",
-            "gpt2",
-            "distillation",
-            "knowledge-distillation",
-        ],
+        tags=TAGS,
         model_name=repo_id.split("/")[-1] if metrics else None,
         eval_results=metrics or None,
     )
 
 
 def loss_text(loss: Mapping[str, Any]) -> str:
-    """Return in words what was minimised."""
+    """Return the training loss in words."""
     alpha, temperature = loss["alpha"], loss["temperature"]
     if alpha == 1:
         return "Minimised was the cross-entropy of the next token alone; the teacher had no part."
@@ -201,6 +197,8 @@ def training_rows(record: Mapping[str, Any]) -> list[tuple[str, str]]:
     """Return the settings of a run for a person."""
     settings, train = record["settings"], record["data"]["train"]
     device, stopped = record["device"], record.get("early_stopping")
+    commit = lookup(record, "git.commit")
+    changes = " with local changes" if lookup(record, "git.dirty") else ""
     rows = [
         ("training proteins", f"{train['proteins']:,} ({train['tokens']:,} tokens)"),
         ("data", settings["data"]),
@@ -216,18 +214,11 @@ def training_rows(record: Mapping[str, Any]) -> list[tuple[str, str]]:
         ("seed", settings["seed"]),
         ("device", device.get("name") or device["type"]),
         ("time", f"{record['train_seconds']:,.0f} s"),
-        ("commit", _commit(record)),
+        ("commit", commit and commit + changes),
         ("PyTorch", lookup(record, "versions.torch")),
         ("transformers", lookup(record, "versions.transformers")),
     ]
     return [(name, str(value)) for name, value in rows if value is not None]
-
-
-def _commit(record: Mapping[str, Any]) -> str | None:
-    commit = lookup(record, "git.commit")
-    if commit and lookup(record, "git.dirty"):
-        return f"{commit} with local changes"
-    return commit
 
 
 def base_model(record: Mapping[str, Any]) -> str | None:
@@ -253,8 +244,9 @@ def origin_text(record: Mapping[str, Any]) -> str:
 
 def _link(name: str, kind: str = "") -> str:
     """Return Markdown for something on the hub, or for a local name."""
-    known = hub_id(name)
-    return f"[{name}](https://huggingface.co/{kind}{name})" if known else f"`{_inline(name)}`"
+    if hub_id(name):
+        return f"[{name}](https://huggingface.co/{kind}{name})"
+    return f"`{_inline(name)}`"
 
 
 def _data(record: Mapping[str, Any]) -> str:
@@ -286,10 +278,10 @@ def _slug(text: str) -> str:
 
 
 def _inline(text: Any) -> str:
-    """Keep a value in one line, and out of HTML."""
+    """Return a value in one line, without HTML tags."""
     return " ".join(str(text).split()).replace("<", "&lt;")
 
 
 def _cell(text: Any) -> str:
-    """Keep a value in one cell of a Markdown table."""
+    """Return a value for one cell of a Markdown table."""
     return _inline(text).replace("|", "\\|")

@@ -4,20 +4,19 @@ from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from itertools import islice
 from pathlib import Path
-from typing import Any, NamedTuple
-
-from matplotlib.figure import Figure
+from typing import Any
 
 from src.common.cli import duration, size
 from src.common.privacy import publishable
 from src.common.runs import FINISHED, RUN_FILE, read_run
-from src.evaluation.metrics import FLOORS, MODELS
+from src.evaluation.metrics import MODELS
 from src.evaluation.results import (
     SAMPLING,
     cautions,
+    floor_cells,
     generation_rows,
     lookup,
     metric_rows,
@@ -28,11 +27,12 @@ from src.evaluation.results import (
 from src.evaluation.schema import NonNegative, Number, Object, Positive, check_record, record_type
 from src.proteins.layouts import lines_of
 from src.publishing import plots
+from src.publishing.pages import Cell, Drawing, make_drawing, render, short_name, split_cell
 from src.trainer.callbacks import read_metrics
 from src.trainer.early_stopping import outcome_line
 
-TEMPLATES = Path(__file__).parent / "templates"
 EXAMPLES = 3
+PARTS = ("train", "validation")
 
 MADE_BY = {"command": list[str], "git.commit": str, "versions": Object}
 """Types of what is shown of a record's command, commit and versions. May be missing or null."""
@@ -49,11 +49,7 @@ TRAINED = {
     "settings.batch_size": Positive,
     "settings.gradient_accumulation_steps": Positive,
     "settings.batching": str,
-    **{
-        f"data.{part}.{count}": NonNegative
-        for part in ("train", "validation")
-        for count in ("proteins", "residues")
-    },
+    **{f"data.{part}.{count}": NonNegative for part in PARTS for count in ("proteins", "residues")},
     **{f"early_stopping.{step}": NonNegative for step in ("best_step", "last_step")},
     "early_stopping.reason": str,
     **MADE_BY,
@@ -61,32 +57,15 @@ TRAINED = {
 """Types of what is shown of a run. May be missing or null."""
 
 
-class Cell(NamedTuple):
-    """A value and its interval, if there is one."""
-
-    value: str
-    interval: str = ""
-
-
-class Drawing(NamedTuple):
-    """A drawing as an SVG element, and its caption."""
-
-    svg: str
-    caption: str
-
-
 def build_report(
     run_dir: Path | None = None, results_path: Path | None = None, fasta: Path | None = None
 ) -> str:
-    """Return the page on a run, its results, or both.
+    """Return the HTML page on a run, its results, or both; styles and figures are in it.
 
     Args:
-        run_dir: directory of a run, for what was trained on what and the learning curves.
-        results_path: results file, for all that was measured.
+        run_dir: directory of a run, for its training and learning curves.
+        results_path: results file, for all metrics.
         fasta: generated proteins, of which the first are shown; None: those in the results.
-
-    Returns:
-        HTML with styles and figures in it.
 
     Raises:
         ValueError: nothing to report on, a file is missing or broken, or the results are those of
@@ -110,9 +89,12 @@ def build_report(
         "warnings": _warnings(run, results),
         "training": _training(run),
         "curves": _curves(records),
-        "metrics": _metric_rows(results),
+        "metrics": [
+            (m.title, m.better, [split_cell(cell) for cell in cells])
+            for m, cells in metric_rows(results)
+        ],
         "divergences": [(m.title, m.better, split_cell(cell)) for m, cell in pair_rows(results)],
-        "floors": _floors(results),
+        "floors": floor_cells(results),
         "evaluated": _evaluated(results),
         "reliability": _reliability(results),
         "composition": _composition(results),
@@ -125,31 +107,14 @@ def build_report(
         "provenance": _provenance(run, results),
         "measured": bool(results),
     }
-    page = template("report.html.jinja").render(content)
-    # JSON may hold halves of characters, which no file can.
-    return page.encode("utf-8", "replace").decode("utf-8")
-
-
-@functools.cache
-def template(name: str) -> Any:
-    """Return a page's template; an unknown value in it is an error."""
-    from jinja2 import Environment, FileSystemLoader, StrictUndefined
-
-    environment = Environment(
-        loader=FileSystemLoader(TEMPLATES),
-        autoescape=True,
-        undefined=StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-    )
-    return environment.get_template(name)
+    return render("report.html.jinja", content)
 
 
 def _run(folder: Path) -> dict[str, Any]:
     if not folder.is_dir():
         raise ValueError(f"--run {folder}: there is no such directory")
     if not (folder / RUN_FILE).is_file():
-        raise ValueError(f"--run {folder}: no run of ours ({RUN_FILE} is missing)")
+        raise ValueError(f"--run {folder}: no run of scripts/train.py ({RUN_FILE} is missing)")
     run = read_run(folder)
     check_record(run, record_type(TRAINED), folder / RUN_FILE)
     return run
@@ -158,18 +123,13 @@ def _run(folder: Path) -> dict[str, Any]:
 def _check_same_model(
     run: Mapping[str, Any], results: Mapping[str, Any], run_dir: Any, results_path: Any
 ) -> None:
-    """Stop where a results file names another model than the run left."""
-    left, measured = lookup(run, "student.fingerprint"), lookup(results, "run.student.fingerprint")
-    if left and measured and left != measured:
+    """Raise ``ValueError`` where the results are of another model than the run's."""
+    own, measured = lookup(run, "student.fingerprint"), lookup(results, "run.student.fingerprint")
+    if own and measured and own != measured:
         raise ValueError(
             f"--results {results_path} measured another model than the one in --run {run_dir} "
             "(their fingerprints differ): evaluate that run, or name its own results"
         )
-
-
-def short_name(name: Any) -> str:
-    """Return a model's or data set's name for a reader elsewhere: no directory of this machine."""
-    return publishable(str(name or ""))
 
 
 def command_line(words: Sequence[str]) -> str:
@@ -217,42 +177,33 @@ def _date(stamp: Any) -> str:
     return str(stamp or "")[:16].replace("T", " ")
 
 
-def split_cell(text: str) -> Cell:
-    """Split what :func:`src.evaluation.results.with_interval` returns."""
-    value, _, interval = text.partition(" [")
-    return Cell(value, f"[{interval}" if interval else "")
-
-
 def _cell(results: Mapping[str, Any], name: str) -> Cell:
     return split_cell(with_interval(results, name))
 
 
 def _headlines(results: Mapping[str, Any]) -> list[dict[str, Any]]:
     """Return the main metrics: label, cell, and a note on how to read the value."""
-    tiles = []
-    ratio = _cell(results, "perplexity_ratio")
-    if ratio.value:
-        bound = lookup(results, "threshold.perplexity_ratio_below")
-        note = "1 is the teacher"
-        if bound:
-            verdict = "passed" if lookup(results, "threshold.passed") else "not passed"
-            note += f"; below {bound:.2f} for this size: {verdict}"
-        tiles.append({"label": "perplexity, student / teacher", "cell": ratio, "note": note})
-    divergence = _cell(results, "kl_divergence")
-    if divergence.value:
-        note = "nats per token; 0 is the teacher"
-        tiles.append({"label": "KL(teacher‖student)", "cell": divergence, "note": note})
-    calibration = _cell(results, "student_ece.ece")
-    if calibration.value:
-        teacher = with_interval(results, "teacher_ece.ece")
-        note = f"teacher {teacher}" if teacher else ""
-        tiles.append({"label": "calibration error (ECE)", "cell": calibration, "note": note})
-    if results.get("compression_ratio"):
-        share = results.get("share_of_teacher") or 1 / results["compression_ratio"]
-        cell = Cell(f"{results['compression_ratio']:.1f} ×")
+    ratio_note = "1 is the teacher"
+    bound = lookup(results, "threshold.perplexity_ratio_below")
+    if bound:
+        verdict = "passed" if lookup(results, "threshold.passed") else "not passed"
+        ratio_note += f"; below {bound:.2f} for this size: {verdict}"
+    teacher = with_interval(results, "teacher_ece.ece")
+    rows = [
+        ("perplexity, student / teacher", _cell(results, "perplexity_ratio"), ratio_note),
+        ("KL(teacher‖student)", _cell(results, "kl_divergence"),
+         "nats per token; 0 is the teacher"),
+        ("calibration error (ECE)", _cell(results, "student_ece.ece"),
+         f"teacher {teacher}" if teacher else ""),
+    ]  # fmt: skip
+    compression = results.get("compression_ratio")
+    if compression:
+        share = results.get("share_of_teacher") or 1 / compression
         note = f"{share:.1%} of the teacher's parameters"
-        tiles.append({"label": "smaller than the teacher", "cell": cell, "note": note})
-    return tiles
+        rows.append(("smaller than the teacher", Cell(f"{compression:.1f} ×"), note))
+    return [
+        {"label": label, "cell": cell, "note": note} for label, cell, note in rows if cell.value
+    ]
 
 
 def _warnings(run: Mapping[str, Any], results: Mapping[str, Any]) -> list[str]:
@@ -280,15 +231,17 @@ def _dirty(record: Any) -> bool:
 
 
 def _training(run: Mapping[str, Any]) -> list[tuple[str, str]]:
-    """Return what was trained on what, label by label."""
+    """Return labels and values of the training's models, data and settings."""
     if not run:
         return []
     settings: dict[str, Any] = run["settings"]
     loss = settings.get("loss") or {}
-    rows = [("teacher", short_name(lookup(run, "teacher.name") or settings.get("teacher_model")))]
-    rows.append(("begun from", short_name(settings.get("init_from"))))
-    rows.append(("data", short_name(lookup(run, "data.source") or settings.get("data"))))
-    for part in ("train", "validation"):
+    rows = [
+        ("teacher", short_name(lookup(run, "teacher.name") or settings.get("teacher_model"))),
+        ("begun from", short_name(settings.get("init_from"))),
+        ("data", short_name(lookup(run, "data.source") or settings.get("data"))),
+    ]
+    for part in PARTS:
         counts = _counts(run, f"data.{part}", {"proteins": "proteins", "residues": "residues"})
         rows.append(("training" if part == "train" else part, ", ".join(counts)))
     if loss:
@@ -318,20 +271,20 @@ def _training(run: Mapping[str, Any]) -> list[tuple[str, str]]:
     stopped = run.get("early_stopping") or {}
     if None not in map(stopped.get, ("best_step", "last_step", "reason")):
         rows.append(("early stopping", outcome_line(stopped)))
-    if run.get("max_length") is not None:
-        rows.append(("longest input", f"{run['max_length']} tokens"))
-    for label, value in (("precision", run.get("precision")), ("seed", settings.get("seed"))):
-        rows.append((label, "" if value is None else str(value)))
+    longest, seed = run.get("max_length"), settings.get("seed")
+    rows.append(("longest input", "" if longest is None else f"{longest} tokens"))
+    rows.append(("precision", str(run.get("precision") or "")))
+    rows.append(("seed", "" if seed is None else str(seed)))
     return [(label, text) for label, text in rows if text]
 
 
 def _joined(*parts: Any) -> str:
-    """Return what is there of some parts, in a row."""
+    """Return the parts that are not empty, with commas between them."""
     return ", ".join(str(part) for part in parts if part)
 
 
 def _counts(record: Mapping[str, Any], place: str, units: Mapping[str, str]) -> list[str]:
-    """Return the counts that stand at a place of a record, each with its unit."""
+    """Return the counts below a dotted name of a record, each with its unit."""
     counts = ((lookup(record, f"{place}.{name}"), unit) for name, unit in units.items())
     return [f"{count:,} {unit}" for count, unit in counts if count is not None]
 
@@ -347,31 +300,13 @@ def _curves(records: Sequence[Mapping[str, Any]]) -> list[Drawing]:
         # Without a soft loss (α = 1) its records are zeros; where a run diverged, not finite.
         values = [record.get(name) or 0 for record in records for name in (key, f"eval_{key}")]
         if any(value and math.isfinite(value) for value in values):
-
-            def draw(key: str = key, label: str = label) -> Figure:
-                return plots.learning_curves({"student": records}, key, label)
-
+            draw = functools.partial(plots.learning_curves, {"student": records}, key, label)
             drawings.append(make_drawing(draw, f"curve-{key}", caption))
     return drawings
 
 
-def make_drawing(draw: Callable[[], Figure], name: str, caption: str) -> Drawing:
-    """Return a figure with its caption; ``name`` tells its ids from those of a page's others."""
-    return Drawing(plots.inline_svg(draw(), name, caption), caption)
-
-
-def _metric_rows(results: Mapping[str, Any]) -> list[tuple[str, str, list[Cell]]]:
-    """Return label, better direction and cells (student, teacher, ratio) of each metric."""
-    return [(m.title, m.better, list(map(split_cell, cells))) for m, cells in metric_rows(results)]
-
-
-def _floors(results: Mapping[str, Any]) -> list[tuple[str, str]]:
-    values = [(n, lookup(results, f"floors.{n}.perplexity_per_residue")) for n in FLOORS]
-    return [(name, f"{value:.2f}") for name, value in values if value is not None]
-
-
 def _evaluated(results: Mapping[str, Any]) -> str:
-    """Return what was measured on, in a sentence."""
+    """Return a sentence on the proteins that were evaluated."""
     if not lookup(results, "data.proteins"):
         return ""
     source = short_name(lookup(results, "run.data.source"))
@@ -392,10 +327,7 @@ def _reliability(results: Mapping[str, Any]) -> list[Drawing]:
     for model in MODELS:
         record = results.get(f"{model}_ece")
         if lookup(record or {}, "reliability"):
-
-            def draw(model: str = model, record: Any = record) -> Figure:
-                return plots.reliability_diagram({model: record})
-
+            draw = functools.partial(plots.reliability_diagram, model, record)
             caption = f"Accuracy of the {model}'s first choice against its confidence."
             drawings.append(make_drawing(draw, f"reliability-{model}", caption))
     return drawings
@@ -415,7 +347,7 @@ def _composition(results: Mapping[str, Any]) -> Drawing | None:
 
 
 def _sampling(results: Mapping[str, Any]) -> str:
-    """Return how the described proteins were sampled."""
+    """Return a sentence on how the described proteins were sampled."""
     sampling = lookup(results, "generation.student.sampling")
     if not sampling:
         return ""
@@ -480,31 +412,26 @@ def _costs(
 
 
 def _provenance(run: Mapping[str, Any], results: Mapping[str, Any]) -> list[dict[str, Any]]:
-    """Return, for training and evaluation, what made them."""
+    """Return commit, command, device, fingerprints and versions of training and evaluation."""
     records = []
     for title, record in (("training", run), ("evaluation", results.get("run") or {})):
         if not record:
             continue
-        rows = []
-        commit = lookup(record, "git.commit")
-        if commit:
-            rows.append(("commit", commit + (" and changes" if _dirty(record) else "")))
-        command = record.get("command")
-        if command:
-            rows.append(("command", command_line(command)))
-        rows.append(("started", _date(record.get("started"))))
-        device = record.get("device")
+        commit, device = lookup(record, "git.commit"), record.get("device")
         if isinstance(device, Mapping):
             device = device.get("name") or device.get("type")
-        rows.append(("device", device))
-        rows.append(("seed", record.get("seed", lookup(record, "settings.seed"))))
-        for what in ("student", "teacher"):
-            rows.append((f"{what} fingerprint", lookup(record, f"{what}.fingerprint")))
-        for part in ("train", "validation"):
-            rows.append((f"{part} data", lookup(record, f"data.{part}.fingerprint")))
-        rows.append(("evaluated data", lookup(record, "data.fingerprint")))
         versions = record.get("versions") or {}
-        rows.append(("versions", ", ".join(f"{k} {v}" for k, v in versions.items())))
-        kept = [(label, str(text)) for label, text in rows if text not in (None, "")]
-        records.append({"title": title, "rows": kept})
+        rows = [
+            ("commit", commit and commit + (" and changes" if _dirty(record) else "")),
+            ("command", command_line(record.get("command") or [])),
+            ("started", _date(record.get("started"))),
+            ("device", device),
+            ("seed", record.get("seed", lookup(record, "settings.seed"))),
+            *((f"{m} fingerprint", lookup(record, f"{m}.fingerprint")) for m in MODELS),
+            *((f"{p} data", lookup(record, f"data.{p}.fingerprint")) for p in PARTS),
+            ("evaluated data", lookup(record, "data.fingerprint")),
+            ("versions", ", ".join(f"{name} {version}" for name, version in versions.items())),
+        ]
+        shown = [(label, str(text)) for label, text in rows if text not in (None, "")]
+        records.append({"title": title, "rows": shown})
     return records
