@@ -159,9 +159,9 @@ def check_teacher(
     among its tokens. Relatives count once in all this: a model that is wrong about one protein is
     wrong about all its variants. A model that prefers natural proteins and beats both unigram
     models passes; otherwise the check cannot tell, as with short peptides, which have little order
-    to know. Two unigram models are needed: tokens of several residues carry so much structure that a model
-    which ignores its input can beat the frequencies of residues, and shuffled proteins take more
-    tokens. Such a model cannot beat the frequencies of tokens.
+    to know. Two unigram models are needed: tokens of several residues carry so much structure that
+    a model which ignores its input can beat the frequencies of residues, and shuffled proteins take
+    more tokens. Such a model cannot beat the frequencies of tokens.
 
     Args:
         model: a causal language model.
