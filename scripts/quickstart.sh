@@ -31,12 +31,12 @@ echo "== 2/3 evaluate: student and teacher on new members of the families in tra
     --num_samples 20 --compute_ece --output "$out/evaluation.json"
 
 echo
-echo "== 3/3 generate: ten proteins from the student"
+echo "== 3/3 generate: ten proteins from the student, and the family that each belongs to"
 "$python" scripts/generate.py --model "$out/student" --num_sequences 10 --min_length 40 \
-    --max_length 300 --output "$out/generated.fasta"
+    --max_length 300 --profiles data/proteins/families.hmm.gz --output "$out/generated.fasta"
 
 echo
 echo "done in $((SECONDS - started)) s after installation"
 echo "  student     $out/student           a GPT-2 checkpoint, with run.json and metrics.jsonl"
 echo "  evaluation  $out/evaluation.json   every figure with its 95 % interval"
-echo "  proteins    $out/generated.fasta   ten sequences with their perplexity"
+echo "  proteins    $out/generated.fasta   ten sequences with their perplexity and family"

@@ -5,7 +5,7 @@ The family is split by identity clusters, the model is adapted to it, proteins a
 adapted model, useless ones are dropped and the others ranked. With the shape of a student a small
 specialist is distilled from the adapted model. Everything is judged on held-out members beside the
 unadapted model, one trained from random weights, and a profile HMM. The same command goes on with
-a stopped run. Needs requirements-family.txt: pyhmmer and MMseqs2.
+a stopped run. Needs requirements-family.txt: MMseqs2, and peft for --lora.
 
 Examples:
   python scripts/specialise.py --family family.fasta --output_dir my_family

@@ -249,3 +249,11 @@ def test_citations_are_whole_bibtex_entries():
 def test_the_template_is_part_of_the_project():
     assert m.TEMPLATE.is_file()
     assert m.TEMPLATE.parent == Path(m.__file__).parent / "templates"
+
+
+def test_sampling_advice_suits_the_tokens():
+    """Where tokens are single residues, a penalty would only flatten the distribution."""
+    letters = m.build_card("me/x", make_record(), CONFIG, "mit", None, penalty=1.0)
+    assert "repetition_penalty" not in letters
+    assert "top_k=0" in letters
+    assert "repetition_penalty=1.2" in card()

@@ -35,9 +35,7 @@ def require_pyhmmer() -> Any:
     try:
         return import_module("pyhmmer")
     except ImportError:
-        raise ValueError(
-            "the family's profile needs pyhmmer: pip install -r requirements-family.txt"
-        ) from None
+        raise ValueError("the family's profile needs pyhmmer: pip install pyhmmer") from None
 
 
 def align_family(members: Sequence[str]) -> Any:

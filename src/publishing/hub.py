@@ -170,6 +170,10 @@ def pack(
         ValueError: the model is not finished or broken, the results are of another model, the
             licence is unknown, or a text holds a secret.
     """
+    from src.evaluation.sampler import suited_penalty
+    from src.models.loading import load_tokenizer
+    from src.proteins.tokens import token_letters
+
     quiet_libraries()
     student = read_student(folder)
     roots = (Path.cwd(), PROJECT)
@@ -179,7 +183,8 @@ def pack(
         results = without_private_paths(results_of(results_file, student), roots)
     try:
         licence = chosen_licence(student.record, license)
-        card = build_card(repo_id, record, student.config, licence, results)
+        penalty = suited_penalty(token_letters(load_tokenizer(folder)))
+        card = build_card(repo_id, record, student.config, licence, results, penalty)
     except (KeyError, TypeError, AttributeError) as error:
         raise ValueError(
             f"{folder / RUN_FILE}: not the record of a finished run of scripts/train.py ({error})"

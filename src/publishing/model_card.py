@@ -75,6 +75,7 @@ def build_card(
     config: Any,
     license: str,
     results: Mapping[str, Any] | None = None,
+    penalty: float = 1.2,
 ) -> str:
     """Return the text of a model card: YAML metadata, then Markdown.
 
@@ -83,6 +84,8 @@ def build_card(
         record: the run's record, already without private paths.
         config: the model's configuration.
         license: as the hub spells it.
+        penalty: repetition penalty that suits the tokens
+            (:func:`src.evaluation.sampler.suited_penalty`).
         results: a results file of this very model, already without private paths; None: none.
     """
     from jinja2 import Environment, StrictUndefined
@@ -109,6 +112,7 @@ def build_card(
         residues_per_line=RESIDUES_PER_LINE,
         new_tokens=min(100, config.n_positions - 2),
         eos_token_id=config.eos_token_id,
+        penalty=penalty,
         example=EXAMPLE_PROTEIN,
         measured=_measured(results) if results else None,
         validation_loss=lookup(record, "final.eval_loss"),
