@@ -256,4 +256,4 @@ def test_sampling_advice_suits_the_tokens():
     letters = m.build_card("me/x", make_record(), CONFIG, "mit", None, penalty=1.0)
     assert "repetition_penalty" not in letters
     assert "top_k=0" in letters
-    assert "repetition_penalty=1.2" in card()
+    assert "repetition_penalty=1.2" in card_of()
