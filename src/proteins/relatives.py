@@ -30,19 +30,19 @@ _CODE = np.full(256, -1, dtype=np.int64)
 _CODE[np.frombuffer(STANDARD_RESIDUES.encode(), np.uint8)] = np.arange(len(STANDARD_RESIDUES))
 
 
-def word_sets(proteins: Sequence[str]) -> sparse.csr_matrix:
-    """Return which words of three standard residues each protein has, ``(P, 8000)``."""
+def word_sets(proteins: Sequence[str], width: int = WORD) -> sparse.csr_matrix:
+    """Return which words of ``width`` standard residues each protein has, ``(P, 20 ** width)``."""
     rows, columns = [], []
-    base = len(STANDARD_RESIDUES) ** np.arange(WORD)
+    base = len(STANDARD_RESIDUES) ** np.arange(width)
     for row, residues in enumerate(proteins):
         codes = _CODE[np.frombuffer(residues.encode("ascii"), np.uint8)]
-        if len(codes) < WORD:
+        if len(codes) < width:
             continue
-        windows = np.lib.stride_tricks.sliding_window_view(codes, WORD)
+        windows = np.lib.stride_tricks.sliding_window_view(codes, width)
         words = np.unique(windows[(windows >= 0).all(1)] @ base)
         rows.append(np.full(len(words), row))
         columns.append(words)
-    shape = (len(proteins), len(STANDARD_RESIDUES) ** WORD)
+    shape = (len(proteins), len(STANDARD_RESIDUES) ** width)
     if not rows:
         return sparse.csr_matrix(shape, dtype=np.float32)
     place = (np.concatenate(rows), np.concatenate(columns))
