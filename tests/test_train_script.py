@@ -380,7 +380,7 @@ def test_dry_run_knows_the_cache_and_a_run_without_a_teacher(
     assert "time: not measured" in shown
     assert script.main((common + f"--tokenizer {small_teacher_dir} --alpha 1").split()) == 0
     shown = capsys.readouterr().out
-    assert f"no teacher; tokenizer {small_teacher_dir}: 512 tokens" in shown
+    assert f"no teacher; tokenizer {small_teacher_dir}: 28 tokens" in shown
     assert "xs on this machine: about " in shown
     assert not list(tmp_path.glob("run*"))
 
