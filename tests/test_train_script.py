@@ -442,10 +442,10 @@ def test_a_model_of_another_class_is_fine_tuned_as_it_is(tmp_path, tiny_tokenize
     from transformers import AutoConfig, LlamaConfig, LlamaForCausalLM
 
     folder, data = tmp_path / "llama", tmp_path / "family.fasta"
-    shape = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 2}
     config = LlamaConfig(
-        vocab_size=len(tiny_tokenizer), num_attention_heads=2, max_position_embeddings=128, **shape
-    )
+        vocab_size=len(tiny_tokenizer), hidden_size=16, intermediate_size=32,
+        num_hidden_layers=2, num_attention_heads=2, max_position_embeddings=128,
+    )  # fmt: skip
     LlamaForCausalLM(config).save_pretrained(folder)
     tiny_tokenizer.save_pretrained(folder)
     data.write_text("".join(f">{i}\n{p}\n" for i, p in enumerate(random_proteins(30, 20, 40))))
