@@ -203,10 +203,7 @@ def test_a_killed_group_goes_on_to_the_same_cells(finished, one, world, tmp_path
     with pytest.raises(KeyboardInterrupt):
         job(one, tmp_path, world).run()
     monkeypatch.setattr(ablation.CohortTrainer, "training_step", step)
-    lines: list[str] = []
-    again = job(one, tmp_path, world)
-    again.announce = lines.append
-    assert again.run()["done"] == 6
+    assert job(one, tmp_path, world).run()["done"] == 6
     for cell in one.cells():
         ours, whole = (
             read_results(folder / "results" / f"{cell.name}.json")

@@ -238,7 +238,7 @@ def fasta_records(
         families: name of the family that each protein is recognised as, if that was asked.
     """
     width = max(4, len(str(len(scored))))
-    known = [{} if families is None else {"family": name} for name in families or scored]
+    named = [{} for _ in scored] if families is None else [{"family": f} for f in families]
     return [
         FastaRecord(
             f"protein_{number:0{width}d}",
@@ -251,7 +251,7 @@ def fasta_records(
                 "seed": seed,
                 "attempt": protein.attempt,
                 "whole": "yes" if protein.whole else "no",
-                **known[number - 1],
+                **named[number - 1],
             },
         )
         for number, (protein, value) in enumerate(scored, start=1)

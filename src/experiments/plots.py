@@ -252,11 +252,12 @@ def _panel(
         ends = [e or (v, v) for e, v in zip(intervals, values, strict=True)]
         low, high = np.array(ends, dtype=float).T
         shift = 1 + 0.03 * (index - middle) * several_sizes
+        look: dict[str, Any] = series_look(index) | ({} if len(shown) > 1 else {"linestyle": ""})
         axes.errorbar(
             [float(r["compression_ratio"]) * shift for r in shown],
             values,
             yerr=np.maximum([values - low, high - values], 0),
-            **series_look(index) | ({} if len(shown) > 1 else {"linestyle": ""}),
+            **look,
             linewidth=1,
             capsize=3,
             label=name,

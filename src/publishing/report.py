@@ -325,8 +325,8 @@ def _evaluated(results: Mapping[str, Any]) -> str:
 def _reliability(results: Mapping[str, Any]) -> list[Drawing]:
     drawings = []
     for model in MODELS:
-        record = results.get(f"{model}_ece")
-        if lookup(record or {}, "reliability"):
+        record = results.get(f"{model}_ece") or {}
+        if lookup(record, "reliability"):
             draw = functools.partial(plots.reliability_diagram, model, record)
             caption = f"Accuracy of the {model}'s first choice against its confidence."
             drawings.append(make_drawing(draw, f"reliability-{model}", caption))

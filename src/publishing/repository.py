@@ -82,7 +82,7 @@ class Repository:
         self.create_pr = create_pr
         if constants.is_offline_mode():
             raise ValueError("HF_HUB_OFFLINE is set: unset it to upload, or pass --dry_run")
-        self._token = get_token()
+        self._token = get_token() or ""
         if not self._token:
             raise ValueError(
                 "no token: run `hf auth login`, or set HF_TOKEN to one with write permission"
