@@ -28,3 +28,16 @@ def test_the_notebook_is_committed_without_outputs():
 
     notebook = nbformat.read(ROOT / "notebooks" / "phase_0_ablation.ipynb", as_version=4)
     assert all(not cell.get("outputs") for cell in notebook.cells)
+
+
+def test_the_notebook_finds_the_project_and_what_it_imports(monkeypatch):
+    """The slow test runs all of it; this one sees at once that something was moved or renamed."""
+    import nbformat
+
+    monkeypatch.chdir(ROOT / "notebooks")
+    notebook = nbformat.read(ROOT / "notebooks" / "phase_0_ablation.ipynb", as_version=4)
+    first = next(cell["source"] for cell in notebook.cells if cell["cell_type"] == "code")
+    lines = [line for line in first.splitlines() if not line.startswith("%")]
+    names: dict = {}
+    exec("\n".join(lines), names)
+    assert names["root"] == ROOT
