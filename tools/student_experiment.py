@@ -52,16 +52,14 @@ def run(args: argparse.Namespace) -> dict:
         data=args.data, teacher_model=args.teacher_model, train_size_prop=1.0,
         batch_size=16, precision=args.precision, validation_proteins=1,
     )  # fmt: skip
-    experiment = Students(
-        base, {name: SIZES[name] for name in args.sizes}, COMPARED, args.results, args.work
-    )
+    shapes = {name: SIZES[name] for name in args.sizes}
+    experiment = Students(base, shapes, COMPARED, args.results, args.work, args.summary)
     runs = {}
     for size in args.sizes:
         for recipe in args.recipes:
-            rate = experiment.tuned(recipe, size, args.steps, only_read=args.summary)
+            rate = experiment.tuned(recipe, size, args.steps)
             for seed in args.seeds:
-                options = (recipe, size, rate, args.steps, seed)
-                runs[recipe, size, seed] = experiment.run(*options, only_read=args.summary)
+                runs[recipe, size, seed] = experiment.run(recipe, size, rate, args.steps, seed)
     show(args, runs)
     return {"-".join(map(str, key)): result for key, result in runs.items()}
 

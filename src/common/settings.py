@@ -328,6 +328,10 @@ def default_run_name(settings: TrainSettings) -> str:
     weighting = "" if loss.weighting == "published" else f"-{loss.weighting}"
     smoothing = "" if loss.smoothing == "published" else f"-{loss.smoothing}"
     factor = "" if loss.smoothing_factor == 0.1 else f"{loss.smoothing_factor}"
+    shape, dropout = "", 0.0
+    if student is not None:
+        shape = f"-l{student.n_layer}-h{student.n_head}-e{student.n_embd}"
+        dropout = student.dropout
     taught = settings.teacher_model is not None
     suffixes = (
         (loss.use_uncertainty_weighting, f"uncertainty{weighting}"),
@@ -341,7 +345,7 @@ def default_run_name(settings: TrainSettings) -> str:
         (settings.max_steps != DEFAULTS.max_steps, f"steps{settings.max_steps:g}"),
         (settings.optimizer != DEFAULTS.optimizer, settings.optimizer),
         (settings.early_stopping, f"stop{settings.early_stopping}"),
-        (student and student.dropout, f"drop{student and student.dropout}"),
+        (dropout, f"drop{dropout}"),
         (settings.init_from, f"init-{_last_part(settings.init_from)}"),
         (not taught, "untaught"),
         (
@@ -349,7 +353,6 @@ def default_run_name(settings: TrainSettings) -> str:
             f"from-{_last_part(settings.teacher_model)}",
         ),
     )
-    shape = f"-l{student.n_layer}-h{student.n_head}-e{student.n_embd}" if student else ""
     name = (
         f"protgpt2-distilled-t{loss.temperature}-a{loss.alpha}{shape}"
         f"-p{settings.train_size_prop}-lr{settings.learning_rate:.0e}.uniprot"

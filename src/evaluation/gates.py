@@ -198,8 +198,9 @@ def check_teacher(
         )
     vocabulary = int(model.config.vocab_size)
     guess = KNOWS_NOTHING * math.log(vocabulary) * tokens
+    groups = relatives_of(residues)
     p_better, p_worse, p_ignorant = (
-        paired_test(_unit_means(difference / lengths, residues)).p_value
+        paired_test(_group_means(difference / lengths, groups)).p_value
         for difference in (
             nll["shuffled"] - nll["natural"],
             nll["natural"] - nll["shuffled"],
@@ -232,9 +233,8 @@ def check_teacher(
     }
 
 
-def _unit_means(values: np.ndarray, residues: Sequence[str]) -> np.ndarray:
-    """Return the mean of the values ``(P,)`` over each group of relatives, ``(groups,)``."""
-    groups = relatives_of(residues)
+def _group_means(values: np.ndarray, groups: np.ndarray) -> np.ndarray:
+    """Return the mean of the values ``(P,)`` over the proteins of each group."""
     return np.bincount(groups, values) / np.bincount(groups)
 
 

@@ -8,16 +8,14 @@ from pathlib import Path
 from typing import NamedTuple
 
 from src.proteins.layouts import PROTEIN_LETTERS, STANDARD_RESIDUES
+from src.proteins.notation import CODES
 
 WILD_TYPE = ("", "wt", "wildtype", "wild-type", "wild type", "wild_type", "_wt", "_sy", "p.=", "=")
 SEPARATORS = re.compile(r"[:;/+]")
 _ONE = re.compile(r"(?P<prefix>.*?)(?P<wild>[A-Z])(?P<number>-?\d+)(?P<new>[A-Z])$")
 _THREE = re.compile(r"(?:p\.)?(?P<wild>[A-Z][a-z]{2})(?P<number>\d+)(?P<new>[A-Z][a-z]{2}|=)$")
 _HGVS = re.compile(r"p\.[\[(](.*)[\])]")
-_THREE_LETTERS = "AlaArgAsnAspCysGlnGluGlyHisIleLeuLysMetPheProSerThrTrpTyrVal"
-_NAMES = {
-    _THREE_LETTERS[3 * i : 3 * i + 3]: letter for i, letter in enumerate("ARNDCQEGHILKMFPSTWYV")
-}
+_NAMES = {code.capitalize(): r for code, r in CODES.items() if r in STANDARD_RESIDUES}
 
 
 class Substitution(NamedTuple):

@@ -176,6 +176,7 @@ class Sampler:
         settings: GenerationSettings,
         shared: bool = False,
     ) -> None:
+        settings = settings.suited(tokenizer)
         self.tokenizer, self.settings, self.device = tokenizer, settings, model.device
         self.layout, self.end = layout_of(tokenizer), stop_token(tokenizer)
         if settings.tag and self.layout.tag is None:
@@ -197,8 +198,10 @@ class Sampler:
         never = banned_tokens(tokenizer, settings.ban_residues, vocabulary)
         never[len(letters) :] = True
         self.never = never.to(self.device) if never.any() else None
-        penalty = settings.repetition_penalty or suited_penalty(letters)
-        self.warp = Warp(penalty, settings.temperature, settings.top_k, settings.top_p)
+        assert settings.repetition_penalty is not None
+        self.warp = Warp(
+            settings.repetition_penalty, settings.temperature, settings.top_k, settings.top_p
+        )
         self.longest = settings.max_length or (
             self.room * max(self.residues_of) + len(settings.prompt)
         )

@@ -73,25 +73,27 @@ class Curve(TrainerCallback):
     Args:
         steps: after which it is taken.
         measure: returns figures of a model in eval mode.
-        points: taken before, by a run that was stopped; grows.
+        file: where the points are kept, for a run that is stopped.
     """
 
     def __init__(
         self,
         steps: Sequence[int],
         measure: Callable[[Any], dict[str, float]],
-        points: list[dict[str, float]],
+        file: Path,
     ) -> None:
-        self.steps, self.measure, self.points = set(steps), measure, points
+        self.steps, self.measure, self.file = set(steps), measure, file
+        self.points: list[dict[str, float]] = []
+        if file.exists():
+            self.points = read_json(file)["points"]
         self.seconds, self.since = 0.0, 0.0
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Start the clock, at the last point where a stopped run goes on."""
-        done = [point for point in self.points if point["step"] <= state.global_step]
-        self.points[:] = done
-        if done:
-            behind = state.global_step / done[-1]["step"]
-            self.seconds = done[-1]["seconds"] * behind
+        self.points = [point for point in self.points if point["step"] <= state.global_step]
+        if self.points:
+            last = self.points[-1]
+            self.seconds = last["seconds"] * state.global_step / last["step"]
         self.since = time.monotonic()
 
     def on_step_end(self, args: Any, state: Any, control: Any, model: Any, **kwargs: Any) -> None:
@@ -106,6 +108,7 @@ class Curve(TrainerCallback):
         model.train(training)
         point = {"step": state.global_step, "seconds": self.seconds, **figures}
         self.points.append(point)
+        write_json(self.file, {"points": self.points})
         say(f"step {point['step']:,}: KL {point['kl_per_residue']:.4f} nats per residue")
         self.since = time.monotonic()
 
@@ -120,6 +123,7 @@ class Students:
         recipes: by name.
         results: directory of a file for each run.
         work: directory of the students.
+        only_read: train nothing; a run that is missing is an error.
     """
 
     base: TrainSettings
@@ -127,6 +131,7 @@ class Students:
     recipes: Mapping[str, Recipe]
     results: Path
     work: Path
+    only_read: bool = False
 
     @cached_property
     def teacher(self) -> ProteinModel:
@@ -164,49 +169,42 @@ class Students:
             max_steps=steps, seed=seed, eval_steps=steps, save_steps=max(1, steps // 10), **changes,
         )  # fmt: skip
 
-    def run(
-        self, recipe: str, shape: str, rate: float, steps: int, seed: int, only_read: bool = False
-    ) -> dict[str, Any]:
+    def run(self, recipe: str, shape: str, rate: float, steps: int, seed: int) -> dict[str, Any]:
         """Train a student, unless it was trained; return the content of its file.
 
         Raises:
-            ValueError: it was not trained, and is only to be read.
+            ValueError: it was not trained, with ``only_read``.
         """
         name = f"{recipe}-{shape}-steps{steps}-seed{seed}-lr{rate:g}"
         path = self.results / f"{name}.json"
         if path.exists():
             return read_json(path)
-        if only_read:
+        if self.only_read:
             raise ValueError(f"{path}: there is no such run; leave out --summary to make it")
         say(f"== {name}")
-        unfinished = self.work / f"{name}.curve.json"
-        points = read_json(unfinished)["points"] if unfinished.exists() else []
         steps_of_points = np.unique(np.geomspace(max(1, steps // 100), steps, POINTS).astype(int))
-
-        def measured(student: Any) -> dict[str, float]:
-            write_json(unfinished, {"points": points})
-            return self.divergence(student)
-
+        self.work.mkdir(parents=True, exist_ok=True)
+        curve = Curve(steps_of_points.tolist(), self.divergence, self.work / f"{name}.curve.json")
         record = train(
             self.settings(recipe, shape, rate, steps, seed),
             self.work / name,
             resume=(self.work / name).exists(),
             skip_teacher_check=True,
-            callbacks=[Curve(steps_of_points.tolist(), measured, points)],
+            callbacks=[curve],
         )
         result = {
             "recipe": recipe, "shape": shape, "rate": rate, "steps": steps, "seed": seed,
-            "model": str(self.work / name), "curve": points,
+            "model": str(self.work / name), "curve": curve.points,
             "tokens_per_step": tokens_per_step(record),
             "operations_per_token": operations(record),
             **{key: record[key] for key in ("settings", "student", "device", "git", "started")},
         }  # fmt: skip
         self.results.mkdir(parents=True, exist_ok=True)
         write_json(path, result)
-        unfinished.unlink(missing_ok=True)
+        curve.file.unlink(missing_ok=True)
         return result
 
-    def tuned(self, recipe: str, shape: str, steps: int, only_read: bool = False) -> float:
+    def tuned(self, recipe: str, shape: str, steps: int) -> float:
         """Return the recipe's best learning rate at a tenth of the steps, by validation KL.
 
         Where it is at an end of the range, the rates beyond it are tried, a factor 2 apart.
@@ -215,8 +213,7 @@ class Students:
         wanted = list(self.recipes[recipe].rates)
         for _ in range(1 + BEYOND):
             for rate in wanted:
-                few = max(1, steps // 10)
-                tried = self.run(recipe, shape, rate, few, TUNING_SEED, only_read)
+                tried = self.run(recipe, shape, rate, max(1, steps // 10), TUNING_SEED)
                 found[rate] = tried["curve"][-1]["kl_per_residue"]
             best = min(found, key=lambda rate: found[rate])
             ends = {min(found): best / 2, max(found): best * 2}
