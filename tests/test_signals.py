@@ -140,7 +140,7 @@ def test_workers_end_with_their_parent_and_with_nobody_else():
 def test_a_lost_terminal_does_not_break_what_is_printed():
     """Writing to a terminal that is gone fails, and must not end the run before its checkpoint."""
     code = (
-        "import os, signal, time\n"
+        "import os, signal, sys, time\n"
         "signal.signal(signal.SIGHUP, signal.SIG_DFL)\n"  # the tests may run under nohup
         "from src.trainer.interruption import deferred, requested, stops_on_signals\n"
         "@stops_on_signals\n"
@@ -149,16 +149,21 @@ def test_a_lost_terminal_does_not_break_what_is_printed():
         "        print('ready', flush=True)\n"
         "        while requested() is None:\n"
         "            time.sleep(0.05)\n"
-        "        print('said into the void', flush=True)\n"
+        "        print('said into the void', file=sys.stderr, flush=True)\n"
         "        os._exit(7)\n"
         "work()\n"
     )
     ours, theirs = os.openpty()
     with subprocess.Popen(
-        [sys.executable, "-c", code], cwd=ROOT, stdout=theirs, stderr=theirs, start_new_session=True
+        [sys.executable, "-c", code],
+        cwd=ROOT,
+        stdout=subprocess.PIPE,  # not the terminal: its end would fail a write that is not yet done
+        stderr=theirs,
+        start_new_session=True,
     ) as process:
         os.close(theirs)
-        assert b"ready" in os.read(ours, 100)
+        assert process.stdout is not None
+        assert process.stdout.readline() == b"ready\n"
         os.close(ours)
         process.send_signal(signal.SIGHUP)
         try:
