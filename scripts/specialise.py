@@ -24,6 +24,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from src.common import settings as s
 from src.common.cli import (
+    LAYOUT_HELP,
     HelpFormatter,
     folder,
     natural,
@@ -48,6 +49,8 @@ def build_parser() -> argparse.ArgumentParser:
         "validation and perhaps test, taken as it is",
     )
     add("--model", default=s.BUNDLED_TEACHER, help="to adapt: directory or hub id")
+    example = "'3.2.1.17<sep><start>{residues}<end>'"
+    add("--layout", help=f"{LAYOUT_HELP}; a family's tag is written in its place: {example}")
     add("--output_dir", type=Path, required=True, help="directory of everything that is made")
     add("--profile", type=Path, help="HMM file that recognises the family (default: one is built)")
 
@@ -158,6 +161,7 @@ def run(args: argparse.Namespace) -> dict:
             ),
             scratch=not args.skip_random,
             profile=args.profile,
+            layout=args.layout,
             allow_mixed=args.allow_mixed,
             device=args.device,
             cache_dir=args.cache_dir,

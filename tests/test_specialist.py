@@ -367,9 +367,35 @@ def test_a_layout_with_tags_is_refused_before_anything_is_made(tmp_path, family_
     from tests.test_layouts import loaded, model_of
 
     model_of(loaded("zymctrl", tmp_path / "model")).save_pretrained(tmp_path / "model")
-    with pytest.raises(ValueError, match=r"needs EC of each protein.*train.py --alpha 1"):
+    with pytest.raises(ValueError, match=r"needs EC, of .*--layout '3.2.1.17<sep><start>\{resid"):
         fr.run_family(small_run(family_file, tmp_path / "model", tmp_path / "out"))
     assert not (tmp_path / "out" / "adapted").exists()
+
+
+def test_a_family_s_tag_is_written_in_the_layout_once(tmp_path, family_file, monkeypatch):
+    from src.evaluation.likelihoods import score_proteins
+    from src.models.loading import ProteinModel
+    from src.proteins.layouts import STANDARD_RESIDUES, TaggedProtein, layout_of
+    from tests.test_layouts import loaded, model_of
+
+    monkeypatch.setattr(fr, "SPEED_SAMPLES", 2)
+    model = model_of(tokenizer := loaded("zymctrl", tmp_path / "model"))
+    wanted = tokenizer.convert_tokens_to_ids([*STANDARD_RESIDUES, "<end>"])
+    others = [token for token in range(len(tokenizer)) if token not in wanted]
+    with torch.no_grad():  # random weights would hardly write a protein: digits are tokens too
+        model.transformer.ln_f.bias.fill_(1.0)
+        model.lm_head.weight[others] = -0.5
+    model.save_pretrained(tmp_path / "model")
+    layout, folder = "3.2.1.17<sep><start>{residues}<end>", tmp_path / "out"
+    run = replace(small_run(family_file, tmp_path / "model", folder), layout=layout)
+    judgement = fr.run_family(run)
+    for name in ("adapted", "random", "specialist"):
+        assert layout_of(load_tokenizer(folder / name)).template == layout
+    test = s.part_of(folder / "split", "test")
+    start = ProteinModel.load(tmp_path / "model")
+    tagged = [TaggedProtein(p.residues, "3.2.1.17") for p in test]
+    nats = score_proteins(*start, tagged).nll.sum() / sum(map(len, tagged))
+    assert judgement["held_out"]["nats"][s.START] == pytest.approx(nats)
 
 
 def test_a_specialist_larger_than_the_model_is_refused_at_once(tmp_path, family_file, model_dir):

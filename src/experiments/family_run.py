@@ -63,6 +63,8 @@ TRAINING, FAMILY, DENSITY = "training.hmm", "family.hmm", "density.hmm"
 SPEED_SAMPLES = 64
 """Proteins that a model samples to measure its speed."""
 RESULTS_FILE = "judgement.json"
+EXAMPLE_TAG = "3.2.1.17"
+"""Lysozyme's EC number, for a message."""
 
 
 @dataclass(frozen=True)
@@ -82,6 +84,8 @@ class FamilyRun:
         candidates: how candidates are sampled.
         scratch: also train random weights of the model's shape, for comparison.
         profile: HMM file that recognises the family; None: one is built.
+        layout: of proteins: a name, or a template with the value of the layout's tag in it; None:
+            the model's.
         allow_mixed: go on where the members look like several families.
         device: ``auto``, ``cpu`` or ``cuda``.
         cache_dir: where tokenised proteins are kept.
@@ -100,6 +104,7 @@ class FamilyRun:
     candidates: c.CandidateSettings = c.CandidateSettings()
     scratch: bool = True
     profile: Path | None = None
+    layout: str | None = None
     allow_mixed: bool = False
     device: str = "auto"
     cache_dir: str | None = None
@@ -218,13 +223,13 @@ def try_model(run: FamilyRun) -> tuple[int, Any]:
     """
     if run.lora_rank is not None:
         require_peft()
-    model, tokenizer = ProteinModel.load(run.model, announce=run.announce)
+    model, tokenizer = ProteinModel.load(run.model, layout=run.layout, announce=run.announce)
     layout = layout_of(tokenizer)
     if layout.tag is not None:
         raise ValueError(
-            f"--model {run.model}: its layout {layout.template} needs {layout.tag} of each "
-            "protein, which is not carried through all stages here: fine-tune it with train.py "
-            "--alpha 1"
+            f"--model {run.model}: its layout {layout.template} needs {layout.tag}, of which a "
+            "family has one value: write it in the layout's place, as in --layout "
+            f"'{layout.template.replace(f'{{{layout.tag}}}', EXAMPLE_TAG)}'"
         )
     limit = sampling_room(model, MOST_POSITIONS)
     if run.specialist is not None and model.config.model_type == "gpt2":
@@ -475,7 +480,7 @@ def held_out_figures(
         return None
     device = choose_device(run.device)
     proteins = [p.residues for p in family.test]
-    nll = {name: s.nats_of(path, proteins, device) for name, path in models.items()}
+    nll = {n: s.nats_of(path, proteins, device, family.layout) for n, path in models.items()}
     density = read_profiles(run.output_dir / "profile" / DENSITY)[0]
     nll[s.PROFILE], known = profile_nll(density, proteins)
     judged = s.judge(nll, family.test, family.clusters, table=folder / "per_member.parquet")

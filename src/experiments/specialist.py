@@ -266,9 +266,11 @@ def write_distillation_data(
     return counts
 
 
-def nats_of(model: str | Path, proteins: Sequence[str], device: Any = "cpu") -> np.ndarray:
+def nats_of(
+    model: str | Path, proteins: Sequence[str], device: Any = "cpu", layout: str | None = None
+) -> np.ndarray:
     """Return -log p of each protein under a model in nats, ``(P,)``; NaN where it does not fit."""
-    return score_proteins(*ProteinModel.load(model, device), proteins).nll
+    return score_proteins(*ProteinModel.load(model, device, layout), proteins).nll
 
 
 def judge(

@@ -197,7 +197,8 @@ def _scatter(table: Sequence[Mapping[str, str]]) -> Drawing:
                 axes.scatter(x, y, s=9, c=colour, marker=marker, label=label, linewidths=0.8)
         axes.set_xlabel("nats per residue under the adapted model")
         axes.set_ylabel("profile score, bits per residue")
-        axes.legend(fontsize=8)
+        if axes.collections:
+            axes.legend(fontsize=8)
         return figure
 
     caption = "The two scores that rank a candidate: best are those at the upper left."
