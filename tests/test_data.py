@@ -270,6 +270,7 @@ REFUSED = {
     "zip": ("a.fasta", b"PK\x03\x04rest", "broken or locked archive"),
     "JSON array that is cut": ("a.json", b'[{"sequence": "MK"}', "has no end: the file is cut"),
     "JSON array of numbers": ("a.json", b"[1, 2]", "object 1: not a JSON object"),
+    "long object that is cut": ("a.json", b'{\n"sequence": "MK"\n', "object 1: broken JSON"),
     "broken JSON array": ("a.json", b'[{"sequence": "MK"}, {"s', "object 2: broken JSON"),
     "long line": ("a.csv", b"sequence\n" + b"A" * (2 << 20), r"a\.csv:2: the line is longer"),
     "tar": ("a.fasta.gz", gzip.compress(b"x" * 257 + b"ustar" + b"x" * 300), "broken or locked"),
@@ -1050,6 +1051,8 @@ def test_arrays_of_json_are_read(indent, tmp_path, monkeypatch):
     packed.write_bytes(gzip.compress(path.read_bytes()))
     assert read(packed)[0] == found
     assert read(write(tmp_path / "b.json", json.dumps([A, B], indent=indent)))[0] == [A, B]
+    apart = "\n".join(json.dumps(row, indent=indent) for row in rows)  # as jq writes them
+    assert read(write(tmp_path / "c.json", apart))[0] == found
 
 
 @pytest.mark.parametrize("indent", [None, 2])

@@ -292,7 +292,10 @@ def _delimited_rows(path: Path, divider: str) -> Iterator[tuple[int, list[str]]]
             if row:
                 yield reader.line_num, row
     except csv.Error as error:
-        raise ValueError(f"{path}:{reader.line_num}: broken CSV ({reason(error)})") from None
+        raise ValueError(
+            f"{path}:{reader.line_num}: broken CSV ({reason(error)}): a cell that begins with a "
+            "double quote ends with one, and is quoted whole"
+        ) from None
 
 
 def _json_rows(path: Path) -> Iterator[tuple[int, list[str]]]:
@@ -307,15 +310,20 @@ def _json_rows(path: Path) -> Iterator[tuple[int, list[str]]]:
         if array:
             yield from _array_objects(path)
             return
+        begun = False
         for number, line in guarded_lines(path, ReadReport()):
             if not line.strip():
                 continue
             try:
                 value = json.loads(line)
             except (ValueError, RecursionError) as error:
+                if not begun and line.strip() == "{":  # an object over several lines
+                    yield from _array_objects(path, brackets=False)
+                    return
                 raise ValueError(f"{path}:{number}: broken JSON ({reason(error)})") from None
             if not isinstance(value, dict):
                 raise ValueError(f"{path}:{number}: not a JSON object with a column for each key")
+            begun = True
             yield number, value
 
     rows = ((number, _flat(row)) for number, row in objects())
@@ -327,8 +335,12 @@ def _json_rows(path: Path) -> Iterator[tuple[int, list[str]]]:
         yield number, [_text_of(row.get(name)) for name in columns]
 
 
-def _array_objects(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
-    """Yield the objects of a JSON array; a text in their place is a sequence."""
+def _array_objects(path: Path, brackets: bool = True) -> Iterator[tuple[int, dict[str, Any]]]:
+    """Yield the objects of a JSON array, or those that follow one another without its brackets.
+
+    A text in the place of an object is a sequence.
+    """
+    head = _FIRST if brackets else _NEXT
     decoder, number, buffer, read, at = json.JSONDecoder(), 0, "", 0, 0
     with opened(path) as (stream, _, packed):
         text, more = io.TextIOWrapper(stream, encoding="utf-8-sig", errors="replace"), "["
@@ -341,10 +353,10 @@ def _array_objects(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
             if packed:
                 refuse_bomb(path, number + 1, read, packed())
             while True:
-                start = (_NEXT if number else _FIRST).match(buffer, at).end()  # type: ignore[union-attr]
+                start = (_NEXT if number else head).match(buffer, at).end()  # type: ignore[union-attr]
                 if start == len(buffer):
                     break
-                if buffer[start] == "]":
+                if brackets and buffer[start] == "]":
                     return
                 place = f"{path}: object {number + 1}"
                 try:
@@ -357,7 +369,8 @@ def _array_objects(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
                     raise ValueError(f"{place}: not a JSON object with a column for each key")
                 number += 1
                 yield number, value if isinstance(value, dict) else {"sequence": value}
-    raise ValueError(f"{path}: the JSON array has no end: the file is cut short")
+    if brackets:
+        raise ValueError(f"{path}: the JSON array has no end: the file is cut short")
 
 
 def _flat(row: dict[str, Any]) -> dict[str, Any]:
