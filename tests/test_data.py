@@ -26,21 +26,12 @@ from datasets.exceptions import DatasetNotFoundError
 
 from src.common.cli import add_data_flags
 from src.proteins import lines, readers, sources, tables
+from src.proteins.encoding import token_letters, tokenizer_fingerprint
+from src.proteins.hashes import SeenHashes, chosen, held_out, sequence_hash
 from src.proteins.layouts import END_OF_TEXT, PROTGPT2, layout, prompt_layout
 from src.proteins.report import ReadReport
 from src.proteins.sources import SAME_NAMES, has_split, read_proteins
-from src.proteins.tokens import (
-    SeenHashes,
-    TokenisedProteins,
-    chosen,
-    data_summary,
-    held_out,
-    open_store,
-    sequence_hash,
-    token_letters,
-    tokenise,
-    tokenizer_fingerprint,
-)
+from src.proteins.tokens import TokenisedProteins, data_summary, open_store, tokenise
 
 A, B, C = "MKVLAAGIT", "MSTNPKPQRKTKRNTNRRPQDVKFPGG", "MAAAK"
 

@@ -22,9 +22,9 @@ from src.evaluation.per_protein import write_per_protein
 from src.evaluation.results import lookup, read_results, validate
 from src.evaluation.scoring import EvaluationSettings, length_batches, protein_nll
 from src.models.sizes import threshold_for
+from src.proteins.encoding import encode
 from src.proteins.layouts import STANDARD_RESIDUES, layout
 from src.proteins.ngrams import fit_ngrams
-from src.proteins.tokens import encode
 from tests.conftest import write_parts
 
 ROOT = Path(__file__).resolve().parents[1]

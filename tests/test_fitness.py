@@ -15,7 +15,7 @@ from scipy import stats
 from scripts import score as script
 from src.evaluation import fitness
 from src.models.loading import ProteinModel
-from src.proteins.tokens import encode
+from src.proteins.encoding import encode
 
 WILD = "MKTAYIAKQRQISFVKSHFSRQLEERLGLIEVQ"
 TABLE = """mutant,mutated_sequence,DMS_score,DMS_score_bin

@@ -28,6 +28,7 @@ from src.evaluation.sequence_quality import measure_generation
 from src.evaluation.variants import windowed_nll
 from src.models.loading import ProteinModel, load_tokenizer
 from src.models.recognition import NATURAL, candidates, settle_layout
+from src.proteins.encoding import Spelling, encode, tokenizer_fingerprint
 from src.proteins.layouts import (
     LAYOUTS,
     PROTGPT2,
@@ -41,7 +42,7 @@ from src.proteins.layouts import (
     tag_in,
 )
 from src.proteins.sources import read_entries
-from src.proteins.tokens import Spelling, encode, tokenise, tokenizer_fingerprint
+from src.proteins.tokens import tokenise
 
 LETTERS = [*"ABCDEFGHIKLMNOPQRSTUVWXYZ"]
 KINDS = {

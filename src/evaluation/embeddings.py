@@ -28,7 +28,7 @@ from src.evaluation.scoring import BATCH_TOKENS, length_batches
 from src.models.forward import accepts
 from src.models.loading import NOT_TAKEN, ProteinModel
 from src.proteins.batching import padded
-from src.proteins.tokens import Spelling
+from src.proteins.encoding import Spelling
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel

@@ -15,9 +15,9 @@ import torch
 from torch import Tensor
 
 from src.evaluation.composition import repeat_share
+from src.proteins.encoding import token_letters
 from src.proteins.layouts import STANDARD_RESIDUES
 from src.proteins.relatives import Relatives
-from src.proteins.tokens import token_letters
 
 SEEN = "sampled before"
 TOO_CLOSE = "too close to a known protein"

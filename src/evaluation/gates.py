@@ -13,10 +13,10 @@ from src.evaluation.results import finite_or_none
 from src.evaluation.scoring import EvaluationSettings, Proteins, Tokens, protein_nll
 from src.evaluation.statistics import paired_test
 from src.models.forward import stated_positions
+from src.proteins.encoding import decode, encode
 from src.proteins.layouts import shuffled
 from src.proteins.ngrams import UNIFORM_NATS, fit_ngrams
 from src.proteins.relatives import relatives_of
-from src.proteins.tokens import decode, encode
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel

@@ -12,11 +12,11 @@ from src.evaluation.results import lookup
 from src.evaluation.scoring import EvaluationSettings
 from src.models.forward import stated_positions
 from src.models.loading import NoTokenizerError, load_tokenizer, max_positions
+from src.proteins.encoding import tokenizer_fingerprint
 from src.proteins.homology import read_clusters
 from src.proteins.layouts import guess_layout, layout_of, set_layout, stated_layout
 from src.proteins.sources import has_split, local_files
 from src.proteins.split_files import CLUSTERS_FILE, SPLIT_FILE, read_split
-from src.proteins.tokens import tokenizer_fingerprint
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel

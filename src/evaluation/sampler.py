@@ -19,6 +19,7 @@ from src.common.settings import require_moderate
 from src.evaluation.draws import Warp, attempt_stream, pick
 from src.evaluation.filters import Filters, banned_tokens
 from src.models.decoding import Decoder, sampling_room
+from src.proteins.encoding import Spelling, decode, encode, require_known, token_letters
 from src.proteins.layouts import (
     END_OF_TEXT,
     PROTEIN_LETTERS,
@@ -28,7 +29,6 @@ from src.proteins.layouts import (
     layout_of,
     stop_token,
 )
-from src.proteins.tokens import Spelling, decode, encode, require_known, token_letters
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -142,7 +142,7 @@ def suited_penalty(letters: Sequence[str]) -> float:
     average length has every residue, so the penalty would only flatten the distribution.
 
     Args:
-        letters: residues of each token (:func:`~src.proteins.tokens.token_letters`).
+        letters: residues of each token (:func:`~src.proteins.encoding.token_letters`).
     """
     return 1.2 if max(map(len, letters)) > 1 else 1.0
 

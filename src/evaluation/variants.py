@@ -29,8 +29,8 @@ from src.models.decoding import cache_argument
 from src.models.forward import stated_positions
 from src.models.loading import ProteinModel
 from src.proteins.batching import cut_batches, padded
+from src.proteins.encoding import Spelling, encode
 from src.proteins.layouts import RESIDUES_PER_LINE
-from src.proteins.tokens import Spelling, encode
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel

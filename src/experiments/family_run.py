@@ -16,34 +16,21 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass, replace
+from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
-from src.common.cli import duration, quiet_libraries, say, unheard
+from src.common.cli import duration, quiet_libraries, unheard
 from src.common.devices import choose_device
-from src.common.files import read_json, sha256_file, write_json, write_text
+from src.common.files import sha256_file, write_json, write_text
 from src.common.runs import locked, read_run
-from src.common.settings import DEFAULTS, StudentSettings
-from src.evaluation.inputs import clusters_of
+from src.common.settings import DEFAULTS
 from src.evaluation.likelihoods import score_proteins
 from src.experiments import candidates as c
 from src.experiments import specialist as s
-from src.models.decoding import sampling_room
-from src.models.loading import MOST_POSITIONS, ProteinModel, load_causal_lm, model_fingerprint
-from src.models.lora import require_peft
-from src.proteins.family_split import (
-    FamilySettings,
-    family_hits_of,
-    read_family,
-    require_one_family,
-    split_family,
-    test_notes,
-)
-from src.proteins.layouts import PROTGPT2, layout_of
+from src.experiments.family_inputs import Family, FamilyRun, identity, prepare
+from src.models.loading import ProteinModel, load_causal_lm, model_fingerprint
 from src.proteins.profiles import (
     align_family,
     best_density,
@@ -54,80 +41,12 @@ from src.proteins.profiles import (
     write_profiles,
 )
 from src.proteins.relatives import check_profiles
-from src.proteins.sources import Protein, has_split
-from src.proteins.split_files import SPLIT_FILE, read_split, write_split
-from src.proteins.tokens import encode
 from src.publishing.family_page import build_page
 
 TRAINING, FAMILY, DENSITY = "training.hmm", "family.hmm", "density.hmm"
 SPEED_SAMPLES = 64
 """Proteins that a model samples to measure its speed."""
 RESULTS_FILE = "judgement.json"
-EXAMPLE_TAG = "3.2.1.17"
-"""Lysozyme's EC number, for a message."""
-
-
-@dataclass(frozen=True)
-class FamilyRun:
-    """Settings of a run of scripts/specialise.py.
-
-    Attributes:
-        family: one file of members, or a directory with parts that is split already.
-        model: to adapt; directory or hub id.
-        output_dir: of everything.
-        specialist: shape of the specialist; None: none is made.
-        split: how the family is split.
-        adaptation: how the model is adapted.
-        lora_rank: of the additions that are trained in place of all weights; None: all weights.
-        random: how random weights of the model's shape are trained.
-        distillation: how the specialist is distilled.
-        candidates: how candidates are sampled.
-        scratch: also train random weights of the model's shape, for comparison.
-        profile: HMM file that recognises the family; None: one is built.
-        layout: of proteins: a name, or a template with the value of the layout's tag in it; None:
-            the model's.
-        allow_mixed: go on where the members look like several families.
-        device: ``auto``, ``cpu`` or ``cuda``.
-        cache_dir: where tokenised proteins are kept.
-        announce: called with each line for a person.
-    """
-
-    family: Path
-    model: str
-    output_dir: Path
-    specialist: StudentSettings | None = None
-    split: FamilySettings = FamilySettings()
-    adaptation: s.FitSettings = s.ADAPTATION
-    lora_rank: int | None = None
-    random: s.FitSettings = s.FROM_RANDOM
-    distillation: s.FitSettings = s.DISTILLATION
-    candidates: c.CandidateSettings = c.CandidateSettings()
-    scratch: bool = True
-    profile: Path | None = None
-    layout: str | None = None
-    allow_mixed: bool = False
-    device: str = "auto"
-    cache_dir: str | None = None
-    announce: Callable[[str], None] = say
-
-
-@dataclass
-class Family:
-    """A family that is split, the model's limit in tokens and its layout of proteins."""
-
-    data: Path
-    train: list[Protein]
-    validation: list[Protein]
-    test: list[Protein]
-    clusters: list[str]
-    notes: list[str]
-    limit: int
-    layout: str | None = None
-
-    @property
-    def known(self) -> list[str]:
-        """Residues of all members."""
-        return [p.residues for p in (*self.train, *self.validation, *self.test)]
 
 
 def run_family(run: FamilyRun) -> dict[str, Any]:
@@ -168,110 +87,6 @@ def step(run: FamilyRun, name: str) -> None:
     run.announce(f"== {name}")
 
 
-def prepare(run: FamilyRun) -> Family:
-    """Read and split the family, or take over its split."""
-    limit, tokenizer = try_model(run)
-    if run.family.is_dir() and has_split(run.family, "train"):
-        if not has_split(run.family, "validation"):
-            raise ValueError(
-                f"--family {run.family}: has no validation part, which decides when to stop: add "
-                "one, or give one file that is split here"
-            )
-        return family_of(run, run.family, [], limit, tokenizer)
-    folder = run.output_dir / "split"
-    source = {}
-    if run.family.is_file():
-        source = {"file": run.family.name, "sha256": sha256_file(run.family)}
-    notes_file = run.output_dir / "split-notes.json"
-    if (folder / SPLIT_FILE).is_file():
-        record = read_split(folder)
-        made = {k: record["settings"].get(k) for k in s.recorded(run.split)}
-        if record.get("source") != source or made != s.recorded(run.split):
-            raise ValueError(
-                f"{folder} holds another family, or one split with other settings: choose another "
-                "--output_dir"
-            )
-        run.announce(f"{folder}: finished before")
-        return family_of(run, folder, read_json(notes_file), limit, tokenizer)
-
-    def fits(proteins: Any) -> np.ndarray:
-        return np.array([len(row) <= limit for row in encode(tokenizer, proteins)])
-
-    members = read_family(run.family, fits, f"{run.model} takes {limit} tokens", run.announce)
-    run.announce(f"searching {len(members):,} members among themselves")
-    hits = family_hits_of(members)
-    notes = []
-    if not run.allow_mixed and (apart := require_one_family(run.family, members, hits)):
-        notes.append(
-            f"{len(apart)} members have no detectable relative among the others (first "
-            f"{apart[0]}): they are kept; are they of this family?"
-        )
-    split = split_family(members, hits, run.split)
-    write_json(notes_file, notes + split.notes)
-    write_split(folder, members, split.split, run.split, source=source)
-    return family_of(run, folder, notes + split.notes, limit, tokenizer)
-
-
-def try_model(run: FamilyRun) -> tuple[int, Any]:
-    """Return the model's longest input in tokens, and its tokenizer, which carries its layout.
-
-    What a later stage could not do is refused here, before anything is trained.
-
-    Raises:
-        ValueError: the model cannot be loaded or sampled from, its layout needs a tag, it is
-            smaller than the specialist somewhere, or peft is wanted and missing.
-    """
-    if run.lora_rank is not None:
-        require_peft()
-    model, tokenizer = ProteinModel.load(run.model, layout=run.layout, announce=run.announce)
-    layout = layout_of(tokenizer)
-    if layout.tag is not None:
-        raise ValueError(
-            f"--model {run.model}: its layout {layout.template} needs {layout.tag}, of which a "
-            "family has one value: write it in the layout's place, as in --layout "
-            f"'{layout.template.replace(f'{{{layout.tag}}}', EXAMPLE_TAG)}'"
-        )
-    limit = sampling_room(model, MOST_POSITIONS)
-    if run.specialist is not None and model.config.model_type == "gpt2":
-        for name in ("n_layer", "n_head", "n_embd"):
-            have, wanted = getattr(model.config, name), getattr(run.specialist, name)
-            if wanted > have:
-                raise ValueError(
-                    f"the specialist's {name} is {wanted}, that of {run.model} {have}: a "
-                    f"specialist is cut from the model, so give --{name} {have} or less"
-                )
-    return limit, tokenizer
-
-
-def family_of(
-    run: FamilyRun, data: Path, notes: list[str], limit: int, tokenizer: Any = None
-) -> Family:
-    """Return a split family, and say how it is split."""
-    layout = PROTGPT2 if tokenizer is None else layout_of(tokenizer)
-    test = s.part_of(data, "test") if has_split(data, "test") else []
-    table = clusters_of(data) or {}
-    clusters = [table.get(p.name, p.name) for p in test]
-    if data == run.family:
-        notes = [*notes, *test_notes(len(test), len(set(clusters)), run.split.test_identity)]
-    family = Family(
-        data,
-        s.part_of(data, "train"),
-        s.part_of(data, "validation"),
-        test,
-        clusters,
-        notes,
-        limit,
-        None if layout == PROTGPT2 else layout.template,
-    )
-    run.announce(
-        f"{len(family.train):,} training, {len(family.validation):,} validation and {len(test):,} "
-        f"test members ({len(set(clusters)):,} clusters)"
-    )
-    for note in notes:
-        run.announce(f"note: {note}")
-    return family
-
-
 def build_profiles(run: FamilyRun, family: Family) -> dict[str, Any]:
     """Build the profiles of the training members and of all members."""
     folder = run.output_dir / "profile"
@@ -288,13 +103,6 @@ def build_profiles(run: FamilyRun, family: Family) -> dict[str, Any]:
         return {"effective_number": choice, "validation_nats": nats}
 
     return s.run_stage(folder, identity(family), work, run.announce)
-
-
-def identity(family: Family) -> dict[str, Any]:
-    """Return the hashes of the family's parts, for the records of stages."""
-    parts = ("train", "validation", "test")
-    files = {p: sorted(family.data.glob(f"{p}.*")) for p in parts}
-    return {p: [sha256_file(path) for path in paths] for p, paths in files.items() if paths}
 
 
 def options_of(run: FamilyRun, family: Family) -> dict[str, Any]:

@@ -25,6 +25,7 @@ from src.models.weights import (
     require_fitting_weights,
     require_model_directory,
 )
+from src.proteins.encoding import Spelling, encode, require_known, token_letters
 from src.proteins.layouts import (
     STANDARD_RESIDUES,
     Layout,
@@ -34,7 +35,6 @@ from src.proteins.layouts import (
     spelt_out,
     stated_layout,
 )
-from src.proteins.tokens import Spelling, encode, require_known, token_letters
 
 if TYPE_CHECKING:
     from transformers import GPT2Config, GPT2LMHeadModel, PreTrainedModel

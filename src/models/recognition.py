@@ -16,6 +16,7 @@ import torch.nn.functional as F
 
 from src.common.cli import say
 from src.models.forward import final_hidden_states, output_head, stated_positions
+from src.proteins.encoding import Spelling, require_known, token_letters
 from src.proteins.layouts import (
     LAYOUTS,
     PROTGPT2,
@@ -27,7 +28,6 @@ from src.proteins.layouts import (
     spelt_out,
     stated_layout,
 )
-from src.proteins.tokens import Spelling, require_known, token_letters
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel

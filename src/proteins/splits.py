@@ -224,7 +224,7 @@ def sample_names(names: Sequence[str], count: int, seed: int) -> list[str]:
     """Return the ``count`` names with the lowest seeded hash, in their order.
 
     A smaller sample is part of a larger one. Names are hashed, not sequences as in
-    ``src.proteins.tokens.chosen``, so that a share of a sample is still a fair share.
+    ``src.proteins.hashes.chosen``, so that a share of a sample is still a fair share.
     """
 
     def rank(name: str) -> bytes:

@@ -11,20 +11,19 @@ import contextlib
 import hashlib
 import json
 import os
-import re
 import shutil
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from filelock import FileLock, Timeout
-from numpy.lib.stride_tricks import sliding_window_view
 
 from src.common.cli import progress, say, unheard
 from src.common.files import atomic_folder, names_full_disk, sha256_file, write_json
 from src.common.manifest import file_entry, signature
-from src.proteins.layouts import PROTGPT2, Layout, layout_of
+from src.proteins.encoding import Spelling, encode, require_layout, tokenizer_fingerprint
+from src.proteins.hashes import SeenHashes, chosen, hashes_of
 from src.proteins.report import ReadReport
 from src.proteins.sources import (
     CUT_IN_SOURCE,
@@ -50,207 +49,9 @@ BATCH_RESIDUES = 1 << 18
 """Most residues tokenised together: a tokenizer needs some hundred bytes of memory a token."""
 SMALL_BYTES = 1 << 26
 """Smaller sources are identified by their content, larger ones by path, size and time."""
-_MARKER = re.compile(r"<.*>|\[.*\]")
 LONG_PROTEINS = ("cut", "drop")
 BEYOND = "beyond --max_proteins"
 UNKNOWN_RESIDUES = "residues, or a tag, that the tokenizer does not know"
-
-
-# Sequences as numbers: duplicates and nested subsets
-
-
-def sequence_hash(residues: str) -> int:
-    """Return 64 bits of BLAKE2b of a protein's residues, as an unsigned number.
-
-    Two of n different proteins collide with probability n² / 2⁶⁵: 6 in 100,000 for UniRef50.
-    """
-    return int.from_bytes(hashlib.blake2b(residues.encode(), digest_size=8).digest(), "little")
-
-
-def chosen(hashes: np.ndarray, proportion: float, seed: int = 0) -> np.ndarray:
-    """Return which proteins belong to a share, ``(proteins,)`` bool, by a seeded hash.
-
-    With the same seed a smaller share is a subset of a larger one; the order of the proteins does
-    not matter, and equal sequences are chosen together. Different seeds choose independently.
-
-    Args:
-        hashes: ``(proteins,)`` from :func:`sequence_hash`.
-        proportion: the share, in (0, 1].
-        seed: of the choice.
-
-    Raises:
-        ValueError: the share is outside (0, 1].
-    """
-    if not 0 < proportion <= 1:
-        raise ValueError(f"--train_size_prop must be above 0 and at most 1, got {proportion}")
-    hashes = np.asarray(hashes, dtype=np.uint64)
-    if proportion == 1:
-        return np.ones(len(hashes), dtype=bool)
-    salt = _mixed(np.array([seed % 2**64], dtype=np.uint64))
-    return _mixed(hashes ^ salt) < np.uint64(int(proportion * 2.0**64))
-
-
-def _mixed(values: np.ndarray) -> np.ndarray:
-    """Return a bijective scramble of 64-bit numbers (SplitMix64: Steele et al. 2014, OOPSLA)."""
-    z = values + np.uint64(0x9E3779B97F4A7C15)
-    z = (z ^ (z >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
-    z = (z ^ (z >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
-    return z ^ (z >> np.uint64(31))
-
-
-class SeenHashes:
-    """A growing set of 64-bit hashes that takes 8 bytes a hash; a Python set takes about 60.
-
-    Sorted runs are merged when the last is as long as the one before, so n hashes need O(log n)
-    runs and O(n log n) work.
-    """
-
-    def __init__(self) -> None:
-        self.runs: list[np.ndarray] = []
-
-    def add(self, hashes: np.ndarray) -> np.ndarray:
-        """Add hashes and return which are new, ``(n,)`` bool; of repeats only the first is."""
-        distinct, first = np.unique(hashes, return_index=True)
-        known = np.zeros(len(distinct), dtype=bool)
-        for run in self.runs:
-            place = np.minimum(np.searchsorted(run, distinct), len(run) - 1)
-            known |= run[place] == distinct
-        new = np.zeros(len(hashes), dtype=bool)
-        new[first[~known]] = True
-        if not known.all():
-            self.runs.append(distinct[~known])
-        while len(self.runs) > 1 and len(self.runs[-1]) >= len(self.runs[-2]):
-            last = self.runs.pop()
-            merged = np.concatenate([self.runs.pop(), last])
-            merged.sort(kind="stable")
-            self.runs.append(merged)
-        return new
-
-
-# Tokenizers
-
-
-def tokenizer_fingerprint(tokenizer: Any) -> str:
-    """Return the SHA-256 of the rules that decide a tokenizer's output on laid-out proteins."""
-    backend = getattr(tokenizer, "backend_tokenizer", None)
-    if backend is not None:
-        rules = json.loads(backend.to_str())
-        # These two are changed by calls, and not used by tokenise().
-        rules.pop("truncation", None)
-        rules.pop("padding", None)
-    else:
-        rules = {"class": type(tokenizer).__name__, "vocab": tokenizer.get_vocab()}
-    parts = [rules, tokenizer.eos_token_id]
-    if layout_of(tokenizer) != PROTGPT2:
-        parts.append(layout_of(tokenizer).template)
-    state = json.dumps(parts, sort_keys=True)
-    return hashlib.sha256(state.encode()).hexdigest()
-
-
-def require_known(token: int, vocabulary: int) -> None:
-    """Raise ``ValueError`` where a token has no place in a model's vocabulary."""
-    if token >= vocabulary:
-        raise ValueError("the tokenizer has more tokens than the model: is it another model's?")
-
-
-def token_letters(tokenizer: Any) -> list[str]:
-    """Return the residues of each token id; empty for markers and line breaks."""
-    special = set(tokenizer.all_special_ids)
-    tokens = tokenizer.convert_ids_to_tokens(list(range(len(tokenizer))))
-    return [
-        ""
-        if i in special or token is None or _MARKER.fullmatch(token)
-        else "".join(c for c in token if "A" <= c <= "Z")
-        for i, token in enumerate(tokens)
-    ]
-
-
-class Spelling:
-    """Tells which tokens of a laid-out protein are residues: the letters of its tag are none.
-
-    Attributes:
-        letters: residues of each token id (:func:`token_letters`).
-    """
-
-    def __init__(self, tokenizer: Any, layout: Layout | None = None) -> None:
-        self.letters = token_letters(tokenizer)
-        self._counts = np.array([len(letters) for letters in self.letters], dtype=np.int64)
-        self._unknown = tokenizer.unk_token_id
-        layout = layout or layout_of(tokenizer)
-        self._opening: list[int] = []
-        if layout.tag is not None:
-            self._opening = tokenizer(layout.opening, add_special_tokens=False)["input_ids"]
-
-    def _start(self, row: Sequence[int] | np.ndarray) -> int:
-        """Return where the residues begin: behind the last marker that opens them, or at the end.
-
-        Without a tag that is the row's beginning.
-        """
-        if not self._opening:
-            return 0
-        size = len(self._opening)
-        if len(row) < size:
-            return len(row)
-        found = (sliding_window_view(np.asarray(row), size) == self._opening).all(-1)
-        return int(np.flatnonzero(found)[-1]) + size if found.any() else len(row)
-
-    def sizes(self, row: Sequence[int] | np.ndarray) -> np.ndarray:
-        """Return the residues of each token of a row, ``(T,)``."""
-        sizes = self._counts[row]
-        sizes[: self._start(row)] = 0
-        return sizes
-
-    def spells(self, row: Sequence[int] | np.ndarray, residues: str) -> bool:
-        """Return whether the tokens say all of a protein: its residues and its tag."""
-        known = self._unknown in self._opening or self._unknown not in row[: self._start(row)]
-        return bool(known) and int(self.sizes(row).sum()) == len(residues)
-
-
-def encode(
-    tokenizer: Any, proteins: Sequence[str], whole: Sequence[bool] | None = None
-) -> list[list[int]]:
-    """Return the token ids of laid-out proteins without padding.
-
-    Args:
-        tokenizer: carries the layout.
-        proteins: residues of each.
-        whole: of each, whether its end is written; None: of all.
-    """
-    if not proteins:
-        return []
-    layout = layout_of(tokenizer)
-    ends = [True] * len(proteins) if whole is None else whole
-    return tokenizer(
-        [layout.text(p) if w else layout.prompt(p) for p, w in zip(proteins, ends, strict=True)],
-        add_special_tokens=False,
-        padding=False,
-        truncation=False,
-        return_attention_mask=False,
-        verbose=False,
-    )["input_ids"]
-
-
-def decode(tokenizer: Any, ids: Sequence[int]) -> str:
-    """Return the residues that tokens spell in the tokenizer's layout.
-
-    Raises:
-        ValueError: they are not the tokens of a laid-out protein.
-    """
-    text = tokenizer.decode(ids, skip_special_tokens=False, clean_up_tokenization_spaces=False)
-    return layout_of(tokenizer).read(text)
-
-
-def _require_layout(tokenizer: Any) -> None:
-    if layout_of(tokenizer) != PROTGPT2:
-        return
-    marker = tokenizer.eos_token_id
-    name = getattr(tokenizer, "name_or_path", "")
-    ids = encode(tokenizer, ["M"])[0]
-    if marker is None or not ids or ids[0] != marker or ids[-1] != marker:
-        raise ValueError(
-            f"{name or 'the tokenizer'}: does not take <|endoftext|> for its end-of-text token: "
-            "proteins in ProtGPT2's layout need one that does"
-        )
 
 
 def default_cache_dir() -> Path:
@@ -326,7 +127,7 @@ def tokenise(
     if max_proteins is not None and max_proteins < 1:
         raise ValueError(f"--max_proteins must be at least 1, got {max_proteins}")
     chosen(np.zeros(0, np.uint64), proportion, seed)
-    _require_layout(tokenizer)
+    require_layout(tokenizer)
     settings = {
         "format_version": FORMAT_VERSION,
         "source": source_identity(source, split),
@@ -471,7 +272,7 @@ def _append_batch(
     settings: dict[str, Any],
 ) -> None:
     """Append the proteins of a batch that are new and chosen, tokenised, under different names."""
-    hashes = _hashes([entry.residues for entry in batch])
+    hashes = hashes_of([entry.residues for entry in batch])
     new = seen.add(hashes)
     for index in np.flatnonzero(~new):
         report.drop(DUPLICATE, batch[index].name)
@@ -500,31 +301,13 @@ def _append_batch(
             rows.append(row)
             residues.append(int(spelling.sizes(row).sum()))
             kept.append(int(number))
-    for index in np.flatnonzero(~named.add(_hashes(names))):
+    for index in np.flatnonzero(~named.add(hashes_of(names))):
         name = title = titles[index]
-        if not named.add(_hashes([title]))[0]:
+        if not named.add(hashes_of([title]))[0]:
             name = f"{title}_{writer.proteins + index + 1}"
         report.fix(SAME_NAMES, name)
         names[index] = name
     writer.append(names, rows, residues, kept)
-
-
-def _hashes(texts: Sequence[str]) -> np.ndarray:
-    return np.array([sequence_hash(text) for text in texts], dtype=np.uint64)
-
-
-def held_out(hashes: np.ndarray, share: float, seed: int) -> np.ndarray:
-    """Return which proteins are set aside, ``(proteins,)`` bool: a share, but enough to measure on.
-
-    They are those of :func:`chosen`, and of few proteins the next ones in its order, so that there
-    are at least one of four proteins and two of ten.
-    """
-    aside = chosen(hashes, share, seed)
-    least = 2 if len(hashes) >= 10 else int(len(hashes) >= 4)
-    if aside.sum() < least:
-        rank = _mixed(np.asarray(hashes, np.uint64) ^ _mixed(np.array([seed], np.uint64)))
-        aside[np.argsort(rank, kind="stable")[:least]] = True
-    return aside
 
 
 def _nothing_left(report: ReadReport, settings: dict[str, Any]) -> str:

@@ -15,8 +15,8 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 
+from src.proteins.encoding import decode, encode
 from src.proteins.layouts import stop_token
-from src.proteins.tokens import decode, encode
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel

@@ -172,7 +172,7 @@ def pack(
     """
     from src.evaluation.sampler import suited_penalty
     from src.models.loading import load_tokenizer
-    from src.proteins.tokens import token_letters
+    from src.proteins.encoding import token_letters
 
     quiet_libraries()
     student = read_student(folder)

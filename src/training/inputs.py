@@ -28,9 +28,10 @@ from src.models.sharding import load_sharded
 from src.models.teacher_cache import TeacherCache, capture
 from src.models.weights import count_parameters
 from src.proteins.batching import PackedDataset
+from src.proteins.hashes import held_out
 from src.proteins.layouts import layout_of, set_layout
 from src.proteins.sources import has_split
-from src.proteins.tokens import TokenisedProteins, held_out, tokenise
+from src.proteins.tokens import TokenisedProteins, tokenise
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel

@@ -441,7 +441,7 @@ def build_formats(folder: Path) -> dict[str, Format]:
 
     from scripts import train
     from src.models.loading import load_tokenizer
-    from src.proteins.tokens import encode
+    from src.proteins.encoding import encode
 
     crash.make_inputs(folder)
     typed = crash.TRAINING.format(work=folder, out=folder / "run").split()
