@@ -273,7 +273,7 @@ def test_a_family_becomes_a_model_a_specialist_candidates_and_a_page(
 
     monkeypatch.setattr(c, "sample_proteins", forbidden)
     monkeypatch.setattr(s, "score_proteins", forbidden)
-    monkeypatch.setattr(fr, "read_family", forbidden)
+    monkeypatch.setattr("src.experiments.family_inputs.read_family", forbidden)
     assert fr.run_family(run) == judgement
     assert sum("finished" in line for line in said) >= 6
 
