@@ -57,6 +57,7 @@ def build_parser() -> argparse.ArgumentParser:
     add("--list", action="store_true", help="show the grids and stop")
     add("--status", action="store_true", help="show how many cells are done and stop")
     add("--choose", action="store_true", help="write the best rates and arm of a finished grid")
+    add("--pack", action="store_true", help="put the files of all finished cells into two")
     add("--seeds", type=int, nargs="+", help="seeds instead of the grid's own")
     add("--sizes", nargs="+", help="sizes: of the grid, or presets of train.py")
     add("--arms", nargs="+", help="only these of the grid's arms")
@@ -93,6 +94,7 @@ def run(args: argparse.Namespace) -> dict:
     work = args.work or Path("models") / grid.name
 
     from src.experiments.ablation import GridRun
+    from src.experiments.cells import CELLS, PROTEINS
 
     if args.choose:
         return choose(results, grid)
@@ -112,6 +114,10 @@ def run(args: argparse.Namespace) -> dict:
         for line in job.status_lines():
             say(line)
         return {"cells": len(job.cells)}
+    if args.pack:
+        packed = job.pack()
+        say(f"{packed} cells packed into {results / CELLS} and {results / PROTEINS}")
+        return {"packed": packed}
     done = job.run()
     say(f"{done['done']} of {done['cells']} cells in {results}")
     return done

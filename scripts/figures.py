@@ -6,7 +6,7 @@ the command that makes them is named.
 
 Examples:
   python scripts/figures.py
-  python scripts/figures.py --update docs/RESULTS.md
+  python scripts/figures.py --results results/weak_teacher --update docs/WEAK_TEACHER.md
 """
 
 from __future__ import annotations

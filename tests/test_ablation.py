@@ -9,6 +9,7 @@ import sys
 from dataclasses import replace
 from pathlib import Path
 
+import pandas as pd
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
@@ -17,7 +18,7 @@ from scripts import ablation as script
 from src.common.files import read_json, write_json
 from src.common.settings import StudentSettings, TrainSettings
 from src.evaluation.results import read_results
-from src.experiments import ablation
+from src.experiments import ablation, cells
 from src.experiments.ablation import GridRun, tuned_rates
 from src.experiments.grids import ARMS, GRIDS, PUBLISHED, RATES_FILE, Cell, Grid, settings_key
 from src.models.loading import load_causal_lm, model_fingerprint
@@ -149,6 +150,55 @@ def test_a_cell_is_what_train_makes_of_its_settings(finished, grid, world, tmp_p
 def test_finished_cells_are_never_run_again(finished, grid, world, monkeypatch):
     monkeypatch.setattr(GridRun, "_run_group", lambda *a: pytest.fail("ran a finished group"))
     assert job(grid, finished, world).run()["done"] == 24
+
+
+def test_packed_cells_count_as_the_files_did(finished, grid, world, tmp_path, monkeypatch):
+    before, after = finished / "results", tmp_path / "results"
+    shutil.copytree(before, after)
+    assert job(grid, tmp_path, world).pack() == 24
+    assert {path.name for path in after.iterdir()} == {cells.CELLS, cells.PROTEINS}
+    assert cells.cell_files(after) == cells.cell_files(before)
+    for cell in grid.cells():
+        packed = cells.read_cell(after, grid.file_of(cell))
+        assert packed == read_results(before / grid.file_of(cell))
+    assert ablation.tuned_rates(after, grid) == ablation.tuned_rates(before, grid)
+    columns = (("arm", "protein", "cluster"), ("seed", "residues"), ("learning_rate", "kl"))
+    old, new = (
+        pd.concat(frame for _, frame in cells.read_tables(folder, "small", *columns))
+        .sort_values(["seed", "residues", "arm", "learning_rate", "protein", "kl"])
+        .reset_index(drop=True)
+        for folder in (before, after)
+    )
+    assert old.equals(new[old.columns])
+
+    monkeypatch.setattr(GridRun, "_run_group", lambda *a: pytest.fail("ran a finished group"))
+    assert job(grid, tmp_path, world).run()["done"] == 24
+    assert job(grid, tmp_path, world).pack() == 0
+
+
+def test_cells_that_follow_join_the_packed_ones(finished, one, world, tmp_path):
+    shutil.copytree(finished / "results", tmp_path / "results")
+    packed = job(one, tmp_path, world)
+    packed.pack()
+    rows = pq.read_table(tmp_path / "results" / cells.PROTEINS)
+    part = replace(one, rates=(2e-2,), arms={"both": one.arms["both"]})
+    more = job(part, tmp_path, world)
+    assert more.run()["done"] == 1
+    assert more.pack() == 1
+    joined = pq.read_table(tmp_path / "results" / cells.PROTEINS)
+    own = pa.array([rate != 2e-2 for rate in joined["learning_rate"].to_pylist()])
+    assert joined.filter(own).equals(rows)
+    assert joined.num_rows == rows.num_rows + 12
+    assert cells.read_cell(tmp_path / "results", part.file_of(part.cells()[0]))
+
+
+def test_a_broken_packed_file_is_named(tmp_path):
+    for name in (cells.CELLS, cells.PROTEINS):
+        (tmp_path / name).write_bytes(b"PAR1")
+    with pytest.raises(ValueError, match=f"{cells.CELLS}: broken"):
+        cells.cell_files(tmp_path)
+    with pytest.raises(ValueError, match=f"{cells.PROTEINS}: broken"):
+        next(cells.read_tables(tmp_path, "small", (), ("residues",), ()))
 
 
 def test_missing_cells_alone_are_run_and_come_out_the_same(

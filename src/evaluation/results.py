@@ -140,7 +140,11 @@ def read_results(path: str | Path) -> dict[str, Any]:
     Raises:
         ValueError: not JSON, not a results file, of a newer version, or a key is wrong.
     """
-    results = read_json(path)
+    return brought_up(read_json(path), path)
+
+
+def brought_up(results: Any, path: str | Path) -> dict[str, Any]:
+    """Return results of any version in the current form; ``path`` names them in an error."""
     if not isinstance(results, dict):
         raise ValueError(f"{path}: not a results file (expected an object at the top)")
     version = results.get("schema_version", 0)

@@ -1,13 +1,14 @@
 """Runs a grid of trainings that share initial weights, data order and teacher; measures every cell.
 
 The cells of one group (a size and a seed) are trained (:mod:`src.training.cohort`) and evaluated
-together. A stopped grid resumes: a cell with a results file is never run again, and an unfinished
+together. A stopped grid resumes: a cell with results is never run again, and an unfinished
 group goes on from its last checkpoint. Several processes may work on one grid; each locks the group
 that it runs.
 """
 
 from __future__ import annotations
 
+import contextlib
 import time
 from collections.abc import Mapping, Sequence
 from copy import deepcopy
@@ -33,9 +34,10 @@ from src.common.settings import as_recorded
 from src.evaluation.gates import FLOOR_PROTEINS
 from src.evaluation.inputs import cluster_kind, clusters_of, longest
 from src.evaluation.measurement import Evaluation, evaluate_students
-from src.evaluation.results import lookup, read_results, write_results
+from src.evaluation.results import lookup, write_results
 from src.evaluation.schema import Object, check_record, record_type
 from src.evaluation.scoring import EvaluationSettings
+from src.experiments.cells import cell_files, pack, read_cell
 from src.experiments.grids import Cell, Grid, read_rates, settings_key
 from src.models.loading import load_causal_lm, model_fingerprint
 from src.models.sizes import total_steps
@@ -110,13 +112,13 @@ class GridRun:
         Raises:
             ValueError: its file was made with other settings; nothing is overwritten.
         """
-        path = self.file_of(cell)
-        if not path.exists():
+        results = read_cell(self.results, self.grid.file_of(cell))
+        if results is None:
             return False
-        key = lookup(read_results(path), "settings.key")
-        if key != settings_key(self.grid.settings(cell)):
+        if lookup(results, "settings.key") != settings_key(self.grid.settings(cell)):
             raise ValueError(
-                f"{path} holds a cell of other settings: choose another --results, or move it away"
+                f"{self.file_of(cell)} holds a cell of other settings: choose another --results, "
+                "or move it away"
             )
         return True
 
@@ -173,6 +175,18 @@ class GridRun:
             say(self.status_lines()[0])
         return {"cells": len(self.cells), "done": sum(self.done(cell) for cell in self.cells)}
 
+    def pack(self) -> int:
+        """Move all finished cells into two files (:func:`src.experiments.cells.pack`).
+
+        Raises:
+            ValueError: another process is running a group.
+        """
+        with contextlib.ExitStack() as held:
+            names = [name for name, _ in self.groups()]
+            for name in names:
+                held.enter_context(locked(self.work / name))
+            return pack(self.results, self.grid.name, [self._table_of(name) for name in names])
+
     def _require_parts(self) -> None:
         """Raise ``ValueError`` before the first training if the part to measure on is missing."""
         source, split = self.grid.shared.data, self.grid.split
@@ -194,8 +208,11 @@ class GridRun:
 
     def _run_group(self, name: str, cells: Sequence[Cell]) -> None:
         folder = self.work / name
-        for path in (self.file_of(cell) for cell in self.cells if self.done(cell)):
-            run = read_results(path)["run"]
+        for cell in self.cells:
+            results = read_cell(self.results, self.grid.file_of(cell))
+            if results is None:
+                continue
+            path, run = self.file_of(cell), results["run"]
             teacher, data = lookup(run, "teacher.fingerprint"), lookup(run, "data.train")
             self._require_inputs({"teacher": teacher, "data": data}, path, "--results")
         members = self._members(folder, cells)
@@ -448,11 +465,13 @@ def tuned_rates(results: Path, grid: Grid) -> dict[str, Any]:
         for arm in grid.arms:
             means = {}
             for rate in sorted({*grid.rates, *_rates_beyond(results, grid, arm, size)}):
-                files = [results / grid.file_of(Cell(arm, size, seed, rate)) for seed in grid.seeds]
-                missing = [path for path in files if not path.exists()]
-                if missing:
-                    raise ValueError(f"{missing[0]} is missing: finish --grid {grid.name} first")
-                values = [lookup(read_results(p), "student_nats_per_residue") for p in files]
+                values = []
+                for file in (grid.file_of(Cell(arm, size, seed, rate)) for seed in grid.seeds):
+                    if (cell := read_cell(results, file)) is None:
+                        raise ValueError(
+                            f"{results / file} is missing: finish --grid {grid.name} first"
+                        )
+                    values.append(lookup(cell, "student_nats_per_residue"))
                 means[rate] = sum(values) / len(values)
             best = min(means, key=lambda rate: means[rate])
             rates.setdefault(size, {})[arm] = best
@@ -474,4 +493,5 @@ def tuned_rates(results: Path, grid: Grid) -> dict[str, Any]:
 def _rates_beyond(results: Path, grid: Grid, arm: str, size: str) -> set[float]:
     """Return the learning rates of all of an arm's cells on disk."""
     start = f"{arm}-{size}-seed{grid.seeds[0]}-lr"
-    return {float(path.stem.removeprefix(start)) for path in results.glob(f"{start}*.json")}
+    names = (Path(file).stem for file in cell_files(results))
+    return {float(name.removeprefix(start)) for name in names if name.startswith(start)}

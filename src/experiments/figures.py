@@ -29,6 +29,7 @@ from src.evaluation.schema import (
 )  # fmt: skip
 from src.experiments import plots as experiment_plots
 from src.experiments import synergy
+from src.experiments.cells import cell_files, read_cell
 from src.experiments.grids import read_rates
 from src.experiments.synergy import EXPLANATIONS, MARGIN, shown
 from src.publishing import plots
@@ -45,7 +46,7 @@ COMPARED_SETS = ("teacher", "natural", "shuffled")
 SWEEPS = ("temperature", "alpha", "smoothing")
 """Grids that sweep one setting; the directories of their results have the same names."""
 SECTION = "experiment tables"
-"""Name of the generated section of docs/RESULTS.md."""
+"""Name of the generated section of docs/WEAK_TEACHER.md."""
 
 POINT = object_type({"step": Number, "eval_hard_loss": maybe(Number), "grad_norm": maybe(Number)})
 CELL = record_type(
@@ -82,8 +83,9 @@ def read_cells(folder: Path, grid: str) -> Cells:
     """
     cells = []
     advice = "move it away and run scripts/ablation.py again"
-    for path in sorted(folder.glob("*-seed*-lr*.json")):
-        results = read_results(path)
+    for file in cell_files(folder):
+        results, path = read_cell(folder, file), folder / file
+        assert results is not None
         if lookup(results, "settings.grid") != grid:
             continue
         check_record(results, CELL, path, advice)

@@ -16,9 +16,9 @@ import numpy as np
 
 from src.common.files import read_json
 from src.common.tables import markdown_lines
-from src.evaluation.per_protein import read_per_protein
 from src.evaluation.schema import Interval, Number, check_record, object_type, record_type
 from src.evaluation.statistics import Estimate, contrast, holm, is_equivalent, seeds_for_half_width
+from src.experiments.cells import read_tables
 from src.experiments.grids import ARMS, RECIPE_ARMS
 
 MARGIN = 0.02
@@ -76,7 +76,7 @@ def read_runs(folder: str | Path, grid: str, split: str = "test") -> dict[str, R
     """Return a grid's measurements of single proteins, by size.
 
     Args:
-        folder: with ``per_protein-<grid>-*.parquet``.
+        folder: of the grid's results (:mod:`src.experiments.cells`).
         grid: name of the grid.
         split: the part that was measured.
 
@@ -84,23 +84,15 @@ def read_runs(folder: str | Path, grid: str, split: str = "test") -> dict[str, R
         ValueError: there is no table or none of the split; a table is broken or empty; an arm has
             several learning rates; or the proteins differ between tables.
     """
-    paths = sorted(Path(folder).glob(f"per_protein-{grid}-*.parquet"))
-    if not paths:
-        raise ValueError(f"{folder}: no per_protein-{grid}-*.parquet: run the grid first")
     cells: dict[str, dict[tuple[str, int], dict[str, np.ndarray]]] = {}
     rates: dict[tuple[str, str], set[float]] = {}
-    for path in paths:
-        try:
-            frame = read_per_protein(
-                path,
-                ("arm", "size", "split", "protein", "cluster"),
-                ("seed", "residues"),
-                ("learning_rate", "nll_student", "kl"),
-            )
-        except ValueError as error:
-            raise ValueError(
-                f"{error}: move it away and run scripts/ablation.py --grid {grid} again"
-            ) from None
+    texts = ("arm", "size", "split", "protein", "cluster")
+    tables = read_tables(
+        Path(folder), grid, texts, ("seed", "residues"), ("learning_rate", "nll_student", "kl")
+    )
+    seen = False
+    for path, frame in tables:
+        seen = True
         frame = frame[frame["split"] == split]
         for (size, arm, seed), rows in frame.groupby(["size", "arm", "seed"], sort=False):
             rates.setdefault((size, arm), set()).update(rows["learning_rate"].unique())
@@ -111,6 +103,8 @@ def read_runs(folder: str | Path, grid: str, split: str = "test") -> dict[str, R
                 name: rows[name].to_numpy()
                 for name in ("protein", "cluster", "residues", "nll_student", "kl")
             }
+    if not seen:
+        raise ValueError(f"{folder}: no per_protein-{grid}-*.parquet: run the grid first")
     if not cells:
         raise ValueError(f"{folder}: no table of {grid} holds {split} proteins: pass --split")
     return {size: _runs(size, by_arm) for size, by_arm in cells.items()}
