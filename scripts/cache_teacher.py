@@ -28,6 +28,7 @@ from src.common.cli import (
     positive_int,
     run_script,
     share,
+    take_defaults,
 )
 
 DEFAULTS = s.TrainSettings()
@@ -38,14 +39,14 @@ def build_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=HelpFormatter)
     add = parser.add_argument
     add("--teacher_cache", type=Path, required=True, help="directory that holds the caches")
-    add("--teacher_model", default=s.DEFAULT_TEACHER, help="directory or hub id of the teacher")
-    add_data_flags(add, "as for scripts/train.py", default=s.DEFAULT_DATA)
-    add("--train_size_prop", type=share, default=0.1, help="share of the training proteins")
-    add("--data_seed", type=natural, default=0, help="chooses that share")
+    add("--teacher_model", help="directory or hub id of the teacher")
+    add_data_flags(add, "as for scripts/train.py")
+    add("--train_size_prop", type=share, help="share of the training proteins")
+    add("--data_seed", type=natural, help="chooses that share")
     add("--layout", help=LAYOUT_HELP)
-    add("--max_length", type=positive_int, default=512, help="tokens; longer proteins are cut")
-    add("--validation_proteins", type=positive_int, default=500, help="watched while training")
-    add("--precision", choices=s.PRECISIONS, default="auto", help="bf16 on a GPU, else fp32")
+    add("--max_length", type=positive_int, help="tokens; longer proteins are cut")
+    add("--validation_proteins", type=positive_int, help="watched while training")
+    add("--precision", choices=s.PRECISIONS, help="bf16 on a GPU, else fp32")
     add("--device", default="auto", help="auto, cpu, cuda, cuda:N or mps")
     add(
         "--shard_teacher",
@@ -53,6 +54,7 @@ def build_parser() -> argparse.ArgumentParser:
         help="spread a teacher that no device holds over the processes of torchrun",
     )
     add("--cache_dir", type=folder, help="where tokenised proteins are kept")
+    take_defaults(parser, DEFAULTS)
     return parser
 
 

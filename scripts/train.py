@@ -31,6 +31,7 @@ from src.common.cli import (
     run_script,
     say,
     share,
+    take_defaults,
     workers,
 )
 
@@ -48,13 +49,11 @@ def build_parser() -> argparse.ArgumentParser:
     add_data_flags(
         add,
         "hub data set, directory of parts, or files: FASTA, text, CSV, Excel, parquet and others",
-        default=s.DEFAULT_DATA,
     )
-    add("--train_size_prop", type=share, default=0.1, help="share of the training proteins")
+    add("--train_size_prop", type=share, help="share of the training proteins")
     add(
         "--data_seed",
         type=natural,
-        default=0,
         help="seed that chooses the proteins which --train_size_prop keeps",
     )
     add(
@@ -62,7 +61,7 @@ def build_parser() -> argparse.ArgumentParser:
         help="train from random weights with this tokenizer and no teacher (with --alpha 1)",
     )
     add("--layout", help=LAYOUT_HELP)
-    add("--max_length", type=positive_int, default=512, help="tokens; longer proteins are cut")
+    add("--max_length", type=positive_int, help="tokens; longer proteins are cut")
 
     add = parser.add_argument_group("student").add_argument
     add("--preset", choices=sorted(s.PRESETS), help="a named shape with its learning rate")
@@ -83,37 +82,33 @@ def build_parser() -> argparse.ArgumentParser:
         help="several flags at once; those given beside it win. "
         + "; ".join(f"{name}: {shown(flags)}" for name, flags in s.RECIPES.items()),
     )
-    add("--temperature", type=positive_float, default=2.0, help="T of the soft loss")
-    add("--alpha", type=float, default=0.5, help="share of the hard loss")
+    add("--temperature", type=positive_float, help="T of the soft loss")
+    add("--alpha", type=float, help="share of the hard loss")
     add("--use_uncertainty_weighting", action="store_true", help="weight by teacher entropy")
     add("--use_calibration_smoothing", action="store_true", help="smooth the teacher's targets")
-    add("--smoothing_factor", type=float, default=0.1, help="largest share of the uniform")
+    add("--smoothing_factor", type=float, help="largest share of the uniform")
     add(
         "--weighting",
         choices=s.WEIGHTINGS,
-        default=LOSS.weighting,
         help="kind of weights (with --use_uncertainty_weighting)",
     )
     add(
         "--smoothing",
         choices=s.SMOOTHINGS,
-        default=LOSS.smoothing,
         help="kind of smoothing (with --use_calibration_smoothing)",
     )
     add(
         "--divergence",
         choices=s.DIVERGENCES,
-        default=LOSS.divergence,
         help="divergence of the soft loss",
     )
-    add("--divergence_weight", type=float, default=0.5, help="beta of jsd, skew of skew_kl")
-    add("--loss_impl", choices=s.LOSS_IMPLEMENTATIONS, default="fused", help="fused saves memory")
+    add("--divergence_weight", type=float, help="beta of jsd, skew of skew_kl")
+    add("--loss_impl", choices=s.LOSS_IMPLEMENTATIONS, help="fused saves memory")
 
     add = parser.add_argument_group("training").add_argument
     add(
         "--optimizer",
         choices=s.OPTIMIZERS,
-        default=DEFAULTS.optimizer,
         help="muon: for the matrices inside the blocks, AdamW for the rest",
     )
     add(
@@ -122,19 +117,19 @@ def build_parser() -> argparse.ArgumentParser:
         help="with muon: rate of embeddings, norms and biases (default: --learning_rate)",
     )
     add("--learning_rate", type=positive_float, help="(default: 1e-3, or the preset's)")
-    add("--lr_schedule", choices=s.SCHEDULES, default="linear", help="after warm-up")
+    add("--lr_schedule", choices=s.SCHEDULES, help="after warm-up")
     add("--warmup_steps", type=natural, help="(default: 5 %% of the steps, at most 500)")
-    add("--weight_decay", type=float, default=DEFAULTS.weight_decay, help="of AdamW")
-    add("--max_grad_norm", type=positive_float, default=1.0, help="gradients are clipped to it")
+    add("--weight_decay", type=float, help="of AdamW")
+    add("--max_grad_norm", type=positive_float, help="gradients are clipped to it")
     add(
         "--skip_loss_spikes",
         type=positive_float,
         help="skip steps whose loss is above this multiple of the running median",
     )
-    add("--batch_size", type=positive_int, default=DEFAULTS.batch_size, help="rows on a device")
-    add("--gradient_accumulation_steps", type=positive_int, default=1, help="batches a step")
-    add("--num_train_epochs", type=positive_float, default=3.0, help="passes over the data")
-    add("--max_steps", type=int, default=-1, help="stop there, whatever the epochs; -1: not")
+    add("--batch_size", type=positive_int, help="rows on a device")
+    add("--gradient_accumulation_steps", type=positive_int, help="batches a step")
+    add("--num_train_epochs", type=positive_float, help="passes over the data")
+    add("--max_steps", type=int, help="stop there, whatever the epochs; -1: not")
     add(
         "--early_stopping",
         nargs="?",
@@ -146,14 +141,12 @@ def build_parser() -> argparse.ArgumentParser:
     add(
         "--batching",
         choices=s.BATCHINGS,
-        default="bucketed",
         help="bucketed: rows of similar length; packed: full rows, no padding; padded: random rows",
     )
-    add("--precision", choices=s.PRECISIONS, default="auto", help="bf16 on a GPU, else fp32")
+    add("--precision", choices=s.PRECISIONS, help="bf16 on a GPU, else fp32")
     add(
         "--seed",
         type=natural,
-        default=DEFAULTS.seed,
         help="seed of the initial weights and of the data order",
     )
     add("--compile", action="store_true", help="run the student through torch.compile")
@@ -167,7 +160,7 @@ def build_parser() -> argparse.ArgumentParser:
         help="steps between validations (default: 1 to 10 validations, in 5 %% of the time)",
     )
     add("--save_steps", type=positive_int, help="(default: ten times a run)")
-    add("--validation_proteins", type=positive_int, default=500, help="watched while training")
+    add("--validation_proteins", type=positive_int, help="watched while training")
     add("--report_to", choices=("none", "wandb", "tensorboard"), default="none", help="tracker")
     add("--device", default="auto", help="auto, cpu, cuda, cuda:N or mps")
     add(
@@ -186,6 +179,7 @@ def build_parser() -> argparse.ArgumentParser:
     )
     add("--skip_teacher_check", action="store_true", help="do not test the teacher first")
     add("--dry_run", action="store_true", help="print sizes, disk, steps and time, and stop")
+    take_defaults(parser, LOSS, DEFAULTS, but=("teacher_model", "learning_rate"))
     return parser
 
 

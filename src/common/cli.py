@@ -63,6 +63,19 @@ def add_data_flags(add: Callable[..., Any], help: str, **options: Any) -> None:
     add("--sequence_column", help="column of the residues in a table (default: a usual name)")
 
 
+def take_defaults(parser: argparse.ArgumentParser, *settings: Any, but: Sequence[str] = ()) -> None:
+    """Let flags default to the settings of the same names, which are written once.
+
+    Args:
+        parser: of the flags.
+        settings: dataclasses.
+        but: names to leave alone.
+    """
+    values = {name: value for each in settings for name, value in vars(each).items()}
+    flags = {action.dest for action in parser._actions} - {*but}
+    parser.set_defaults(**{name: values[name] for name in flags & values.keys()})
+
+
 def say(line: str = "") -> None:
     """Print one line and flush, so that it appears at once in a file too."""
     print(line, flush=True)
