@@ -287,5 +287,6 @@ def test_what_is_left_of_one_file_goes_and_nothing_else(tmp_path):
     theirs += ["a[1].json", ".a[1].json.x.unfinished", ".a[1].json.abcdefgh.tmp"]
     for name in [*ours, *theirs]:
         (tmp_path / name).write_text("x")
+    (tmp_path / ".a[1].json.directed.unfinished").mkdir()
     remove_temporaries_of(tmp_path / "a[1].json")
     assert sorted(path.name for path in tmp_path.iterdir()) == sorted(theirs)

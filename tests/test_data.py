@@ -600,7 +600,7 @@ def test_a_store_is_found_again(tmp_path, tiny_tokenizer, stored):
     changed = stored(path)
     assert changed.folder != first.folder
     assert changed.sequence(1) == C
-    assert not list((tmp_path / "cache").glob("*.tmp"))
+    assert not list((tmp_path / "cache").glob("*.unfinished"))
 
 
 @pytest.mark.parametrize("damage", ["altered", "truncated", "missing", "manifest", "not JSON"])

@@ -159,11 +159,11 @@ def test_damage_is_noticed(teacher, tmp_path):
     path.write_bytes(raw)
     opened = TeacherCache(altered, *prints)
     with pytest.raises(
-        ValueError, match=r"hidden-00001.bin: altered; scripts/cache_teacher.py captures"
+        ValueError, match=r"hidden-00001.bin was altered; scripts/cache_teacher.py captures"
     ):
         [opened[index] for index in range(len(Proteins()))]
     path.write_bytes(raw[:-1])
-    with pytest.raises(ValueError, match="cut short"):
+    with pytest.raises(ValueError, match="bytes instead of"):
         TeacherCache(altered, *prints)
     (altered / "manifest.json").write_text('{"format": 1}')
     with pytest.raises(ValueError, match=r"manifest"):
@@ -246,7 +246,7 @@ def test_a_workers_error_is_told_in_its_own_words(teacher, tmp_path):
     with pytest.raises(ValueError, match="altered") as caught:
         list(loader)
     said = one_line(caught.value)
-    assert said == f"{cache.folder / 'hidden-00000.bin'}: altered; {tc.ADVICE}"
+    assert said == f"{cache.folder / 'hidden-00000.bin'} was altered; {tc.ADVICE}"
 
 
 def test_another_teacher_gets_a_cache_of_its_own(teacher, tiny_lm, tmp_path):

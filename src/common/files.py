@@ -66,7 +66,9 @@ def atomic_folder(path: Path) -> Iterator[Path]:
     ``path`` must be missing or an empty directory. If the body raises, nothing is left.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
-    work = Path(tempfile.mkdtemp(prefix=f".{path.name}.", suffix=".tmp", dir=path.parent))
+    work = Path(
+        tempfile.mkdtemp(prefix=f".{path.name}.", suffix=UNFINISHED_SUFFIX, dir=path.parent)
+    )
     try:
         os.chmod(work, 0o755)
         yield work
@@ -108,12 +110,14 @@ def remove_folder(path: Path) -> None:
 
 
 def remove_temporaries_of(path: Path) -> None:
-    """Remove the temporary files of ``path`` that killed processes left.
+    """Remove the temporary files and directories of ``path`` that killed processes left.
 
     No other process may be writing ``path``.
     """
     for left in path.parent.glob(f".{glob.escape(path.name)}.*{UNFINISHED_SUFFIX}"):
-        if is_temporary(left.name):
+        if is_temporary(left.name) and left.is_dir():
+            remove_folder(left)
+        elif is_temporary(left.name):
             left.unlink(missing_ok=True)
 
 

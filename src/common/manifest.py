@@ -42,10 +42,12 @@ def first_fault(folder: Path, files: Record, hashes: bool = True) -> str | None:
     """
     for name, entry in files.items():
         path = folder / name
-        if not path.is_file() or path.stat().st_size != entry["bytes"]:
-            return f"{path}: missing or cut short"
+        if not path.is_file():
+            return f"{path} is missing"
+        if (size := path.stat().st_size) != entry["bytes"]:
+            return f"{path} has {size:,} bytes instead of {entry['bytes']:,}"
         if hashes and sha256_file(path) != entry["sha256"]:
-            return f"{path}: altered"
+            return f"{path} was altered"
     return None
 
 

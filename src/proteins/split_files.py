@@ -14,7 +14,13 @@ from pathlib import Path
 from typing import Any
 
 from src.common.cli import printable
-from src.common.files import atomic_folder, is_plain_name, read_json, write_json
+from src.common.files import (
+    atomic_folder,
+    is_plain_name,
+    read_json,
+    remove_temporaries_of,
+    write_json,
+)
 from src.proteins.fasta import FastaRecord, fasta_text
 from src.proteins.homology import CLUSTERS_HEADER, read_clusters
 from src.proteins.report import ReadReport
@@ -134,6 +140,7 @@ def write_split(
     record["parts"] = _describe_parts(proteins, parts, split.clusters)
     record["split_hash"] = _hash_of(proteins, parts)
 
+    remove_temporaries_of(folder)
     with atomic_folder(folder) as work:
         for part, names in parts.items():
             entries = (_fasta_entry(n, proteins[n], split) for n in names)

@@ -20,7 +20,13 @@ import numpy as np
 from filelock import FileLock, Timeout
 
 from src.common.cli import progress, say, unheard
-from src.common.files import atomic_folder, names_full_disk, sha256_file, write_json
+from src.common.files import (
+    atomic_folder,
+    names_full_disk,
+    remove_temporaries_of,
+    sha256_file,
+    write_json,
+)
 from src.common.manifest import file_entry, signature
 from src.proteins.encoding import Spelling, encode, require_layout, tokenizer_fingerprint
 from src.proteins.hashes import SeenHashes, chosen, hashes_of
@@ -177,8 +183,7 @@ def _open_or_build(
                 announce(
                     f"tokenised proteins in the cache are damaged ({error}): building them again"
                 )
-        for stale in root.glob(f".{folder.name}.*.tmp"):  # of a killed process: the lock is ours
-            shutil.rmtree(stale, ignore_errors=True)
+        remove_temporaries_of(folder)
         with atomic_folder(folder) as temporary:
             build(temporary)
             if folder.exists():

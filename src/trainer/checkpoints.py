@@ -23,14 +23,13 @@ from src.common.cli import say
 from src.common.crash_points import crash_point
 from src.common.files import (
     UNFINISHED_SUFFIX,
-    is_plain_name,
     names_full_disk,
     read_json,
     remove_folder,
-    sha256_file,
     sync_folder,
     write_json,
 )
+from src.common.manifest import file_entry, first_fault, is_record
 
 MANIFEST = "manifest.json"
 OPTIMIZER_FILE = "optimizer.safetensors"
@@ -48,31 +47,23 @@ def write_manifest(folder: Path) -> None:
     for path in sorted(p for p in folder.iterdir() if p.is_file() and p.name != MANIFEST):
         with path.open("rb+") as handle:
             os.fsync(handle.fileno())
-        files[path.name] = {"bytes": path.stat().st_size, "sha256": sha256_file(path)}
+        files[path.name] = file_entry(path)
     write_json(folder / MANIFEST, {"files": files})
     sync_folder(folder)
 
 
 def fault_of(folder: Path) -> str | None:
     """Return what is wrong with a checkpoint, or None where every file agrees with the manifest."""
+    broken = f"{MANIFEST} is missing or broken"
     try:
         files = read_json(folder / MANIFEST)["files"]
-        for name, expected in files.items():
-            if not is_plain_name(name):
-                return f"{MANIFEST} names {name!r:.40}, which is no file of the checkpoint"
-            path = folder / name
-            if not path.is_file():
-                return f"{name} is missing"
-            if path.stat().st_size != expected["bytes"]:
-                return f"{name} has {path.stat().st_size} bytes instead of {expected['bytes']}"
-            if sha256_file(path) != expected["sha256"]:
-                return f"{name} was altered"
-        for name in NEEDED_FILES:
-            if name not in files:
-                return f"{MANIFEST} does not name {name}"
-    except (ValueError, KeyError, TypeError, AttributeError, OSError):
-        return f"{MANIFEST} is missing or broken"
-    return None
+        if not is_record(files):
+            return broken
+        if missing := [name for name in NEEDED_FILES if name not in files]:
+            return f"{MANIFEST} does not name {missing[0]}"
+        return first_fault(folder, files)
+    except (ValueError, KeyError, TypeError, OSError):
+        return broken
 
 
 def checkpoints_of(run: Path) -> list[Path]:
