@@ -6,7 +6,7 @@ the command that makes them is named.
 
 Examples:
   python scripts/figures.py
-  python scripts/figures.py --results results/weak_teacher --update docs/WEAK_TEACHER.md
+  python scripts/figures.py --update docs/WEAK_TEACHER.md
 """
 
 from __future__ import annotations
@@ -20,12 +20,15 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from src.common.cli import HelpFormatter, run_script
 
+WEAK = Path("results/weak_teacher")
+"""The results that are complete."""
+
 
 def build_parser() -> argparse.ArgumentParser:
     """Return the parser of this script."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=HelpFormatter)
     add = parser.add_argument
-    add("--results", type=Path, default=Path("results"), help="directory of results")
+    add("--results", type=Path, default=WEAK, help="directory of results")
     add("--output", type=Path, help="directory to write to (default: RESULTS/figures)")
     add("--update", type=Path, metavar="FILE", help="put the tables into this page too")
     return parser

@@ -64,7 +64,7 @@ def build_parser() -> argparse.ArgumentParser:
     add("--teacher_model", help="directory or hub id of the teacher")
     add_data_flags(add, "proteins, as for scripts/train.py")
     add("--layout", help=LAYOUT_HELP)
-    add("--device", help="auto, cpu or cuda")
+    add("--device", help="auto, cpu, cuda, cuda:N or mps")
     add("--cache_dir", type=folder, help="where tokenised proteins are kept")
     add("--evaluate_args", default="", metavar="'...'", help="flags of scripts/evaluate.py")
     add("--models_dir", type=Path, default=Path("models"), help="where the students go")

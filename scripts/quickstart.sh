@@ -18,7 +18,7 @@ mkdir "$out"
 started=$SECONDS
 
 echo
-echo "== 1/3 distil: data/small_teacher into a student of 27 % of its size, cut from it to begin with"
+echo "== 1/3 distil: data/small_teacher into a student of 26 % of its size, cut from it to begin with"
 "$python" scripts/train.py --teacher_model data/small_teacher --data data/proteins \
     --n_layer 4 --n_head 4 --n_embd 128 --train_size_prop 1.0 --batch_size 16 \
     --recipe recommended --optimizer muon --learning_rate 2e-3 \

@@ -105,7 +105,7 @@ def build_parser() -> argparse.ArgumentParser:
 
     add = parser.add_argument_group("run").add_argument
     add("--seed", type=natural, default=0, help="of the split, the training and the sampling")
-    add("--device", default="auto", help="auto, cpu or cuda")
+    add("--device", default="auto", help="auto, cpu, cuda, cuda:N or mps")
     add("--cache_dir", type=folder, help="where tokenised proteins are kept")
     return parser
 

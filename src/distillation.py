@@ -127,7 +127,7 @@ class DistillationTrainer(TrainerAdapter):
                 "--nproc_per_node N', or choose one with CUDA_VISIBLE_DEVICES=0"
             )
         student: PreTrainedModel = self.accelerator.unwrap_model(self.model)  # type: ignore[assignment]
-        self._prove(student)
+        self._measure_head(student)
         self.teacher_model = self._adopt_teacher(teacher_model, student)
         # Our loss is a sum over N positions of the whole step: accumulation must not divide again.
         self.model_accepts_loss_kwargs = True
@@ -135,7 +135,7 @@ class DistillationTrainer(TrainerAdapter):
         self._can_skip_head = accepts(student, "logits_to_keep")
         self.interval = LogInterval(len(self.all_settings))
 
-    def _prove(self, student: PreTrainedModel) -> None:
+    def _measure_head(self, student: PreTrainedModel) -> None:
         """Find out how the student's logits are made, before it is wrapped for training."""
         head_form(student)
 

@@ -218,10 +218,12 @@ def check_teacher(
             f"tokens does ({values}): {WRONG}"
         )
     prefers = p_better < GATE_LEVEL
-    beaten = per_residue["natural"] >= min(per_residue["unigram"], per_residue["token_unigram"])
+    beaten_by_unigram = per_residue["natural"] >= min(
+        per_residue["unigram"], per_residue["token_unigram"]
+    )
     return {
-        "summary": _summary(values, prefers, beaten, test.pairs),
-        "passed": prefers and not beaten,
+        "summary": _summary(values, prefers, beaten_by_unigram, test.pairs),
+        "passed": prefers and not beaten_by_unigram,
         **per_residue,
         "shuffled_minus_natural": {
             "mean": test.difference,
@@ -238,13 +240,13 @@ def _group_means(values: np.ndarray, groups: np.ndarray) -> np.ndarray:
     return np.bincount(groups, values) / np.bincount(groups)
 
 
-def _summary(values: str, prefers: bool, beaten: bool, pairs: int) -> str:
+def _summary(values: str, prefers: bool, beaten_by_unigram: bool, pairs: int) -> str:
     """Return the outcome of a check in one line."""
     if not prefers:
         few = pairs < CHECKED_PROTEINS
         why = "too few or too short proteins to tell" if few else "cannot tell"
         return f"the teacher checked, {why} whether it knows proteins of this kind: {values}"
-    if beaten:
+    if beaten_by_unigram:
         return (
             "the teacher checked: it prefers natural proteins, but predicts them worse than a "
             f"unigram model does: weak for these, or in another layout: {values}"

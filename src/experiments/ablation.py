@@ -74,7 +74,7 @@ class GridRun:
         grid: what to run.
         results: directory of the cells' results files and tables of single proteins.
         work: directory of checkpoints and students; may be deleted when the grid is done.
-        device: ``auto``, ``cpu`` or ``cuda``.
+        device: ``auto``, ``cpu``, ``cuda``, ``cuda:N`` or ``mps``.
         cache_dir: where tokenised proteins are kept.
         max_proteins: measure on the first so many proteins; None: on all.
 

@@ -101,7 +101,7 @@ class FamilyGrid:
         samples: of each adapted model, at temperature 1.
         fit: settings of every training but for its rate.
         rates: tried in tuning.
-        device: ``auto``, ``cpu`` or ``cuda``.
+        device: ``auto``, ``cpu``, ``cuda``, ``cuda:N`` or ``mps``.
         announce: called with each line for a person.
     """
 

@@ -55,7 +55,7 @@ class FamilyRun:
         layout: of proteins: a name, or a template with the value of the layout's tag in it; None:
             the model's.
         allow_mixed: go on where the members look like several families.
-        device: ``auto``, ``cpu`` or ``cuda``.
+        device: ``auto``, ``cpu``, ``cuda``, ``cuda:N`` or ``mps``.
         cache_dir: where tokenised proteins are kept.
         announce: called with each line for a person.
     """

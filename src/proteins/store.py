@@ -128,7 +128,7 @@ class TokenisedProteins:
 
     @property
     def hashes(self) -> np.ndarray:
-        """Hash of each whole protein (:func:`sequence_hash`), ``(proteins,)`` uint64."""
+        """``src.proteins.hashes.sequence_hash`` of each whole protein, ``(proteins,)`` uint64."""
         return self._selected("hashes.bin")
 
     @property

@@ -113,10 +113,10 @@ class CohortTrainer(DistillationTrainer):
         """The loss settings of each student."""
         return [member.loss for member in self.members]
 
-    def _prove(self, student: PreTrainedModel) -> None:
+    def _measure_head(self, student: PreTrainedModel) -> None:
         """Find out how each student's logits are made, before they are wrapped for training."""
         for member in self.members:
-            super()._prove(member.model)
+            super()._measure_head(member.model)
 
     def hidden_states_and_heads(
         self, model: nn.Module, forward: Mapping[str, Tensor]

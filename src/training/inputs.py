@@ -103,7 +103,7 @@ def gather(
 
     Args:
         settings: of the run.
-        device_name: ``auto``, ``cpu`` or ``cuda``.
+        device_name: ``auto``, ``cpu``, ``cuda``, ``cuda:N`` or ``mps``.
         cache_dir: where tokenised proteins are kept.
         shard_teacher: spread the teacher over the processes (:mod:`src.models.sharding`).
 

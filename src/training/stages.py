@@ -62,7 +62,7 @@ class RunOptions:
         output_dir: new, or holding the same run.
         resume: go on with an unfinished run.
         report_to: ``none``, ``wandb`` or ``tensorboard``.
-        device_name: ``auto``, ``cpu`` or ``cuda``.
+        device_name: ``auto``, ``cpu``, ``cuda``, ``cuda:N`` or ``mps``.
         cache_dir: where tokenised proteins are kept.
         teacher_cache: where the teacher's hidden states are kept, with ``cached_teacher``.
         shard_teacher: spread the teacher over the processes, where one device cannot hold it.
@@ -206,24 +206,24 @@ def claim(settings: TrainSettings, run: RunOptions) -> Claim:
         raise ValueError("--shard_teacher: with --alpha 1 no teacher is run")
     if settings.cached_teacher and run.teacher_cache is None:
         raise ValueError("this run reads a teacher cache: pass --teacher_cache DIR")
-    together = processes.count() if record is None else record.get("processes", 1)
-    if isinstance(together, bool) or not isinstance(together, int) or together < 1:
-        raise ValueError(f"{folder / RUN_FILE}: processes must be at least 1, got {together!r:.40}")
-    return Claim(None, record, together, batches_of_each(settings, together))
+    begun_on = processes.count() if record is None else record.get("processes", 1)
+    if isinstance(begun_on, bool) or not isinstance(begun_on, int) or begun_on < 1:
+        raise ValueError(f"{folder / RUN_FILE}: processes must be at least 1, got {begun_on!r:.40}")
+    return Claim(None, record, begun_on, batches_of_each(settings, begun_on))
 
 
-def batches_of_each(settings: TrainSettings, together: int) -> int:
-    """Return the batches that each process adds up in a step of a run begun on ``together``.
+def batches_of_each(settings: TrainSettings, begun_on: int) -> int:
+    """Return the batches that each process adds up in a step of a run begun on ``begun_on``.
 
     A step of a run has the same rows on however many processes it goes on.
 
     Raises:
         ValueError: they cannot be shared out equally.
     """
-    all_batches = settings.gradient_accumulation_steps * together
+    all_batches = settings.gradient_accumulation_steps * begun_on
     if all_batches % processes.count():
         raise ValueError(
-            f"the run was begun on {together} processes and its steps have {all_batches} batches: "
+            f"the run was begun on {begun_on} processes and its steps have {all_batches} batches: "
             f"they cannot be shared by {processes.count()} processes"
         )
     return all_batches // processes.count()
@@ -261,10 +261,10 @@ def build(settings: TrainSettings, run: RunOptions, claimed: Claim, inputs: Ingr
     for line in data_summary(inputs.parts["train"], settings.batch_size, "training"):
         run.announce(line)
     run.announce(models_line(settings, student, teacher_parameters))
-    together = f", {processes.count()} processes" if processes.count() > 1 else ""
+    several = f", {processes.count()} processes" if processes.count() > 1 else ""
     run.announce(
         f"{steps:,} steps of {rows_per_step} rows over {rows:,} rows, {inputs.precision} on "
-        f"{inputs.device.type}{together}"
+        f"{inputs.device.type}{several}"
     )
     if inputs.teacher is not None and not run.skip_teacher_check:
         built.checks = check(inputs, run.shard_teacher)
@@ -297,13 +297,13 @@ def models_line(settings: TrainSettings, model: PreTrainedModel, teacher_paramet
 
 def check(inputs: Ingredients, sharded: bool) -> dict[str, Any]:
     """Return the teacher's check; a sharded teacher is run by all processes, another by one."""
-    together = processes.alike if sharded else processes.agreed
+    decide = processes.alike if sharded else processes.agreed
     teacher, train = inputs.teacher, inputs.parts["train"]
     assert teacher is not None
     # Not a measurement of quality: training proteins serve as well, and there are more of them.
     held_out = inputs.parts["validation"]
     proteins = sample(train, CHECKED_PROTEINS, 0) + [held_out[i] for i in range(len(held_out))]
-    return together(lambda: check_teacher(teacher, inputs.tokenizer, proteins, train))
+    return decide(lambda: check_teacher(teacher, inputs.tokenizer, proteins, train))
 
 
 def fit(
