@@ -78,6 +78,50 @@ def described_model(name: str, model: Any) -> dict[str, Any]:
     return {"name": name, "fingerprint": model_fingerprint(model)}
 
 
+def held_out_and_training(
+    args: argparse.Namespace,
+    source: str,
+    parts: tuple[str | None, bool],
+    column: str | None,
+    tokenizer: Any,
+    longest: int,
+    description: Any,
+) -> tuple[Any, list[str] | None]:
+    """Return the tokenised proteins to measure on, and residues of training proteins to compare.
+
+    Args:
+        args: of the script.
+        source: of the proteins.
+        parts: the part to measure on, and whether there is a training part beside it.
+        column: of the residues, where the source is a table.
+        tokenizer: of both models.
+        longest: tokens that both models take.
+        description: how generated proteins are described.
+    """
+    from src.evaluation.gates import FLOOR_PROTEINS
+    from src.evaluation.sequence_quality import NOVELTY_PROTEINS
+    from src.proteins.sources import read_proteins
+    from src.proteins.tokens import tokenise
+
+    test = tokenise(
+        source,
+        parts[0],
+        tokenizer,
+        longest,
+        args.cache_dir,
+        long_proteins="drop",
+        max_proteins=args.max_proteins,
+        sequence_column=column,
+    )
+    for line in test.report.lines():
+        say(line)
+    if not parts[1]:
+        return test, None
+    reader = read_proteins(source, split="train", tokenizer=tokenizer, sequence_column=column)
+    count = NOVELTY_PROTEINS if description.thorough else FLOOR_PROTEINS
+    return test, [protein.residues for protein in islice(reader, count)]
+
+
 def run(args: argparse.Namespace) -> dict:
     """Evaluate, write the results and print a table. Returns the results.
 
@@ -103,8 +147,6 @@ def run(args: argparse.Namespace) -> dict:
     from src.models.decoding import sampling_room
     from src.models.loading import load_causal_lm, require_model_directory
     from src.models.recognition import settle_layout
-    from src.proteins.sources import read_proteins
-    from src.proteins.tokens import tokenise
 
     quiet_libraries()
     description = q.DescriptionSettings(
@@ -121,7 +163,7 @@ def run(args: argparse.Namespace) -> dict:
     teacher_name = args.teacher_model or inputs.named_teacher(record) or s.DEFAULT_TEACHER
     source = args.data or inputs.named_data(record) or s.DEFAULT_DATA
     column = args.sequence_column or (None if args.data else inputs.named_column(record))
-    split, has_train = inputs.choose_split(source, args.split)
+    parts = inputs.choose_split(source, args.split)
     device = choose_device(args.device)
     tokenizer = inputs.shared_tokenizer(args.student_model, teacher_name, args.layout)
     student = load_causal_lm(args.student_model, device=device)
@@ -139,23 +181,10 @@ def run(args: argparse.Namespace) -> dict:
         seed=args.seed,
         check=not args.skip_teacher_check,
     )
-    test = tokenise(
-        source,
-        split,
-        tokenizer,
-        inputs.longest(student, teacher, settings),
-        args.cache_dir,
-        long_proteins="drop",
-        max_proteins=args.max_proteins,
-        sequence_column=column,
+    longest = inputs.longest(student, teacher, settings)
+    test, train = held_out_and_training(
+        args, source, parts, column, tokenizer, longest, description
     )
-    for line in test.report.lines():
-        say(line)
-    train = None
-    if has_train:
-        reader = read_proteins(source, split="train", tokenizer=tokenizer, sequence_column=column)
-        count = q.NOVELTY_PROTEINS if description.thorough else gates.FLOOR_PROTEINS
-        train = [protein.residues for protein in islice(reader, count)]
     measured = evaluate(
         student,
         teacher,
@@ -173,7 +202,7 @@ def run(args: argparse.Namespace) -> dict:
         "arguments": recorded(args),
         "student": described_model(args.student_model, student),
         "teacher": described_model(teacher_name, teacher),
-        "data": {"source": source, "split": split, "fingerprint": test.fingerprint},
+        "data": {"source": source, "split": parts[0], "fingerprint": test.fingerprint},
         "device": str(device),
         "seed": args.seed,
     }

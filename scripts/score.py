@@ -17,6 +17,7 @@ from __future__ import annotations
 
 import argparse
 import sys
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -152,24 +153,8 @@ def run(args: argparse.Namespace) -> dict:
     summary: dict[str, Any] = {"proteins": len(variants.rows), "not_scored": lost + empty}
     if variants.measured is None:
         return summary
-    if sum(f.comparable(variants.measured, *columns.values())) < f.LEAST_COMPARED:
-        say(f"no correlation: fewer than {f.LEAST_COMPARED} variants have measurement and score")
-        return summary
-    estimates, count = f.spearman(
-        columns, variants.measured, variants.clusters, args.bootstrap, args.seed
-    )
-    summary |= {"compared": count, "clusters": len(set(variants.clusters)), "intervals": {}}
-    for name, estimate in estimates.items():
-        put_estimate(summary, f"spearman.{name}", estimate)
-        shown = with_interval(summary, f"spearman.{name}")
-        say(f"Spearman, {name}: {shown} over {count:,} variants")
-    if f.lengths_differ(variants.residues):
-        totals = {n: scores[("teacher_" if n == "teacher" else "") + kinds[0]] for n in columns}
-        by_total, _ = f.spearman(totals, variants.measured, variants.clusters, 0)
-        summary["spearman_total"] = {n: e.estimate for n, e in by_total.items()}
-        shown = ", ".join(f"{n} {e.estimate:+.3f}" for n, e in by_total.items())
-        say(f"by the total, which follows the length as well: {shown}")
-    if args.correlations:
+    summary |= correlations(args, variants, scores)
+    if args.correlations and "compared" in summary:
         summary["run"] = {
             **provenance(),
             "models": {n: model_fingerprint(models[p].model) for p, n in names.items()},
@@ -179,6 +164,44 @@ def run(args: argparse.Namespace) -> dict:
         write_json(args.correlations, summary)
         say(f"written: {args.correlations}")
     return summary
+
+
+def correlations(args: argparse.Namespace, variants: Any, scores: Mapping[str, Any]) -> dict:
+    """Print and return the rank correlations with the measurements; empty where there are too few.
+
+    Args:
+        args: of the script.
+        variants: :class:`src.evaluation.fitness.Variants`, with measurements.
+        scores: of each column, see :func:`src.evaluation.fitness.score_columns`.
+    """
+    from src.evaluation import fitness as f
+
+    names = {"student": "", "teacher": "teacher_"} if args.teacher_model else {"student": ""}
+    columns, totals = (
+        {name: scores[f"{prefix}{kind}"] for name, prefix in names.items()}
+        for kind in ("log_likelihood_per_residue", "log_likelihood")
+    )
+    if sum(f.comparable(variants.measured, *columns.values())) < f.LEAST_COMPARED:
+        say(f"no correlation: fewer than {f.LEAST_COMPARED} variants have measurement and score")
+        return {}
+    estimates, count = f.spearman(
+        columns, variants.measured, variants.clusters, args.bootstrap, args.seed
+    )
+    found: dict[str, Any] = {
+        "compared": count,
+        "clusters": len(set(variants.clusters)),
+        "intervals": {},
+    }
+    for name, estimate in estimates.items():
+        put_estimate(found, f"spearman.{name}", estimate)
+        shown = with_interval(found, f"spearman.{name}")
+        say(f"Spearman, {name}: {shown} over {count:,} variants")
+    if f.lengths_differ(variants.residues):
+        by_total, _ = f.spearman(totals, variants.measured, variants.clusters, 0)
+        found["spearman_total"] = {n: e.estimate for n, e in by_total.items()}
+        shown = ", ".join(f"{n} {e.estimate:+.3f}" for n, e in by_total.items())
+        say(f"by the total, which follows the length as well: {shown}")
+    return found
 
 
 def main(argv: list[str] | None = None) -> int:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import json
+import os
 import signal
 import subprocess
 import sys
@@ -18,6 +19,7 @@ import torch
 pytest.importorskip("pyhmmer")
 
 from scripts.specialise import build_parser, main, student_shape
+from src.common.files import sha256_file
 from src.common.settings import PRESETS, StudentSettings
 from src.evaluation import filters
 from src.experiments import candidates as c
@@ -27,6 +29,8 @@ from src.models.loading import config_of, load_causal_lm, load_tokenizer, model_
 from src.models.weights import count_parameters
 from src.proteins.homology import Hit
 from src.proteins.sources import Protein
+
+ROOT = Path(__file__).resolve().parents[1]
 
 # Judging --------------------------------------------------------------------------------------
 
@@ -278,6 +282,49 @@ def test_a_family_becomes_a_model_a_specialist_candidates_and_a_page(
     assert sum("finished" in line for line in said) >= 6
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("point", ["write:run.json#2", "checkpoint:after_manifest"])
+def test_killed_in_every_stage_it_ends_in_the_same_bits(point, tmp_path, model_dir):
+    """Killed and begun again until it ends: at each process' second record, or its checkpoint."""
+    from tests.test_profiles import RESIDUES, mutants
+
+    members = mutants((RESIDUES * 3)[:50], 14, 0.2, 5)
+    family = tmp_path / "family.fasta"
+    family.write_text("".join(f">p{i}\n{m}\n" for i, m in enumerate(members)))
+
+    def once(folder, **kill) -> int:
+        words = (
+            f"--family {family} --model {model_dir} --output_dir {folder} --n_layer 1 --n_head 2 "
+        )
+        words += (
+            f"--n_embd 8 --epochs 1 --num_candidates 8 --device cpu --cache_dir {tmp_path / 'c'}"
+        )
+        command = [sys.executable, ROOT / "scripts" / "specialise.py", *words.split()]
+        done = subprocess.run(
+            command, capture_output=True, text=True, env={**os.environ, **kill}, timeout=300
+        )
+        assert done.returncode in (0, -signal.SIGKILL), done.stderr
+        return done.returncode
+
+    def outcome(folder):
+        judgement = json.loads((folder / "judgement" / "judgement.json").read_text())
+        for model in judgement["models"].values():
+            model.pop("proteins_per_second", None)
+        for part in ("adaptation", "distillation"):
+            judgement[part].pop("seconds")
+        judgement["candidates"].pop("proteins_per_second")
+        names = ("adapted", "random", "specialist")
+        return judgement, [sha256_file(folder / n / "model.safetensors") for n in names]
+
+    assert once(tmp_path / "whole") == 0
+    kills = 0
+    while once(tmp_path / "killed", DISTILL_FAIL_AT=point) != 0:
+        kills += 1
+        assert kills < 30
+    assert kills >= 3
+    assert outcome(tmp_path / "killed") == outcome(tmp_path / "whole")
+
+
 def test_another_family_is_refused(tmp_path, family_file, model_dir, monkeypatch):
     run = small_run(family_file, model_dir, tmp_path / "out")
     fr.prepare(run)
@@ -467,7 +514,7 @@ def test_lora_leaves_plain_weights_and_everything_after_it_is_unchanged(
 
 @pytest.mark.slow
 def test_a_command_that_is_killed_in_each_stage_ends_in_the_same_result(tmp_path, model_dir):
-    from tests.conftest import ROOT, write_parts
+    from tests.conftest import write_parts
     from tests.test_profiles import RESIDUES, mutants
 
     members = mutants((RESIDUES * 3)[:50], 30, 0.3, 5)

@@ -39,7 +39,12 @@ from src.proteins.splits import (
 )
 
 LETTERS = "ACDEFGHIKLMNPQRSTVWY"
-needs_mmseqs = pytest.mark.skipif(shutil.which("mmseqs") is None, reason="MMseqs2 is not on PATH")
+try:
+    find_mmseqs()
+    NO_MMSEQS = False
+except ValueError:
+    NO_MMSEQS = True
+needs_mmseqs = pytest.mark.skipif(NO_MMSEQS, reason="needs MMseqs2")
 
 
 def families(count: int, members: int, length: int = 120, seed: int = 0) -> dict[str, str]:

@@ -76,6 +76,7 @@ def test_an_experiment_tunes_trains_and_goes_on(teacher, capsys, monkeypatch):
     )["rate"]
     assert files == sorted(
         [
+            "compute_20.png",
             "plain-s05-steps2-seed1000-lr0.001.json",
             "plain-s05-steps2-seed1000-lr0.002.json",
             f"plain-s05-steps20-seed1-lr{rate:g}.json",

@@ -3,7 +3,8 @@ r"""Train students by several recipes and say what each is worth for how much co
 
 Learning rates are chosen first, at a tenth of the steps, on validation proteins. Each run leaves a
 file in RESULTS with its curve of KL divergence against steps and seconds; students stay in WORK.
-The same command goes on with a stopped experiment. scripts/evaluate.py measures students on test.
+The same command goes on with a stopped experiment, and draws KL against seconds.
+scripts/evaluate.py measures students on test.
 
 Example:
   python tools/student_experiment.py --steps 3000 --sizes s27 --recipes published recommended \\
@@ -61,6 +62,7 @@ def run(args: argparse.Namespace) -> dict:
             for seed in args.seeds:
                 runs[recipe, size, seed] = experiment.run(recipe, size, rate, args.steps, seed)
     show(args, runs)
+    draw(args, runs)
     return {"-".join(map(str, key)): result for key, result in runs.items()}
 
 
@@ -79,6 +81,19 @@ def show(args: argparse.Namespace, runs: dict) -> None:
         )  # fmt: skip
         say(f"{recipe:<14}{size:<6}{seed:>5}{result['rate']:>9.2g}{end['kl_per_residue']:>9.4f}"
             f"{end['nats_per_residue']:>9.4f}{end['seconds']:>9.0f}  {line}")  # fmt: skip
+
+
+def draw(args: argparse.Namespace, runs: dict) -> None:
+    """Draw KL against seconds for every run."""
+    from src.experiments.plots import compute_figure
+    from src.publishing.plots import save_figure
+
+    panels: dict = {size: {recipe: [] for recipe in args.recipes} for size in args.sizes}
+    for (recipe, size, _), result in runs.items():
+        panels[size][recipe].append(result["curve"])
+    path = args.results / f"compute_{args.steps}.png"
+    save_figure(compute_figure(panels), path)
+    say(f"written: {path}")
 
 
 def main(argv: list[str] | None = None) -> int:

@@ -187,6 +187,35 @@ def arm_curves(
 
 
 @styled
+def compute_figure(panels: Mapping[str, Mapping[str, Sequence[Sequence[Any]]]]) -> Figure:
+    """Draw how close students come to their teacher against the seconds of their training.
+
+    Args:
+        panels: by size and recipe, for each seed its points with ``seconds`` and
+            ``kl_per_residue``.
+
+    Raises:
+        ValueError: there is nothing to draw.
+    """
+    if not any(panels.values()):
+        raise ValueError("no runs to draw")
+    figure = Figure(figsize=(0.8 + 2.9 * len(panels), 3.3), layout="constrained")
+    grid = figure.subplots(1, len(panels), squeeze=False, sharey=True)[0]
+    for axes, (title, recipes) in zip(grid, panels.items(), strict=True):
+        for index, (recipe, seeds) in enumerate(recipes.items()):
+            for number, points in enumerate(seeds):
+                seconds = [point["seconds"] for point in points]
+                kl = [point["kl_per_residue"] for point in points]
+                label = None if number else recipe.replace("_", " ")
+                axes.loglog(seconds, kl, **series_look(index), label=label)
+        axes.set_title(title)
+        axes.set_xlabel("seconds of training")
+        axes.legend(fontsize=8)
+    grid[0].set_ylabel("KL(teacher‖student) on validation, nats per residue")
+    return figure
+
+
+@styled
 def quality_against_compression(kinds: Mapping[str, Sequence[Mapping[str, Any]]]) -> Figure:
     """Draw perplexity ratio and KL divergence of students against how much smaller they are.
 
