@@ -30,6 +30,7 @@ def build_parser() -> argparse.ArgumentParser:
     add("--model", type=Path, required=True, help="directory of the teacher")
     add("--data", required=True, help="directory of parts: train, test, test_new")
     add("--half", action="store_true", help="first write its weights in half precision (fp16)")
+    add("--weights", help="of which steps they are, for the card (default: the last)")
     add("--cache_dir", type=folder, help="where tokenised proteins are kept")
     return parser
 
@@ -52,6 +53,8 @@ def run(args: argparse.Namespace) -> dict:
 
     quiet_libraries()
     facts = training_facts(args.model)
+    if args.weights:
+        facts["training"] += f"; {args.weights}"
     if args.half:
         load_causal_lm(args.model, dtype=torch.float16).save_pretrained(args.model)
     model, tokenizer = ProteinModel.load(args.model)

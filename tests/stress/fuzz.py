@@ -471,7 +471,7 @@ def build_formats(folder: Path) -> dict[str, Format]:
         label: Format({name: raw}, [name], partial(read_source, name=name, tokenizer=tokenizer))
         for label, (name, raw) in sources.items()
     }
-    results = json.loads((ROOT / "results" / "ablation_both.json").read_bytes())
+    results = json.loads((ROOT / "results" / "weak_teacher" / "ablation_both.json").read_bytes())
     del results["training"]  # its curves: drawing them takes longer than all the rest
     run = {**json.loads((folder / "run" / "run.json").read_bytes()), "status": "running"}
     model = folder_files(folder / "teacher")
