@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import csv
 import json
-import os
 import signal
 import subprocess
 import sys
@@ -19,7 +18,6 @@ import torch
 pytest.importorskip("pyhmmer")
 
 from scripts.specialise import build_parser, main, student_shape
-from src.common.files import sha256_file
 from src.common.settings import PRESETS, StudentSettings
 from src.evaluation import filters
 from src.experiments import candidates as c
@@ -280,49 +278,6 @@ def test_a_family_becomes_a_model_a_specialist_candidates_and_a_page(
     monkeypatch.setattr("src.experiments.family_inputs.read_family", forbidden)
     assert fr.run_family(run) == judgement
     assert sum("finished" in line for line in said) >= 6
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("point", ["write:run.json#2", "checkpoint:after_manifest"])
-def test_killed_in_every_stage_it_ends_in_the_same_bits(point, tmp_path, model_dir):
-    """Killed and begun again until it ends: at each process' second record, or its checkpoint."""
-    from tests.test_profiles import RESIDUES, mutants
-
-    members = mutants((RESIDUES * 3)[:50], 14, 0.2, 5)
-    family = tmp_path / "family.fasta"
-    family.write_text("".join(f">p{i}\n{m}\n" for i, m in enumerate(members)))
-
-    def once(folder, **kill) -> int:
-        words = (
-            f"--family {family} --model {model_dir} --output_dir {folder} --n_layer 1 --n_head 2 "
-        )
-        words += (
-            f"--n_embd 8 --epochs 1 --num_candidates 8 --device cpu --cache_dir {tmp_path / 'c'}"
-        )
-        command = [sys.executable, ROOT / "scripts" / "specialise.py", *words.split()]
-        done = subprocess.run(
-            command, capture_output=True, text=True, env={**os.environ, **kill}, timeout=300
-        )
-        assert done.returncode in (0, -signal.SIGKILL), done.stderr
-        return done.returncode
-
-    def outcome(folder):
-        judgement = json.loads((folder / "judgement" / "judgement.json").read_text())
-        for model in judgement["models"].values():
-            model.pop("proteins_per_second", None)
-        for part in ("adaptation", "distillation"):
-            judgement[part].pop("seconds")
-        judgement["candidates"].pop("proteins_per_second")
-        names = ("adapted", "random", "specialist")
-        return judgement, [sha256_file(folder / n / "model.safetensors") for n in names]
-
-    assert once(tmp_path / "whole") == 0
-    kills = 0
-    while once(tmp_path / "killed", DISTILL_FAIL_AT=point) != 0:
-        kills += 1
-        assert kills < 30
-    assert kills >= 3
-    assert outcome(tmp_path / "killed") == outcome(tmp_path / "whole")
 
 
 def test_another_family_is_refused(tmp_path, family_file, model_dir, monkeypatch):
