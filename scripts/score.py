@@ -126,9 +126,7 @@ def run(args: argparse.Namespace) -> dict:
     scores = f.score_columns(models, variants.residues, args.batch_size, wild, args.windows)
     if not processes.is_first():
         return {}
-    columns = {"student": scores[kinds[1]]}
-    if args.teacher_model:
-        columns["teacher"] = scores[f"teacher_{kinds[1]}"]
+    columns = of_models(scores, kinds[1])
     if args.correlations:  # before anything is written
         f.require_comparable(variants, *columns.values())
     f.write_scores(args.output, variants, scores)
@@ -154,7 +152,7 @@ def run(args: argparse.Namespace) -> dict:
     if variants.measured is None:
         return summary
     summary |= correlations(args, variants, scores)
-    if args.correlations and "compared" in summary:
+    if args.correlations:
         summary["run"] = {
             **provenance(),
             "models": {n: model_fingerprint(models[p].model) for p, n in names.items()},
@@ -164,6 +162,12 @@ def run(args: argparse.Namespace) -> dict:
         write_json(args.correlations, summary)
         say(f"written: {args.correlations}")
     return summary
+
+
+def of_models(scores: Mapping[str, Any], kind: str) -> dict[str, Any]:
+    """Return a column of scores for each model that was given, by its role."""
+    columns = {"student": kind, "teacher": f"teacher_{kind}"}
+    return {name: scores[column] for name, column in columns.items() if column in scores}
 
 
 def correlations(args: argparse.Namespace, variants: Any, scores: Mapping[str, Any]) -> dict:
@@ -176,11 +180,7 @@ def correlations(args: argparse.Namespace, variants: Any, scores: Mapping[str, A
     """
     from src.evaluation import fitness as f
 
-    names = {"student": "", "teacher": "teacher_"} if args.teacher_model else {"student": ""}
-    columns, totals = (
-        {name: scores[f"{prefix}{kind}"] for name, prefix in names.items()}
-        for kind in ("log_likelihood_per_residue", "log_likelihood")
-    )
+    columns = of_models(scores, "log_likelihood_per_residue")
     if sum(f.comparable(variants.measured, *columns.values())) < f.LEAST_COMPARED:
         say(f"no correlation: fewer than {f.LEAST_COMPARED} variants have measurement and score")
         return {}
@@ -197,6 +197,7 @@ def correlations(args: argparse.Namespace, variants: Any, scores: Mapping[str, A
         shown = with_interval(found, f"spearman.{name}")
         say(f"Spearman, {name}: {shown} over {count:,} variants")
     if f.lengths_differ(variants.residues):
+        totals = of_models(scores, "log_likelihood")
         by_total, _ = f.spearman(totals, variants.measured, variants.clusters, 0)
         found["spearman_total"] = {n: e.estimate for n, e in by_total.items()}
         shown = ", ".join(f"{n} {e.estimate:+.3f}" for n, e in by_total.items())

@@ -25,6 +25,18 @@ if shutil.which("nvidia-smi") is None:
 TINY_VOCABULARY = 64
 
 
+def _has_mmseqs() -> bool:
+    from src.proteins.homology import find_mmseqs
+
+    try:
+        return bool(find_mmseqs())
+    except ValueError:
+        return False
+
+
+needs_mmseqs = pytest.mark.skipif(not _has_mmseqs(), reason="needs MMseqs2")
+
+
 def make_proteins(count: int, low: int = 20, high: int = 120, seed: int = 0) -> list[str]:
     """Return random proteins of the 20 standard residues."""
     rng = random.Random(seed)

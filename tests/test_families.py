@@ -15,18 +15,13 @@ import pytest
 
 from src.proteins import families as fam
 from src.proteins.families import FamilySplitSettings, read_families, split_within_families
-from src.proteins.homology import Hit, find_mmseqs, read_clusters
+from src.proteins.homology import Hit, read_clusters
 from src.proteins.relatives import open_profiles, profile_key
 from src.proteins.sources import read_proteins
 from src.proteins.split_files import check_split
+from tests.conftest import needs_mmseqs
 
 LETTERS = "ACDEFGHIKLMNPQRSTVWY"
-try:
-    find_mmseqs()
-    NO_MMSEQS = False
-except ValueError:
-    NO_MMSEQS = True
-needs_mmseqs = pytest.mark.skipif(NO_MMSEQS, reason="needs MMseqs2")
 
 
 def members(count: int, size: int, seed: int = 0) -> tuple[dict[str, str], dict[str, str]]:

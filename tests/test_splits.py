@@ -37,14 +37,9 @@ from src.proteins.splits import (
     split_hash,
     without_repeats,
 )
+from tests.conftest import needs_mmseqs
 
 LETTERS = "ACDEFGHIKLMNPQRSTVWY"
-try:
-    find_mmseqs()
-    NO_MMSEQS = False
-except ValueError:
-    NO_MMSEQS = True
-needs_mmseqs = pytest.mark.skipif(NO_MMSEQS, reason="needs MMseqs2")
 
 
 def families(count: int, members: int, length: int = 120, seed: int = 0) -> dict[str, str]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,10 +14,40 @@ from src.common.files import atomic_write
 def write_per_protein(path: str | Path, table: Mapping[str, Any]) -> None:
     """Write the columns of a table, atomically."""
     import pyarrow as pa
+
+    write_parquet(path, pa.table({name: pa.array(values) for name, values in table.items()}))
+
+
+def write_parquet(path: str | Path, table: Any, **options: Any) -> None:
+    """Write a ``pyarrow.Table`` atomically; the options are those of pyarrow's ``write_table``."""
     import pyarrow.parquet as pq
 
     with atomic_write(path, "wb") as handle:
-        pq.write_table(pa.table({name: pa.array(values) for name, values in table.items()}), handle)
+        pq.write_table(table, handle, **options)
+
+
+def replace_rows(path: Path, new: Any, keys: Sequence[str]) -> Any:
+    """Return a file's rows with those of ``new`` in the place of the ones of equal keys.
+
+    Args:
+        path: of a table; it need not exist.
+        new: a ``pyarrow.Table`` with the same columns.
+        keys: columns that tell which rows belong together.
+
+    Returns:
+        A ``pyarrow.Table``, sorted by the keys; rows of equal keys stay in their order.
+    """
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    def rows(table: Any) -> list[tuple[Any, ...]]:
+        return list(zip(*(table[name].to_pylist() for name in keys), strict=True))
+
+    if path.exists():
+        old, replaced = pq.read_table(path), {*rows(new)}
+        kept = old.filter(pa.array([row not in replaced for row in rows(old)], pa.bool_()))
+        new = pa.concat_tables([kept, new], promote_options="default")
+    return new.sort_by([(name, "ascending") for name in keys])
 
 
 def read_per_protein(

@@ -23,7 +23,6 @@ import torch
 
 from src.common.cli import duration, quiet_libraries, say
 from src.common.files import (
-    atomic_write,
     read_json,
     remove_temporaries_of,
     remove_unfinished,
@@ -34,6 +33,7 @@ from src.common.settings import as_recorded
 from src.evaluation.gates import FLOOR_PROTEINS
 from src.evaluation.inputs import cluster_kind, clusters_of, longest
 from src.evaluation.measurement import Evaluation, evaluate_students
+from src.evaluation.per_protein import replace_rows, write_parquet
 from src.evaluation.results import lookup, write_results
 from src.evaluation.schema import Object, check_record, record_type
 from src.evaluation.scoring import EvaluationSettings
@@ -403,9 +403,8 @@ def write_table(path: Path, tables: Sequence[tuple[Cell, Mapping[str, Any]]], sp
     by arm, then by learning rate.
     """
     import pyarrow as pa
-    import pyarrow.parquet as pq
 
-    parts = {}
+    parts = []
     for cell, table in tables:
         columns: dict[str, Any] = {}
         for name in ("arm", "seed", "size", "learning_rate"):
@@ -414,17 +413,9 @@ def write_table(path: Path, tables: Sequence[tuple[Cell, Mapping[str, Any]]], sp
         for name, values in table.items():
             real = isinstance(values, np.ndarray) and values.dtype.kind == "f"
             columns[name] = pa.array(values.astype(np.float32) if real else values)
-        parts[cell.arm, cell.learning_rate] = pa.table(columns)
-    if path.exists():
-        old = pq.read_table(path)
-        keys = list(zip(*(old[c].to_pylist() for c in ("arm", "learning_rate")), strict=True))
-        for key in dict.fromkeys(keys):
-            if key not in parts:
-                parts[key] = old.filter(pa.array([other == key for other in keys]))
-    with atomic_write(path, "wb") as handle:
-        pq.write_table(
-            pa.concat_tables([parts[k] for k in sorted(parts)]), handle, compression="zstd"
-        )
+        parts.append(pa.table(columns))
+    rows = replace_rows(path, pa.concat_tables(parts), ("arm", "learning_rate"))
+    write_parquet(path, rows, compression="zstd")
 
 
 def curve_of(history: Sequence[Mapping[str, Any]], name: str) -> list[dict[str, Any]]:

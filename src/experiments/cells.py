@@ -18,15 +18,16 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
-from src.common.files import atomic_write
-from src.evaluation.per_protein import read_per_protein
+from src.evaluation.per_protein import read_per_protein, replace_rows, write_parquet
 from src.evaluation.results import brought_up, lookup, read_results
 
 CELLS, PROTEINS = "cells.parquet", "per_protein.parquet"
 LOOSE = "*-seed*-lr*.json"
-SETTINGS = ("grid", "arm", "size", "seed", "learning_rate")
+KEYS = ("grid", "size", "seed", "arm", "learning_rate")
+"""Settings that name a cell: columns of both packed files."""
+SMALL = {"compression": "zstd", "compression_level": 12}
 FIGURES = ("student_nats_per_residue", "kl_per_residue", "kept_advantage", "perplexity_ratio")
-"""Columns of the packed file, from a cell's settings and from its results."""
+"""Results of a cell that have a column of their own."""
 
 
 def read_cell(folder: Path, file: str) -> dict[str, Any] | None:
@@ -92,39 +93,23 @@ def pack(folder: Path, grid: str, tables: Sequence[Path]) -> int:
     own = {path: cell for path, cell in own.items() if lookup(cell, "settings.grid") == grid}
     if not own:
         return 0
-    texts = _packed(folder) | {p.stem: json.dumps(c, separators=(",", ":")) for p, c in own.items()}
-    cells = {name: json.loads(texts[name]) for name in sorted(texts)}
-    columns: dict[str, list[Any]] = {"cell": list(cells)}
-    columns |= {n: [lookup(c, f"settings.{n}") for c in cells.values()] for n in SETTINGS}
-    columns |= {n: [lookup(c, n) for c in cells.values()] for n in FIGURES}
-    columns["results"] = [texts[name] for name in cells]
+    cells = {name: json.loads(text) for name, text in _packed(folder).items()}
+    cells |= {path.stem: cell for path, cell in own.items()}
+    ordered = [cells[name] for name in sorted(cells)]
+    columns: dict[str, list[Any]] = {"cell": sorted(cells)}
+    columns |= {name: [lookup(c, f"settings.{name}") for c in ordered] for name in KEYS}
+    columns |= {name: [lookup(c, name) for c in ordered] for name in FIGURES}
+    columns["results"] = [json.dumps(cell, separators=(",", ":")) for cell in ordered]
 
-    keys = ("grid", "size", "seed", "arm", "learning_rate")
-    loose = [pq.read_table(path) for path in tables if path.exists()]
-    loose = [t.add_column(0, "grid", pa.array([grid] * len(t))) for t in loose]
-    if (folder / PROTEINS).exists():
-        old = pq.read_table(folder / PROTEINS)
-        new = {key for table in loose for key in _keys(table, keys)}
-        loose.insert(0, old.filter(pa.array([key not in new for key in _keys(old, keys)])))
-    if loose:
-        proteins = pa.concat_tables(loose, promote_options="default")
-        proteins = proteins.sort_by([(name, "ascending") for name in (*keys, "protein")])
-        _write(folder / PROTEINS, proteins)
-    _write(folder / CELLS, pa.table(columns))
+    if loose := [pq.read_table(path) for path in tables if path.exists()]:
+        new = pa.concat_tables(loose, promote_options="default")
+        new = new.add_column(0, "grid", pa.array([grid] * len(new)))
+        proteins = replace_rows(folder / PROTEINS, new.sort_by("protein"), KEYS)
+        write_parquet(folder / PROTEINS, proteins, **SMALL)
+    write_parquet(folder / CELLS, pa.table(columns), **SMALL)
     for path in (*own, *tables):
         path.unlink(missing_ok=True)
     return len(own)
-
-
-def _keys(table: Any, names: Sequence[str]) -> list[tuple[Any, ...]]:
-    return list(zip(*(table[name].to_pylist() for name in names), strict=True))
-
-
-def _write(path: Path, table: Any) -> None:
-    import pyarrow.parquet as pq
-
-    with atomic_write(path, "wb") as handle:
-        pq.write_table(table, handle, compression="zstd", compression_level=12)
 
 
 def _packed(folder: Path) -> dict[str, str]:

@@ -173,11 +173,9 @@ def try_model(run: FamilyRun) -> tuple[int, Any]:
     return limit, tokenizer
 
 
-def family_of(
-    run: FamilyRun, data: Path, notes: list[str], limit: int, tokenizer: Any = None
-) -> Family:
+def family_of(run: FamilyRun, data: Path, notes: list[str], limit: int, tokenizer: Any) -> Family:
     """Return a split family, and say how it is split."""
-    layout = PROTGPT2 if tokenizer is None else layout_of(tokenizer)
+    layout = layout_of(tokenizer)
     test = s.part_of(data, "test") if has_split(data, "test") else []
     table = clusters_of(data) or {}
     clusters = [table.get(p.name, p.name) for p in test]

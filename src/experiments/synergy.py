@@ -87,12 +87,11 @@ def read_runs(folder: str | Path, grid: str, split: str = "test") -> dict[str, R
     cells: dict[str, dict[tuple[str, int], dict[str, np.ndarray]]] = {}
     rates: dict[tuple[str, str], set[float]] = {}
     texts = ("arm", "size", "split", "protein", "cluster")
-    tables = read_tables(
-        Path(folder), grid, texts, ("seed", "residues"), ("learning_rate", "nll_student", "kl")
-    )
-    seen = False
+    numbers = ("learning_rate", "nll_student", "kl")
+    tables = list(read_tables(Path(folder), grid, texts, ("seed", "residues"), numbers))
+    if not tables:
+        raise ValueError(f"{folder}: no per_protein-{grid}-*.parquet: run the grid first")
     for path, frame in tables:
-        seen = True
         frame = frame[frame["split"] == split]
         for (size, arm, seed), rows in frame.groupby(["size", "arm", "seed"], sort=False):
             rates.setdefault((size, arm), set()).update(rows["learning_rate"].unique())
@@ -103,8 +102,6 @@ def read_runs(folder: str | Path, grid: str, split: str = "test") -> dict[str, R
                 name: rows[name].to_numpy()
                 for name in ("protein", "cluster", "residues", "nll_student", "kl")
             }
-    if not seen:
-        raise ValueError(f"{folder}: no per_protein-{grid}-*.parquet: run the grid first")
     if not cells:
         raise ValueError(f"{folder}: no table of {grid} holds {split} proteins: pass --split")
     return {size: _runs(size, by_arm) for size, by_arm in cells.items()}

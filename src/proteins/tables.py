@@ -308,7 +308,7 @@ def _json_rows(path: Path) -> Iterator[tuple[int, list[str]]]:
         with opened(path) as (stream, _, _):
             array = re.match(_RESULTS.encode(), stream.peek(64).removeprefix(b"\xef\xbb\xbf"))
         if array:
-            yield from _array_objects(path)
+            yield from _streamed_objects(path)
             return
         begun = False
         for number, line in guarded_lines(path, ReadReport()):
@@ -318,7 +318,7 @@ def _json_rows(path: Path) -> Iterator[tuple[int, list[str]]]:
                 value = json.loads(line)
             except (ValueError, RecursionError) as error:
                 if not begun and line.strip() == "{":  # an object over several lines
-                    yield from _array_objects(path, brackets=False)
+                    yield from _streamed_objects(path, brackets=False)
                     return
                 raise ValueError(f"{path}:{number}: broken JSON ({reason(error)})") from None
             if not isinstance(value, dict):
@@ -335,7 +335,7 @@ def _json_rows(path: Path) -> Iterator[tuple[int, list[str]]]:
         yield number, [_text_of(row.get(name)) for name in columns]
 
 
-def _array_objects(path: Path, brackets: bool = True) -> Iterator[tuple[int, dict[str, Any]]]:
+def _streamed_objects(path: Path, brackets: bool = True) -> Iterator[tuple[int, dict[str, Any]]]:
     """Yield the objects of a JSON array, or those that follow one another without its brackets.
 
     A text in the place of an object is a sequence.
