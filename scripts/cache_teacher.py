@@ -65,7 +65,7 @@ def run(args: argparse.Namespace) -> dict:
 
     from src.common import processes
     from src.common.cli import quiet_libraries
-    from src.training.inputs import capture_parts, gather
+    from src.training.ingredients import capture_parts, gather
 
     quiet_libraries()
     processes.join(args.device)

@@ -51,7 +51,7 @@ def run(args: argparse.Namespace) -> dict:
     """Compare, print and write. Returns the entries and verdicts."""
     from src.common.files import check_outputs, write_text
     from src.publishing import comparison as c
-    from src.publishing.verdicts import judge_all
+    from src.publishing.verdicts import verdicts_on
 
     check_outputs(args.output, overwrite=args.overwrite)
     if args.output:
@@ -62,7 +62,7 @@ def run(args: argparse.Namespace) -> dict:
     entries, notes = c.read_entries([*args.files, *reference])
     verdicts = []
     if args.reference:
-        verdicts, problem = judge_all(
+        verdicts, problem = verdicts_on(
             entries, args.reference, args.margin, args.bootstrap, args.seed
         )
         notes += [problem] if problem else []

@@ -138,7 +138,7 @@ def run(args: argparse.Namespace) -> dict:
     from src.common.cli import quiet_libraries
     from src.common.devices import choose_device
     from src.common.runs import provenance
-    from src.evaluation import gates, inputs
+    from src.evaluation import gates, student_record
     from src.evaluation import sequence_quality as q
     from src.evaluation.measurement import evaluate
     from src.evaluation.per_protein import write_per_protein
@@ -153,19 +153,21 @@ def run(args: argparse.Namespace) -> dict:
         args.generation_metrics, args.profiles, bootstrap=args.bootstrap, seed=args.seed
     )
     record = (
-        inputs.run_of(args.student_model) if require_model_directory(args.student_model) else {}
+        student_record.run_of(args.student_model)
+        if require_model_directory(args.student_model)
+        else {}
     )
-    if not args.teacher_model and record and inputs.named_teacher(record) is None:
+    if not args.teacher_model and record and student_record.named_teacher(record) is None:
         raise ValueError(
             f"{args.student_model} was trained without a teacher: pass --teacher_model, a model "
             "with the same tokenizer to compare it with"
         )
-    teacher_name = args.teacher_model or inputs.named_teacher(record) or s.DEFAULT_TEACHER
-    source = args.data or inputs.named_data(record) or s.DEFAULT_DATA
-    column = args.sequence_column or (None if args.data else inputs.named_column(record))
-    parts = inputs.choose_split(source, args.split)
+    teacher_name = args.teacher_model or student_record.named_teacher(record) or s.DEFAULT_TEACHER
+    source = args.data or student_record.named_data(record) or s.DEFAULT_DATA
+    column = args.sequence_column or (None if args.data else student_record.named_column(record))
+    parts = student_record.choose_split(source, args.split)
     device = choose_device(args.device)
-    tokenizer = inputs.shared_tokenizer(args.student_model, teacher_name, args.layout)
+    tokenizer = student_record.shared_tokenizer(args.student_model, teacher_name, args.layout)
     student = load_causal_lm(args.student_model, device=device)
     teacher = load_causal_lm(teacher_name, device=device)
     settle_layout(teacher, tokenizer)
@@ -181,7 +183,7 @@ def run(args: argparse.Namespace) -> dict:
         seed=args.seed,
         check=not args.skip_teacher_check,
     )
-    longest = inputs.longest(student, teacher, settings)
+    longest = student_record.longest(student, teacher, settings)
     test, train = held_out_and_training(
         args, source, parts, column, tokenizer, longest, description
     )
@@ -192,8 +194,8 @@ def run(args: argparse.Namespace) -> dict:
         test,
         settings,
         train=train and train[: gates.FLOOR_PROTEINS],
-        clusters=inputs.clusters_of(source),
-        cluster_kind=inputs.cluster_kind(source),
+        clusters=student_record.clusters_of(source),
+        cluster_kind=student_record.cluster_kind(source),
         announce=say,
     )
     results: dict[str, Any] = measured.results

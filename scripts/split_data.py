@@ -175,9 +175,7 @@ def within_families(args: argparse.Namespace, proteins: dict[str, str]) -> tuple
     split = f.split_within_families(proteins, family_of, settings, say)
     if args.new_families:
         new = named(args, args.new_families)
-        proteins = f.add_new_families(
-            split, proteins, new, f.read_families(args.new_families, new), settings
-        )
+        proteins = f.add_new_families(split, proteins, new, f.read_families(args.new_families, new))
     if args.others:
         say(f"adding {args.num_others:,} proteins of {args.others} to train")
         others = named(args, args.others)

@@ -130,7 +130,7 @@ def test_thresholds_depend_on_size_and_say_when_they_are_close(share, ratio, spr
 
 def test_markdown_csv_and_latex_hold_the_same_figures(files):
     entries, notes = c.read_entries([files / "a.json", files / "b_1.json", files / "no.json"])
-    verdicts, _ = v.judge_all(entries, files / "a.json")
+    verdicts, _ = v.verdicts_on(entries, files / "a.json")
     markdown = c.as_markdown(entries, verdicts, notes)
     lines = markdown.splitlines()
     assert lines[2].startswith("| a | 1.500 [1.425, 1.575] | 0.200 [0.190, 0.210] |")
@@ -204,7 +204,7 @@ def test_what_an_interval_shows(low, high, equivalent, outcome):
 )
 def test_from_two_intervals(figures, scenario):
     reference = entry("reference", spread=min(figures["spread"] or 0.05, 0.05))
-    verdict = v.judge(entry("candidate", **figures), reference)
+    verdict = v.verdict_on(entry("candidate", **figures), reference)
     assert verdict.scenario == scenario
     methods = {d.method for d in verdict.differences.values() if d.outcome != "unknown"}
     assert methods <= {"two intervals"}
@@ -218,7 +218,7 @@ def test_from_two_intervals(figures, scenario):
     ],
 )
 def test_bare_numbers_and_meaningless_calibration_never_decide(more, reason):
-    verdict = v.judge(entry("a", ratio=1.1, kl=0.01, ece=0.01, **more), entry("b"))
+    verdict = v.verdict_on(entry("a", ratio=1.1, kl=0.01, ece=0.01, **more), entry("b"))
     assert verdict.scenario == "inconclusive"
     assert reason in " ".join(verdict.reasons)
 
@@ -226,8 +226,8 @@ def test_bare_numbers_and_meaningless_calibration_never_decide(more, reason):
 def test_the_margin_is_the_users():
     candidate = entry("a", ratio=1.53, kl=0.1, ece=0.02, spread=0.005)
     reference = entry("b", spread=0.005)
-    assert v.judge(candidate, reference, margin=0.02).scenario == "okay"
-    assert v.judge(candidate, reference, margin=0.05).scenario == "good"
+    assert v.verdict_on(candidate, reference, margin=0.02).scenario == "okay"
+    assert v.verdict_on(candidate, reference, margin=0.05).scenario == "good"
 
 
 @pytest.mark.parametrize(
@@ -240,10 +240,10 @@ def test_the_margin_is_the_users():
 )
 def test_what_was_not_measured_alike_is_not_judged(more, reason):
     best = {"ratio": 1.1, "kl": 0.01, "ece": 0.01}
-    verdict = v.judge(entry("a", **best, **more), entry("b"))
+    verdict = v.verdict_on(entry("a", **best, **more), entry("b"))
     assert verdict.scenario == "inconclusive"
     assert reason in verdict.reasons[0]
-    assert v.judge(entry("a", **best), entry("b")).scenario == "best"
+    assert v.verdict_on(entry("a", **best), entry("b")).scenario == "best"
 
 
 class World:
@@ -322,7 +322,7 @@ TRUE = {
 def test_simulated_scenarios_are_found_when_paired(tmp_path, scenario):
     found = []
     for seed in range(10):
-        verdict = v.judge(*World(seed).pair(tmp_path, TRUE[scenario]), replicates=300)
+        verdict = v.verdict_on(*World(seed).pair(tmp_path, TRUE[scenario]), replicates=300)
         assert verdict.differences["perplexity"].method == "paired"
         assert verdict.differences["ECE"].method == "two intervals"
         assert verdict.clusters == 120
@@ -332,9 +332,9 @@ def test_simulated_scenarios_are_found_when_paired(tmp_path, scenario):
 
 def test_without_pairs_the_same_difference_is_not_claimed(tmp_path):
     candidate, reference = World(0).pair(tmp_path, TRUE["best"])
-    assert v.judge(candidate, reference).scenario == "best"
+    assert v.verdict_on(candidate, reference).scenario == "best"
     (tmp_path / "candidate.parquet").unlink()
-    verdict = v.judge(candidate, reference)
+    verdict = v.verdict_on(candidate, reference)
     assert verdict.scenario == "inconclusive"
     assert {d.method for d in verdict.differences.values()} == {"two intervals"}
     assert "no table of single proteins" in " ".join(verdict.reasons)
@@ -344,7 +344,7 @@ def test_equal_students_are_seldom_told_apart(tmp_path):
     """Of equal students at most 5 % should seem lower or higher in each figure: here 2 x 40."""
     claims = scenarios = 0
     for seed in range(40):
-        verdict = v.judge(*World(100 + seed).pair(tmp_path, REFERENCE), replicates=300)
+        verdict = v.verdict_on(*World(100 + seed).pair(tmp_path, REFERENCE), replicates=300)
         outcomes = [verdict.differences[name].outcome for name in ("perplexity", "KL")]
         claims += outcomes.count("lower") + outcomes.count("higher")
         scenarios += verdict.scenario != "inconclusive"
@@ -358,7 +358,7 @@ def test_equivalence_at_the_margin_is_seldom_claimed(tmp_path):
     for seed in range(40):
         world = World(200 + seed)
         world.shared = np.zeros(world.proteins)
-        verdict = v.judge(*world.pair(tmp_path, (0.62, 0.36, 0.06)), replicates=300)
+        verdict = v.verdict_on(*world.pair(tmp_path, (0.62, 0.36, 0.06)), replicates=300)
         claimed += verdict.differences["perplexity"].outcome == "equivalent"
     assert claimed <= 7  # binomial(40, 0.05): more in under 0.2 % of cases
 
@@ -368,23 +368,23 @@ def test_foreign_and_unlike_tables_are_not_paired(tmp_path):
     kept = pq.read_table(tmp_path / "candidate.parquet")
 
     pq.write_table(pq.read_table(tmp_path / "reference.parquet"), tmp_path / "candidate.parquet")
-    verdict = v.judge(candidate, reference)
+    verdict = v.verdict_on(candidate, reference)
     assert "another evaluation" in verdict.reasons[0]
 
     renamed = kept.set_column(0, "protein", pa.array([f"q{i}" for i in range(len(kept))]))
     pq.write_table(renamed, tmp_path / "candidate.parquet")
-    assert "differ in protein" in v.judge(candidate, reference).reasons[0]
+    assert "differ in protein" in v.verdict_on(candidate, reference).reasons[0]
 
     pq.write_table(kept.take(np.arange(len(kept))[::-1]), tmp_path / "candidate.parquet")
-    verdict = v.judge(candidate, reference)
+    verdict = v.verdict_on(candidate, reference)
     assert verdict.differences["KL"].method == "paired"  # another order is no difference
 
     pq.write_table(kept.drop_columns(["kl"]), tmp_path / "candidate.parquet")
     with pytest.raises(ValueError, match=r"candidate\.parquet: broken, or not a table"):
-        v.judge(candidate, reference)
+        v.verdict_on(candidate, reference)
     (tmp_path / "candidate.parquet").write_bytes(b"PAR1 broken")
     with pytest.raises(ValueError, match=r"candidate\.parquet: broken, or not a table"):
-        v.judge(candidate, reference)
+        v.verdict_on(candidate, reference)
 
 
 def test_the_recorded_table_is_found(tmp_path):

@@ -25,11 +25,11 @@ import pytest
 from datasets.exceptions import DatasetNotFoundError
 
 from src.common.cli import add_data_flags
-from src.proteins import lines, readers, sources, tables
+from src.proteins import formats, readers, sources, tables
 from src.proteins.encoding import token_letters, tokenizer_fingerprint
 from src.proteins.hashes import SeenHashes, chosen, held_out, sequence_hash
 from src.proteins.layouts import END_OF_TEXT, PROTGPT2, layout, prompt_layout
-from src.proteins.report import ReadReport
+from src.proteins.reading import ReadReport
 from src.proteins.sources import SAME_NAMES, has_split, read_proteins
 from src.proteins.tokens import TokenisedProteins, data_summary, open_store, tokenise
 
@@ -103,7 +103,7 @@ def test_layout_round_trip_on_random_proteins(random_proteins, seed, tiny_tokeni
 # Formats: the same proteins out of each
 
 
-def formats(folder: Path, proteins: list[str], tokenizer) -> dict[str, Path]:
+def one_of_each_kind(folder: Path, proteins: list[str], tokenizer) -> dict[str, Path]:
     rows = [[f"p{i}", p] for i, p in enumerate(proteins)]
     table = io.StringIO()
     csv.writer(table).writerows([["id", "sequence"], *rows])
@@ -137,7 +137,7 @@ def formats(folder: Path, proteins: list[str], tokenizer) -> dict[str, Path]:
 
 def test_every_format_gives_the_same_proteins(tmp_path, random_proteins, tiny_tokenizer):
     proteins = [A, *random_proteins(20, 1, 200, 3)]
-    for name, path in formats(tmp_path, proteins, tiny_tokenizer).items():
+    for name, path in one_of_each_kind(tmp_path, proteins, tiny_tokenizer).items():
         found, report = read(path, tokenizer=tiny_tokenizer)
         assert found == proteins, name
         assert not report.dropped, name
@@ -242,7 +242,7 @@ def test_crlf_and_byte_order_mark(tmp_path):
     content = b"\xef\xbb\xbf" + fasta([A, B]).replace("\n", "\r\n").encode()
     found, report = read(write(tmp_path / "a.fasta", content))
     assert found == [A, B]
-    assert counts(report.fixed) == {lines.CRLF: 4}
+    assert counts(report.fixed) == {formats.CRLF: 4}
 
 
 REFUSED = {
@@ -343,7 +343,7 @@ def test_nulls_and_empty_cells_are_dropped(tmp_path):
 
 
 def test_decompression_bomb(tmp_path, monkeypatch):
-    monkeypatch.setattr(lines, "FREE_EXPANSION_BYTES", 1 << 20)
+    monkeypatch.setattr(formats, "FREE_EXPANSION_BYTES", 1 << 20)
     bomb = gzip.compress((">a\n" + ("A" * 60 + "\n") * 1000).encode() * 100)
     path = tmp_path / "bomb.fasta.gz"
     path.write_bytes(bomb)
@@ -510,7 +510,7 @@ def mutated(data: bytes, rng: random.Random) -> bytes:
 @pytest.mark.parametrize("seed", range(4))
 def test_broken_files_never_raise_anything_else(tmp_path, tiny_tokenizer, random_proteins, seed):
     rng = random.Random(seed)
-    paths = formats(tmp_path, random_proteins(6, 5, 80, seed), tiny_tokenizer)
+    paths = one_of_each_kind(tmp_path, random_proteins(6, 5, 80, seed), tiny_tokenizer)
     for path in paths.values():
         original = path.read_bytes()
         for _ in range(25):

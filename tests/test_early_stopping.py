@@ -18,7 +18,7 @@ from src.trainer.callbacks import read_metrics
 from src.trainer.checkpoints import checkpoints_of
 from src.trainer.early_stopping import EarlyStopping, outcome, outcome_line, validation_standing
 from src.trainer.interruption import stops_on_signals
-from src.training.inputs import load_parts
+from src.training.ingredients import load_parts
 from tests.test_train_script import tiny_run
 
 LOSSES = {1: 5.0, 2: 4.0, 3: 3.0, 4: 3.5, 5: 3.0, 6: 3.7, 7: 1.0, 8: 1.0, 9: 1.0}

@@ -12,7 +12,6 @@ import torch
 
 from scripts import evaluate as script
 from src.evaluation.gates import check_teacher
-from src.evaluation.inputs import clusters_of
 from src.evaluation.measurement import (
     evaluate,
     evaluate_students,
@@ -21,6 +20,7 @@ from src.evaluation.measurement import (
 from src.evaluation.per_protein import write_per_protein
 from src.evaluation.results import lookup, read_results, validate
 from src.evaluation.scoring import EvaluationSettings, length_batches, protein_nll
+from src.evaluation.student_record import clusters_of
 from src.models.sizes import threshold_for
 from src.proteins.encoding import encode
 from src.proteins.layouts import STANDARD_RESIDUES, layout

@@ -303,4 +303,4 @@ def test_new_families_are_new(made_up_search):
         ({"x": "MK"}, {"x": "F00"}, "the family F00 is among"),
     ):
         with pytest.raises(ValueError, match=message):
-            fam.add_new_families(split, proteins, new, of, FamilySplitSettings())
+            fam.add_new_families(split, proteins, new, of)

@@ -610,6 +610,38 @@ def test_a_student_in_the_pipeline_as_on_the_card_of_protgpt2(finished):  # noqa
     assert len(set(texts)) > 1
 
 
+@pytest.fixture
+def of_another_class(student) -> Path:
+    """A Llama of another layout, as `train.py --init_from LLAMA` leaves it."""
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    from src.models.loading import load_tokenizer, model_fingerprint
+    from src.proteins.layouts import set_layout, spelt_out
+
+    tokenizer = load_tokenizer(student)
+    set_layout(tokenizer, spelt_out("plain", tokenizer))
+    tokenizer.save_pretrained(student)
+    config = LlamaConfig(
+        vocab_size=len(tokenizer), hidden_size=32, intermediate_size=32, num_hidden_layers=2,
+        num_attention_heads=2, max_position_embeddings=256, bos_token_id=0, eos_token_id=0,
+    )  # fmt: skip
+    model = LlamaForCausalLM(config)
+    model.save_pretrained(student)
+    run = json.loads((student / "run.json").read_text())
+    run["student"]["fingerprint"] = model_fingerprint(model)
+    run["settings"]["student"] = None
+    edit(student / "run.json", **run)
+    return student
+
+
+def test_the_card_of_another_class_and_layout(of_another_class, capsys):
+    package = hub.pack(of_another_class, "me/student", license="mit")
+    assert "A llama model of" in package.card
+    assert "`<|endoftext|>{residues}<|endoftext|>`" in package.card
+    assert "gpt2" not in package.card.split("---")[1].replace("protgpt2", "")
+    test_the_code_on_our_card_runs(of_another_class, capsys)
+
+
 def test_the_code_on_our_card_runs(student, capsys):
     import torch
 

@@ -18,7 +18,7 @@ from src.evaluation.token_statistics import token_statistics
 from src.publishing import comparison
 from src.publishing.model_card import build_card
 from src.publishing.report import build_report
-from tests.test_model_card import CONFIG, make_record, make_results
+from tests.test_model_card import USAGE, make_record, make_results
 
 
 @pytest.fixture
@@ -78,7 +78,7 @@ def test_a_made_up_metric_is_shown_everywhere(table, tmp_path, capsys):
     for text in ("surprise, bits", "[1003, 1009]", "difference of the first choices", "4.000"):
         assert text in page
     assert 'title="lower is better">surprise' in page
-    card = build_card("me/x", make_record(), CONFIG, "mit", results)
+    card = build_card("me/x", make_record(), USAGE, "mit", results)
     assert f"| surprise, bits | {shown} | {other} |  |" in card
     assert "- difference of the first choices: 4.000" in card
     index = {r.metric_type: r.metric_value for r in ModelCard(card).data["eval_results"]}

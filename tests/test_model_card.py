@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import re
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
-from types import SimpleNamespace
 
 import pytest
 from huggingface_hub import ModelCard
@@ -13,8 +12,13 @@ from huggingface_hub import ModelCard
 from src.common.settings import LossSettings, StudentSettings, TrainSettings
 from src.evaluation.results import REQUIRED
 from src.publishing import model_card as m
+from src.publishing.usage import Usage
 
-CONFIG = SimpleNamespace(n_layer=4, n_head=4, n_embd=256, n_positions=512, eos_token_id=0)
+USAGE = Usage(
+    kind="GPT-2", shape="4 layers, 4 heads, 256 wide", layout="the text of ProtGPT2", tag=None,
+    example_tag=None, prompt='"<|endoftext|>\\n"', text='"<|endoftext|>\\n" + residues', end="",
+    stop=0, adds_markers=False, penalty=1.2, n_positions=512,
+)  # fmt: skip
 
 
 def make_record(settings: TrainSettings | None = None) -> dict:
@@ -62,7 +66,7 @@ def make_results() -> dict:
 
 
 def card_of(record=None, results=None, license="apache-2.0") -> str:
-    return m.build_card("me/synergy-tiny", record or make_record(), CONFIG, license, results)
+    return m.build_card("me/synergy-tiny", record or make_record(), USAGE, license, results)
 
 
 def test_metadata_of_a_student_of_protgpt2():
@@ -131,7 +135,7 @@ def test_training_settings_and_origin():
         seed=7,
     )
     text = card_of(make_record(settings))
-    assert "n_layer 4, n_head 4, n_embd 256" in text  # of the configuration that is sent
+    assert "4 layers, 4 heads, 256 wide" in text  # of the configuration that is sent
     assert "38,866,432 parameters" in text
     assert (
         "distilled from [nferruz/ProtGPT2](https://huggingface.co/nferruz/ProtGPT2), which has "
@@ -253,7 +257,7 @@ def test_the_template_is_part_of_the_project():
 
 def test_sampling_advice_suits_the_tokens():
     """Where tokens are single residues, a penalty would only flatten the distribution."""
-    letters = m.build_card("me/x", make_record(), CONFIG, "mit", None, penalty=1.0)
+    letters = m.build_card("me/x", make_record(), replace(USAGE, penalty=1.0), "mit")
     assert "repetition_penalty" not in letters
     assert "top_k=0" in letters
     assert "repetition_penalty=1.2" in card_of()

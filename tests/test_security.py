@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from src.evaluation import inputs
+from src.evaluation import student_record
 from src.models.loading import gpt2_shape, load_causal_lm, load_tokenizer
 from src.proteins.layouts import END_OF_TEXT
 from src.trainer.checkpoints import MANIFEST, NEEDED_FILES, fault_of, newest_valid, write_manifest
@@ -221,13 +221,13 @@ def test_a_model_without_a_tokenizer_gets_no_other(model_folder, left):
 def test_a_broken_tokenizer_of_a_student_is_not_replaced_by_its_teachers(model_folder, tmp_path):
     teacher = tmp_path / "teacher"
     shutil.copytree(model_folder, teacher)
-    assert inputs.shared_tokenizer(str(model_folder), str(teacher)).eos_token == END_OF_TEXT
+    assert student_record.shared_tokenizer(str(model_folder), str(teacher)).eos_token == END_OF_TEXT
     replace_tryptophan(model_folder, "")
     with pytest.raises(ValueError, match="gives back"):
-        inputs.shared_tokenizer(str(model_folder), str(teacher))
+        student_record.shared_tokenizer(str(model_folder), str(teacher))
     for path in model_folder.glob("tokenizer*"):
         path.unlink()
-    assert inputs.shared_tokenizer(str(model_folder), str(teacher)).eos_token == END_OF_TEXT
+    assert student_record.shared_tokenizer(str(model_folder), str(teacher)).eos_token == END_OF_TEXT
 
 
 def test_a_large_base_of_rotary_positions_is_no_absurd_number(model_folder):

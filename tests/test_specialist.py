@@ -23,8 +23,8 @@ from src.evaluation import filters
 from src.experiments import candidates as c
 from src.experiments import family_run as fr
 from src.experiments import specialist as s
+from src.models.inspection import count_parameters
 from src.models.loading import config_of, load_causal_lm, load_tokenizer, model_fingerprint
-from src.models.weights import count_parameters
 from src.proteins.homology import Hit
 from src.proteins.sources import Protein
 
@@ -41,7 +41,7 @@ def judged(**more):
         s.SPECIALIST: np.array([22.0, 66.0, 100.0]),
         **more,
     }
-    return s.judge(nll, proteins, ["x", "y", "y"], bootstrap=50)
+    return s.compare_models(nll, proteins, ["x", "y", "y"], bootstrap=50)
 
 
 def test_figures_of_a_judgement_by_hand():

@@ -426,9 +426,9 @@ def test_parameter_formula_equals_the_models():
     import torch
     from transformers import GPT2LMHeadModel
 
+    from src.models.inspection import count_parameters
     from src.models.loading import student_config
     from src.models.sizes import gpt2_parameters
-    from src.models.weights import count_parameters
 
     teacher = SimpleNamespace(vocab_size=777, n_positions=99, bos_token_id=0, eos_token_id=0)
     for preset in PRESETS.values():

@@ -157,7 +157,7 @@ def run_sharded(folder, processes):
     from src.common import processes as p
     from src.models import sharding
     from src.models.forward import final_hidden_states
-    from src.models.weights import count_parameters
+    from src.models.inspection import count_parameters
 
     p.join("cpu")
     whole, teacher = (tiny_lm(n_layer=6, seed=3) for _ in range(2))

@@ -43,9 +43,9 @@ def run(args: argparse.Namespace) -> dict:
     from src.common.files import write_json, write_text
     from src.common.runs import provenance
     from src.evaluation.gates import FLOOR_PROTEINS
-    from src.evaluation.inputs import cluster_kind, clusters_of
     from src.evaluation.measurement import evaluate
     from src.evaluation.scoring import EvaluationSettings
+    from src.evaluation.student_record import cluster_kind, clusters_of
     from src.models.loading import ProteinModel, load_causal_lm, max_positions, model_fingerprint
     from src.proteins.sources import has_split, read_proteins
     from src.proteins.tokens import tokenise

@@ -46,7 +46,7 @@ def run(args: argparse.Namespace) -> dict:
     if args.int8 and args.to != "ctranslate2":
         raise ValueError("--int8 is CTranslate2's: --to ctranslate2")
     from src.common.cli import quiet_libraries
-    from src.evaluation.inputs import choose_split
+    from src.evaluation.student_record import choose_split
     from src.models.loading import ProteinModel, max_positions
     from src.proteins.layouts import stop_token
     from src.proteins.sources import read_proteins

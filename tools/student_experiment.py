@@ -85,7 +85,7 @@ def show(args: argparse.Namespace, runs: dict) -> None:
 
 def draw(args: argparse.Namespace, runs: dict) -> None:
     """Draw KL against seconds for every run."""
-    from src.experiments.plots import compute_figure
+    from src.experiments.charts import compute_figure
     from src.publishing.plots import save_figure
 
     panels: dict = {size: {recipe: [] for recipe in args.recipes} for size in args.sizes}

@@ -28,10 +28,10 @@ from src.evaluation.mutants import Substitution, mutated, numbering, parse_mutan
 from src.evaluation.statistics import TAILS, Estimate, cluster_codes, cluster_weights
 from src.evaluation.variants import variant_nll, windowed_nll
 from src.models.loading import ProteinModel
+from src.proteins.formats import TABLES, kind_of
 from src.proteins.layouts import tagged_as
-from src.proteins.lines import TABLES, kind_of
 from src.proteins.readers import Record, tag_of_cell
-from src.proteins.report import ReadReport
+from src.proteins.reading import ReadReport
 from src.proteins.sources import (
     clean,
     read_distinct_names,

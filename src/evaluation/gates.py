@@ -53,7 +53,7 @@ def residues_of_tokens(proteins: Proteins, tokenizer: Any) -> list[str]:
     return sequences
 
 
-def sample(proteins: Proteins, count: int, seed: int) -> list[Any]:
+def draw_proteins(proteins: Proteins, count: int, seed: int) -> list[Any]:
     """Return at most ``count`` proteins, drawn without replacement, in their order."""
     if len(proteins) <= count:
         return [proteins[i] for i in range(len(proteins))]
@@ -128,10 +128,10 @@ def _likelihoods(
     settings: EvaluationSettings | None,
 ) -> tuple[dict[str, np.ndarray], list[str], np.ndarray]:
     """Return the NLLs ``(P,)`` of the checked proteins, their residues, and their tokens."""
-    checked = sample(proteins, CHECKED_PROTEINS, seed)
+    checked = draw_proteins(proteins, CHECKED_PROTEINS, seed)
     chosen, residues, mixtures = _pairs(model, tokenizer, checked, seed)
     fitted_on = residues if train is None or len(train) < 2 else train
-    drawn = residues_of_tokens(sample(fitted_on, 5000, seed), tokenizer)
+    drawn = residues_of_tokens(draw_proteins(fitted_on, 5000, seed), tokenizer)
     unigram = fit_ngrams(drawn if len(drawn) > 1 else drawn * 2, seed=seed)["unigram"]
     vocabulary = int(model.config.vocab_size)
     nll = {

@@ -15,19 +15,19 @@ from src.evaluation.calibration import CalibrationSums, reliability_curve
 from src.evaluation.gates import (
     FLOOR_PROTEINS,
     check_teacher,
+    draw_proteins,
     floor_nll,
     floor_warning,
     floors_record,
     residues_of_tokens,
-    sample,
 )
-from src.evaluation.inputs import longest
 from src.evaluation.metrics import MODELS, compute_metrics
 from src.evaluation.results import put_estimate
 from src.evaluation.scoring import EvaluationSettings, Proteins, Scores, score_students
 from src.evaluation.statistics import Estimate, bootstrap_or_plain
+from src.evaluation.student_record import longest
+from src.models.inspection import count_parameters
 from src.models.sizes import threshold_for
-from src.models.weights import count_parameters
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -125,7 +125,7 @@ def evaluate_students(
     held_out = _held_out(test, tokenizer, limit, clusters)
     drawn = None
     if train is not None:
-        drawn = residues_of_tokens(sample(train, FLOOR_PROTEINS, settings.seed), tokenizer)
+        drawn = residues_of_tokens(draw_proteins(train, FLOOR_PROTEINS, settings.seed), tokenizer)
     announce("fitting the n-gram floors")
     floors, fitted_on = floor_nll(held_out.residues, drawn, held_out.clusters, settings.seed)
     gates: dict[str, Any] | None = None

@@ -31,18 +31,18 @@ from src.common.files import (
 from src.common.runs import InUseError, is_begun, locked, provenance
 from src.common.settings import as_recorded
 from src.evaluation.gates import FLOOR_PROTEINS
-from src.evaluation.inputs import cluster_kind, clusters_of, longest
 from src.evaluation.measurement import Evaluation, evaluate_students
 from src.evaluation.per_protein import replace_rows, write_parquet
 from src.evaluation.results import lookup, write_results
 from src.evaluation.schema import Object, check_record, record_type
 from src.evaluation.scoring import EvaluationSettings
+from src.evaluation.student_record import cluster_kind, clusters_of, longest
 from src.experiments.cells import cell_files, pack, read_cell
 from src.experiments.grids import Cell, Grid, read_rates, settings_key
+from src.models.inspection import count_parameters
 from src.models.loading import load_causal_lm, model_fingerprint
 from src.models.sizes import total_steps
 from src.models.teacher_cache import TeacherCache
-from src.models.weights import count_parameters
 from src.proteins.sources import has_split, on_hub, read_proteins
 from src.proteins.tokens import TokenisedProteins, tokenise
 from src.trainer.callbacks import ConsoleProgress
@@ -55,7 +55,7 @@ from src.training.assembly import (
     remove_default_output,
 )
 from src.training.cohort import CohortTrainer, Member
-from src.training.inputs import Ingredients, capture_parts, gather, training_rows
+from src.training.ingredients import Ingredients, capture_parts, gather, training_rows
 from src.training.stages import train_from
 from src.training.validation import plan_validation
 

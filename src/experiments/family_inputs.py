@@ -12,7 +12,7 @@ import numpy as np
 from src.common.cli import say
 from src.common.files import read_json, sha256_file, write_json
 from src.common.settings import StudentSettings
-from src.evaluation.inputs import clusters_of
+from src.evaluation.student_record import clusters_of
 from src.experiments import candidates as c
 from src.experiments import specialist as s
 from src.models.decoding import sampling_room

@@ -291,7 +291,9 @@ def held_out_figures(
     nll = {n: s.nats_of(path, proteins, device, family.layout) for n, path in models.items()}
     density = read_profiles(run.output_dir / "profile" / DENSITY)[0]
     nll[s.PROFILE], known = profile_nll(density, proteins)
-    judged = s.judge(nll, family.test, family.clusters, table=folder / "per_member.parquet")
+    judged = s.compare_models(
+        nll, family.test, family.clusters, table=folder / "per_member.parquet"
+    )
     return {**judged, "not_recognised_by_profile": int((~known).sum())}
 
 

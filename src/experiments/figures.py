@@ -27,8 +27,7 @@ from src.evaluation.schema import (
     object_type,
     record_type,
 )  # fmt: skip
-from src.experiments import plots as experiment_plots
-from src.experiments import synergy
+from src.experiments import charts, synergy
 from src.experiments.cells import cell_files, read_cell
 from src.experiments.grids import read_rates
 from src.experiments.synergy import EXPLANATIONS, MARGIN, shown
@@ -131,7 +130,7 @@ def effects(results: Path) -> Any:
         for stratum, (folder, grid) in _strata(results).items()
         for size, record in read_analysis(folder, grid).items()
     }
-    return experiment_plots.effects_figure(sizes, MARGIN)
+    return charts.effects_figure(sizes, MARGIN)
 
 
 def scaling(results: Path) -> Any:
@@ -150,7 +149,7 @@ def scaling(results: Path) -> Any:
                 for size, record in analysis.items()
                 if size in shares and (entry := record["arms"].get(arm))
             ]
-    return experiment_plots.scaling_figure(series, lines)
+    return charts.scaling_figure(series, lines)
 
 
 def curves(results: Path) -> Any:
@@ -175,7 +174,7 @@ def curves(results: Path) -> Any:
         title: {arm: arms[arm] for arm in PUBLISHED_ARMS if arm in arms}
         for title, arms in panels.items()
     }
-    return experiment_plots.arm_curves(ordered, "validation hard loss, nats per token")
+    return charts.arm_curves(ordered, "validation hard loss, nats per token")
 
 
 def composition(results: Path) -> Any:
@@ -206,7 +205,7 @@ def calibration(results: Path) -> Any:
         models[arm].append(_calibration_of(cell, "student"))
         if not models["teacher"]:
             models["teacher"].append(_calibration_of(cell, "teacher"))
-    return experiment_plots.calibration_figure({n: m for n, m in models.items() if m})
+    return charts.calibration_figure({n: m for n, m in models.items() if m})
 
 
 def _calibration_of(cell: Mapping[str, Any], model: str) -> dict[str, Any]:
@@ -227,7 +226,7 @@ def compression(results: Path) -> Any:
         for arm in ("baseline", "both"):
             own = [c for c in cells if c["settings"]["arm"] == arm]
             kinds[f"{arm}, {stratum}, {'/'.join(map(str, sorted(steps)))} steps of 16"] = own
-    return experiment_plots.quality_against_compression(kinds)
+    return charts.quality_against_compression(kinds)
 
 
 def recipes(results: Path) -> Any:
@@ -237,7 +236,7 @@ def recipes(results: Path) -> Any:
         # Random weights are so much worse that the differences of the others would not show.
         arms = {arm: entry for arm, entry in record["arms"].items() if arm != "baseline"}
         sizes[_title(size, "cut")] = record | {"arms": arms}
-    return experiment_plots.effects_figure(sizes, MARGIN, "cut")
+    return charts.effects_figure(sizes, MARGIN, "cut")
 
 
 FIGURES: dict[str, Callable[[Path], Any]] = {

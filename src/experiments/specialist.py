@@ -32,8 +32,8 @@ from src.evaluation.likelihoods import score_proteins
 from src.evaluation.per_protein import write_per_protein
 from src.evaluation.results import put_estimate
 from src.evaluation.statistics import cluster_bootstrap
+from src.models.inspection import count_parameters
 from src.models.loading import ProteinModel, gpt2_shape, load_causal_lm
-from src.models.weights import count_parameters
 from src.proteins.fasta import FastaRecord, write_fasta
 from src.proteins.sources import Protein, read_proteins
 from src.training.stages import train
@@ -273,7 +273,7 @@ def nats_of(
     return score_proteins(*ProteinModel.load(model, device, layout), proteins).nll
 
 
-def judge(
+def compare_models(
     nll: Mapping[str, np.ndarray],
     proteins: Sequence[Protein],
     clusters: Sequence[str],

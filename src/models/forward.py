@@ -196,7 +196,7 @@ def head_form(model: PreTrainedModel) -> HeadForm:
         model.eval()
         try:
             with torch.no_grad(), torch.autocast(model.device.type, enabled=False):
-                form = _prove(model)
+                form = _compare_logits(model)
         finally:
             model.train(training)
         model.__dict__[_FORM] = form
@@ -209,7 +209,7 @@ def head_form(model: PreTrainedModel) -> HeadForm:
     return form
 
 
-def _prove(model: PreTrainedModel) -> HeadForm:
+def _compare_logits(model: PreTrainedModel) -> HeadForm:
     """Run a model on three short rows and on one of them alone, and compare."""
     width = PROBED_TOKENS
     generator = torch.Generator().manual_seed(0)
@@ -256,7 +256,7 @@ def _scale_and_cap(
     """Measure what a model does with its head's output, by replacing it with chosen numbers.
 
     f(r) = c tanh(s r / c) has slope s at 0 and the limit c; what else f may be is found out when
-    :func:`_prove` compares logits.
+    :func:`_compare_logits` compares logits.
     """
 
     def at(value: float) -> float:

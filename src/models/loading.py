@@ -17,14 +17,14 @@ from src.common.devices import machine_memory
 from src.common.files import read_json
 from src.common.settings import StudentSettings
 from src.models.forward import head_form, stated_positions
-from src.models.recognition import candidates, settle_layout, writes
-from src.models.sizes import gpt2_parameters
-from src.models.weights import (
+from src.models.inspection import (
     explain_loading,
     refuse_code,
     require_fitting_weights,
     require_model_directory,
 )
+from src.models.recognition import candidates, settle_layout, writes
+from src.models.sizes import gpt2_parameters
 from src.proteins.encoding import Spelling, encode, require_known, token_letters
 from src.proteins.layouts import (
     STANDARD_RESIDUES,

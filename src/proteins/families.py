@@ -20,8 +20,8 @@ from src.common.cli import unheard
 from src.common.files import write_text
 from src.proteins.homology import alignments, covering_identities
 from src.proteins.readers import guarded_lines
+from src.proteins.reading import ReadReport
 from src.proteins.relatives import open_profiles, profile_key, profile_scores
-from src.proteins.report import ReadReport
 from src.proteins.split_files import FAMILY_KEY
 from src.proteins.splits import Split, SplitSettings
 
@@ -249,7 +249,6 @@ def add_new_families(
     proteins: Mapping[str, str],
     new: Mapping[str, str],
     families: Mapping[str, str],
-    settings: FamilySplitSettings,
 ) -> dict[str, str]:
     """Add a part ``test_new`` to a split: all proteins of families that are in no other part.
 
@@ -258,7 +257,6 @@ def add_new_families(
         proteins: residues for each name of the split.
         new: residues for each name of the new families.
         families: family for each name in ``new``.
-        settings: what the split was made with.
 
     Returns:
         Residues for each name of both.

@@ -17,7 +17,7 @@ from typing import NamedTuple
 
 from src.proteins.peptides import peptide_hits
 from src.proteins.readers import guarded_lines
-from src.proteins.report import ReadReport
+from src.proteins.reading import ReadReport
 from src.proteins.sources import MAX_NAME
 
 CLUSTERS_HEADER = ("protein", "cluster")

@@ -6,8 +6,9 @@ markers. Any other name is a tag: of each protein the value of that key in its F
 (``>P1 EC=3.2.1.17``) or of that column of its table, up to a ``;``, ``,`` or ``|``. A marker must
 stand between it and the residues.
 
-:data:`LAYOUTS` is the one table of layouts. A tokenizer carries its own
-(:func:`layout_of`, :func:`set_layout`), also on disk, in ``tokenizer_config.json``.
+:data:`LAYOUTS` is the one table of layouts; one more entry is all that a new layout needs. A
+tokenizer carries its own (:func:`layout_of`, :func:`set_layout`), also on disk, in
+``tokenizer_config.json``.
 """
 
 from __future__ import annotations
@@ -273,7 +274,17 @@ def set_layout(tokenizer: Any, chosen: Layout) -> None:
 
 
 def stop_token(tokenizer: Any) -> int:
-    """Return the id of the token that ends a protein: the first that follows its last line."""
-    after = layout_of(tokenizer).parts[1].strip()
+    """Return the id of the token that ends a protein: the first that follows its last line.
+
+    Raises:
+        ValueError: nothing follows, and the tokenizer has no end marker.
+    """
+    layout = layout_of(tokenizer)
+    after = layout.parts[1].strip()
     ids = tokenizer(after, add_special_tokens=False)["input_ids"] if after else []
+    if not ids and tokenizer.eos_token_id is None:
+        raise ValueError(
+            f"--layout {layout.template!r}: nothing ends a protein: write its marker behind "
+            f"{{{layout.body}}}"
+        )
     return int(ids[0]) if ids else int(tokenizer.eos_token_id)

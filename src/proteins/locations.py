@@ -7,7 +7,7 @@ from glob import glob
 from pathlib import Path
 
 from src.common.cli import printable
-from src.proteins.lines import SUFFIXES
+from src.proteins.formats import SUFFIXES
 from src.proteins.readers import hub_problem
 
 PART_NAMES = {

@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from src.proteins.lines import BOMB, FREE_EXPANSION_BYTES, MAX_EXPANSION, reason
+from src.proteins.formats import BOMB, FREE_EXPANSION_BYTES, MAX_EXPANSION, reason
 
 ROWS_TOGETHER = 512
 

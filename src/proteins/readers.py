@@ -1,4 +1,8 @@
-"""Reads records of proteins from FASTA, text, tables and data sets on the hub."""
+"""Reads records of proteins from FASTA, text, tables and data sets on the hub.
+
+A new format needs its name and its endings in :mod:`src.proteins.formats`, and a line in
+:func:`file_records` that calls its reader, a generator of :class:`Record`.
+"""
 
 from __future__ import annotations
 
@@ -14,8 +18,7 @@ import numpy as np
 from src.common.cli import say
 from src.common.hub_errors import hub_advice, hub_fault
 from src.common.settings import BUNDLED_DATA
-from src.proteins.layouts import END_OF_TEXT, PROTEIN_LETTERS
-from src.proteins.lines import (
+from src.proteins.formats import (
     FASTA,
     LAID_OUT,
     PARQUET,
@@ -24,7 +27,8 @@ from src.proteins.lines import (
     kind_of,
     reason,
 )
-from src.proteins.report import ReadReport
+from src.proteins.layouts import END_OF_TEXT, PROTEIN_LETTERS
+from src.proteins.reading import ReadReport
 from src.proteins.tables import (
     MAX_ROW_TOKENS,
     NAME_COLUMNS,

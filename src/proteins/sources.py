@@ -67,7 +67,7 @@ from src.proteins.layouts import (
 from src.proteins.locations import has_split, hub_split, local_files, on_hub, unread_files
 from src.proteins.notation import peptide
 from src.proteins.readers import Record, file_records, hub_records
-from src.proteins.report import ReadReport
+from src.proteins.reading import ReadReport
 
 __all__ = [
     "Protein",

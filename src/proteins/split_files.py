@@ -23,7 +23,7 @@ from src.common.files import (
 )
 from src.proteins.fasta import FastaRecord, fasta_text
 from src.proteins.homology import CLUSTERS_HEADER, read_clusters
-from src.proteins.report import ReadReport
+from src.proteins.reading import ReadReport
 from src.proteins.sources import DUPLICATE, read_distinct_names, read_proteins
 from src.proteins.splits import Split, leakages, sample_train, split_hash
 

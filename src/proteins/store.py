@@ -26,7 +26,7 @@ import numpy as np
 from src.common.cli import one_line
 from src.common.files import read_json
 from src.common.manifest import first_fault, is_record, signature
-from src.proteins.report import ReadReport
+from src.proteins.reading import ReadReport
 
 FORMAT = "protein-lm-distill tokens"
 FORMAT_VERSION = 3

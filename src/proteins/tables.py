@@ -17,8 +17,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from src.common.cli import printable
-from src.proteins.layouts import PROTEIN_LETTERS
-from src.proteins.lines import (
+from src.proteins.formats import (
     BOMB,
     BROKEN,
     EXCEL,
@@ -31,8 +30,9 @@ from src.proteins.lines import (
     reason,
     refuse_bomb,
 )
+from src.proteins.layouts import PROTEIN_LETTERS
 from src.proteins.parquet import batch_cells, open_parquet
-from src.proteins.report import ReadReport
+from src.proteins.reading import ReadReport
 
 MAX_ROW_BYTES = 1 << 22
 MAX_ROW_TOKENS = 1 << 20
@@ -166,7 +166,7 @@ def open_table(
 
     Args:
         path: the file.
-        kind: from :func:`src.proteins.lines.kind_of`.
+        kind: from :func:`src.proteins.formats.kind_of`.
         report: counts titles above the header, and notes a table without one.
         sequence_column: a column that the header has, if the user names one.
 

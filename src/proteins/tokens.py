@@ -29,8 +29,8 @@ from src.common.files import (
 )
 from src.common.manifest import file_entry, signature
 from src.proteins.encoding import Spelling, encode, require_layout, tokenizer_fingerprint
-from src.proteins.hashes import SeenHashes, chosen, hashes_of
-from src.proteins.report import ReadReport
+from src.proteins.hashes import SeenHashes, chosen, hashes_of, require_share
+from src.proteins.reading import ReadReport
 from src.proteins.sources import (
     CUT_IN_SOURCE,
     DUPLICATE,
@@ -132,7 +132,7 @@ def tokenise(
         raise ValueError(f"long_proteins must be cut or drop, got {long_proteins!r}")
     if max_proteins is not None and max_proteins < 1:
         raise ValueError(f"--max_proteins must be at least 1, got {max_proteins}")
-    chosen(np.zeros(0, np.uint64), proportion, seed)
+    require_share(proportion)
     require_layout(tokenizer)
     settings = {
         "format_version": FORMAT_VERSION,

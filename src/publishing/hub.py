@@ -95,7 +95,7 @@ def example_logits(folder: Path) -> tuple[Any, Tensor, Tensor]:
 
     model, tokenizer = loaded = ProteinModel.load(folder)
     text = loaded.layout.untagged.text(EXAMPLE_PROTEIN)
-    ids = tokenizer(text, return_tensors="pt")["input_ids"]
+    ids = tokenizer(text, add_special_tokens=False, return_tensors="pt")["input_ids"]
     ids = ids[:, : max_positions(model.config)]  # type: ignore[index]
     if int(ids.max()) >= model.config.vocab_size:
         raise ValueError(f"{folder}: the tokenizer has tokens that the model does not know")
@@ -170,9 +170,8 @@ def pack(
         ValueError: the model is not finished or broken, the results are of another model, the
             licence is unknown, or a text holds a secret.
     """
-    from src.evaluation.sampler import suited_penalty
     from src.models.loading import load_tokenizer
-    from src.proteins.encoding import token_letters
+    from src.publishing.usage import Usage
 
     quiet_libraries()
     student = read_student(folder)
@@ -183,8 +182,8 @@ def pack(
         results = without_private_paths(results_of(results_file, student), roots)
     try:
         licence = chosen_licence(student.record, license)
-        penalty = suited_penalty(token_letters(load_tokenizer(folder)))
-        card = build_card(repo_id, record, student.config, licence, results, penalty)
+        usage = Usage.of(load_tokenizer(folder), student.config)
+        card = build_card(repo_id, record, usage, licence, results)
     except (KeyError, TypeError, AttributeError) as error:
         raise ValueError(
             f"{folder / RUN_FILE}: not the record of a finished run of scripts/train.py ({error})"

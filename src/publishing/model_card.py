@@ -8,13 +8,15 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from src.common.settings import BUNDLED_DATA, BUNDLED_TEACHER, DEFAULT_TEACHER
 from src.evaluation.metrics import METRICS
 from src.evaluation.results import lookup, metric_rows, summary_lines
-from src.proteins.layouts import RESIDUES_PER_LINE
 from src.trainer.early_stopping import outcome_line
+
+if TYPE_CHECKING:
+    from src.publishing.usage import Usage
 
 PROJECT = Path(__file__).resolve().parents[2]
 TEMPLATE = Path(__file__).with_name("templates") / "model_card.md.jinja"
@@ -24,10 +26,7 @@ LICENCES = {DEFAULT_TEACHER: "apache-2.0"}
 """Licences of teachers on the hub, as their cards state them."""
 OWN_FOLDERS = {"data", "models", "results"}
 """First parts of names that are folders of the project, not accounts on the hub."""
-TAGS = [
-    *("protein", "protein-language-model", "biology"),
-    *("gpt2", "distillation", "knowledge-distillation"),
-]
+TAGS = ["protein", "protein-language-model", "biology", "distillation", "knowledge-distillation"]
 HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
 
 
@@ -72,20 +71,17 @@ def chosen_licence(record: Mapping[str, Any], wanted: str | None) -> str:
 def build_card(
     repo_id: str,
     record: Mapping[str, Any],
-    config: Any,
+    usage: Usage,
     license: str,
     results: Mapping[str, Any] | None = None,
-    penalty: float = 1.2,
 ) -> str:
     """Return the text of a model card: YAML metadata, then Markdown.
 
     Args:
         repo_id: where the model will stand.
         record: the run's record, already without private paths.
-        config: the model's configuration.
+        usage: how the model and its tokenizer are used.
         license: as the hub spells it.
-        penalty: repetition penalty that suits the tokens
-            (:func:`src.evaluation.sampler.suited_penalty`).
         results: a results file of this very model, already without private paths; None: none.
     """
     from jinja2 import Environment, StrictUndefined
@@ -101,24 +97,20 @@ def build_card(
     settings = record["settings"]
     template = environment.from_string(TEMPLATE.read_text(encoding="utf-8"))
     return template.render(
-        metadata=build_metadata(repo_id, record, license, results).to_yaml(),
+        metadata=build_metadata(repo_id, record, license, results, usage.kind).to_yaml(),
         name=record["name"],
         repo_id=repo_id,
         parameters=record["student"]["parameters"],
-        shape=f"n_layer {config.n_layer}, n_head {config.n_head}, n_embd {config.n_embd}",
         origin=origin_text(record),
         distilled=settings["loss"]["alpha"] < 1,
         compression=record["compression"],
-        residues_per_line=RESIDUES_PER_LINE,
-        new_tokens=min(100, config.n_positions - 2),
-        eos_token_id=config.eos_token_id,
-        penalty=penalty,
+        usage=usage,
+        new_tokens=min(100, (usage.n_positions or record["max_length"]) - 2),
         example=EXAMPLE_PROTEIN,
         measured=_measured(results) if results else None,
         validation_loss=lookup(record, "final.eval_loss"),
         data=_data(record),
         max_length=record["max_length"],
-        n_positions=config.n_positions,
         loss_text=loss_text(settings["loss"]),
         training=training_rows(record),
         license=license,
@@ -132,6 +124,7 @@ def build_metadata(
     record: Mapping[str, Any],
     license: str,
     results: Mapping[str, Any] | None = None,
+    kind: str = "GPT-2",
 ) -> Any:
     """Return the card's metadata, a ``huggingface_hub.ModelCardData``."""
     from huggingface_hub import EvalResult, ModelCardData
@@ -162,7 +155,7 @@ def build_metadata(
         license=license,
         library_name="transformers",
         pipeline_tag="text-generation",
-        tags=TAGS,
+        tags=[*TAGS, "gpt2"] if kind == "GPT-2" else TAGS,
         model_name=repo_id.split("/")[-1] if metrics else None,
         eval_results=metrics or None,
     )
@@ -213,7 +206,7 @@ def training_rows(record: Mapping[str, Any]) -> list[tuple[str, str]]:
         ("initial weights", settings.get("init_from") or "random"),
         ("learning rate", f"{settings['learning_rate']:g}, {settings['lr_schedule']}"),
         ("weight decay", f"{settings['weight_decay']:g}"),
-        ("dropout", f"{settings['student']['dropout']:g}"),
+        ("dropout", settings.get("student") and f"{settings['student']['dropout']:g}"),
         ("precision", record["precision"]),
         ("seed", settings["seed"]),
         ("device", device.get("name") or device["type"]),

@@ -107,7 +107,7 @@ def outcome_of(low: float, high: float, equivalent: bool = False) -> str:
     return "higher" if low > 0 else "unclear"
 
 
-def judge(
+def verdict_on(
     candidate: ResultsFile,
     reference: ResultsFile,
     margin: float = MARGIN,
@@ -157,7 +157,7 @@ def judge(
     return Verdict(candidate.name, reference.name, scenario, differences, margin, clusters, reasons)
 
 
-def judge_all(
+def verdicts_on(
     entries: Sequence[ResultsFile],
     reference: Path,
     margin: float = MARGIN,
@@ -166,13 +166,13 @@ def judge_all(
 ) -> tuple[list[Verdict], str | None]:
     """Judge every entry whose file exists against the one of a path.
 
-    The other arguments are those of :func:`judge`.
+    The other arguments are those of :func:`verdict_on`.
 
     Returns:
         The verdicts, and a line on why there are none, or None.
 
     Raises:
-        ValueError: the reference holds no evaluation, or as in :func:`judge`.
+        ValueError: the reference holds no evaluation, or as in :func:`verdict_on`.
     """
     judged_by = next((entry for entry in entries if entry.path == reference), None)
     if judged_by is None:
@@ -180,7 +180,7 @@ def judge_all(
     if judged_by.results is None:
         return [], f"no verdict without the reference {reference}"
     others = [e for e in entries if e is not judged_by and e.results is not None]
-    verdicts = [judge(entry, judged_by, margin, replicates, seed) for entry in others]
+    verdicts = [verdict_on(entry, judged_by, margin, replicates, seed) for entry in others]
     return verdicts, None if verdicts else f"nothing to judge against {reference}"
 
 

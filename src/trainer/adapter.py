@@ -77,7 +77,7 @@ class TrainerAdapter(Trainer):
             except LeaveNow:
                 self.guard.take_step_back()
                 self.leave()
-            self.guard.judge()
+            self.guard.check_last_step()
             if self.asked_to_leave():
                 self.leave()
             return result
@@ -142,7 +142,7 @@ class TrainerAdapter(Trainer):
         Args:
             owed: what a validation that was broken off still has to do.
         """
-        self.guard.judge()
+        self.guard.check_last_step()
         step = self.state.global_step
         if step and (owed or not self.checkpoints.holds(step)):
             self.save_checkpoint(owed)
@@ -289,7 +289,7 @@ class TrainerAdapter(Trainer):
 
     def _maybe_log_save_evaluate(self, *args: Any, **kwargs: Any) -> None:
         if self.control.should_log or self.control.should_evaluate or self.control.should_save:
-            self.guard.judge()
+            self.guard.check_last_step()
         super()._maybe_log_save_evaluate(*args, **kwargs)
         if self.asked_to_leave():
             self.leave()

@@ -152,16 +152,16 @@ class StepGuard:
         bad = (~torch.isfinite(watched)).float()
         flags = torch.stack([bad, torch.full_like(bad, bool(interruption.requested()))])
         record.flags = trainer.sum_over_processes(flags)
-        self.judge()  # the step before
+        self.check_last_step()  # the step before
         self._unjudged = record
         optimizer = None if scaled else self.optimizer_that_can_hold_still()
         if optimizer is None:
-            self.judge()
+            self.check_last_step()
         else:
             optimizer.grad_scale = None
             optimizer.found_inf = (record.flags[0] > 0).float()
         if trainer.spikes.factor:
-            self.judge()
+            self.check_last_step()
             self._skip_if_spike(model, loss)
 
     def optimizer_that_can_hold_still(self) -> Any:
@@ -170,7 +170,7 @@ class StepGuard:
         able = getattr(optimizer, "_step_supports_amp_scaling", False)
         return optimizer if able and self.trainer.args.device.type != "cpu" else None
 
-    def judge(self) -> None:
+    def check_last_step(self) -> None:
         """Read the flags of the last step from the device.
 
         Raises:

@@ -28,7 +28,7 @@ from src.proteins.batching import PackedDataset, PackingCollator, PaddingCollato
 from src.proteins.tokens import TokenisedProteins
 from src.trainer.callbacks import ConsoleProgress, MetricsFile
 from src.trainer.early_stopping import EarlyStopping
-from src.training.inputs import Ingredients
+from src.training.ingredients import Ingredients
 from src.training.validation import (
     BATCH_FACTOR,
     MOST_EVALUATIONS,

@@ -22,7 +22,7 @@ from src.common.settings import (
 from src.models.sizes import PROTGPT2, RunCost, estimate, gpt2_parameters
 
 if TYPE_CHECKING:
-    from src.training.inputs import Ingredients
+    from src.training.ingredients import Ingredients
     from src.training.timing import Timing
 
 LONGEST_SECONDS = 20.0
@@ -64,7 +64,7 @@ def plan(
     rows = None
     if inputs is not None:
         from src.proteins.tokens import data_summary
-        from src.training.inputs import training_rows
+        from src.training.ingredients import training_rows
 
         for line in data_summary(inputs.parts["train"], settings.batch_size, "training"):
             announce(line)
@@ -201,7 +201,7 @@ def model_shape(settings: TrainSettings) -> tuple[Any, int]:
     if settings.teacher_model is not None:
         return teacher_shape(settings.teacher_model, settings.max_length)
     from src.models.loading import load_tokenizer
-    from src.training.inputs import shape_without_teacher
+    from src.training.ingredients import shape_without_teacher
 
     assert settings.tokenizer is not None
     tokenizer = load_tokenizer(settings.tokenizer)
@@ -222,8 +222,8 @@ def teacher_shape(name: str, max_length: int = 512) -> tuple[Any, int]:
     import torch
     from transformers import AutoConfig, AutoModelForCausalLM
 
+    from src.models.inspection import count_parameters, explain_loading
     from src.models.loading import require_model_directory, student_positions
-    from src.models.weights import count_parameters, explain_loading
 
     require_model_directory(name)
     with explain_loading("model", name):
@@ -250,7 +250,7 @@ def local_inputs(
     teacher = settings.teacher_model
     if on_hub(settings.data) or not (teacher is None or Path(teacher).is_dir()):
         return None
-    from src.training.inputs import gather
+    from src.training.ingredients import gather
 
     quiet_libraries()
     return gather(settings, device_name, cache_dir)
@@ -258,11 +258,11 @@ def local_inputs(
 
 def time_steps(settings: TrainSettings, inputs: Ingredients) -> Timing:
     """Train a few steps in a temporary directory and return their time; nothing is kept."""
+    from src.models.inspection import count_parameters
     from src.models.sizes import total_steps
-    from src.models.weights import count_parameters
     from src.trainer.callbacks import ConsoleProgress, MetricsFile
     from src.training.assembly import build_arguments, build_trainer, initial_student
-    from src.training.inputs import training_rows
+    from src.training.ingredients import training_rows
     from src.training.timing import (
         TIMED_STEPS,
         WARM_UP_STEPS,

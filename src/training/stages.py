@@ -32,20 +32,26 @@ from src.common.runs import (
 )
 from src.common.settings import TrainSettings, as_recorded
 from src.distillation import DistillationTrainer
-from src.evaluation.gates import CHECKED_PROTEINS, check_teacher, sample
+from src.evaluation.gates import CHECKED_PROTEINS, check_teacher, draw_proteins
 from src.evaluation.results import lookup
 from src.models.forward import keep_head_alone
+from src.models.inspection import count_parameters
 from src.models.loading import model_fingerprint
 from src.models.lora import merge_lora
 from src.models.sizes import total_steps
 from src.models.teacher_cache import TeacherCache
-from src.models.weights import count_parameters
 from src.proteins.tokens import data_summary
 from src.trainer.checkpoints import newest_valid
 from src.trainer.early_stopping import outcome, outcome_line, validation_standing
 from src.trainer.interruption import stops_on_signals
 from src.training.assembly import build_arguments, build_trainer, initial_student
-from src.training.inputs import Ingredients, capture_parts, describe_data, gather, training_rows
+from src.training.ingredients import (
+    Ingredients,
+    capture_parts,
+    describe_data,
+    gather,
+    training_rows,
+)
 from src.training.timing import SHORTEST_RUN, StepTimer, explain_lack_of_memory, print_beside_bar
 from src.training.tracking import Tracking, open_tracker, require_tracker
 from src.training.validation import ValidationPlan, plan_validation
@@ -302,7 +308,9 @@ def check(inputs: Ingredients, sharded: bool) -> dict[str, Any]:
     assert teacher is not None
     # Not a measurement of quality: training proteins serve as well, and there are more of them.
     held_out = inputs.parts["validation"]
-    proteins = sample(train, CHECKED_PROTEINS, 0) + [held_out[i] for i in range(len(held_out))]
+    proteins = draw_proteins(train, CHECKED_PROTEINS, 0) + [
+        held_out[i] for i in range(len(held_out))
+    ]
     return decide(lambda: check_teacher(teacher, inputs.tokenizer, proteins, train))
 
 

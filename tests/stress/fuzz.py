@@ -361,7 +361,7 @@ def read_results_file(folder: Path, files: Files) -> None:
 def read_run_record(folder: Path, files: Files, settings: dict[str, Any]) -> None:
     """Read a run's record as training, evaluation and the report do."""
     from src.common.runs import claim_folder
-    from src.evaluation.inputs import named_data, named_teacher, run_of
+    from src.evaluation.student_record import named_data, named_teacher, run_of
     from src.publishing.report import build_report
 
     record = run_of(folder)

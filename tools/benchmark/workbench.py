@@ -22,7 +22,7 @@ from torch import Tensor
 from src.common.cli import say
 from src.common.settings import LossSettings, StudentSettings, TrainSettings
 from src.distillation import DistillationTrainer
-from src.evaluation.inputs import choose_split
+from src.evaluation.student_record import choose_split
 from src.models.loading import (
     ProteinModel,
     build_student,

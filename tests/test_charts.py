@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from src.common import tables
-from src.experiments import plots
+from src.experiments import charts
 
 
 def entry(estimate: float, half: float = 0.01) -> dict:
@@ -34,7 +34,7 @@ def size_record(shift: float = 0.0) -> dict:
 
 
 def test_effects_show_estimates_intervals_and_seeds():
-    figure = plots.effects_figure({"a": size_record(), "b": size_record(0.1)}, 0.02)
+    figure = charts.effects_figure({"a": size_record(), "b": size_record(0.1)}, 0.02)
     upper, _, lower, _ = figure.axes
     points = np.concatenate([np.asarray(line.get_xydata()) for line in upper.lines])
     for value in (0.02, 0.03, -0.02):
@@ -49,27 +49,27 @@ def test_effects_show_estimates_intervals_and_seeds():
 
 def test_effects_without_the_design_and_without_anything():
     record = size_record() | {"designs": {}}
-    assert len(plots.effects_figure({"a": record}, 0.02).axes) == 1
+    assert len(charts.effects_figure({"a": record}, 0.02).axes) == 1
     with pytest.raises(ValueError, match="no analysis"):
-        plots.effects_figure({}, 0.02)
+        charts.effects_figure({}, 0.02)
 
 
 def test_scaling_draws_points_in_order_of_size_and_the_lines():
     series = {"baseline": [(0.27, 2.9, 2.89, 2.91), (0.11, 2.95, 2.94, 2.96)]}
-    axes = plots.scaling_figure(series, {"teacher": 2.85, "unigram": 2.93}).axes[0]
+    axes = charts.scaling_figure(series, {"teacher": 2.85, "unigram": 2.93}).axes[0]
     line = next(line for line in axes.lines if len(np.asarray(line.get_xdata())) == 2)
     assert np.allclose(np.asarray(line.get_xydata()), [[11, 2.95], [27, 2.9]])
     assert {text.get_text() for text in axes.texts} == {"teacher 2.850", "unigram 2.930"}
     with pytest.raises(ValueError, match="no students"):
-        plots.scaling_figure({"baseline": []}, {})
+        charts.scaling_figure({"baseline": []}, {})
 
 
 def test_curves_are_means_over_seeds():
     arms = {"baseline": ([1, 2], [[5.0, 4.0], [7.0, 6.0]])}
-    axes = plots.arm_curves({"x": arms}, "loss").axes[0]
+    axes = charts.arm_curves({"x": arms}, "loss").axes[0]
     assert np.asarray(axes.lines[0].get_ydata()).tolist() == [6.0, 5.0]
     with pytest.raises(ValueError, match="no learning curves"):
-        plots.arm_curves({}, "loss")
+        charts.arm_curves({}, "loss")
 
 
 def test_calibration_pools_seeds_by_their_counts():
@@ -85,11 +85,11 @@ def test_calibration_pools_seeds_by_their_counts():
         {"ece": 0.1, "interval": [0.05, 0.15], "reliability": curve([300, 100], [0.2, 0.5])},
         {"ece": 0.2, "interval": None, "reliability": curve([100, 0], [0.6, None])},
     ]
-    figure = plots.calibration_figure({"baseline": seeds})
+    figure = charts.calibration_figure({"baseline": seeds})
     gap = figure.axes[0].lines[1]
     assert np.allclose(np.asarray(gap.get_xydata()), [[0.25, 0.3 - 0.25], [0.75, -0.25]])
     with pytest.raises(ValueError, match="no reliability"):
-        plots.calibration_figure({})
+        charts.calibration_figure({})
 
 
 def test_tables_escape_what_would_be_read():
@@ -110,7 +110,7 @@ def test_quality_against_compression_with_intervals_and_bounds():
         "threshold": {"perplexity_ratio_below": 3.0},
     }
     small = {"compression_ratio": 5.0, "perplexity_ratio": 1.5, "kl_divergence": None}
-    figure = plots.quality_against_compression({"tiny": [tiny], "small": [small], "broken": [{}]})
+    figure = charts.quality_against_compression({"tiny": [tiny], "small": [small], "broken": [{}]})
     left, right = figure.axes
     assert {c.get_label() for c in left.containers} == {"tiny", "small"}
     assert {c.get_label() for c in right.containers} == {"tiny"}
@@ -120,7 +120,7 @@ def test_quality_against_compression_with_intervals_and_bounds():
     left_end, right_end = left.get_xlim()
     assert left_end < 5 < 20 < right_end
     with pytest.raises(ValueError, match="compression_ratio"):
-        plots.quality_against_compression({"broken": [{}]})
+        charts.quality_against_compression({"broken": [{}]})
 
 
 def test_students_of_one_kind_are_joined():
@@ -130,7 +130,7 @@ def test_students_of_one_kind_are_joined():
         return {"compression_ratio": compression, "perplexity_ratio": ratio, "kl_divergence": 0.1}
 
     kinds = {"cut": [student(10.0, 1.2), student(4.0, 1.1)], "random": [student(4.0, 1.3)]}
-    left = plots.quality_against_compression(kinds).axes[0]
+    left = charts.quality_against_compression(kinds).axes[0]
     kinds_drawn: list[Any] = list(left.containers)
     lines = {c.get_label(): np.asarray(c.lines[0].get_xydata()) for c in kinds_drawn}
     assert lines["cut"][:, 1].tolist() == [1.1, 1.2]

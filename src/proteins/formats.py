@@ -16,7 +16,7 @@ from typing import Any
 
 from src.common.cli import one_line, printable
 from src.proteins.layouts import END_OF_TEXT
-from src.proteins.report import ReadReport
+from src.proteins.reading import ReadReport
 
 MAX_LINE_BYTES = 1 << 20
 MAX_EXPANSION = 200

@@ -16,6 +16,7 @@ from src.common.cli import say
 from src.common.devices import choose_device, choose_precision, weights_dtype
 from src.common.settings import TrainSettings
 from src.models.forward import require_packing
+from src.models.inspection import count_parameters
 from src.models.loading import (
     load_causal_lm,
     load_tokenizer,
@@ -26,7 +27,6 @@ from src.models.loading import (
 from src.models.recognition import settle_layout
 from src.models.sharding import load_sharded
 from src.models.teacher_cache import TeacherCache, capture
-from src.models.weights import count_parameters
 from src.proteins.batching import PackedDataset
 from src.proteins.hashes import held_out
 from src.proteins.layouts import layout_of, set_layout

@@ -11,8 +11,8 @@ import pytest
 import torch
 from huggingface_hub import errors
 
+from src.models.inspection import explain_loading, require_model_directory
 from src.models.loading import load_causal_lm, load_tokenizer, model_fingerprint
-from src.models.weights import explain_loading, require_model_directory
 
 
 @pytest.fixture
