@@ -68,6 +68,7 @@ def build_parser() -> argparse.ArgumentParser:
     add("--layout", help=LAYOUT_HELP)
     add("--train_size_prop", type=share, help="share of the training proteins (default: all)")
     add("--max_steps", type=positive_int, help="of every cell (default: the grid's)")
+    add("--batch_size", type=positive_int, help="proteins of a step (default: the grid's)")
     add("--max_proteins", type=positive_int, help="measure on the first so many (default: all)")
 
     add = parser.add_argument_group("where").add_argument
@@ -156,7 +157,15 @@ def chosen(args: argparse.Namespace) -> Grid:
                     f"--{name} {unknown[0]}: the grid {grid.name} has {', '.join(known)}"
                 )
             grid = replace(grid, **{name: {key: known[key] for key in wanted}})
-    names = ("teacher_model", "data", "sequence_column", "layout", "train_size_prop", "max_steps")
+    names = (
+        "teacher_model",
+        "data",
+        "sequence_column",
+        "layout",
+        "train_size_prop",
+        "max_steps",
+        "batch_size",
+    )
     shared = {k: v for k in names if (v := getattr(args, k)) is not None}
     if args.teacher_model and grid.shared.init_from == grid.shared.teacher_model:
         shared["init_from"] = args.teacher_model

@@ -62,7 +62,9 @@ def test_an_experiment_tunes_trains_and_goes_on(teacher, capsys, monkeypatch):
         students.COMPARED, "plain", students.Recipe(students.LossSettings(), {}, (1e-3, 2e-3))
     )
     monkeypatch.setitem(
-        students.COMPARED, "recommended", students.Recipe.named("recommended", (1e-3,))
+        students.COMPARED,
+        "recommended",
+        students.Recipe.named("recommended", (1e-3,), batch_size=8),
     )
     monkeypatch.setattr(students, "BEYOND", 0)
     wanted = options(teacher, "--recipes", "plain", "recommended")
@@ -85,7 +87,8 @@ def test_an_experiment_tunes_trains_and_goes_on(teacher, capsys, monkeypatch):
         ]
     )
     run = json.loads((teacher / "results" / files[-1]).read_text())
-    assert [point["step"] for point in run["curve"]][-1] == 20
+    assert run["settings"]["batch_size"] == 8
+    assert run["curve"][-1]["step"] == run["settings"]["max_steps"] == 40  # as many proteins
     assert run["settings"]["loss"]["alpha"] == 0
     assert run["settings"]["init_from"] == str(teacher / "teacher")
     seconds = [point["seconds"] for point in run["curve"]]

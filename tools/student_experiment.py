@@ -27,9 +27,14 @@ def build_parser() -> argparse.ArgumentParser:
     """Return the parser of this script."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=HelpFormatter)
     add = parser.add_argument
-    add("--recipes", nargs="+", default=["published", "plain", "recommended", "muon"], help="which")
+    add(
+        "--recipes",
+        nargs="+",
+        default=["published", "plain", "recommended", "small", "muon"],
+        help="published, plain, recommended, small (batches of 4), muon",
+    )
     add("--sizes", nargs="+", default=["s27", "s11"], help="s27, s11, s05: percent of the teacher")
-    add("--steps", type=positive_int, required=True, help="of each run, of 16 proteins")
+    add("--steps", type=positive_int, required=True, help="of 16 proteins; four times as many of 4")
     add("--seeds", type=positive_int, nargs="+", default=[1], help="of weights and data order")
     add("--teacher_model", default=s.BUNDLED_TEACHER, help="directory")
     add("--data", default=s.BUNDLED_DATA, help="directory of parts")

@@ -56,15 +56,17 @@ class Recipe:
         return cls(LossSettings(**loss), {**flags, **changes}, rates)
 
 
+SMALL = {"batch_size": 4}
 MUON = {"optimizer": "muon", "lr_schedule": "warmup_stable_decay"}
 COMPARED = {
     "published": Recipe.named("published", (1e-3, 2e-3, 4e-3)),
     "plain": Recipe(LossSettings(), {}, (1e-3, 2e-3, 4e-3)),
     "recommended": Recipe.named("recommended", (5e-4, 1e-3, 2e-3)),
-    "muon": Recipe.named("recommended", (5e-4, 1e-3, 2e-3), **MUON),
+    "small": Recipe.named("recommended", (5e-4, 1e-3, 2e-3), **SMALL),
+    "muon": Recipe.named("recommended", (5e-4, 1e-3, 2e-3), **SMALL, **MUON),
 }
 """The published recipe and plain distillation, both from random weights; the recommended one; the
-same with Muon and a rate that is constant until it falls."""
+same in batches of four; the last with Muon and a rate that is constant until it falls."""
 
 
 class Curve(TrainerCallback):
@@ -164,10 +166,16 @@ class Students:
         changes = dict(chosen.changes)
         if changes.get("init_from") == OF_TEACHER:
             changes["init_from"] = self.base.teacher_model
+        own = self.own_steps(recipe, steps)
         return replace(
             self.base, student=self.shapes[shape], loss=chosen.loss, learning_rate=rate,
-            max_steps=steps, seed=seed, eval_steps=steps, save_steps=max(1, steps // 10), **changes,
+            max_steps=own, seed=seed, eval_steps=own, save_steps=max(1, own // 10), **changes,
         )  # fmt: skip
+
+    def own_steps(self, recipe: str, steps: int) -> int:
+        """Return a recipe's steps over the proteins of so many steps of the experiment."""
+        batch = self.recipes[recipe].changes.get("batch_size", self.base.batch_size)
+        return steps * self.base.batch_size // batch
 
     def run(self, recipe: str, shape: str, rate: float, steps: int, seed: int) -> dict[str, Any]:
         """Train a student, unless it was trained; return the content of its file.
@@ -182,7 +190,8 @@ class Students:
         if self.only_read:
             raise ValueError(f"{path}: there is no such run; leave out --summary to make it")
         say(f"== {name}")
-        steps_of_points = np.unique(np.geomspace(max(1, steps // 100), steps, POINTS).astype(int))
+        own = self.own_steps(recipe, steps)
+        steps_of_points = np.unique(np.geomspace(max(1, own // 100), own, POINTS).astype(int))
         self.work.mkdir(parents=True, exist_ok=True)
         curve = Curve(steps_of_points.tolist(), self.divergence, self.work / f"{name}.curve.json")
         record = train(
