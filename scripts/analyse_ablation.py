@@ -1,5 +1,5 @@
 #!/usr/bin/env python3
-"""Decide the synergy claim from the tables that scripts/ablation.py left.
+r"""Decide the synergy claim from the tables that scripts/ablation.py left.
 
 Contrasts, intervals and the decision rule are those of docs/EXPERIMENT.md. Writes analysis.json and
 analysis.md beside the tables.
@@ -7,6 +7,8 @@ analysis.md beside the tables.
 Examples:
   python scripts/analyse_ablation.py --results results/synergy
   python scripts/analyse_ablation.py --results results/recipe --grid recipe --against baseline cut
+  python scripts/analyse_ablation.py --results results/claim/cut-1200 \\
+      --shorter results/claim/cut-400
 """
 
 from __future__ import annotations
@@ -28,6 +30,7 @@ def build_parser() -> argparse.ArgumentParser:
     add("--grid", default="synergy", help="which grid's tables")
     add("--split", default="test", help="the part that was measured")
     add("--against", nargs="+", default=["baseline"], help="arms that all others are compared with")
+    add("--shorter", type=Path, help="results of the same grid after fewer steps, to compare")
     return parser
 
 
@@ -35,13 +38,18 @@ def run(args: argparse.Namespace) -> dict:
     """Analyse, write and print. Returns the analysis."""
     from src.common.files import write_json, write_text
     from src.common.runs import provenance
-    from src.experiments.synergy import analyse, analysis_lines, read_runs
+    from src.experiments.synergy import analyse, analysis_lines, change_lines, changes, read_runs
 
-    analysis = analyse(read_runs(args.results, args.grid, args.split), args.against)
+    runs = read_runs(args.results, args.grid, args.split)
+    analysis = analyse(runs, args.against)
     lines = analysis_lines(analysis)
+    record = {"sizes": analysis}
+    if args.shorter:
+        record["changes"] = changes(runs, read_runs(args.shorter, args.grid, args.split))
+        lines += change_lines(record["changes"])
     for line in lines:
         say(line)
-    write_json(args.results / "analysis.json", {"sizes": analysis, "run": provenance()})
+    write_json(args.results / "analysis.json", {**record, "run": provenance()})
     write_text(args.results / "analysis.md", "\n".join(lines))
     say(f"written: {args.results / 'analysis.json'} and analysis.md")
     return analysis

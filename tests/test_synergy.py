@@ -206,3 +206,25 @@ def test_a_truncated_table_and_another_split_are_told(tmp_path):
     path.write_bytes(path.read_bytes()[:-100])
     with pytest.raises(ValueError, match="seed3.parquet: broken, or not a table .*again"):
         read_runs(tmp_path, "synergy")
+
+
+def test_the_change_from_a_shorter_training_is_told(tmp_path, capsys):
+    """Same seed: residues and proteins agree. U grows from 0.3 to 0.4, the others stay."""
+    late, early = tmp_path / "late", tmp_path / "early"
+    for folder, effects in ((late, CLAIM | {"uncertainty": 0.4}), (early, CLAIM)):
+        folder.mkdir()
+        write_experiment(folder, effects)
+    arguments = ["--results", str(late), "--shorter", str(early)]
+    assert script.main(arguments) == 0
+    assert "### s, published: change from the shorter training" in capsys.readouterr().out
+    change = json.loads((late / "analysis.json").read_text())["changes"]["s"]["published"]
+    for name, expected in {"U": 0.1, "C": 0.0, "B": 0.0, "I": -0.1}.items():
+        low, high = change[name]["interval"]
+        assert low <= expected <= high
+        assert high - low < 0.03
+        assert change[name]["p_holm"] < 0.05 if expected else change[name]["p_holm"] > 0.05
+    other = tmp_path / "other"
+    other.mkdir()
+    write_experiment(other, CLAIM, seed=1)
+    assert script.main(["--results", str(late), "--shorter", str(other)]) == 2
+    assert "the shorter runs have other proteins" in capsys.readouterr().err

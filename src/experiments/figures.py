@@ -110,10 +110,19 @@ def read_analysis(folder: Path, grid: str) -> dict[str, Any]:
 
 
 def _strata(results: Path) -> dict[str, tuple[Path, str]]:
-    """Return folder and grid of the strata that were analysed, of one at least."""
+    """Return folder and grid of the strata that were analysed, of one at least.
+
+    Beside those of :data:`STRATA` these are directories that are named by start and steps, such as
+    ``cut-1200``.
+    """
     folders = {name: (results / folder, grid) for name, (folder, grid) in STRATA.items()}
+    for folder in results.glob("*-*"):
+        start, _, steps = folder.name.partition("-")
+        if start in STRATA and steps.isdecimal():
+            folders[f"{start}, {int(steps):,} steps"] = folder, STRATA[start][1]
     analysed = {n: f for n, f in folders.items() if (f[0] / "analysis.json").exists()}
-    return analysed or {"cut": folders["cut"]}  # read_analysis says how to make it
+    order = sorted(analysed, key=lambda name: (name.split(",")[0], len(name), name))
+    return {name: analysed[name] for name in order} or {"cut": folders["cut"]}
 
 
 def _title(size: str, stratum: str) -> str:

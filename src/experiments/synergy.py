@@ -253,6 +253,60 @@ def against(runs: Runs, reference: str) -> dict[str, Any]:
     }
 
 
+def changes(longer: Mapping[str, Runs], shorter: Mapping[str, Runs]) -> dict[str, dict[str, Any]]:
+    """Return how the contrasts of each design changed from a shorter training to a longer one.
+
+    Args:
+        longer: result of :func:`read_runs`, by size.
+        shorter: the same after fewer steps, on the same proteins.
+
+    Returns:
+        For each size that both have, by design, each contrast after the longer training less that
+        after the shorter one, paired by seed and protein, with its interval and ``p_holm``, Holm's
+        correction over the contrasts of the design.
+
+    Raises:
+        ValueError: they were measured on other proteins, or have no seed in common.
+    """
+    found: dict[str, dict[str, Any]] = {}
+    for size in (size for size in longer if size in shorter):
+        late, early = longer[size], shorter[size]
+        seeds = [seed for seed in late.seeds if seed in early.seeds]
+        same_proteins = np.array_equal(late.residues, early.residues)
+        if not same_proteins or late.clusters != early.clusters or not seeds:
+            raise ValueError(f"{size}: the shorter runs have other proteins or other seeds")
+        picked = [[runs.seeds.index(seed) for seed in seeds] for runs in (late, early)]
+        difference = {
+            arm: late.nll[arm][picked[0]] - early.nll[arm][picked[1]]
+            for arm in late.nll
+            if arm in early.nll
+        }
+        found[size] = {}
+        for name, arms in DESIGNS.items():
+            if not set(arms) <= set(difference):
+                continue
+            estimates = {
+                key: contrast(difference, coefficients, late.residues, late.clusters)
+                for key, coefficients in design_contrasts(arms).items()
+            }
+            found[size][name] = {
+                key: _record(estimates[key]) | p_values
+                for key, p_values in _p_values(estimates).items()
+            }
+    return found
+
+
+def change_lines(change: Mapping[str, Mapping[str, Any]]) -> list[str]:
+    """Return what :func:`changes` returns as Markdown."""
+    lines = []
+    for size, designs in change.items():
+        for name, entries in designs.items():
+            rows = [[key, shown(e), f"{e['p_holm']:.2g}"] for key, e in entries.items()]
+            title = f"{size}, {name}: change from the shorter training"
+            lines += _section(title, ["contrast", "change", "p (Holm)"], rows)
+    return lines
+
+
 def _p_values(family: Mapping[str, Estimate]) -> dict[str, dict[str, float]]:
     """Return ``p_value`` and ``p_holm`` of each estimate, with Holm's correction over all."""
     adjusted = holm({name: e.p_value for name, e in family.items()}) if family else {}
