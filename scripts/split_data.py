@@ -82,10 +82,15 @@ def build_parser() -> argparse.ArgumentParser:
 
 def run(args: argparse.Namespace) -> dict:
     """Split the proteins, write the parts, and return the record of the split."""
+    from src.common.files import is_file
     from src.proteins.split_files import read_named, record_lines, require_free, write_split
 
     refuse_flags_of_other_mode(args)
     require_free(args.output)
+    if args.within_families and not is_file(args.data):
+        raise ValueError(
+            "--within_families: --data must be one FASTA file, with family=NAME in its headers"
+        )
     proteins, report = read_named(args.data, args.keep_ambiguous, args.sequence_column)
     for line in report.lines():
         say(line)

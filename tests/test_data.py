@@ -25,7 +25,7 @@ import pytest
 from datasets.exceptions import DatasetNotFoundError
 
 from src.common.cli import add_data_flags
-from src.proteins import formats, readers, sources, tables
+from src.proteins import formats, notation, readers, sources, tables
 from src.proteins.encoding import token_letters, tokenizer_fingerprint
 from src.proteins.hashes import SeenHashes, chosen, held_out, sequence_hash
 from src.proteins.layouts import END_OF_TEXT, PROTGPT2, layout, prompt_layout
@@ -1069,3 +1069,93 @@ def test_titles_of_pir_are_no_residues(tmp_path):
     found = list(read_proteins(path, report=report))
     assert found == [("one", A), ("two", B)]
     assert report.fixed[readers.PIR_TITLES] == {"count": 2, "first": "a.ali:1"}
+
+
+# What else people bring
+
+HEAVY = A + B
+
+
+@pytest.mark.parametrize(
+    ("name", "text", "expected"),
+    [
+        # cat a.csv b.csv, and write.table of R
+        ("a.csv", f"name,sequence\nx,{HEAVY}\nname,sequence\ny,{B}\n", [HEAVY, B]),
+        ("a.tsv", f"sequence\tscore\n1\t{HEAVY}\t0.5\n2\t{B}\t0.1\n", [HEAVY, B]),
+        ("a.tsv", f'name\tsequence\n"Foo" protein\t{HEAVY}\nb\t{B}\n', [HEAVY, B]),
+        ("a.csv", f'name, sequence\nx, "{HEAVY}"\n', [HEAVY]),
+        ("a.csv", "# a comment\n" * 25 + f"name,sequence\nx,{HEAVY}\n", [HEAVY]),
+        ("a.csv", f"name,sequence\nx,unknown\ny,Missing\nz,TBD\nw,{HEAVY}\n", [HEAVY]),
+        ("a.fasta", f" >x\n{HEAVY}\n >y\n{B}\n", [HEAVY, B]),
+        ("a.txt", f"{HEAVY} active\n{B} inactive\n", [HEAVY, B]),
+        ("a.txt", f"KKLLKKLLKK active\n{B}\n", ["KKLLKKLLKK", B]),
+        ("a.txt", f"Melittin\n{HEAVY}\nMagainin\n{B}\n", [HEAVY, B]),
+        ("a.fasta", ">a\nMET GLN MSE VAL\n>b\nGLY HIE LYS HID TRP\n", ["MQMV", "GHKHW"]),
+        ("a.fasta", ">a\nACE ALA GLN ALA NME\n>b\nAla-Gln\n", ["AQA", "AQ"]),
+        ("a.fasta", ">a\nGIGAVLKV-COOH\n", ["GIGAVLKV"]),
+    ],
+)  # fmt: skip
+def test_more_files_as_people_bring_them(tmp_path, name, text, expected):
+    assert read(write(tmp_path / name, text))[0] == expected
+
+
+@pytest.mark.parametrize(
+    "text",
+    ["Tyr-D-Ala-Gly-Phe-Met", "Met-Gln-Nle-Val-Lys", "fMet-Leu-Phe", "Gly-Hyp-Pro", "MET ILE FOO"],
+)
+def test_codes_that_are_no_known_residues_are_no_letters_either(tmp_path, text):
+    found, report = read(write(tmp_path / "a.fasta", f">a\n{text}\n>b\n{HEAVY}\n"))
+    assert found == [HEAVY]
+    assert counts(report.dropped) == {notation.OTHER_CODES: 1}
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        ("a.txt", f"{HEAVY} {B}\n", "2 words in a line"),  # a heavy and a light chain
+        ("a.csv", f"protein,text\n{HEAVY},membrane protein\n", "--sequence_column protein"),
+        (
+            "a.csv",
+            f"construct,aa,type\nc0,{HEAVY},wildtype\nc1,{B},mutant\n",
+            "--sequence_column .aa",
+        ),
+        ("a.cif", "data_1UBQ\n#\n", "in mmCIF"),
+        ("a.pdb", "REMARK 1\nATOM\n", "a PDB structure"),
+        ("a.json", json.dumps([{"primary": HEAVY}]), "--sequence_column .primary"),
+    ],
+)
+def test_more_files_are_refused_with_the_way_out(tmp_path, name, content, message):
+    with pytest.raises(ValueError, match=message):
+        read(write(tmp_path / name, content))
+
+
+def test_json_keys_that_come_late_are_read_or_named(tmp_path, monkeypatch):
+    rows = [json.dumps({"sequence": A + "MKVL"[i % 4] * i}) for i in range(25)]
+    rows.append(json.dumps({"sequence": B, "name": "lys"}))
+    path = write(tmp_path / "a.jsonl", "\n".join(rows))
+    assert [p.name for p in read_proteins(path)][-1] == "lys"
+    monkeypatch.setattr(tables, "JSON_SAMPLE", 5)
+    found, report = read(path)
+    assert len(found) == 26
+    assert report.noticed[tables.LATE_KEYS]["count"] == 1
+
+
+def test_the_sheet_with_the_proteins_is_read(tmp_path):
+    openpyxl = pytest.importorskip("openpyxl")
+    book = openpyxl.Workbook()
+    book.active.append(["Read me first"])
+    data = book.create_sheet("data")
+    data.append(["Name", "Sequence"])
+    data.append(["x", HEAVY])
+    book.save(tmp_path / "a.xlsx")
+    found, report = read(tmp_path / "a.xlsx")
+    assert found == [HEAVY]
+    assert "of 2 sheets this one: data" in report.notes
+
+
+def test_a_word_document_is_called_so(tmp_path):
+    with zipfile.ZipFile(tmp_path / "a.docx", "w") as archive:
+        archive.writestr("word/document.xml", "<w/>")
+        archive.writestr("styles.xml", "<w/>")
+    with pytest.raises(ValueError, match="a Word document: save it as plain text"):
+        read(tmp_path / "a.docx")

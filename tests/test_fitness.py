@@ -14,6 +14,7 @@ from scipy import stats
 
 from scripts import score as script
 from src.evaluation import fitness
+from src.evaluation.mutants import read_mutants
 from src.models.loading import ProteinModel
 from src.proteins.encoding import encode
 
@@ -97,6 +98,26 @@ def test_positions_of_mutants(tmp_path):
     ]  # fmt: skip
     noticed = found.report.noticed[fitness.OTHER_MUTANTS]
     assert noticed == {"count": 1, "first": "a.csv:10, 'del_3'"}
+
+
+def test_mutants_of_a_wild_type_that_say_nothing_are_dropped_and_named(tmp_path):
+    path = tmp_path / "a.csv"
+    path.write_text('mutant,DMS_score\n"M1A,K2A",1\n,2\n" ",3\nNA,4\nwt,5\nins3,6\n')
+    found = fitness.read_variants(path, wild="MKV")
+    assert found.residues == ["AAV", "", "", "", "MKV", ""]
+    assert {k: v["count"] for k, v in found.report.dropped.items()} == {fitness.NOT_UNDERSTOOD: 4}
+    assert not found.report.noticed
+
+
+def test_a_wild_type_may_be_longer_than_a_file_name(tmp_path):
+    assert fitness.wild_type("MKVLA" * 90) == "MKVLA" * 90
+    assert read_mutants(",".join(["M1A"] * 90)) == ["M1A"] * 90
+    with pytest.raises(ValueError, match="neither a file nor residues"):
+        fitness.wild_type("gfp")
+    path = tmp_path / "raw.seq"
+    path.write_text("MKVLA\nMKV\n")
+    with pytest.raises(ValueError, match="holds 2 proteins.*needs a '>' header"):
+        fitness.wild_type(str(path))
 
 
 def test_unusable_rows_stay_without_a_score(tmp_path):

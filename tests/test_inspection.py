@@ -123,3 +123,11 @@ def test_each_failure_of_the_hub_has_its_own_line(error, said, monkeypatch):
     assert ("no network" in message) == ("no network" in said)
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     assert ("HF_HUB_OFFLINE is set: unset it" in refused(load)) == ("no network" in said)
+
+
+def test_weights_with_more_blocks_than_the_configuration_are_refused(tmp_path, tiny_lm):
+    tiny_lm(n_layer=3).save_pretrained(tmp_path)
+    config = json.loads((tmp_path / "config.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps(config | {"n_layer": 2}))
+    with pytest.raises(ValueError, match="have 3 blocks and its configuration 2"):
+        load_causal_lm(tmp_path)

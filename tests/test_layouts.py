@@ -356,3 +356,26 @@ def test_a_template_that_the_tokenizer_cannot_write(tmp_path):
     assert layout_of(load_tokenizer(tmp_path, layout="plain")).name == "<s>{residues}</s>"
     with pytest.raises(ValueError, match="has no tokens for it"):
         load_tokenizer(tmp_path, layout="<start>{residues}<end>")
+
+
+def test_a_layout_that_the_user_states_is_kept(tmp_path, tiny_tokenizer, monkeypatch):
+    """Even where natural proteins cost less in another one."""
+    tiny_tokenizer.save_pretrained(tmp_path / "given")
+    tokenizer = load_tokenizer(tmp_path / "given", layout="protgpt2")
+    monkeypatch.setattr(
+        "src.models.recognition.nats_per_residue",
+        lambda model, tokenizer, layout: np.full(4, 3.0 if layout == PROTGPT2 else 1.0),
+    )
+    assert settle_layout(model_of(tokenizer), tokenizer, print) == PROTGPT2
+    tokenizer.save_pretrained(tmp_path / "student")
+    again = load_tokenizer(tmp_path / "student")
+    assert settle_layout(model_of(again), again, print) == PROTGPT2
+    unstated = load_tokenizer(tmp_path / "given")
+    assert settle_layout(model_of(unstated), unstated, print) != PROTGPT2
+
+
+@pytest.mark.parametrize("layout", ["progen", "zymctrl", "<cls>{residues}<eos>"])
+def test_markers_that_a_tokenizer_leaves_out_are_refused(layout, tmp_path, tiny_tokenizer):
+    tiny_tokenizer.save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match="has no tokens for it"):
+        load_tokenizer(tmp_path, layout=layout)

@@ -28,8 +28,22 @@ def test_forms_of_a_mutant():
     assert parse_mutant("_wt") == parse_mutant("p.(=)") == []
     assert parse_mutant("SA4C") == [a._replace(prefix="S")]
     assert parse_mutant("chainA_A4C") == [a._replace(prefix="chainA_")]
-    assert parse_mutant("WT") == parse_mutant("") == []
-    for text in ("A4", "4C", "A4del", "hello", "A4CC4", "A4*", "Ala4Xyz", "p.Ala4Ter"):
+    assert parse_mutant("WT") == []
+    for sign in (",", " ", " , ", "_", "-", "|", " & ", " + "):
+        assert parse_mutant(f"A4C{sign}K8E") == [a, d]
+    assert parse_mutant("a4c;k8e;") == [a, d]
+    for text in (
+        "",
+        "P53 x_K2A_A4C",
+        "A4",
+        "4C",
+        "A4del",
+        "hello",
+        "A4CC4",
+        "A4*",
+        "Ala4Xyz",
+        "p.Ala4Ter",
+    ):
         with pytest.raises(ValueError, match="is no mutant"):
             parse_mutant(text)
 

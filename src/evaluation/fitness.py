@@ -22,7 +22,7 @@ import numpy as np
 
 from src.common import processes
 from src.common.cli import printable
-from src.common.files import write_text
+from src.common.files import is_file, write_text
 from src.evaluation.likelihoods import score_proteins
 from src.evaluation.mutants import Substitution, mutated, numbering, parse_mutant
 from src.evaluation.statistics import TAILS, Estimate, cluster_codes, cluster_weights
@@ -39,12 +39,13 @@ from src.proteins.sources import (
     require_proteins,
     usable,
 )
-from src.proteins.tables import MUTANT_COLUMNS, is_missing, number_of, open_table
+from src.proteins.tables import LEAST_PROTEIN, MUTANT_COLUMNS, is_missing, number_of, open_table
 
 SCORE_COLUMN = "DMS_score"
 MUTANT_COLUMN = "mutant"
 LEAST_COMPARED = 3
 """Fewest variants with both a measurement and a score: of two the correlation is always ±1."""
+NOT_UNDERSTOOD = "mutants that are not understood (A12C, A12C:D45E)"
 OTHER_MUTANTS = "mutants whose position is not understood, each by itself in intervals"
 
 
@@ -153,7 +154,8 @@ def _read_table(
     places = [f"{path.name}:{number}" for number, _ in numbered]
     if not rows:
         raise ValueError(f"--input {path}: there is no row below the header line")
-    parsed = [] if mutant is None else _parsed([row[mutant] for row in rows], places, report)
+    cells = [] if mutant is None else [row[mutant] for row in rows]
+    parsed = _parsed(cells, places if cells else [], report, notice=wild is None)
     if data is not None:
         texts = ["" if is_missing(row[data]) else row[data] for row in rows]
     else:
@@ -163,7 +165,9 @@ def _read_table(
         texts = ["" if m is None else mutated(wild, m, begin.first) for m in parsed]
     residues, measured = [], []
     for place, row, text in zip(places, rows, texts, strict=True):
-        record = Record("", place, text, tag="" if tags is None else tag_of_cell(row[tags]))
+        fault = "" if text or wild is None else NOT_UNDERSTOOD
+        tagged = "" if tags is None else tag_of_cell(row[tags])
+        record = Record("", place, text, fault=fault, tag=tagged)
         protein = usable(record, report, keep_ambiguous=True, tag=None if wild else tag) or ""
         residues.append(tagged_as(wild, protein) if wild and protein else protein)
         if score is not None:
@@ -185,7 +189,7 @@ def _read_table(
 
 
 def _parsed(
-    mutants: Sequence[str], places: Sequence[str], report: ReadReport
+    mutants: Sequence[str], places: Sequence[str], report: ReadReport, notice: bool
 ) -> list[list[Substitution] | None]:
     """Return the substitutions of each mutant, None where it is written in another way."""
     parsed: list[list[Substitution] | None] = []
@@ -193,7 +197,8 @@ def _parsed(
         try:
             parsed.append(parse_mutant(mutant))
         except ValueError:
-            report.notice(OTHER_MUTANTS, f"{place}, {printable(mutant[:30])!r}")
+            if notice and mutant.strip():
+                report.notice(OTHER_MUTANTS, f"{place}, {printable(mutant[:30])!r}")
             parsed.append(None)
     return parsed
 
@@ -291,14 +296,17 @@ def wild_type(given: str, tag: str | None = None) -> str:
     Raises:
         ValueError: they are neither, or the file holds several proteins.
     """
-    if Path(given).is_file():
+    if is_file(given):
         proteins = {p.residues for p in read_entries(given, keep_ambiguous=True, tag=tag)}
         if len(proteins) != 1:
-            raise ValueError(f"--wildtype {given}: holds {len(proteins)} proteins, and not one")
+            raise ValueError(
+                f"--wildtype {given}: holds {len(proteins)} proteins, and not one (over several "
+                "lines it needs a '>' header)"
+            )
         return proteins.pop()
     report = ReadReport()
     cleaned = clean(given, report, "--wildtype", keep_ambiguous=True)
-    if cleaned is None:
+    if cleaned is None or (given.islower() and len(given) < LEAST_PROTEIN):
         raise ValueError(f"--wildtype {given[:40]!r}: neither a file nor residues")
     return cleaned
 

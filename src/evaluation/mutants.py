@@ -3,16 +3,22 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
+from src.common.files import is_file
 from src.proteins.layouts import PROTEIN_LETTERS, STANDARD_RESIDUES
 from src.proteins.notation import CODES
 
-WILD_TYPE = ("", "wt", "wildtype", "wild-type", "wild type", "wild_type", "_wt", "_sy", "p.=", "=")
-SEPARATORS = re.compile(r"[:;/+]")
+WILD_TYPE = ("wt", "wildtype", "wild-type", "wild type", "wild_type", "_wt", "_sy", "p.=", "=")
+SEPARATORS = re.compile(r"\s*[:;/+,|&]\s*|\s+")
 _ONE = re.compile(r"(?P<prefix>.*?)(?P<wild>[A-Z])(?P<number>-?\d+)(?P<new>[A-Z])$")
+_BARE = r"[A-Z]\d+[A-Z]"
+_CHAIN = re.compile(rf"{_BARE}(?:[_-]{_BARE})+")
+"""Substitutions with ``_`` or ``-`` between them, which else may end a name before the first."""
+_HIDDEN = re.compile(rf"(?<![A-Za-z0-9]){_BARE}(?![A-Za-z0-9])")
+_SMALL = re.compile(r"[a-z]\d+[a-z]")
 _THREE = re.compile(r"(?:p\.)?(?P<wild>[A-Z][a-z]{2})(?P<number>\d+)(?P<new>[A-Z][a-z]{2}|=)$")
 _HGVS = re.compile(r"p\.[\[(](.*)[\])]")
 _NAMES = {code.capitalize(): r for code, r in CODES.items() if r in STANDARD_RESIDUES}
@@ -45,7 +51,7 @@ class Numbering(NamedTuple):
 def parse_mutant(text: str) -> list[Substitution]:
     """Return the substitutions of a mutant, none for the wild type.
 
-    ``A12C``, ``A12C:D45E`` (also ``;``, ``/`` or ``+`` between them), HGVS (``p.Ala12Cys``,
+    ``A12C``, ``A12C:D45E`` (also other signs or blanks between them), HGVS (``p.Ala12Cys``,
     ``p.[Ala12Cys;Asp45Glu]``, ``p.Ala12=``), and letters before the first residue (``SA12C``,
     ``chainA_A12C``), which are kept as its prefix.
 
@@ -56,7 +62,9 @@ def parse_mutant(text: str) -> list[Substitution]:
     if bare.lower() in WILD_TYPE:
         return []
     substitutions = []
-    for part in map(str.strip, SEPARATORS.split(bare)):
+    for part in _parts(bare.rstrip(";,")):
+        if _SMALL.fullmatch(part):
+            part = part.upper()
         three = _THREE.match(part)
         if three and {three["wild"], three["new"]} <= {*_NAMES, "="}:
             wild = _NAMES[three["wild"]]
@@ -64,7 +72,8 @@ def parse_mutant(text: str) -> list[Substitution]:
             substitutions.append(Substitution(wild, int(three["number"]), new))
             continue
         one = _ONE.match(part)
-        if not one or not {one["wild"], one["new"]} <= PROTEIN_LETTERS:
+        hidden = one and _HIDDEN.search(one["prefix"])
+        if not one or hidden or not {one["wild"], one["new"]} <= PROTEIN_LETTERS:
             raise ValueError(
                 f"{text[:40]!r} is no mutant: write A12C, or A12C:D45E for several substitutions "
                 "(insertions and deletions: give whole sequences)"
@@ -72,6 +81,12 @@ def parse_mutant(text: str) -> list[Substitution]:
         wild, number, new = one["wild"], int(one["number"]), one["new"]
         substitutions.append(Substitution(wild, number, new, one["prefix"]))
     return substitutions
+
+
+def _parts(text: str) -> Iterator[str]:
+    """Yield the parts of a mutant, one substitution each."""
+    for part in SEPARATORS.split(text):
+        yield from re.split("[_-]", part) if _CHAIN.fullmatch(part) else [part]
 
 
 def numbering(mutants: Sequence[Sequence[Substitution]], residues: str) -> Numbering:
@@ -132,9 +147,8 @@ def read_mutants(given: str) -> list[str]:
     Raises:
         ValueError: there is none.
     """
-    path = Path(given)
-    if path.is_file():
-        lines = path.read_text(encoding="utf-8-sig").splitlines()
+    if is_file(given):
+        lines = Path(given).read_text(encoding="utf-8-sig").splitlines()
         mutants = [line.strip() for line in lines if line.strip() and not line.startswith("#")]
     else:
         mutants = [part.strip() for part in given.split(",") if part.strip()]

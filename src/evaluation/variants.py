@@ -26,7 +26,7 @@ from src.common import processes
 from src.common.cli import progress
 from src.evaluation.likelihoods import score_proteins
 from src.models.decoding import cache_argument
-from src.models.forward import stated_positions
+from src.models.forward import accepts, stated_positions
 from src.models.loading import ProteinModel
 from src.proteins.batching import cut_batches, padded
 from src.proteins.encoding import Spelling, encode
@@ -133,6 +133,8 @@ def _after(
 
 def _cache(model: PreTrainedModel) -> DynamicCache | None:
     """Return an empty cache, or None where keys and values are not all that a layer remembers."""
+    if not accepts(model, cache_argument(model)):
+        return None
     cache = DynamicCache(config=model.config)
     return cache if all(type(layer) is DynamicLayer for layer in cache.layers) else None
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import os
+import re
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -45,6 +46,7 @@ class NoTokenizerError(ValueError):
     """A model has no tokenizer of proteins."""
 
 
+_BLOCK = re.compile(r"\.(\d+)\.")
 NOT_TAKEN = "are longer than the model takes, or hold what its tokenizer does not know"
 """Why :meth:`ProteinModel.rows` cannot give proteins to a model, for messages."""
 
@@ -147,7 +149,7 @@ def load_tokenizer(
         )
         _keep_no_words(tokenizer)
     if layout is not None:
-        set_layout(tokenizer, chosen := spelt_out(layout, tokenizer))
+        set_layout(tokenizer, chosen := spelt_out(layout, tokenizer), stated=True)
         if not writes(tokenizer, chosen):
             raise ValueError(f"--layout {layout!r}: the tokenizer of {name} has no tokens for it")
     with explain_loading("tokenizer", name):
@@ -267,6 +269,13 @@ def load_causal_lm(
         model, information = loaded
         if missing := sorted(information["missing_keys"]):
             raise ValueError(f"{len(missing)} weights are missing, the first is {missing[0]}")
+        blocks = getattr(model.config, "num_hidden_layers", None)
+        numbers = (int(n) for k in information["unexpected_keys"] for n in _BLOCK.findall(k)[:1])
+        if blocks is not None and (highest := max(numbers, default=0)) >= blocks:
+            raise ValueError(
+                f"its weights have {highest + 1} blocks and its configuration {blocks}: one of "
+                "them is another model's"
+            )
         model = model.to(device).eval()
         require_runnable(model)
     return model

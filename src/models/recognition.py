@@ -86,6 +86,9 @@ def writes(tokenizer: Any, layout: Layout) -> bool:
     letters = token_letters(tokenizer)
     if not all(breaks) or any(not 0 <= i < len(letters) for i in ids):
         return False
+    # Some tokenizers leave out what they have no token for, without a word.
+    if "".join(tokenizer.decode(ids).split()) != "".join(texts[0].split()):
+        return False
     unknown = tokenizer.unk_token_id
     is_marker = tokenizer.unk_token is not None and tokenizer.unk_token in layout.template
     if not is_marker and any(unknown in row for row in (ids, *breaks)):

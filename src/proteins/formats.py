@@ -49,8 +49,19 @@ FOREIGN = {
     b"# STOCKHOLM": "a Stockholm alignment: convert it to FASTA (esl-reformat fasta)",
     b"CLUSTAL": "a Clustal alignment: save it as FASTA",
     b"LOCUS ": "a GenBank record: save its proteins as FASTA",
-    **dict.fromkeys((b"HEADER    ", b"ATOM  "), "a PDB structure: save its sequences as FASTA"),
-    **dict.fromkeys((b"<!", b"<html", b"<?xml"), "a web page or XML: download the file itself"),
+    **dict.fromkeys(
+        (b"HEADER    ", b"ATOM  ", b"REMARK ", b"MODEL   ", b"CRYST1", b"TITLE   "),
+        "a PDB structure: save its sequences as FASTA",
+    ),
+    **dict.fromkeys(
+        (b"<!", b"<html", b"<HTML", b"<?xml"), "a web page or XML: download the file itself"
+    ),
+    **dict.fromkeys(
+        (b"#NEXUS", b"MUSCLE (", b"T-COFFEE"), "an alignment: save its sequences as FASTA"
+    ),
+    b"data_": "a structure in mmCIF: save its sequences as FASTA",
+    b"HMMER3/": "a profile HMM: give the proteins themselves, as FASTA",
+    b"ARROW1": "an Arrow file: save it as parquet (datasets: to_parquet)",
     b"{\\rtf": "rich text of a word processor: save it as plain text",
     b"%PDF": "a PDF: export the proteins as FASTA",
 }
@@ -60,6 +71,12 @@ FOREIGN_LINES = {
 }
 """First lines of files that are not read: of ColabFold's alignment of a complex, the chains'
 lengths."""
+OFFICE = {
+    "word/document.xml": "a Word document: save it as plain text",
+    "content.xml": "an OpenDocument file: save it as CSV UTF-8 or plain text",
+    "xl/workbook.xml": "an Excel file: name it .xlsx",
+}
+"""A file in a zip archive that shows what it is."""
 COMMENT_SIGNS = ("#", ";")
 CRLF = "CRLF line ends"
 UTF_16 = "UTF-16 text"
@@ -81,6 +98,7 @@ def kind_of(path: Path) -> str:
             head = stream.peek(512)[:512]
         except (OSError, EOFError, zlib.error):
             head = b""  # the reader meets the same fault and names its line
+    head = head.removeprefix(b"\xef\xbb\xbf")
     suffixes = [s.lower() for s in Path(name).suffixes]
     if suffixes[-1:] == [".gz"]:
         if not packed and not archived:
@@ -181,6 +199,9 @@ def _only(files: Mapping[str, Any], path: Path, packer: str) -> Any:
     seen = {n: f for n, f in files.items() if "__MACOSX" not in n and Path(n).name[:1] != "."}
     fitting = {n: f for n, f in seen.items() if _suffix(n) in SUFFIXES}
     chosen = fitting or seen
+    for inside, what in OFFICE.items():
+        if inside in files:
+            raise ValueError(f"{path}: is {what}")
     if len(chosen) != 1:
         named = f" ({printable(', '.join(list(chosen)[:3]))}, ...)" if chosen else ""
         raise ValueError(

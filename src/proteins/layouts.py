@@ -264,10 +264,16 @@ def guess_layout(tokenizer: Any, guess: Layout) -> None:
     setattr(tokenizer, _GUESS, guess.template)
 
 
-def set_layout(tokenizer: Any, chosen: Layout) -> None:
-    """Let a tokenizer carry a layout, also where it is saved."""
+def set_layout(tokenizer: Any, chosen: Layout, stated: bool = False) -> None:
+    """Let a tokenizer carry a layout, also where it is saved.
+
+    Args:
+        tokenizer: will carry it.
+        chosen: the layout.
+        stated: somebody said so: ProtGPT2's, which goes without saying else, is written down too.
+    """
     guess_layout(tokenizer, chosen)
-    if chosen == PROTGPT2:
+    if chosen == PROTGPT2 and not stated:
         tokenizer.init_kwargs.pop(CONFIG_KEY, None)
     else:
         tokenizer.init_kwargs[CONFIG_KEY] = chosen.template

@@ -36,6 +36,7 @@ from src.proteins.tables import (
     Table,
     is_missing,
     key,
+    looks_like_protein,
     open_table,
     parquet_proteins,
 )
@@ -50,6 +51,7 @@ HEADER_WORDS = {*SEQUENCE_COLUMNS, "sequences", "protein", "proteins", "peptide"
 HEADER = "a header line, skipped"
 LINE_NUMBERS = "numbers beside the residues"
 NAMES_BESIDE = "a name before the residues"
+LABELS_BEHIND = "a label behind the residues, left out"
 PIR = re.compile(r"[A-Z][A-Z0-9];(?=\S)")
 """Begins a header of PIR (NBRF), as Modeller writes it: ``>P1;NAME``. A title line follows, and
 ``*`` ends the residues."""
@@ -141,7 +143,8 @@ def fasta_records(path: Path, report: ReadReport) -> Iterator[Record]:
             yield Record(name, where, text, title=title)
 
     for number, line in guarded_lines(path, report, content=True):
-        if line.startswith(">"):
+        if line.lstrip().startswith(">"):
+            line = line.lstrip()
             if place:
                 yield from entries()
             title, place, size = line[1:].strip(), number, 0
@@ -216,15 +219,30 @@ def text_records(path: Path, report: ReadReport) -> Iterator[Record]:
             report.fix(HEADER, place)
             continue
         if len(words) > 1 and not _are_blocks(words):
-            if len(words) == 2 and PROTEIN_LETTERS.issuperset(words[1].rstrip("*").upper()):
-                report.fix(NAMES_BESIDE, place)
-                name, line = words
-            else:
+            at = _which_is_residues(words)
+            if at is None:
                 raise ValueError(
                     f"{path}:{number}: {len(words)} words in a line: give one protein a line, "
                     "FASTA, or a table with a header (name, sequence)"
                 )
+            report.fix(NAMES_BESIDE if at else LABELS_BEHIND, place)
+            name, line = words if at else (name, words[0])
         yield from pieces(line, name, place, report)
+
+
+def _which_is_residues(words: Sequence[str]) -> int | None:
+    """Return which of two words is a protein, beside its name or label; None where both may be."""
+    if len(words) != 2:
+        return None
+    possible = [PROTEIN_LETTERS.issuperset(word.upper().rstrip("*")) for word in words]
+    capital = [word.isupper() and may for word, may in zip(words, possible, strict=True)]
+    long = [looks_like_protein(word) for word in words]
+    if all(long):
+        return None
+    for signs in (long, capital, possible):
+        if sum(signs) == 1:
+            return signs.index(True)
+    return 1 if all(possible) and len(words[0]) <= len(words[1]) else None
 
 
 def _are_blocks(words: Sequence[str]) -> bool:
@@ -235,6 +253,7 @@ def _are_blocks(words: Sequence[str]) -> bool:
         and len(words[-1]) <= width
         and (len(words) > 2 or width == 10)
         and all(word.isalpha() for word in words)
+        and len({word.isupper() for word in words}) == 1
     )
 
 

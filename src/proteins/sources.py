@@ -47,6 +47,7 @@ Memory depends on the longest line or the rows read together, not on the size of
 from __future__ import annotations
 
 import contextlib
+import re
 from collections import Counter
 from collections.abc import Iterable, Iterator
 from pathlib import Path
@@ -65,7 +66,7 @@ from src.proteins.layouts import (
     tag_in,
 )
 from src.proteins.locations import has_split, hub_split, local_files, on_hub, unread_files
-from src.proteins.notation import peptide
+from src.proteins.notation import OTHER_CODES, peptide
 from src.proteins.readers import Record, file_records, hub_records
 from src.proteins.reading import ReadReport
 
@@ -97,6 +98,8 @@ SAME_NAMES = "names that another protein has, made different"
 OTHER_LAYOUT = "not in ProtGPT2's layout, kept as they are"
 
 LONG_RUN = "X" * 5
+WORDS = "words with a capital and small letters, no residues"
+_WORDS = re.compile(r"[A-Z][a-z]{3,19}( [a-z]{1,19})*[.:]?")
 NUCLEIC_SHARE, LEAST_NUCLEIC = 0.95, 15
 """Letters of A, C, G, T, U and N, and their number, from which a sequence is no protein: one of 15
 residues of usual frequencies has them with a probability of 10⁻⁹."""
@@ -146,7 +149,13 @@ def clean(text: str, report: ReadReport, place: str, keep_ambiguous: bool = Fals
     fixes = []
     if written := peptide(text.strip()):
         text, how = written
+        if how == OTHER_CODES:
+            report.drop(how, place)
+            return None
         fixes.append(how)
+    elif _WORDS.fullmatch(text.strip()):
+        report.drop(WORDS, f"{place}, {printable(text.strip()[:30])!r}")
+        return None
     residues = "".join(text.split())
     if residues != text:
         fixes.append(WHITE_SPACE)

@@ -11,7 +11,7 @@ import csv
 import io
 import json
 import re
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from itertools import chain, islice
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -67,8 +67,15 @@ LEAST_PROTEIN = 15
 """Letters from which a cell is taken for a protein by its look."""
 _RESULTS = r'\s*(\{\s*"results"\s*:\s*)?\[\s*'
 """Beginning of an array, perhaps in an object as UniProt writes it."""
+_STRAY_QUOTE = re.compile(r'(?:^|\t)"[^"\t]*"[^"\t\r\n]')
+"""A cell that begins with a word in quotes."""
 _FIRST, _NEXT = re.compile(_RESULTS), re.compile(r"\s*,?\s*")
 TITLES = "lines above the header, skipped"
+REPEATED = "header lines again, skipped"
+ROW_NAMES = "row names without a column name"
+JSON_SAMPLE = 1000
+"""Objects at the beginning whose keys are the columns."""
+LATE_KEYS = f"keys that the first {JSON_SAMPLE:,} objects lack, not read"
 csv.field_size_limit(MAX_ROW_BYTES)
 
 
@@ -175,15 +182,15 @@ def open_table(
     """
     divider = ""
     if kind == JSON_LINES:
-        rows = _json_rows(path)
+        rows = _json_rows(path, report)
     elif kind == EXCEL:
-        rows = _excel_rows(path, report)
+        rows = _excel_rows(path, report, sequence_column)
     elif kind == PARQUET:
         rows = _parquet_rows(path)
     else:
         divider = _divider(path, sequence_column)
         rows = _delimited_rows(path, divider)
-    first = list(islice(rows, SAMPLE))
+    first = _beginning(rows, lambda numbered: numbered[1][0].startswith("#"))
     if not first:
         raise ValueError(f"{path}: there is no protein in it")
     at = next((i for i, (_, row) in enumerate(first) if _recognised(row, sequence_column)), None)
@@ -201,26 +208,79 @@ def open_table(
                 columns[0 if proteins[0] else 1] = "name"
             report.note(f"no header line: the residues are in column {proteins[0] + 1}")
             kept = chain(first[at:], rows)
-            return Table(str(path), columns, _checked(kept, columns, path, divider), divider)
+            return Table(
+                str(path), columns, _checked(kept, columns, path, divider, report), divider
+            )
         if proteins:
             names = ", ".join(printable(header[i])[:30] for i in proteins[:4])
             advice = f"pass --sequence_column ({names} look{'s' * (len(proteins) == 1)} like it)"
         elif divider or kind == EXCEL:
             advice = "pass --sequence_column, or write a line of column names above the rows"
-        if kind == JSON_LINES and len(first) == 2:
+        by_columns = any(re.search(r"\.\d+$", name) for name in first[0][1])
+        if kind == JSON_LINES and len(first) == 2 and (by_columns or "[" in first[1][1][0][:1]):
             advice = "write an object for each protein (pandas: orient='records', lines=True)"
     if at:
         report.fix(TITLES, f"{path.name}:{first[0][0]}", at)
     columns = [cell.strip() for cell in first[at][1]]
     while columns and not columns[-1]:
         columns.pop()
-    below = chain(first[at + 1 :], rows)
-    return Table(str(path), columns, _checked(below, columns, path, divider), divider, advice)
+    below = first[at + 1 :]
+    if divider and _have_names(below, columns, sequence_column):
+        report.note(ROW_NAMES)
+        columns.insert(0, "row")
+    if not sequence_column:
+        _refuse_other_text(path, columns, below)
+    checked = _checked(chain(below, rows), columns, path, divider, report)
+    return Table(str(path), columns, checked, divider, advice)
+
+
+def _beginning(rows: Iterator[Any], is_comment: Callable[[Any], bool]) -> list[Any]:
+    """Take rows until :data:`SAMPLE` of them are no comments."""
+    taken, counted = [], 0
+    while counted < SAMPLE and (row := next(rows, None)) is not None:
+        taken.append(row)
+        counted += not is_comment(row)
+    return taken
+
+
+def _have_names(
+    rows: Sequence[tuple[int, list[str]]], columns: Sequence[str], wanted: str | None
+) -> bool:
+    """Return whether rows begin with names that the header has no column for, as R writes them."""
+    keys, names = [key(name) for name in columns], [wanted] if wanted else SEQUENCE_COLUMNS
+    data = next((keys.index(key(name)) for name in names if key(name) in keys), None)
+    if len(rows) < 2 or data is None or {len(row) for _, row in rows} != {len(columns) + 1}:
+        return False
+    shifted = [row[data + 1] for _, row in rows]
+    distinct = len({row[0] for _, row in rows}) == len(rows)
+    return distinct and all(map(looks_like_protein, shifted))
+
+
+def _refuse_other_text(
+    path: Path, columns: Sequence[str], rows: Sequence[tuple[int, list[str]]]
+) -> None:
+    """Raise ``ValueError`` if a column ``text`` would be read and another one holds proteins."""
+    keys = [key(name) for name in columns]
+    if "text" not in keys or not {*SEQUENCE_COLUMNS[:-2]}.isdisjoint(keys):
+        return
+    chosen = keys.index("text")
+    texts = [row[chosen] for _, row in rows if len(row) > chosen]
+    others = [i for i in range(len(columns)) if i != chosen and _all_proteins(rows, i)]
+    if rows and len(others) == 1 and not any(map(_may_be_protein, texts)):
+        raise ValueError(
+            f"{path}: the column 'text' holds no proteins: pass --sequence_column "
+            f"{printable(columns[others[0]])[:30]}"
+        )
+
+
+def _may_be_protein(text: str) -> bool:
+    return "<" in text or PROTEIN_LETTERS.issuperset("".join(text.split()))
 
 
 def _recognised(row: Sequence[str], wanted: str | None) -> bool:
     known = {key(wanted)} if wanted else {*SEQUENCE_COLUMNS, *OTHER_COLUMNS}
-    return any(key(cell) in known for cell in row)
+    has_protein = any(cell.isupper() and looks_like_protein(cell) for cell in row)
+    return not has_protein and any(key(cell) in known for cell in row)
 
 
 def _all_proteins(rows: Sequence[tuple[int, list[str]]], column: int) -> bool:
@@ -229,11 +289,21 @@ def _all_proteins(rows: Sequence[tuple[int, list[str]]], column: int) -> bool:
 
 
 def _checked(
-    rows: Iterable[tuple[int, list[str]]], columns: Sequence[str], path: Path, divider: str
+    rows: Iterable[tuple[int, list[str]]],
+    columns: Sequence[str],
+    path: Path,
+    divider: str,
+    report: ReadReport,
 ) -> Iterator[tuple[int, list[str]]]:
-    """Yield rows with one cell for each column; blank ones at the end are left out."""
+    """Yield rows with one cell for each column.
+
+    Blank ones at the end and headers of files that were joined to the first are left out.
+    """
     blank: list[tuple[int, list[str]]] = []
     for number, row in rows:
+        if [cell.strip() for cell in row] == columns:
+            report.fix(REPEATED, f"{path.name}:{number}")
+            continue
         while len(row) > len(columns) and not row[-1].strip():
             row.pop()
         if not divider:
@@ -261,7 +331,8 @@ def _divider(path: Path, wanted: str | None) -> str:
     """Return what divides a table's cells: the first divider that gives a known header."""
     usual = "\t" if {".tsv", ".tab"} & {s.lower() for s in path.suffixes} else ","
     order = [usual, *(d for d in DIVIDERS if d != usual)]
-    lines = [line for _, line in islice(guarded_lines(path, ReadReport()), SAMPLE)]
+    numbered = guarded_lines(path, ReadReport())
+    lines = [text for _, text in _beginning(numbered, lambda line: line[1].startswith("#"))]
     if lines and lines[0].lower().startswith("sep=") and lines[0][4:5] in DIVIDERS:
         return lines[0][4]
     for single in (False, True):
@@ -285,7 +356,13 @@ def _delimited_rows(path: Path, divider: str) -> Iterator[tuple[int, list[str]]]
                 raise ValueError(f"{path}:{number}: a row of over {MAX_ROW_BYTES:,} bytes")
             yield "\n" if number == 1 and line.lower().startswith("sep=") else f"{line}\n"
 
-    reader = csv.reader(lines(), delimiter=divider, strict=True)
+    # Programs write tabs without quotes: there a quote is a character like others.
+    sample = (line for _, line in islice(guarded_lines(path, ReadReport()), JSON_SAMPLE))
+    plain = divider == "\t" and any(map(_STRAY_QUOTE.search, sample))
+    quoting = csv.QUOTE_NONE if plain else csv.QUOTE_MINIMAL
+    reader = csv.reader(
+        lines(), delimiter=divider, strict=True, quoting=quoting, skipinitialspace=True
+    )
     try:
         for row in reader:
             row_bytes = 0
@@ -298,7 +375,7 @@ def _delimited_rows(path: Path, divider: str) -> Iterator[tuple[int, list[str]]]
         ) from None
 
 
-def _json_rows(path: Path) -> Iterator[tuple[int, list[str]]]:
+def _json_rows(path: Path, report: ReadReport) -> Iterator[tuple[int, list[str]]]:
     """Yield the columns, the keys of the first objects, then the rows of JSON lines or an array.
 
     An object in an object gives a column ``key.key`` for each of its keys.
@@ -327,11 +404,13 @@ def _json_rows(path: Path) -> Iterator[tuple[int, list[str]]]:
             yield number, value
 
     rows = ((number, _flat(row)) for number, row in objects())
-    first = list(islice(rows, SAMPLE))
+    first = list(islice(rows, JSON_SAMPLE))
     columns = list(dict.fromkeys(name for _, row in first for name in row))
     if columns:
         yield 0, columns
     for number, row in chain(first, rows):
+        if later := row.keys() - set(columns):
+            report.notice(LATE_KEYS, f"{path.name}:{number}, {printable(min(later))!r}")
         yield number, [_text_of(row.get(name)) for name in columns]
 
 
@@ -388,8 +467,13 @@ def _text_of(value: Any) -> str:
     return value if isinstance(value, str) else json.dumps(value, default=str)
 
 
-def _excel_rows(path: Path, report: ReadReport) -> Iterator[tuple[int, list[str]]]:
-    """Yield the rows of the first sheet of an Excel file; formulas give the values last seen."""
+def _excel_rows(
+    path: Path, report: ReadReport, wanted: str | None
+) -> Iterator[tuple[int, list[str]]]:
+    """Yield the rows of an Excel file; formulas give the values last seen.
+
+    They are those of the first sheet with a known column, or of the first one.
+    """
     try:
         import openpyxl
     except ImportError:
@@ -404,18 +488,25 @@ def _excel_rows(path: Path, report: ReadReport) -> Iterator[tuple[int, list[str]
             warnings.simplefilter("ignore")
             _refuse_large_excel(path)
             book = openpyxl.load_workbook(path, read_only=True, data_only=True)
-            sheet = book.worksheets[0]
-            if len(book.worksheets) > 1:
-                report.note(f"the first of {len(book.worksheets)} sheets: {printable(sheet.title)}")
-            sheet.reset_dimensions()
-            for number, cells in enumerate(sheet.iter_rows(values_only=True), start=1):
-                row = ["" if cell is None else str(cell) for cell in cells]
-                if any(row):
-                    yield number, row
+            sheets = book.worksheets
+            known = (s for s in sheets if any(_recognised(r, wanted) for _, r in _cells(s, SAMPLE)))
+            sheet = next(known, sheets[0])
+            if len(sheets) > 1:
+                report.note(f"of {len(sheets)} sheets this one: {printable(sheet.title)}")
+            yield from _cells(sheet)
     except ValueError:
         raise
     except Exception as error:  # the package raises many kinds
         raise ValueError(f"{path}: broken Excel file ({reason(error)})") from None
+
+
+def _cells(sheet: Any, most: int | None = None) -> Iterator[tuple[int, list[str]]]:
+    """Yield the rows of a sheet that are not blank, with their numbers, of the first ``most``."""
+    sheet.reset_dimensions()
+    for number, cells in enumerate(sheet.iter_rows(max_row=most, values_only=True), start=1):
+        row = ["" if cell is None else str(cell) for cell in cells]
+        if any(row):
+            yield number, row
 
 
 def _refuse_large_excel(path: Path) -> None:
@@ -499,7 +590,10 @@ def number_of(cell: str, place: str, decimal_comma: bool = False) -> float:
     return value
 
 
-MISSING = {"", "-", "na", "n/a", "nan", "none", "null", "nd", "n.d."}
+MISSING = {
+    *("", "-", "?", "na", "n/a", "nan", "none", "null", "nd", "n.d.", "tbd"),
+    *("missing", "unknown", "not determined", "not available"),
+}
 
 
 def is_missing(cell: str) -> bool:
