@@ -45,14 +45,20 @@ def test_the_page_and_the_committed_tables_are_up_to_date(made):
         assert (RESULTS / "figures" / path.name).read_text(encoding="utf-8") == text
 
 
-def test_the_analysis_is_that_of_the_tables_of_single_proteins():
+CLAIM = ROOT / "results" / "claim"
+ANALYSED = [RESULTS / "synergy", *sorted(path.parent for path in CLAIM.glob("*/analysis.json"))]
+
+
+@pytest.mark.parametrize("folder", ANALYSED, ids=lambda path: path.name)
+def test_the_analysis_is_that_of_the_tables_of_single_proteins(folder):
     """Means of arms and the interaction, computed here from the rows alone."""
-    analysis = json.loads((RESULTS / "synergy" / "analysis.json").read_text())["sizes"]
+    analysis = json.loads((folder / "analysis.json").read_text())["sizes"]
+    grid = "synergy-random" if folder.name.startswith("random") else "synergy"
     for size, record in analysis.items():
         y: dict[str, list[float]] = {}
         for seed in record["seeds"]:
-            own = [("grid", "=", "synergy"), ("size", "=", size), ("seed", "=", seed)]
-            frame = pq.read_table(RESULTS / "synergy" / PROTEINS, filters=own).to_pandas()
+            own = [("grid", "=", grid), ("size", "=", size), ("seed", "=", seed)]
+            frame = pq.read_table(folder / PROTEINS, filters=own).to_pandas()
             assert set(frame["split"]) == {"test"}
             for arm, rows in frame.groupby("arm"):
                 total = float(rows["nll_student"].astype(np.float64).sum() / rows["residues"].sum())
@@ -78,6 +84,24 @@ def test_the_answer_in_the_text_is_the_analysis():
             value, low, high = (f"{number:+.4f}".replace("-", "−") for number in numbers)
             assert f"{value} [{low}, {high}]" in first
         assert {d["verdict"] for d in analysis[size]["designs"].values()} == {"refuted"}
+
+
+def test_the_answer_for_the_present_teacher_is_the_analysis():
+    """The table of RESULTS after 1,200 steps, and what README says of it."""
+    record = json.loads((CLAIM / "cut-1200" / "analysis.json").read_text())["sizes"]["s27"]
+    design = record["designs"]["published"]
+    assert design["verdict"] == "refuted"
+    text, readme = (
+        " ".join(path.read_text(encoding="utf-8").split())
+        for path in (ROOT / "docs" / "RESULTS.md", ROOT / "README.md")
+    )
+    for part, entry in design["contrasts"].items():
+        numbers = (entry["estimate"], *entry["interval"])
+        value, low, high = (f"{number:+.4f}".replace("-", "−") for number in numbers)
+        assert f"{value} [{low}, {high}]" in text
+        if part in ("B", "I"):
+            value, low, high = (f"{number:+.3f}".replace("-", "−") for number in numbers)
+            assert f"{value} [{low}, {high}]" in readme
 
 
 def test_what_is_missing_is_named_with_its_command(tmp_path, capsys):

@@ -119,14 +119,15 @@ def _strata(results: Path) -> dict[str, tuple[Path, str]]:
     for folder in results.glob("*-*"):
         start, _, steps = folder.name.partition("-")
         if start in STRATA and steps.isdecimal():
-            folders[f"{start}, {int(steps):,} steps"] = folder, STRATA[start][1]
+            folders[folder.name] = folder, STRATA[start][1]
     analysed = {n: f for n, f in folders.items() if (f[0] / "analysis.json").exists()}
-    order = sorted(analysed, key=lambda name: (name.split(",")[0], len(name), name))
+    order = sorted(analysed, key=lambda name: (name.split("-")[0], len(name), name))
     return {name: analysed[name] for name in order} or {"cut": folders["cut"]}
 
 
 def _title(size: str, stratum: str) -> str:
-    return f"{SIZE_NAMES.get(size, size)}, {stratum}"
+    start, _, steps = stratum.partition("-")
+    return f"{SIZE_NAMES.get(size, size)}, {start}" + (f", {int(steps):,} steps" if steps else "")
 
 
 # Figures -------------------------------------------------------------------------------------
