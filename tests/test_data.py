@@ -1159,3 +1159,15 @@ def test_a_word_document_is_called_so(tmp_path):
         archive.writestr("styles.xml", "<w/>")
     with pytest.raises(ValueError, match="a Word document: save it as plain text"):
         read(tmp_path / "a.docx")
+
+
+def test_names_with_commas_in_them(tmp_path):
+    folder = tmp_path / "run 1, final"
+    folder.mkdir()
+    for name, protein in (("a.fasta", A), ("b, c.fasta", B)):
+        write(folder / name, f">x{name[0]}\n{protein}\n")
+    paths = [str(folder / "a.fasta"), str(folder / "b, c.fasta")]
+    assert read(",".join(paths))[0] == [A, B]  # type: ignore[arg-type]
+    assert read(str(folder / "*.fasta"))[0] == [A, B]  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match=r"a.fasta: there is no such file"):
+        read(",".join([*paths, "nope/a.fasta"]))  # type: ignore[arg-type]

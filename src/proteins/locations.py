@@ -77,10 +77,17 @@ def _several(source: str) -> list[Path]:
     if Path(source).exists() or not re.search(r"[,*?\[]", source):
         return []
     files: list[Path] = []
-    for name in filter(None, source.split(",")):
-        found = [Path(name)] if Path(name).exists() else sorted(map(Path, glob(name)))
-        if not found:
-            raise ValueError(f"{name}: there is no such file")
+    names = [name for name in source.split(",") if name]
+    while names:
+        # A name may hold commas itself: the longest that is there is meant.
+        for count in range(len(names), 0, -1):
+            name = ",".join(names[:count])
+            found = [Path(name)] if Path(name).exists() else sorted(map(Path, glob(name)))
+            if found:
+                break
+        else:
+            raise ValueError(f"{names[0]}: there is no such file")
+        del names[:count]
         folders = [path for path in found if not path.is_file()]
         if folders:
             raise ValueError(f"{folders[0]}: is no file: several sources have to be files")
