@@ -1171,3 +1171,10 @@ def test_names_with_commas_in_them(tmp_path):
     assert read(str(folder / "*.fasta"))[0] == [A, B]  # type: ignore[arg-type]
     with pytest.raises(ValueError, match=r"a.fasta: there is no such file"):
         read(",".join([*paths, "nope/a.fasta"]))  # type: ignore[arg-type]
+
+
+def test_a_saved_data_set_is_called_so(tmp_path):
+    for name in ("data-00000-of-00001.arrow", "state.json", "dataset_info.json"):
+        (tmp_path / name).write_bytes(b"ARROW1")
+    with pytest.raises(ValueError, match="write parquet with to_parquet"):
+        read(tmp_path, split="train")

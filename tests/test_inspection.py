@@ -131,3 +131,11 @@ def test_weights_with_more_blocks_than_the_configuration_are_refused(tmp_path, t
     (tmp_path / "config.json").write_text(json.dumps(config | {"n_layer": 2}))
     with pytest.raises(ValueError, match="have 3 blocks and its configuration 2"):
         load_causal_lm(tmp_path)
+
+
+def test_large_numbers_that_are_no_sizes_are_harmless(tmp_path, tiny_lm):
+    tiny_lm().save_pretrained(tmp_path)
+    config = json.loads((tmp_path / "config.json").read_text())
+    more = {"n_params": 774030080, "seed": 1234567890, "rotary_emb_base": 10_000_000}
+    (tmp_path / "config.json").write_text(json.dumps(config | more))
+    load_causal_lm(tmp_path)

@@ -8,6 +8,7 @@ that size is built.
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from importlib.util import find_spec
@@ -26,6 +27,8 @@ MAX_CONFIG_BYTES = 1 << 20
 MAX_CONFIG_NUMBER = 1 << 20
 """transformers makes lists as long as a configuration says. The largest vocabularies have about
 260,000 tokens; inputs of protein models are much shorter."""
+_NO_SIZE = re.compile(r"theta$|base$|seed|param|flos")
+"""Names of numbers that nothing is made as long as, the base of rotary positions among them."""
 MAX_LABELS = 10_000
 """Language models have no labels; transformers makes two names for each label."""
 MAX_POINTER_BYTES = 1024
@@ -125,7 +128,7 @@ def _refuse_absurd(value: Any, path: Path, name: str = "") -> None:
     elif isinstance(value, list):
         for inner in value:
             _refuse_absurd(inner, path, name)
-    elif isinstance(value, int) and not name.endswith("theta"):  # rotary base
+    elif isinstance(value, int) and not _NO_SIZE.search(name):
         most = MAX_LABELS if name == "num_labels" else MAX_CONFIG_NUMBER
         if abs(value) > most:
             raise ValueError(

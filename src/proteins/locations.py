@@ -121,6 +121,8 @@ def local_files(source: str | Path, split: str | None) -> list[Path] | None:
             there = [p for p in PART_NAMES if part_files(path, p)]
             unread = unread_files(path)
             more = f"; not read: {printable(', '.join(unread[:5]))}" if unread else ""
+            if any(path.glob("*.arrow")):
+                more += " (Arrow files of a saved data set: write parquet with to_parquet)"
             raise ValueError(
                 f"{path}: no {split}.fasta.gz (or .fasta, .txt, .csv, .parquet); "
                 f"{'it has ' + ', '.join(there) if there else 'it holds no part at all'}{more}"
