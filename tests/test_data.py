@@ -1087,6 +1087,7 @@ HEAVY = A + B
         ("a.csv", "# a comment\n" * 25 + f"name,sequence\nx,{HEAVY}\n", [HEAVY]),
         ("a.csv", f"name,sequence\nx,unknown\ny,Missing\nz,TBD\nw,{HEAVY}\n", [HEAVY]),
         ("a.fasta", f" >x\n{HEAVY}\n >y\n{B}\n", [HEAVY, B]),
+        ("a.fasta", f">A1;B some words\n{HEAVY}*\n>b\n{B}*\n", [HEAVY, B]),  # no PIR
         ("a.txt", f"{HEAVY} active\n{B} inactive\n", [HEAVY, B]),
         ("a.txt", f"KKLLKKLLKK active\n{B}\n", ["KKLLKKLLKK", B]),
         ("a.txt", f"Melittin\n{HEAVY}\nMagainin\n{B}\n", [HEAVY, B]),

@@ -75,7 +75,9 @@ def read_families(path: str | Path, names: Mapping[str, str]) -> dict[str, str]:
                 families[name] = fields[FAMILY_KEY]
     missing = next((name for name in names if name not in families), None)
     if missing is not None:
-        raise ValueError(f"{path}: {missing} has no 'family=NAME' in its header")
+        raise ValueError(
+            f"{path}: {missing} has no 'family=NAME' in its header, or a name that another has too"
+        )
     return {name: families[name] for name in names}
 
 

@@ -130,7 +130,7 @@ def fasta_records(path: Path, report: ReadReport) -> Iterator[Record]:
         words = title.split(None, 1)
         name = words[0] if words else f"line_{place}"
         where = f"{path.name}:{place}"
-        if pir and parts and parts[-1].endswith("*"):
+        if pir and len(parts) > 1 and parts[-1].endswith("*"):
             report.fix(PIR_TITLES, where)
             name = name[pir.end() :]
             del parts[0]
