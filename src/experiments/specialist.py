@@ -62,6 +62,8 @@ class FitSettings:
         batch_size: members of a step.
         evaluate_each: steps between validations, at least; a large family has one in each epoch.
         patience: validations without improvement after which training stops.
+        dropout: probability, of a GPT-2: without it a few dozen members are learnt by heart before
+            the model has adapted to their family.
         seed: of weights and order.
     """
 
@@ -72,6 +74,7 @@ class FitSettings:
     batch_size: int = 8
     evaluate_each: int = 10
     patience: int = 4
+    dropout: float = 0.0
     seed: int = 42
 
     def train_settings(self, members: int, rate: float, **more: Any) -> TrainSettings:
@@ -90,7 +93,7 @@ class FitSettings:
         )
 
 
-ADAPTATION = FitSettings(learning_rates=(5e-4,))
+ADAPTATION = FitSettings(learning_rates=(5e-4,), dropout=0.1)
 LORA = FitSettings(learning_rates=(3e-3,))
 """Of low-rank additions, which begin at 0 and need larger steps than weights do."""
 FROM_RANDOM = FitSettings(learning_rates=(3e-3,))
@@ -203,13 +206,14 @@ def adapt(
     start: dict[str, Any] = {"teacher_model": model, "init_from": model}
     if random_weights:
         start = {"teacher_model": None, "tokenizer": model}
+    student = shape or gpt2_shape(model)
     return fit_best(
         folder,
         settings,
         len(part_of(data, "train")),
         announce,
         options,
-        student=shape or gpt2_shape(model),
+        student=student and replace(student, dropout=settings.dropout),
         loss=LossSettings(alpha=1.0),
         data=str(data),
         max_length=max_length,
