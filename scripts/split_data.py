@@ -18,6 +18,7 @@ Examples:
 from __future__ import annotations
 
 import argparse
+import os
 import sys
 from dataclasses import fields
 from pathlib import Path
@@ -82,12 +83,11 @@ def build_parser() -> argparse.ArgumentParser:
 
 def run(args: argparse.Namespace) -> dict:
     """Split the proteins, write the parts, and return the record of the split."""
-    from src.common.files import is_file
     from src.proteins.split_files import read_named, record_lines, require_free, write_split
 
     refuse_flags_of_other_mode(args)
     require_free(args.output)
-    if args.within_families and not is_file(args.data):
+    if args.within_families and not os.path.isfile(args.data):
         raise ValueError(
             "--within_families: --data must be one FASTA file, with family=NAME in its headers"
         )

@@ -1179,3 +1179,15 @@ def test_a_saved_data_set_is_called_so(tmp_path):
         (tmp_path / name).write_bytes(b"ARROW1")
     with pytest.raises(ValueError, match="write parquet with to_parquet"):
         read(tmp_path, split="train")
+
+
+def test_many_files_are_not_one_with_a_long_name(tmp_path, monkeypatch):
+    """Together their names are longer than a file's may be."""
+    monkeypatch.chdir(tmp_path)
+    names = [f"a_file_with_a_name_{i}.fasta" for i in range(40)]
+    for i, name in enumerate(names):
+        write(Path(name), f">p{i}\n{A}{'MKVL'[i % 4] * i}\n")
+    source = ",".join(names)
+    assert len(read(source)[0]) == 40  # type: ignore[arg-type]
+    assert has_split(source, "train")
+    assert not has_split(source, "test")

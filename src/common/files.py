@@ -198,14 +198,6 @@ def write_json(path: str | Path, value: Any) -> None:
     write_text(path, json.dumps(value, indent=2, allow_nan=False) + "\n")
 
 
-def is_file(text: str) -> bool:
-    """Return whether a text names a file; one that is too long for a name does not."""
-    try:
-        return Path(text).is_file()
-    except (OSError, ValueError):
-        return False
-
-
 def read_json(path: str | Path, max_bytes: int = MAX_JSON_BYTES) -> Any:
     """Return the value in a JSON file.
 

@@ -13,6 +13,7 @@ from __future__ import annotations
 import csv
 import io
 import math
+import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -22,7 +23,7 @@ import numpy as np
 
 from src.common import processes
 from src.common.cli import printable
-from src.common.files import is_file, write_text
+from src.common.files import write_text
 from src.evaluation.likelihoods import score_proteins
 from src.evaluation.mutants import Substitution, mutated, numbering, parse_mutant
 from src.evaluation.statistics import TAILS, Estimate, cluster_codes, cluster_weights
@@ -154,8 +155,8 @@ def _read_table(
     places = [f"{path.name}:{number}" for number, _ in numbered]
     if not rows:
         raise ValueError(f"--input {path}: there is no row below the header line")
-    cells = [] if mutant is None else [row[mutant] for row in rows]
-    parsed = _parsed(cells, places if cells else [], report, notice=wild is None)
+    heard = report if wild is None else None
+    parsed = [] if mutant is None else _parsed([row[mutant] for row in rows], places, heard)
     if data is not None:
         texts = ["" if is_missing(row[data]) else row[data] for row in rows]
     else:
@@ -189,7 +190,7 @@ def _read_table(
 
 
 def _parsed(
-    mutants: Sequence[str], places: Sequence[str], report: ReadReport, notice: bool
+    mutants: Sequence[str], places: Sequence[str], report: ReadReport | None
 ) -> list[list[Substitution] | None]:
     """Return the substitutions of each mutant, None where it is written in another way."""
     parsed: list[list[Substitution] | None] = []
@@ -197,7 +198,7 @@ def _parsed(
         try:
             parsed.append(parse_mutant(mutant))
         except ValueError:
-            if notice and mutant.strip():
+            if report and mutant.strip():
                 report.notice(OTHER_MUTANTS, f"{place}, {printable(mutant[:30])!r}")
             parsed.append(None)
     return parsed
@@ -296,7 +297,7 @@ def wild_type(given: str, tag: str | None = None) -> str:
     Raises:
         ValueError: they are neither, or the file holds several proteins.
     """
-    if is_file(given):
+    if os.path.isfile(given):  # False, too, where it is too long for a name
         proteins = {p.residues for p in read_entries(given, keep_ambiguous=True, tag=tag)}
         if len(proteins) != 1:
             raise ValueError(

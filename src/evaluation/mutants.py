@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
+import os
 import re
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
-from src.common.files import is_file
 from src.proteins.layouts import PROTEIN_LETTERS, STANDARD_RESIDUES
 from src.proteins.notation import CODES
 
@@ -147,7 +147,7 @@ def read_mutants(given: str) -> list[str]:
     Raises:
         ValueError: there is none.
     """
-    if is_file(given):
+    if os.path.isfile(given):  # False, too, where it is too long for a name
         lines = Path(given).read_text(encoding="utf-8-sig").splitlines()
         mutants = [line.strip() for line in lines if line.strip() and not line.startswith("#")]
     else:

@@ -51,7 +51,7 @@ def choose_split(source: str, wanted: str | None) -> tuple[str | None, bool]:
     Raises:
         ValueError: the source is not there, or has neither the wanted nor a held-out part.
     """
-    if not Path(source).is_dir() and local_files(source, None) is not None:
+    if not os.path.isdir(source) and local_files(source, None) is not None:
         if wanted not in (None, "train"):
             raise ValueError(f"{source} is one file and has no part {wanted!r}: leave out --split")
         return None, False
@@ -69,7 +69,7 @@ def clusters_of(source: str | Path) -> dict[str, str] | None:
         ValueError: the table is broken.
     """
     path = Path(source) / CLUSTERS_FILE
-    return read_clusters(path) if path.is_file() else None
+    return read_clusters(path) if os.path.isfile(path) else None
 
 
 def cluster_kind(source: str | Path) -> str:
@@ -79,7 +79,7 @@ def cluster_kind(source: str | Path) -> str:
         ValueError: the directory's ``split.json`` is broken.
     """
     folder = Path(source)
-    within = (folder / SPLIT_FILE).is_file() and read_split(folder).get("within_families")
+    within = os.path.isfile(folder / SPLIT_FILE) and read_split(folder).get("within_families")
     return "families" if within else "clusters"
 
 

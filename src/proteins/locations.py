@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 from glob import glob
 from pathlib import Path
@@ -28,7 +29,7 @@ def is_hub_id(source: str) -> bool:
 
 def on_hub(source: str | Path) -> bool:
     """Return whether a source is read from the hub, because it is nothing on this machine."""
-    return not _several(str(source)) and not Path(source).exists() and is_hub_id(str(source))
+    return not _several(str(source)) and not os.path.exists(source) and is_hub_id(str(source))
 
 
 def part_files(folder: Path, split: str) -> list[Path]:
@@ -71,23 +72,26 @@ def unread_files(folder: Path) -> list[str]:
 def _several(source: str) -> list[Path]:
     """Return the files of a source that is a pattern or several paths with commas between them.
 
+    Many paths together are longer than the name of a file may be: ``os.path`` finds no such file,
+    where ``Path`` raises.
+
     Raises:
         ValueError: one of them is not there, or no file.
     """
-    if Path(source).exists() or not re.search(r"[,*?\[]", source):
+    if os.path.exists(source) or not re.search(r"[,*?\[]", source):
         return []
     files: list[Path] = []
-    names = [name for name in source.split(",") if name]
-    while names:
-        # A name may hold commas itself: the longest that is there is meant.
-        for count in range(len(names), 0, -1):
-            name = ",".join(names[:count])
-            found = [Path(name)] if Path(name).exists() else sorted(map(Path, glob(name)))
+    pieces = [piece for piece in source.split(",") if piece]
+    while pieces:
+        # A name may hold commas itself: then its first pieces are nothing that is there.
+        for count in range(1, len(pieces) + 1):
+            name = ",".join(pieces[:count])
+            found = [Path(name)] if os.path.exists(name) else sorted(map(Path, glob(name)))
             if found:
                 break
         else:
-            raise ValueError(f"{names[0]}: there is no such file")
-        del names[:count]
+            raise ValueError(f"{pieces[0]}: there is no such file")
+        del pieces[:count]
         folders = [path for path in found if not path.is_file()]
         if folders:
             raise ValueError(f"{folders[0]}: is no file: several sources have to be files")
@@ -113,7 +117,7 @@ def local_files(source: str | Path, split: str | None) -> list[Path] | None:
         ValueError: there is no such file, directory or part.
     """
     path = _path(source)
-    if path.is_dir():
+    if os.path.isdir(path):
         if split is None:
             raise ValueError(f"{path}: is a directory of parts: give one file of it")
         files = part_files(path, split)
@@ -128,7 +132,7 @@ def local_files(source: str | Path, split: str | None) -> list[Path] | None:
                 f"{'it has ' + ', '.join(there) if there else 'it holds no part at all'}{more}"
             )
         return files
-    files = [path] if path.is_file() else _several(str(source))
+    files = [path] if os.path.isfile(path) else _several(str(source))
     if files:
         if split not in (None, "train"):
             what = "is one file" if len(files) == 1 else f"are {len(files)} files"
@@ -151,7 +155,7 @@ def has_split(source: str | Path, split: str) -> bool:
         ValueError: the source is missing, or the hub cannot be reached.
     """
     path = _path(source)
-    if path.is_dir():
+    if os.path.isdir(path):
         return bool(part_files(path, split))
     if local_files(source, None) is not None:
         return split == "train"

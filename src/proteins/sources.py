@@ -47,6 +47,7 @@ Memory depends on the longest line or the rows read together, not on the size of
 from __future__ import annotations
 
 import contextlib
+import os
 import re
 from collections import Counter
 from collections.abc import Iterable, Iterator
@@ -147,14 +148,15 @@ def clean(text: str, report: ReadReport, place: str, keep_ambiguous: bool = Fals
     if raw and not strange and not is_nucleic(raw):
         return text
     fixes = []
-    if written := peptide(text.strip()):
+    stripped = text.strip()
+    if written := peptide(stripped):
         text, how = written
         if how == OTHER_CODES:
             report.drop(how, place)
             return None
         fixes.append(how)
-    elif _WORDS.fullmatch(text.strip()):
-        report.drop(WORDS, f"{place}, {printable(text.strip()[:30])!r}")
+    elif _WORDS.fullmatch(stripped):
+        report.drop(WORDS, f"{place}, {printable(stripped[:30])!r}")
         return None
     residues = "".join(text.split())
     if residues != text:
@@ -281,7 +283,7 @@ def _records(
         with contextlib.suppress(Exception):  # reading the part itself says what is wrong
             part = hub_split(str(source), part) or part
         return hub_records(str(source), part, report, sequence_column, tag)
-    if Path(source).is_dir():
+    if os.path.isdir(source):
         unread = unread_files(Path(source))
         if unread:
             report.note(f"not read: {printable(', '.join(unread[:10]))}")
