@@ -158,14 +158,9 @@ def chosen(args: argparse.Namespace) -> Grid:
                 )
             grid = replace(grid, **{name: {key: known[key] for key in wanted}})
     names = (
-        "teacher_model",
-        "data",
-        "sequence_column",
-        "layout",
-        "train_size_prop",
-        "max_steps",
+        "teacher_model", "data", "sequence_column", "layout", "train_size_prop", "max_steps",
         "batch_size",
-    )
+    )  # fmt: skip
     shared = {k: v for k in names if (v := getattr(args, k)) is not None}
     if args.teacher_model and grid.shared.init_from == grid.shared.teacher_model:
         shared["init_from"] = args.teacher_model

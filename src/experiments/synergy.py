@@ -8,7 +8,7 @@ random effects and pair the arms (``src.evaluation.statistics.two_way_interval``
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -208,14 +208,11 @@ def _analyse_size(runs: Runs, references: Sequence[str]) -> dict[str, Any]:
         },
         "designs": {},
     }
-    for name, arms in DESIGNS.items():
-        if not set(arms) <= set(runs.nll):
-            continue
-        contrasts = {key: estimate(c) for key, c in design_contrasts(arms).items()}
+    for name, contrasts in _contrasts(runs).items():
         parts = {key: part_verdict(e, EXPECTED_SIGN[key]) for key, e in contrasts.items()}
         interaction = contrasts["I"]
         record["designs"][name] = {
-            "arms": list(arms),
+            "arms": list(DESIGNS[name]),
             "contrasts": {key: _record(e) for key, e in contrasts.items()},
             "parts": parts,
             "verdict": claim_verdict(parts),
@@ -229,6 +226,18 @@ def _analyse_size(runs: Runs, references: Sequence[str]) -> dict[str, Any]:
     record["explanations"] = _explanations(runs, estimate) if record["designs"] else {}
     record["against"] = {name: against(runs, name) for name in references}
     return record
+
+
+def _contrasts(runs: Runs) -> dict[str, dict[str, Estimate]]:
+    """Return U, C, B and I of each design whose arms were all run."""
+    return {
+        name: {
+            key: contrast(runs.nll, coefficients, runs.residues, runs.clusters)
+            for key, coefficients in design_contrasts(arms).items()
+        }
+        for name, arms in DESIGNS.items()
+        if set(arms) <= set(runs.nll)
+    }
 
 
 def against(runs: Runs, reference: str) -> dict[str, Any]:
@@ -275,24 +284,17 @@ def changes(longer: Mapping[str, Runs], shorter: Mapping[str, Runs]) -> dict[str
         same_proteins = np.array_equal(late.residues, early.residues)
         if not same_proteins or late.clusters != early.clusters or not seeds:
             raise ValueError(f"{size}: the shorter runs have other proteins or other seeds")
-        picked = [[runs.seeds.index(seed) for seed in seeds] for runs in (late, early)]
+        at, before = ([runs.seeds.index(seed) for seed in seeds] for runs in (late, early))
         difference = {
-            arm: late.nll[arm][picked[0]] - early.nll[arm][picked[1]]
-            for arm in late.nll
-            if arm in early.nll
+            arm: late.nll[arm][at] - early.nll[arm][before] for arm in late.nll if arm in early.nll
         }
-        found[size] = {}
-        for name, arms in DESIGNS.items():
-            if not set(arms) <= set(difference):
-                continue
-            estimates = {
-                key: contrast(difference, coefficients, late.residues, late.clusters)
-                for key, coefficients in design_contrasts(arms).items()
-            }
-            found[size][name] = {
+        found[size] = {
+            name: {
                 key: _record(estimates[key]) | p_values
                 for key, p_values in _p_values(estimates).items()
             }
+            for name, estimates in _contrasts(replace(late, nll=difference)).items()
+        }
     return found
 
 

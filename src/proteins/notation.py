@@ -6,7 +6,6 @@ Taken letter by letter these would be other proteins: ``ACMKV``, ``METLYSVAL``.
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
 
 CODES = {
     "ALA": "A", "ARG": "R", "ASN": "N", "ASP": "D", "CYS": "C", "GLN": "Q", "GLU": "E",
@@ -20,6 +19,7 @@ VARIANTS = {
 }  # fmt: skip
 """Names of the same residues in force fields (their protonation), and selenomethionine, which
 stands for methionine in crystals."""
+KNOWN = {**CODES, **VARIANTS}
 THREE_LETTERS = "three-letter codes, written as one letter"
 TERMINI = "chemical groups at the ends (Ac-, -NH2), left out"
 OTHER_CODES = "three-letter codes of which not all are known residues"
@@ -45,9 +45,8 @@ def peptide(text: str) -> tuple[str, str] | None:
         return "".join(CODES[code.upper()] for code in codes), THREE_LETTERS
     if found := _LETTERS.fullmatch(text):
         return found[1] or found[2], TERMINI
-    known = {**CODES, **VARIANTS}
-    words = [part for word in _WORD.split(text) for part in _codes(word.upper(), known)]
-    residues = [known.get(word, "") for word in words]
+    words = [part for word in _WORD.split(text) for part in _codes(word.upper())]
+    residues = [KNOWN.get(word, "") for word in words]
     if sum(map(bool, residues)) < max(2, len(words) / 2):
         return None
     if not residues[-1] and (_LAST.fullmatch(words[-1]) or not words[-1]):
@@ -57,7 +56,7 @@ def peptide(text: str) -> tuple[str, str] | None:
     return ("".join(residues), THREE_LETTERS) if all(residues) else ("", OTHER_CODES)
 
 
-def _codes(word: str, known: Mapping[str, str]) -> list[str]:
+def _codes(word: str) -> list[str]:
     """Return a word's codes where it is several without anything between them, else the word."""
     parts = re.findall("...", word) if len(word) % 3 == 0 else []
-    return parts if parts and all(part in known for part in parts) else [word]
+    return parts if parts and all(part in KNOWN for part in parts) else [word]

@@ -243,12 +243,17 @@ def _beginning(rows: Iterator[Any], is_comment: Callable[[Any], bool]) -> list[A
     return taken
 
 
+def _first_of(names: Sequence[str], columns: Sequence[str]) -> int | None:
+    """Return the place of the first of some names that is a column, None without one."""
+    keys = [key(column) for column in columns]
+    return next((keys.index(key(name)) for name in names if key(name) in keys), None)
+
+
 def _have_names(
     rows: Sequence[tuple[int, list[str]]], columns: Sequence[str], wanted: str | None
 ) -> bool:
     """Return whether rows begin with names that the header has no column for, as R writes them."""
-    keys, names = [key(name) for name in columns], [wanted] if wanted else SEQUENCE_COLUMNS
-    data = next((keys.index(key(name)) for name in names if key(name) in keys), None)
+    data = _first_of([wanted] if wanted else SEQUENCE_COLUMNS, columns)
     if len(rows) < 2 or data is None or {len(row) for _, row in rows} != {len(columns) + 1}:
         return False
     shifted = [row[data + 1] for _, row in rows]
@@ -260,10 +265,9 @@ def _refuse_other_text(
     path: Path, columns: Sequence[str], rows: Sequence[tuple[int, list[str]]]
 ) -> None:
     """Raise ``ValueError`` if a column ``text`` would be read and another one holds proteins."""
-    keys = [key(name) for name in columns]
-    if "text" not in keys or not {*SEQUENCE_COLUMNS[:-2]}.isdisjoint(keys):
+    chosen = _first_of(SEQUENCE_COLUMNS, columns)
+    if chosen is None or key(columns[chosen]) != "text":
         return
-    chosen = keys.index("text")
     texts = [row[chosen] for _, row in rows if len(row) > chosen]
     others = [i for i in range(len(columns)) if i != chosen and _all_proteins(rows, i)]
     if rows and len(others) == 1 and not any(map(_may_be_protein, texts)):
@@ -408,8 +412,9 @@ def _json_rows(path: Path, report: ReadReport) -> Iterator[tuple[int, list[str]]
     columns = list(dict.fromkeys(name for _, row in first for name in row))
     if columns:
         yield 0, columns
+    known = set(columns)
     for number, row in chain(first, rows):
-        if later := row.keys() - set(columns):
+        if later := row.keys() - known:
             report.notice(LATE_KEYS, f"{path.name}:{number}, {printable(min(later))!r}")
         yield number, [_text_of(row.get(name)) for name in columns]
 
