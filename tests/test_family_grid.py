@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from dataclasses import replace
 
 import pyarrow.parquet as pq
@@ -38,6 +39,7 @@ def grid(tmp_path, tiny_lm, tiny_tokenizer, monkeypatch):
         tmp_path / "new.fasta",
         tmp_path / "p.hmm",
         tmp_path / "families.tsv",
+        None,
         tmp_path / "results",
         tmp_path / "work",
         (
@@ -48,8 +50,9 @@ def grid(tmp_path, tiny_lm, tiny_tokenizer, monkeypatch):
         members=(5,),
         draws=1,
         samples=4,
-        fit=s.FitSettings(epochs=1, least_steps=2, evaluate_each=1, patience=2),
-        rates=(1e-4, 1e-2),
+        fit=s.FitSettings(epochs=1, least_steps=2, evaluate_each=1, patience=2, dropout=0.1),
+        distillation=s.FitSettings(epochs=1, least_steps=2, evaluate_each=1, patience=2),
+        rates=(1e-4, 1e-3, 1e-2),
         announce=lambda line: None,
     )
 
@@ -62,10 +65,13 @@ def test_the_experiment_is_tuned_run_and_resumed(grid, monkeypatch):
     with pytest.raises(ValueError, match="6 cells of the tuning are missing"):
         grid.choose()
     tuning = grid.cells(tuning=True)
-    assert len(tuning) == 6
-    grid.run(tuning)
+    assert {(cell.start, cell.rate) for cell in tuning} == {
+        (start, rate) for start in ("teacher", "random") for rate in (1e-4, 1e-3, 1e-2)
+    }
+    while len(tuning := grid.cells(tuning=True)) > len(list(grid.results.glob("cells/*.json"))):
+        grid.run(tuning)
     rates = grid.choose()
-    assert set(rates) == {"teacher 5", "random 5", "specialist 5"}
+    assert set(rates) == {"teacher 5", "random 5"}
     with pytest.raises(ValueError, match="chosen once"):
         grid.choose()
 
@@ -75,13 +81,21 @@ def test_the_experiment_is_tuned_run_and_resumed(grid, monkeypatch):
     assert grid.plan(cells) == ["0 of 4 cells to run, 0.0 hours (from finished cells)"]
     monkeypatch.setattr(g.FamilyGrid, "_measure", None)
     grid.run(cells)
-    assert grid.write_table() == 10
-    rows = pq.read_table(grid.results / g.TABLE).to_pylist()
+    rows = grid.write_table()
+    assert len(rows) == len(tuning) + 4
+    shutil.rmtree(grid.results / "cells")
+    again = replace(grid)  # the table alone says what is finished
+    assert again.plan(cells) == ["0 of 4 cells to run, 0.0 hours (from finished cells)"]
+    again.run(cells)
+    assert again.write_table() == rows == pq.read_table(grid.results / g.TABLE).to_pylist()
     done = {row["start"]: row for row in rows if row["rate"] is None}
     assert set(done) == {"teacher", "random", "specialist", "profile"}
     assert done["specialist"]["parameters"] < done["teacher"]["parameters"]
     assert all(row["train"] == 5 and row["nll"] > 0 for row in done.values())
     assert done["profile"]["nll"] < done["random"]["nll"]
+    before = {start: row["nll_before"] for start, row in done.items()}
+    assert before["teacher"] > done["teacher"]["nll"]
+    assert before["random"] is before["specialist"] is before["profile"] is None
     assert all(row["nll"] is None for row in rows if row["rate"] is not None)
     assert not (grid.work / "F-n5-d0").exists()
 
@@ -90,6 +104,12 @@ def test_a_family_without_a_profile_is_told(grid):
     grid.table.write_text("family\tprofile\nG\tP\n")
     with pytest.raises(ValueError, match="has no family F"):
         _ = replace(grid).profile_keys
+
+
+def test_related_members_are_left_out(grid, tmp_path):
+    (tmp_path / "related.tsv").write_text("member\ttrain\np3\tx\np5\ty\n")
+    left = replace(grid, related=tmp_path / "related.tsv").proteins["F"]
+    assert set(grid.proteins["F"]) - set(left) == {"p3", "p5"}
 
 
 def test_a_dry_run_lists_cells_and_hours_and_makes_nothing(grid, capsys):
@@ -115,3 +135,37 @@ def test_a_dry_run_lists_cells_and_hours_and_makes_nothing(grid, capsys):
 def test_starts_of_another_form(flags, message):
     with pytest.raises(ValueError, match=message):
         starts(build_parser().parse_args([*flags, "--results", "r"]))
+
+
+def test_rates_beyond_an_end_are_tried(grid):
+    def finish(rate, loss):
+        cell = g.Cell("F", 5, g.TUNING_DRAW, "teacher", rate)
+        g.write_json(grid.file_of(cell), {"validation_loss": loss})
+
+    for rate in grid.rates:
+        assert grid.wanted_rates("teacher", 5, ["F"]) == [1e-4, 1e-3, 1e-2]
+        finish(rate, 3.0 - rate)
+    assert grid.wanted_rates("teacher", 5, ["F"]) == [1e-4, 1e-3, 1e-2, 1e-1]
+    finish(1e-1, 2.0)
+    assert grid.wanted_rates("teacher", 5, ["F"]) == [1e-4, 1e-3, 1e-2, 1e-1, 1.0]
+    finish(1.0, 1.0)  # no further than two rates
+    assert grid.wanted_rates("teacher", 5, ["F"]) == [1e-4, 1e-3, 1e-2, 1e-1, 1.0]
+    finish(1e-3, 0.5)
+    assert grid.wanted_rates("teacher", 5, ["F"]) == [1e-4, 1e-3, 1e-2]
+
+
+def test_the_answers_are_printed_and_written(tmp_path, capsys):
+    rows = [
+        {"start": start, "members": 5, "family": family, "draw": 0, "rate": None, "residues": 100}
+        | {"nll": 100 * nats, "train_seconds": 1.0}
+        for family, shift in (("F", 0.0), ("G", 0.1), ("H", 0.2))
+        for start, nats in (("teacher", 2.0), ("student27", 1.5 + shift), ("profile", 1.0))
+    ]
+    g.write_per_protein(tmp_path / g.TABLE, {name: [r[name] for r in rows] for name in rows[0]})
+    flags = ["--analyse", "--results", str(tmp_path)]
+    assert main(flags) == 0
+    shown = capsys.readouterr().out
+    assert "student27 | -0.4000 [-0.6484, -0.1516]" in shown
+    assert (tmp_path / "analysis.md").read_text() in shown
+    assert main(["--analyse", "--results", str(tmp_path / "none")]) == 2
+    assert "no cell of the experiment is finished" in capsys.readouterr().err

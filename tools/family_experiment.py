@@ -1,9 +1,9 @@
 #!/usr/bin/env python3
 r"""Run the experiment on specialists (docs/EXPERIMENT.md): families, members, draws, starts.
 
-Each cell leaves a file in RESULTS/cells, and all of them one table, specialists.parquet. The same
-command goes on with a stopped run; several processes may share one. First --tune, then --choose,
-then neither.
+Each cell leaves a file in RESULTS/cells, and all of them one table, specialists.parquet, which is
+enough to go on with a stopped run; several processes may share one. First --tune, then --choose,
+then neither, then --analyse.
 
 Example:
   python tools/family_experiment.py --start teacher=data/small_teacher \\
@@ -40,6 +40,7 @@ def build_parser() -> argparse.ArgumentParser:
     add("--families", type=Path, default=data / "test_new.fasta.gz", help="FASTA with family=NAME")
     add("--profiles", type=Path, default=data / "families.hmm.gz", help="HMM file")
     add("--table", type=Path, default=data / "families.tsv", help="whose profile is which")
+    add("--related", type=Path, help="table whose first column names members to leave out")
     add("--members", type=positive_int, nargs="+", default=[10, 30, 100], help="in training")
     add("--draws", type=positive_int, default=2, help="of the members")
     add("--results", type=Path, required=True, help="directory of cells, rates and table")
@@ -48,6 +49,7 @@ def build_parser() -> argparse.ArgumentParser:
     mode = parser.add_mutually_exclusive_group()
     mode.add_argument("--tune", action="store_true", help="run the cells of the tuning")
     mode.add_argument("--choose", action="store_true", help="choose the learning rates, once")
+    mode.add_argument("--analyse", action="store_true", help="answer from what is finished")
     add("--dry_run", action="store_true", help="list the open cells and the hours, and stop")
     return parser
 
@@ -91,8 +93,10 @@ def run(args: argparse.Namespace) -> dict:
     from src.common.cli import quiet_libraries
     from src.experiments.family_grid import FamilyGrid
 
+    if args.analyse:
+        return show_analysis(args)
     quiet_libraries()
-    names = ("families", "profiles", "table", "results", "work", "draws", "device")
+    names = ("families", "profiles", "table", "related", "results", "work", "draws", "device")
     grid = FamilyGrid(
         **{name: getattr(args, name) for name in names},
         members=tuple(args.members),
@@ -107,9 +111,27 @@ def run(args: argparse.Namespace) -> dict:
     if args.dry_run:
         return {"cells": len(cells)}
     grid.run(cells)
+    while args.tune and (further := grid.cells(args.tune)) != cells:
+        grid.run(cells := further)
     rows = grid.write_table()
-    say(f"{rows:,} cells in {args.results}")
-    return {"rows": rows}
+    say(f"{len(rows):,} cells in {args.results}")
+    return {"rows": len(rows)}
+
+
+def show_analysis(args: argparse.Namespace) -> dict:
+    """Print the answers, write them beside the table and return them."""
+    from src.common.files import write_json, write_text
+    from src.experiments.family_analysis import analyse, analysis_lines
+    from src.experiments.family_grid import TABLE, read_rows
+
+    analysis = analyse(read_rows(args.results / TABLE))
+    lines = analysis_lines(analysis)
+    write_json(args.results / "analysis.json", analysis)
+    write_text(args.results / "analysis.md", "\n".join(lines) + "\n")
+    for line in lines:
+        say(line)
+    say(f"written: {args.results / 'analysis.md'}, analysis.json")
+    return analysis
 
 
 def main(argv: list[str] | None = None) -> int:

@@ -331,6 +331,21 @@ def _seed_cluster_sums(
     )
 
 
+def mean_interval(values: Sequence[float] | np.ndarray) -> Estimate:
+    """Return the mean of independent values with Student's interval.
+
+    Args:
+        values: ``(n,)``, one for each independent unit; at least two.
+    """
+    values = np.asarray(values, dtype=np.float64)
+    n = len(values)
+    if n < 2:
+        raise ValueError(f"an interval needs at least 2 values, got {n}")
+    mean, error = float(values.mean()), float(values.std(ddof=1)) / math.sqrt(n)
+    half = float(stats.t.ppf(TAILS[1], n - 1)) * error
+    return Estimate(mean, mean - half, mean + half, error, n - 1)
+
+
 def is_equivalent(estimate: Estimate, margin: float, alpha: float = 0.05) -> bool:
     """Return whether a value is shown to lie within ±margin of 0 (two one-sided tests, TOST).
 
@@ -409,8 +424,9 @@ def paired_test(differences: np.ndarray) -> PairedTest:
     mean = float(differences.mean()) if n else math.nan
     if n < 2:
         return PairedTest(mean, math.nan, math.nan, 1.0, n)
-    error = float(differences.std(ddof=1)) / math.sqrt(n)
+    found = mean_interval(differences)
+    error = found.standard_error
     if error == 0:
         return PairedTest(mean, mean, mean, 0.0 if mean > 0 else 1.0, n)
-    half = float(stats.t.ppf(TAILS[1], n - 1)) * error
-    return PairedTest(mean, mean - half, mean + half, float(stats.t.sf(mean / error, n - 1)), n)
+    p_value = float(stats.t.sf(mean / error, n - 1))
+    return PairedTest(mean, found.low, found.high, p_value, n)

@@ -13,7 +13,7 @@ import shutil
 import time
 from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, fields, replace
 from functools import cached_property
 from itertools import groupby
 from pathlib import Path
@@ -38,9 +38,11 @@ from src.proteins.split_files import SPLIT_FILE, read_named, write_split
 from src.trainer.interruption import stops_on_signals
 
 PROFILE, RATES_FILE, TABLE = "profile", "rates.json", "specialists.parquet"
-TUNING_FAMILIES, TUNING_DRAW = 6, 1000
+TUNING_FAMILIES, TUNING_DRAW = 3, 1000
 """Families drawn for tuning, and the number of a draw of members that is used for nothing else."""
-DISTILLED = 1000
+BEYOND = 2
+"""Rates tried beyond an end of the range, where the best one lies there."""
+DISTILLED = 400
 """Samples of the adapted teacher that a specialist is distilled on, beside the members."""
 FLOPS = 2e10
 """Operations a second of two cores, for the estimate before the first cell is finished."""
@@ -92,6 +94,7 @@ class FamilyGrid:
     Attributes:
         families: FASTA with ``family=NAME`` in its headers.
         profiles: HMM file with gathering thresholds.
+        related: table whose first column names members that the experiment leaves out.
         table: ``families.tsv`` of a split, which says whose profile is which.
         results: directory of ``cells/``, the table and the tuned rates.
         work: directory of data and models.
@@ -99,8 +102,9 @@ class FamilyGrid:
         members: numbers of training members.
         draws: of the members, each.
         samples: of each adapted model, at temperature 1.
-        fit: settings of every training but for its rate.
-        rates: tried in tuning.
+        fit: settings of every adaptation but for its rate; random weights have no dropout.
+        distillation: settings of a specialist's training, those of ``scripts/specialise.py``.
+        rates: tried in tuning, ascending, a constant factor apart.
         device: ``auto``, ``cpu``, ``cuda``, ``cuda:N`` or ``mps``.
         announce: called with each line for a person.
     """
@@ -108,14 +112,16 @@ class FamilyGrid:
     families: Path
     profiles: Path
     table: Path
+    related: Path | None
     results: Path
     work: Path
     starts: tuple[Start, ...]
     members: tuple[int, ...] = (10, 30, 100)
     draws: int = 2
     samples: int = 200
-    fit: s.FitSettings = s.FitSettings()
-    rates: tuple[float, ...] = (1.7e-4, 5e-4, 1.5e-3, 4.5e-3)
+    fit: s.FitSettings = s.ADAPTATION
+    distillation: s.FitSettings = s.DISTILLATION
+    rates: tuple[float, ...] = (5e-4, 1.5e-3, 4.5e-3)
     device: str = "cpu"
     announce: Callable[[str], None] = say
 
@@ -124,8 +130,11 @@ class FamilyGrid:
         """Residues by name, by family."""
         residues, _ = read_named(self.families)
         by_family: dict[str, dict[str, str]] = defaultdict(dict)
+        lines = self.related.read_text().splitlines() if self.related else []
+        related = {line.split("\t")[0] for line in lines}
         for name, family in read_families(self.families, residues).items():
-            by_family[family][name] = residues[name]
+            if name not in related:
+                by_family[family][name] = residues[name]
         return {family: by_family[family] for family in sorted(by_family)}
 
     @cached_property
@@ -154,32 +163,77 @@ class FamilyGrid:
             Cell(family, n, TUNING_DRAW, start.name, rate)
             for family in few
             for n in self.members
-            for start in self.starts
-            for rate in self.rates
+            for start in self.tuned_starts
+            for rate in self.wanted_rates(start.name, n, few)
         ]
 
+    @property
+    def tuned_starts(self) -> list[Start]:
+        """Starting points whose rate is tuned: a specialist has the adapted model's and its own."""
+        return [start for start in self.starts if start.student is None]
+
+    def wanted_rates(self, start: str, n: int, families: Sequence[str]) -> list[float]:
+        """Return the rates to try; more of them while the best one known is at an end."""
+        rates = list(self.rates)
+        factor = rates[1] / rates[0]
+        for _ in range(BEYOND):
+            losses = [self._tuning_loss(start, n, families, rate) for rate in rates]
+            if None in losses:
+                break
+            best = int(np.argmin(np.array(losses, dtype=float)))
+            if best == 0:
+                rates.insert(0, float(f"{rates[0] / factor:.2g}"))
+            elif best == len(rates) - 1:
+                rates.append(float(f"{rates[-1] * factor:.2g}"))
+            else:
+                break
+        return rates
+
+    def _tuning_loss(
+        self, start: str, n: int, families: Sequence[str], rate: float
+    ) -> float | None:
+        """Return the mean validation loss of a rate; None where a cell is missing."""
+        records = [self.record_of(Cell(f, n, TUNING_DRAW, start, rate)) for f in families]
+        losses = [record["validation_loss"] for record in records if record]
+        return float(np.mean(losses)) if len(losses) == len(records) else None
+
     def file_of(self, cell: Cell) -> Path:
-        """Return the path of a cell's record."""
+        """Return the path of a cell's record, until it is in the table."""
         return self.results / "cells" / f"{cell.key}.json"
+
+    @cached_property
+    def packed(self) -> dict[str, dict[str, Any]]:
+        """The records that the table held when this was first asked, by key of the cell."""
+        names = [field.name for field in fields(Cell)]
+        return {
+            Cell(**{name: row[name] for name in names}).key: row
+            for row in read_rows(self.results / TABLE)
+        }
+
+    def record_of(self, cell: Cell) -> dict[str, Any] | None:
+        """Return the record of a finished cell; None: it is not finished."""
+        path = self.file_of(cell)
+        return read_json(path) if path.is_file() else self.packed.get(cell.key)
 
     # Before the run -----------------------------------------------------------------------------
 
     def plan(self, cells: Sequence[Cell]) -> list[str]:
         """Return a line for each group with its open cells, and the hours that they take."""
         spent: dict[str, list[float]] = defaultdict(list)
-        for cell in filter(lambda cell: self.file_of(cell).is_file(), cells):
-            spent[cell.start].append(read_json(self.file_of(cell))["seconds"])
+        for cell in cells:
+            if record := self.record_of(cell):
+                spent[cell.start].append(record["seconds"])
         sizes = {start.name: s.parameters_of(start.model) for start in self.starts}
         seconds, lines = 0.0, []
         for group, members in groupby(cells, lambda cell: cell.group):
-            left = [cell for cell in members if not self.file_of(cell).is_file()]
+            left = [cell for cell in members if self.record_of(cell) is None]
             for cell in left:
                 known = spent[cell.start]
                 seconds += sum(known) / len(known) if known else self._guess(cell, sizes)
             if left:
                 names = sorted({cell.start for cell in left})
                 lines.append(f"  {group}: {len(left)} cells ({', '.join(names)})")
-        left = sum(not self.file_of(cell).is_file() for cell in cells)
+        left = sum(self.record_of(cell) is None for cell in cells)
         measured = "from finished cells" if any(spent.values()) else "guessed, at most"
         return [
             *lines,
@@ -205,14 +259,14 @@ class FamilyGrid:
         if any(cell.rate is None for cell in cells):
             self.tuned_rates()
         for group, members in groupby(cells, lambda cell: cell.group):
-            left = [cell for cell in members if not self.file_of(cell).is_file()]
+            left = [cell for cell in members if self.record_of(cell) is None]
             if not left:
                 continue
             folder = self.work / group
             try:
                 with locked(folder, "--work"):
                     for cell in left:
-                        if self.file_of(cell).is_file():  # another process was quicker
+                        if self.record_of(cell) is not None:  # another process was quicker
                             continue
                         self.announce(f"== {cell.key}")
                         started = time.monotonic()
@@ -227,7 +281,7 @@ class FamilyGrid:
         """Return the chosen rate by ``START N``. Raises ``ValueError`` if some are not chosen."""
         path = self.results / RATES_FILE
         rates = read_json(path) if path.is_file() else {}
-        wanted = [f"{start.name} {n}" for start in self.starts for n in self.members]
+        wanted = [f"{start.name} {n}" for start in self.tuned_starts for n in self.members]
         if missing := [name for name in wanted if name not in rates]:
             raise ValueError(
                 f"{path}: has no rate for {missing[0]}: run with --tune, then --choose"
@@ -243,13 +297,14 @@ class FamilyGrid:
         path, cells = self.results / RATES_FILE, self.cells(tuning=True)
         if path.exists():
             raise ValueError(f"{path}: is there already, and rates are chosen once")
-        if missing := [cell.key for cell in cells if not self.file_of(cell).is_file()]:
+        if missing := [cell.key for cell in cells if self.record_of(cell) is None]:
             raise ValueError(f"{len(missing)} cells of the tuning are missing, {missing[0]} first")
         losses: dict[str, dict[float, list[float]]] = defaultdict(lambda: defaultdict(list))
         for cell in cells:
+            record = self.record_of(cell)
+            assert record is not None
             assert cell.rate is not None
-            loss = read_json(self.file_of(cell))["validation_loss"]
-            losses[f"{cell.start} {cell.members}"][cell.rate].append(loss)
+            losses[f"{cell.start} {cell.members}"][cell.rate].append(record["validation_loss"])
         rates = {
             name: min(by_rate, key=lambda rate: float(np.mean(by_rate[rate])))
             for name, by_rate in losses.items()
@@ -290,7 +345,8 @@ class FamilyGrid:
             spent = time.monotonic() - begun
             return {**counts, "nll": float(nll.sum()), "train_seconds": spent, "choice": choice}
         start = next(start for start in self.starts if start.name == cell.start)
-        rate = cell.rate or self.tuned_rates()[f"{cell.start} {cell.members}"]
+        adapted = start if start.student is None else self._teacher_of(start)
+        rate = cell.rate or self.tuned_rates()[f"{adapted.name} {cell.members}"]
         model, record = self._fit(cell, start, rate, data, folder)
         record = {
             **counts,
@@ -301,34 +357,34 @@ class FamilyGrid:
         }
         if cell.rate is not None:  # tuning sees no test member
             return record
-        nll = s.nats_of(model, [q.residues for q in test], self.device)
-        return {**record, "nll": float(nll.sum()), **self._sampled(cell, model, train)}
+        proteins = [q.residues for q in test]
+        record["nll"] = float(s.nats_of(model, proteins, self.device).sum())
+        if adapted is start and not start.random:
+            record["nll_before"] = float(s.nats_of(start.model, proteins, self.device).sum())
+        return {**record, **self._sampled(cell, model, train)}
 
     def _fit(
         self, cell: Cell, start: Start, rate: float, data: Path, folder: Path
     ) -> tuple[Path, dict[str, Any]]:
         """Adapt, and distil where a student is wanted; return the model and its record."""
-        fit = replace(self.fit, learning_rates=(rate,), seed=self.fit.seed + cell.draw)
+        seed = self.fit.seed + cell.draw
+        dropout = 0.0 if start.random else self.fit.dropout
+        fit = replace(self.fit, learning_rates=(rate,), seed=seed, dropout=dropout)
         options: dict[str, Any] = {
             "announce": unheard,
             "device_name": self.device,
             "cache_dir": str(folder / "cache"),
         }
-        named = f"-{rate:.1e}" if cell.rate else ""
         if start.student is None:
-            place = folder / f"{start.name}{named}"
+            place = folder / (f"{start.name}-{rate:.1e}" if cell.rate else start.name)
             return place, s.adapt(
                 start.model, data, place, fit, random_weights=start.random, **options
             )
         # The teacher is the one that the cell of the same model left, or would make.
-        teacher = next(t for t in self.starts if t.model == start.model and t != start)
-        if cell.rate is None:
-            own = self.tuned_rates()[f"{teacher.name} {cell.members}"]
-        else:
-            own = self.rates[len(self.rates) // 2]
-        adapted = folder / (f"{teacher.name}-{own:.1e}" if cell.rate else teacher.name)
-        s.adapt(start.model, data, adapted, replace(fit, learning_rates=(own,)), **options)
-        place, both = folder / f"{start.name}{named}", folder / "distillation"
+        teacher = self._teacher_of(start)
+        adapted = folder / teacher.name
+        s.adapt(start.model, data, adapted, fit, **options)
+        place, both = folder / start.name, folder / "distillation"
 
         def sample() -> dict[str, Any]:
             train = [q.residues for q in s.part_of(data, "train")]
@@ -337,8 +393,13 @@ class FamilyGrid:
             drawn = c.sample_family(adapted, wanted, longest, self.device, unheard)
             return s.write_distillation_data(both, data, list(dict.fromkeys(drawn["samples"])))
 
-        s.run_stage(both, {"rate": own}, sample, unheard)
-        return place, s.distil(str(adapted), both, place, start.student, fit, **options)
+        s.run_stage(both, {"rate": rate}, sample, unheard)
+        own = replace(self.distillation, seed=seed)
+        return place, s.distil(str(adapted), both, place, start.student, own, **options)
+
+    def _teacher_of(self, start: Start) -> Start:
+        """Return the starting point whose adapted model a specialist is distilled from."""
+        return next(t for t in self.tuned_starts if t.model == start.model and not t.random)
 
     def _sampled(self, cell: Cell, model: Path, train: Sequence[Any]) -> dict[str, Any]:
         """Return what is measured on samples: hits, identity, diversity and speed."""
@@ -359,11 +420,21 @@ class FamilyGrid:
             "distinct_4mers": distinct_share(samples),
         }
 
-    def write_table(self) -> int:
-        """Write every finished cell as a row of one parquet file; return how many there are."""
-        rows = [read_json(path) for path in sorted((self.results / "cells").glob("*.json"))]
-        names = list(dict.fromkeys(name for row in rows for name in row))
-        columns = {name: [row.get(name) for row in rows] for name in names}
-        if rows:
+    def write_table(self) -> list[dict[str, Any]]:
+        """Write the records of finished cells into one parquet file; return its rows."""
+        files = sorted((self.results / "cells").glob("*.json"))
+        known = dict(self.packed)
+        known.update({path.stem: read_json(path) for path in files})
+        names = list(dict.fromkeys(name for row in known.values() for name in row))
+        rows = [{name: known[key].get(name) for name in names} for key in sorted(known)]
+        if files:
+            columns = {name: [row[name] for row in rows] for name in names}
             write_per_protein(self.results / TABLE, columns)
-        return len(rows)
+        return rows
+
+
+def read_rows(path: Path) -> list[dict[str, Any]]:
+    """Return the rows of an experiment's table; none where there is no file."""
+    import pyarrow.parquet as pq
+
+    return pq.read_table(path).to_pylist() if path.is_file() else []

@@ -1,0 +1,274 @@
+"""Answers the questions of the experiment on specialists (docs/EXPERIMENT.md, "Specialists").
+
+Families are the unit. A contrast is taken within family, number of members N and draw, so that
+both sides had the same members; a family's figure is its mean over the draws, and the interval is
+Student's over families.
+"""
+
+from __future__ import annotations
+
+import math
+from collections import defaultdict
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+
+from src.common.tables import markdown_lines
+from src.evaluation.statistics import Estimate, holm, is_equivalent, mean_interval
+from src.experiments.family_grid import PROFILE
+from src.experiments.synergy import HOLDS, INCONCLUSIVE, REFUTED, shown
+
+TEACHER, PUBLISHED, STUDENT, SPECIALIST = (
+    "teacher",
+    "student27-published",
+    "student27",
+    "specialist27",
+)
+STUDENTS = (PUBLISHED, STUDENT, "student11")
+"""Names of the starting points that the questions are about."""
+MARGIN_NATS, MARGIN_HITS, ALPHA = 0.02, 0.05, 0.05
+GOAL_KEPT, GOAL_SPEED = 0.9, 3.0
+SHOWN, NOT_SHOWN, MISSED = "reached", "reached, not shown", "missed"
+LOWER = "Students are better starting points: nats per residue, student less teacher"
+MORE_HITS = "Students' samples hit the profile more often: share, student less teacher"
+LOWER_AT_N = "The same at each N: nats per residue, student less teacher"
+DEPENDS = "It depends on N: the difference at the smallest N less that at the largest"
+RECIPE = "The recipe matters: nats per residue, recommended less published"
+BEATS_DIRECT = "The specialist beats the adapted student: nats per residue, specialist less student"
+HITS_A_SECOND = "It beats the teacher in hits a second: ln of the ratio"
+BEATS_PROFILE = "A model beats the profile HMM: nats per residue, model less profile"
+KEEPS = "Share of the teacher's gain by adaptation that is kept (goal: 0.9)"
+FASTER = "Speed of sampling against the adapted teacher: ln of the ratio (goal: ln 3 = 1.099)"
+
+Terms = Mapping[tuple[str, int], float]
+"""Coefficient of each start and N in a contrast."""
+Values = Mapping[tuple[str, int], Mapping[tuple[str, int], float]]
+"""For each start and N: the value of each family and draw."""
+
+
+def measured(rows: Sequence[Mapping[str, Any]]) -> dict[str, Values]:
+    """Return each measure by start and N, then by family and draw.
+
+    Args:
+        rows: of the experiment's table; those of its tuning, which have a rate, are left out.
+
+    Returns:
+        ``nats`` per residue of held-out members; ``nats_before``, the same before adaptation;
+        ``hits``, share of the samples; ``log_hits_per_second``, ln of (hits + 1/2) / (samples + 1)
+        times proteins a second, which is finite where nothing hits; ``log_speed``; and
+        ``identity``, ``distinct_share``, ``distinct_4mers``, ``train_seconds``.
+    """
+    values: dict[str, Any] = defaultdict(lambda: defaultdict(dict))
+    for row in rows:
+        if row["rate"] is not None:
+            continue
+        start, unit = (row["start"], row["members"]), (row["family"], row["draw"])
+        found = {
+            name: row.get(name)
+            for name in ("identity", "distinct_share", "distinct_4mers", "train_seconds")
+        }
+        found["nats"] = row["nll"] / row["residues"]
+        if row.get("nll_before") is not None:
+            found["nats_before"] = row["nll_before"] / row["residues"]
+        if row.get("samples"):
+            share = (row["hits"] + 0.5) / (row["samples"] + 1)
+            found["hits"] = row["hits"] / row["samples"]
+            found["log_speed"] = math.log(row["proteins_per_second"])
+            found["log_hits_per_second"] = math.log(share) + found["log_speed"]
+        elif row.get("samples") == 0:
+            found["hits"] = 0.0
+        for name, value in found.items():
+            if value is not None:
+                values[name][start][unit] = float(value)
+    return values
+
+
+def by_family(values: Values, coefficients: Terms) -> dict[str, float]:
+    """Return Σ c · value of each family, as its mean over the draws.
+
+    Args:
+        values: of one measure.
+        coefficients: c of each start and N.
+
+    Returns:
+        The figure of each family that has, for every N, a draw that all its terms were run with.
+    """
+    figures: dict[str, float] = defaultdict(float)
+    families = {family for term in coefficients for family, _ in values.get(term, {})}
+    for n in {n for _, n in coefficients}:
+        terms = {term: c for term, c in coefficients.items() if term[1] == n}
+        units = set.intersection(*(set(values.get(term, {})) for term in terms))
+        draws = defaultdict(list)
+        for unit in units:
+            draws[unit[0]].append(sum(c * values[term][unit] for term, c in terms.items()))
+        families &= set(draws)
+        for family, each in draws.items():
+            figures[family] += float(np.mean(each))
+    return {family: figures[family] for family in sorted(families)}
+
+
+def contrast(values: Values, coefficients: Terms) -> Estimate | None:
+    """Return the mean of :func:`by_family` with its interval; None below two families."""
+    figures = list(by_family(values, coefficients).values())
+    return mean_interval(figures) if len(figures) > 1 else None
+
+
+def less(a: str, b: str, members: Sequence[int]) -> dict[tuple[str, int], float]:
+    """Return the coefficients of a - b over the mean of some N."""
+    share = 1 / len(members)
+    return {(start, n): c for n in members for start, c in ((a, share), (b, -share))}
+
+
+def kept_shares(nats: Values, before: Values, start: str, n: int) -> dict[str, float]:
+    """Return a start's share of the teacher's gain by adaptation, by family.
+
+    A family's share is (y of the unadapted teacher - y of the start) / (the same of the adapted
+    teacher), each the mean over its draws.
+    """
+    both = {**{key: nats[key] for key in nats}, ("before", n): before.get((TEACHER, n), {})}
+    gained = by_family(both, {("before", n): 1.0, (TEACHER, n): -1.0})
+    own = by_family(both, {("before", n): 1.0, (start, n): -1.0})
+    return {family: own[family] / gained[family] for family in own if family in gained}
+
+
+def verdict(estimate: Estimate, sign: int, margin: float | None = None) -> str:
+    """Return whether a value is on the claimed side of 0.
+
+    Args:
+        estimate: of the value.
+        sign: claimed: -1 below 0, 1 above, 0 any of both.
+        margin: the claim is also refuted where the value is equivalent to 0 within this.
+
+    Returns:
+        ``holds``, ``refuted`` or ``inconclusive``.
+    """
+    if margin is not None and is_equivalent(estimate, margin):
+        return REFUTED
+    low, high = sorted(((sign or 1) * estimate.low, (sign or 1) * estimate.high))
+    if low > 0 or (sign == 0 and high < 0):
+        return HOLDS
+    return REFUTED if sign and high < 0 else INCONCLUSIVE
+
+
+def goal_verdict(estimate: Estimate, goal: float) -> str:
+    """Return whether a value reaches a goal, and whether its interval does."""
+    if estimate.low >= goal:
+        return SHOWN
+    return NOT_SHOWN if estimate.estimate >= goal else MISSED
+
+
+def analyse(rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """Return the answers that the cells of a table allow.
+
+    Args:
+        rows: of ``specialists.parquet``.
+
+    Returns:
+        ``members``; ``means`` by ``START N``, each family counting the same; and ``questions``,
+        by question and name: estimate, interval, number of families, p-value (``p_holm`` where a
+        rule asks several contrasts) and verdict.
+
+    Raises:
+        ValueError: no cell of the experiment is finished.
+    """
+    values = measured(rows)
+    if not values:
+        raise ValueError("no cell of the experiment is finished")
+    nats, hits, speed = values["nats"], values["hits"], values["log_speed"]
+    starts = list(dict.fromkeys(start for start, _ in nats))
+    members = sorted({n for _, n in nats})
+    most = members[-1]
+    questions: dict[str, dict[str, Any]] = {}
+
+    def put(question: str, name: str, value: Estimate | None, judged: str = "") -> None:
+        if value is not None:
+            questions.setdefault(question, {})[name] = {
+                "estimate": value.estimate,
+                "interval": [value.low, value.high],
+                "families": int(value.degrees_of_freedom) + 1,
+                "p": value.p_value,
+                "verdict": judged,
+            }
+
+    def ask(
+        question: str, values: Values, pairs: Mapping[str, Terms], sign: int, margin: float | None
+    ) -> None:
+        """Judge contrasts of one question together."""
+        found = {name: contrast(values, terms) for name, terms in pairs.items()}
+        estimates = {name: value for name, value in found.items() if value is not None}
+        adjusted = holm({name: value.p_value for name, value in estimates.items()})
+        for name, value in estimates.items():
+            judged = verdict(value, sign, margin)
+            if judged == HOLDS and adjusted[name] >= ALPHA:
+                judged = INCONCLUSIVE
+            put(question, name, value, judged)
+            if len(estimates) > 1:
+                questions[question][name]["p_holm"] = adjusted[name]
+
+    students = [start for start in STUDENTS if start in starts]
+    over_all = {student: less(student, TEACHER, members) for student in students}
+    ask(LOWER, nats, over_all, -1, MARGIN_NATS)
+    ask(MORE_HITS, hits, over_all, 1, MARGIN_HITS)
+    if len(members) > 1:
+        single = {f"{s}, N = {n}": less(s, TEACHER, [n]) for s in students for n in members}
+        ask(LOWER_AT_N, nats, single, -1, MARGIN_NATS)
+        ends = {s: {**less(s, TEACHER, [members[0]]), **less(TEACHER, s, [most])} for s in students}
+        ask(DEPENDS, nats, ends, 0, None)
+    ask(RECIPE, nats, {STUDENT: less(STUDENT, PUBLISHED, members)}, 0, None)
+    for of in ([most], members[:-1]):
+        direct = {f"N = {n}": less(SPECIALIST, STUDENT, [n]) for n in of}
+        ask(BEATS_DIRECT, nats, direct, -1, None)
+        taught = {f"N = {n}": less(SPECIALIST, TEACHER, [n]) for n in of}
+        ask(HITS_A_SECOND, values["log_hits_per_second"], taught, 1, None)
+    models = [start for start in starts if start != PROFILE]
+    beaten = {f"{m}, N = {n}": less(m, PROFILE, [n]) for m in models for n in members}
+    ask(BEATS_PROFILE, nats, beaten, -1, None)
+    for model in models:
+        for n in members:
+            shares = list(kept_shares(nats, values["nats_before"], model, n).values())
+            if model != TEACHER and len(shares) > 1:
+                value = mean_interval(shares)
+                put(KEEPS, f"{model}, N = {n}", value, goal_verdict(value, GOAL_KEPT))
+            value = contrast(speed, less(model, TEACHER, [n])) if model != TEACHER else None
+            if value is not None:
+                put(FASTER, f"{model}, N = {n}", value, goal_verdict(value, math.log(GOAL_SPEED)))
+    means = {
+        f"{start} {n}": {
+            name: float(np.mean(list(by_family(values[name], {(start, n): 1.0}).values())))
+            for name in sorted(values)
+            if (start, n) in values[name]
+        }
+        for start in starts
+        for n in members
+    }
+    return {"members": members, "means": means, "questions": questions}
+
+
+def analysis_lines(analysis: Mapping[str, Any]) -> list[str]:
+    """Return the analysis as Markdown."""
+    shown_means = {
+        "nats": "nats per residue",
+        "hits": "hits",
+        "identity": "identity to training",
+        "distinct_share": "distinct",
+        "train_seconds": "training, s",
+        "log_speed": "proteins a second",
+    }
+    rows = []
+    for name, means in analysis["means"].items():
+        cells = {key: f"{value:.3f}" for key, value in means.items()}
+        if "log_speed" in means:
+            cells["log_speed"] = f"{math.exp(means['log_speed']):.1f}"
+        if "train_seconds" in means:
+            cells["train_seconds"] = f"{means['train_seconds']:.0f}"
+        rows.append([name, *(cells.get(key, "") for key in shown_means)])
+    lines = [*markdown_lines(["start and N", *shown_means.values()], rows), ""]
+    for question, entries in analysis["questions"].items():
+        rows = []
+        for name, entry in entries.items():
+            p = f"{entry['p']:.2g}" + (f" ({entry['p_holm']:.2g})" if "p_holm" in entry else "")
+            rows.append([name, shown(entry), str(entry["families"]), p, entry["verdict"]])
+        headings = ["", "estimate", "families", "p (Holm)", "verdict"]
+        lines += [f"### {question}", "", *markdown_lines(headings, rows), ""]
+    return lines

@@ -1,0 +1,154 @@
+"""The answers of the experiment on specialists, against sums written out by hand and SciPy."""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+import pytest
+from scipy import stats
+
+from src.evaluation.statistics import Estimate, mean_interval
+from src.experiments import family_analysis as f
+from src.experiments.synergy import HOLDS, INCONCLUSIVE, REFUTED
+
+MEMBERS, FAMILIES, DRAWS = (10, 100), 12, 2
+
+
+def table(y, **more):
+    """Return a row for each start, N, family and draw; ``y(start, n, family, draw)``."""
+    rows = []
+    for start in (f.TEACHER, f.PUBLISHED, f.STUDENT, f.SPECIALIST, f.PROFILE):
+        for n in MEMBERS:
+            for family in range(FAMILIES):
+                for draw in range(DRAWS):
+                    row = {
+                        "start": start, "members": n, "family": f"F{family}", "draw": draw,
+                        "rate": None, "residues": 1000, "train_seconds": 1.0,
+                        "nll": 1000 * y(start, n, family, draw),
+                    }  # fmt: skip
+                    if start != f.PROFILE:
+                        row |= {"samples": 200, "hits": 50, "proteins_per_second": 10.0}
+                    if start == f.TEACHER:
+                        row["nll_before"] = 1000 * 3.0
+                    rows.append({**row, **more.get(start.replace("-", "_"), {})})
+    return rows
+
+
+def noisy(start, n, family, draw, shift):
+    generator = np.random.default_rng([n, family, draw, len(start)])
+    return 2.0 + shift.get(start, 0.0) + 0.1 * family + 0.01 * generator.standard_normal()
+
+
+def test_the_mean_and_its_interval_are_those_of_scipy():
+    values = np.random.default_rng(0).standard_normal(9)
+    found = mean_interval(values)
+    wanted = stats.ttest_1samp(values, 0.0)
+    assert found.p_value == pytest.approx(wanted.pvalue)
+    assert (found.low, found.high) == pytest.approx(tuple(wanted.confidence_interval(0.95)))
+    with pytest.raises(ValueError, match="at least 2"):
+        mean_interval([1.0])
+
+
+def test_a_contrast_pairs_by_family_and_draw():
+    rows = table(lambda *key: noisy(*key, {}))
+    nats = f.measured(rows)["nats"]
+    wanted = [
+        np.mean(
+            [
+                noisy(f.STUDENT, n, family, draw, {}) - noisy(f.TEACHER, n, family, draw, {})
+                for n in MEMBERS
+                for draw in range(DRAWS)
+            ]
+        )
+        for family in range(FAMILIES)
+    ]
+    found = f.contrast(nats, f.less(f.STUDENT, f.TEACHER, MEMBERS))
+    test = stats.ttest_1samp(wanted, 0.0)
+    assert found.estimate == pytest.approx(np.mean(wanted))
+    assert found.p_value == pytest.approx(test.pvalue)
+
+
+def test_a_draw_that_one_side_lacks_is_left_out_on_both():
+    rows = table(lambda start, n, family, draw: 2.0 + family + 5.0 * draw)
+    rows = [
+        row
+        for row in rows
+        if not (row["start"] == f.STUDENT and row["draw"] == 1 and row["family"] != "F3")
+        and not (row["start"] == f.TEACHER and row["family"] == "F4" and row["members"] == 10)
+    ]
+    figures = f.by_family(f.measured(rows)["nats"], f.less(f.STUDENT, f.TEACHER, MEMBERS))
+    assert set(figures) == {f"F{i}" for i in range(FAMILIES)} - {"F4"}
+    assert all(abs(value) < 1e-12 for value in figures.values())
+
+
+def test_verdicts_follow_the_estimates():
+    shift = {f.STUDENT: -0.2, f.PUBLISHED: 0.2, f.SPECIALIST: -0.3, f.PROFILE: -0.9}
+    rows = table(
+        lambda *key: noisy(*key, shift),
+        specialist27={"proteins_per_second": 40.0},
+        student27={"hits": 100},
+    )
+    rows.append({**rows[0], "rate": 1e-3, "nll": 1e9})  # of the tuning: not counted
+    analysis = f.analyse(rows)
+    asked = analysis["questions"]
+    assert asked[f.LOWER][f.STUDENT]["verdict"] == HOLDS
+    assert asked[f.LOWER][f.STUDENT]["estimate"] == pytest.approx(-0.2, abs=0.01)
+    assert asked[f.LOWER][f.STUDENT]["families"] == FAMILIES
+    assert asked[f.LOWER][f.PUBLISHED]["verdict"] == REFUTED
+    assert asked[f.MORE_HITS][f.STUDENT]["estimate"] == pytest.approx(0.25)
+    assert asked[f.MORE_HITS][f.PUBLISHED]["verdict"] == REFUTED  # equivalent to 0
+    assert asked[f.RECIPE][f.STUDENT]["estimate"] == pytest.approx(-0.4, abs=0.01)
+    assert asked[f.BEATS_DIRECT]["N = 100"]["verdict"] == HOLDS
+    assert "p_holm" not in asked[f.BEATS_DIRECT]["N = 100"]
+    assert asked[f.HITS_A_SECOND]["N = 10"]["estimate"] == pytest.approx(math.log(4))
+    assert asked[f.BEATS_PROFILE]["specialist27, N = 100"]["verdict"] == REFUTED
+    assert asked[f.FASTER]["specialist27, N = 100"]["verdict"] == f.SHOWN
+    assert asked[f.FASTER]["student27, N = 100"]["verdict"] == f.MISSED
+    gains = [
+        np.mean([3.0 - noisy(f.SPECIALIST, 100, i, d, shift) for d in range(DRAWS)])
+        / np.mean([3.0 - noisy(f.TEACHER, 100, i, d, shift) for d in range(DRAWS)])
+        for i in range(FAMILIES)
+    ]
+    # A family whose unadapted teacher is no worse than the adapted one would turn the sign.
+    assert asked[f.KEEPS]["specialist27, N = 100"]["estimate"] == pytest.approx(np.mean(gains))
+    text = "\n".join(f.analysis_lines(analysis))
+    assert "specialist27 100" in text
+    assert f.LOWER in text
+
+
+@pytest.mark.parametrize(
+    ("estimate", "sign", "margin", "wanted"),
+    [
+        (Estimate(-0.5, -0.6, -0.4, 0.05), -1, 0.02, HOLDS),
+        (Estimate(-0.5, -0.6, -0.4, 0.05), 1, 0.02, REFUTED),
+        (Estimate(-0.5, -0.6, -0.4, 0.05), 0, None, HOLDS),
+        (Estimate(0.5, -0.6, 1.4, 0.5), 0, None, INCONCLUSIVE),
+        (Estimate(-0.01, -0.012, -0.008, 0.001), -1, 0.02, REFUTED),
+        (Estimate(-0.01, -0.012, -0.008, 0.001), -1, None, HOLDS),
+        (Estimate(-0.1, -0.3, 0.1, 0.1), -1, 0.02, INCONCLUSIVE),
+    ],
+)
+def test_verdict(estimate, sign, margin, wanted):
+    assert f.verdict(estimate, sign, margin) == wanted
+
+
+def test_holm_takes_back_what_one_of_many_shows():
+    spread = np.linspace(-1, 1, FAMILIES)
+    spread -= 2.5 * spread.std(ddof=1) / math.sqrt(FAMILIES)  # t = -2.5, p = 0.03
+
+    def y(start, n, family, draw):
+        return 2.0 + (spread[family] if start == f.STUDENT else 0.0)
+
+    asked = f.analyse(table(y))["questions"]
+    for n in MEMBERS:
+        entry = asked[f.LOWER_AT_N][f"student27, N = {n}"]
+        assert entry["interval"][1] < 0
+        assert entry["p_holm"] == pytest.approx(4 * entry["p"])
+        assert entry["verdict"] == INCONCLUSIVE
+    assert asked[f.BEATS_DIRECT]["N = 100"]["verdict"] == REFUTED  # the student is the lower one
+
+
+def test_an_experiment_without_cells_is_told():
+    with pytest.raises(ValueError, match="no cell of the experiment is finished"):
+        f.analyse([])
