@@ -22,6 +22,7 @@ from src.common.cli import say
 from src.common.files import read_json, write_json
 from src.common.settings import OF_TEACHER, RECIPES, LossSettings, StudentSettings, TrainSettings
 from src.evaluation.scoring import EvaluationSettings, score_students
+from src.experiments.gkd import train_with_gkd
 from src.models.loading import ProteinModel
 from src.proteins.tokens import TokenisedProteins, tokenise
 from src.training.stages import train
@@ -42,11 +43,13 @@ class Recipe:
         loss: settings of the loss.
         changes: other settings of the run.
         rates: tried, ascending.
+        gkd: train with TRL's GKD trainer, which has a loss of its own.
     """
 
     loss: LossSettings
     changes: Mapping[str, Any]
     rates: tuple[float, ...]
+    gkd: bool = False
 
     @classmethod
     def named(cls, name: str, rates: tuple[float, ...], **changes: Any) -> Recipe:
@@ -58,15 +61,20 @@ class Recipe:
 
 SMALL = {"batch_size": 4}
 MUON = {"optimizer": "muon", "lr_schedule": "warmup_stable_decay"}
+GKD = {"init_from": OF_TEACHER, "batch_size": 8}
 COMPARED = {
     "published": Recipe.named("published", (1e-3, 2e-3, 4e-3)),
     "plain": Recipe(LossSettings(), {}, (1e-3, 2e-3, 4e-3)),
     "recommended": Recipe.named("recommended", (5e-4, 1e-3, 2e-3)),
     "small": Recipe.named("recommended", (5e-4, 1e-3, 2e-3), **SMALL),
     "muon": Recipe.named("recommended", (5e-4, 1e-3, 2e-3), **SMALL, **MUON),
+    "gkd": Recipe(
+        LossSettings(), {"init_from": OF_TEACHER, "batch_size": 8}, (5e-4, 1e-3, 2e-3), True
+    ),
 }
 """The published recipe and plain distillation, both from random weights; the recommended one; the
-same in batches of four; the last with Muon and a rate that is constant until it falls."""
+same in batches of four, and with Muon and a rate that is constant until it falls; TRL's GKD trainer
+with its defaults, from the student that the recommended recipe starts from."""
 
 
 class Curve(TrainerCallback):
@@ -146,6 +154,11 @@ class Students:
         longest = self.base.max_length
         return tokenise(self.base.data, "validation", self.teacher.tokenizer, longest)
 
+    @cached_property
+    def training(self) -> TokenisedProteins:
+        """The proteins that students are trained on."""
+        return tokenise(self.base.data, "train", self.teacher.tokenizer, self.base.max_length)
+
     def divergence(self, student: Any) -> dict[str, float]:
         """Return KL(teacher‖student) and the student's NLL on validation, nats per residue."""
         rows = self.validation
@@ -194,13 +207,20 @@ class Students:
         steps_of_points = np.unique(np.geomspace(max(1, own // 100), own, POINTS).astype(int))
         self.work.mkdir(parents=True, exist_ok=True)
         curve = Curve(steps_of_points.tolist(), self.divergence, self.work / f"{name}.curve.json")
-        record = train(
-            self.settings(recipe, shape, rate, steps, seed),
-            self.work / name,
-            resume=(self.work / name).exists(),
-            skip_teacher_check=True,
-            callbacks=[curve],
-        )
+        settings = self.settings(recipe, shape, rate, steps, seed)
+        if self.recipes[recipe].gkd:
+            curve.points = []  # a stopped run of TRL's begins again
+            record = train_with_gkd(
+                settings, self.teacher, self.training, self.work / name, [curve]
+            )
+        else:
+            record = train(
+                settings,
+                self.work / name,
+                resume=(self.work / name).exists(),
+                skip_teacher_check=True,
+                callbacks=[curve],
+            )
         result = {
             "recipe": recipe, "shape": shape, "rate": rate, "steps": steps, "seed": seed,
             "model": str(self.work / name), "curve": curve.points,
