@@ -10,6 +10,7 @@ from scipy import stats
 
 from src.evaluation.statistics import Estimate, mean_interval
 from src.experiments import family_analysis as f
+from src.experiments.charts import families_figure
 from src.experiments.synergy import HOLDS, INCONCLUSIVE, REFUTED
 
 MEMBERS, FAMILIES, DRAWS = (10, 100), 12, 2
@@ -115,6 +116,20 @@ def test_verdicts_follow_the_estimates():
     text = "\n".join(f.analysis_lines(analysis))
     assert "specialist27 100" in text
     assert f.LOWER in text
+
+
+def test_points_are_contrasts_with_the_teacher():
+    panels = f.points(table(lambda *key: noisy(*key, {f.STUDENT: -0.2})))
+    nats, hits, _ = panels.values()
+    assert set(nats) == {f.PUBLISHED, f.STUDENT, f.SPECIALIST, f.PROFILE}
+    n, estimate, low, high = nats[f.STUDENT][1]
+    assert n == 100
+    assert low < estimate < high
+    assert estimate == pytest.approx(-0.2, abs=0.01)
+    assert hits[f.TEACHER] == [(10, 0.25, 0.25, 0.25), (100, 0.25, 0.25, 0.25)]
+    assert families_figure(panels, "members").axes[0].get_xlabel() == "members"
+    with pytest.raises(ValueError, match="no cells"):
+        families_figure({"a": {}}, "members")
 
 
 @pytest.mark.parametrize(

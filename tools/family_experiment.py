@@ -121,16 +121,21 @@ def run(args: argparse.Namespace) -> dict:
 def show_analysis(args: argparse.Namespace) -> dict:
     """Print the answers, write them beside the table and return them."""
     from src.common.files import write_json, write_text
-    from src.experiments.family_analysis import analyse, analysis_lines
+    from src.experiments.charts import families_figure
+    from src.experiments.family_analysis import analyse, analysis_lines, points
     from src.experiments.family_grid import TABLE, read_rows
+    from src.publishing.plots import save_figure
 
-    analysis = analyse(read_rows(args.results / TABLE))
+    rows = read_rows(args.results / TABLE)
+    analysis = analyse(rows)
     lines = analysis_lines(analysis)
     write_json(args.results / "analysis.json", analysis)
     write_text(args.results / "analysis.md", "\n".join(lines) + "\n")
     for line in lines:
         say(line)
-    say(f"written: {args.results / 'analysis.md'}, analysis.json")
+    figure = families_figure(points(rows), "training members")
+    save_figure(figure, args.results / "specialists.png")
+    say(f"written: {args.results / 'analysis.md'}, analysis.json, specialists.png")
     return analysis
 
 

@@ -216,6 +216,37 @@ def compute_figure(panels: Mapping[str, Mapping[str, Sequence[Sequence[Any]]]]) 
 
 
 @styled
+def families_figure(
+    panels: Mapping[str, Mapping[str, Sequence[Sequence[float]]]], x: str
+) -> Figure:
+    """Draw measures of starting points against the number of members or the cost, with intervals.
+
+    Args:
+        panels: by title and start: (x, estimate, low, high) of each point, of ascending x.
+        x: title of the axis.
+
+    Raises:
+        ValueError: there is nothing to draw.
+    """
+    if not any(panels.values()):
+        raise ValueError("no cells to draw")
+    figure = Figure(figsize=(1.6 + 2.9 * len(panels), 3.3), layout="constrained")
+    grid = figure.subplots(1, len(panels), squeeze=False)[0]
+    names = list(dict.fromkeys(name for starts in panels.values() for name in starts))
+    for axes, (title, starts) in zip(grid, panels.items(), strict=True):
+        for name, points in starts.items():
+            at, value, low, high = np.array(points, dtype=float).T
+            look = series_look(names.index(name))
+            shift = 1.04 ** (names.index(name) - len(names) / 2)  # points of one N lie side by side
+            axes.errorbar(at * shift, value, [value - low, high - value], **look, label=name)
+        axes.set_xscale("log")
+        axes.set_title(title)
+        axes.set_xlabel(x)
+    grid[0].legend(fontsize=7)
+    return figure
+
+
+@styled
 def quality_against_compression(kinds: Mapping[str, Sequence[Mapping[str, Any]]]) -> Figure:
     """Draw perplexity ratio and KL divergence of students against how much smaller they are.
 

@@ -245,6 +245,36 @@ def analyse(rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     return {"members": members, "means": means, "questions": questions}
 
 
+def points(rows: Sequence[Mapping[str, Any]]) -> dict[str, dict[str, list[tuple[float, ...]]]]:
+    """Return what :func:`src.experiments.charts.families_figure` draws against N.
+
+    Args:
+        rows: of ``specialists.parquet``.
+
+    Returns:
+        By panel and start: (N, estimate, low, high) with intervals over families.
+    """
+    values = measured(rows)
+    panels: dict[str, dict[str, list[tuple[float, ...]]]] = {}
+    members = sorted({n for _, n in values["nats"]})
+    wanted = {
+        "nats per residue, less the teacher's": ("nats", True),
+        "share of samples that hit the profile": ("hits", False),
+        "seconds of training": ("train_seconds", False),
+    }
+    for title, (name, paired) in wanted.items():
+        panel = panels.setdefault(title, {})
+        for start in dict.fromkeys(start for start, _ in values[name]):
+            if paired and start == TEACHER:
+                continue
+            for n in members:
+                terms = less(start, TEACHER, [n]) if paired else {(start, n): 1.0}
+                if found := contrast(values[name], terms):
+                    point = (n, found.estimate, found.low, found.high)
+                    panel.setdefault(start, []).append(point)
+    return panels
+
+
 def analysis_lines(analysis: Mapping[str, Any]) -> list[str]:
     """Return the analysis as Markdown."""
     shown_means = {
