@@ -25,7 +25,7 @@ import pytest
 from datasets.exceptions import DatasetNotFoundError
 
 from src.common.cli import add_data_flags
-from src.proteins import formats, notation, readers, sources, tables
+from src.proteins import formats, notation, readers, sources, table_rows
 from src.proteins.encoding import token_letters, tokenizer_fingerprint
 from src.proteins.hashes import SeenHashes, chosen, held_out, sequence_hash
 from src.proteins.layouts import END_OF_TEXT, PROTGPT2, layout, prompt_layout
@@ -361,7 +361,7 @@ def test_an_empty_name_is_not_the_working_directory(tmp_path, monkeypatch):
 
 
 def test_a_row_of_csv_is_bounded(tmp_path, monkeypatch):
-    monkeypatch.setattr(tables, "MAX_ROW_BYTES", 1 << 16)
+    monkeypatch.setattr(table_rows, "MAX_ROW_BYTES", 1 << 16)
     path = write(tmp_path / "a.csv", "sequence\n" + '"a\n",' * 50_000)
     with pytest.raises(ValueError, match="a row of over"):
         read(path)
@@ -1032,7 +1032,7 @@ def test_the_one_file_of_an_archive_is_read(name, tmp_path):
 
 @pytest.mark.parametrize("indent", [None, 2])
 def test_arrays_of_json_are_read(indent, tmp_path, monkeypatch):
-    monkeypatch.setattr("src.proteins.tables.MAX_ROW_BYTES", 64)  # read in pieces
+    monkeypatch.setattr("src.proteins.table_rows.MAX_ROW_BYTES", 64)  # read in pieces
     rows = [{"id": f"p{i}", "sequence": A[: 3 + i % 5] + B[: 2 + i % 7]} for i in range(20)]
     path = write(tmp_path / "a.json", json.dumps(rows, indent=indent))
     found, report = read(path)
@@ -1135,10 +1135,10 @@ def test_json_keys_that_come_late_are_read_or_named(tmp_path, monkeypatch):
     rows.append(json.dumps({"sequence": B, "name": "lys"}))
     path = write(tmp_path / "a.jsonl", "\n".join(rows))
     assert [p.name for p in read_proteins(path)][-1] == "lys"
-    monkeypatch.setattr(tables, "JSON_SAMPLE", 5)
+    monkeypatch.setattr(table_rows, "JSON_SAMPLE", 5)
     found, report = read(path)
     assert len(found) == 26
-    assert report.noticed[tables.LATE_KEYS]["count"] == 1
+    assert report.noticed[table_rows.LATE_KEYS]["count"] == 1
 
 
 def test_the_sheet_with_the_proteins_is_read(tmp_path):

@@ -29,6 +29,7 @@ from src.evaluation.mutants import Substitution, mutated, numbering, parse_mutan
 from src.evaluation.statistics import TAILS, Estimate, cluster_codes, cluster_weights
 from src.evaluation.variants import variant_nll, windowed_nll
 from src.models.loading import ProteinModel
+from src.proteins.columns import LEAST_PROTEIN, MUTANT_COLUMNS, is_missing, number_of
 from src.proteins.formats import TABLES, kind_of
 from src.proteins.layouts import tagged_as
 from src.proteins.readers import Record, tag_of_cell
@@ -40,7 +41,7 @@ from src.proteins.sources import (
     require_proteins,
     usable,
 )
-from src.proteins.tables import LEAST_PROTEIN, MUTANT_COLUMNS, is_missing, number_of, open_table
+from src.proteins.tables import open_table
 
 SCORE_COLUMN = "DMS_score"
 MUTANT_COLUMN = "mutant"
@@ -86,7 +87,7 @@ def read_variants(
 
     Args:
         path: the file.
-        sequence_column: None: a usual one (:data:`src.proteins.tables.SEQUENCE_COLUMNS`).
+        sequence_column: None: a usual one (:data:`src.proteins.columns.SEQUENCE_COLUMNS`).
         score_column: measured fitness; None: ``DMS_score`` where there is one.
         wild: residues of the wild type, for a table with mutants alone.
         tag: key or column of the layout's tag; proteins without it are counted like those without

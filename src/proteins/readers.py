@@ -18,6 +18,13 @@ import numpy as np
 from src.common.cli import say
 from src.common.hub_errors import hub_advice, hub_fault
 from src.common.settings import BUNDLED_DATA
+from src.proteins.columns import (
+    NAME_COLUMNS,
+    SEQUENCE_COLUMNS,
+    is_missing,
+    key,
+    looks_like_protein,
+)
 from src.proteins.formats import (
     FASTA,
     LAID_OUT,
@@ -29,20 +36,11 @@ from src.proteins.formats import (
 )
 from src.proteins.layouts import END_OF_TEXT, PROTEIN_LETTERS
 from src.proteins.reading import ReadReport
-from src.proteins.tables import (
-    MAX_ROW_TOKENS,
-    NAME_COLUMNS,
-    SEQUENCE_COLUMNS,
-    Table,
-    is_missing,
-    key,
-    looks_like_protein,
-    open_table,
-    parquet_proteins,
-)
+from src.proteins.tables import Table, open_table, parquet_proteins
 
 __all__ = ["Record", "file_records", "guarded_lines", "hub_records", "kind_of"]
 
+MAX_ROW_TOKENS = 1 << 20
 MAX_RESIDUES = 100_000
 """Limit of a protein; the longest one known, titin, has about 35,000 residues."""
 TOO_LONG = f"longer than {MAX_RESIDUES:,} characters: no protein is"
