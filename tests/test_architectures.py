@@ -28,7 +28,13 @@ from src.models.forward import (
     require_packing,
     stated_positions,
 )
-from src.models.loading import ProteinModel, max_positions, model_fingerprint, student_positions
+from src.models.loading import (
+    ProteinModel,
+    load_causal_lm,
+    max_positions,
+    model_fingerprint,
+    student_positions,
+)
 from src.models.teacher_cache import capture
 from src.proteins.tokenizer import train_tokenizer
 from tests.conftest import make_proteins
@@ -320,3 +326,24 @@ def test_variants_of_a_model_without_such_a_cache_are_scored_one_by_one(name):
     others = ["MKVLAAGIA", "MKVLACGIA", "MK"]
     found = variant_nll(loaded, "MKVLAAGIA", others)
     np.testing.assert_allclose(found, score_proteins(*loaded, others).nll, rtol=1e-6)
+
+
+@pytest.mark.parametrize("name", ["gpt2", "codegen"])
+def test_the_activation_is_fused_and_says_the_same(tmp_path, name):
+    config = AutoConfig.for_model(name, **ARCHITECTURES[name])
+    assert config.activation_function == "gelu_new"
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_config(config).eval()
+    model.save_pretrained(tmp_path)
+    loaded = load_causal_lm(tmp_path)
+    ids = torch.randint(3, VOCABULARY, (2, 20))
+    torch.testing.assert_close(loaded(ids).logits, model(ids).logits, rtol=1e-5, atol=1e-6)
+    activations = {type(module) for module in loaded.modules() if "GELU" in type(module).__name__}
+    assert activations == {torch.nn.GELU}
+    assert model_fingerprint(loaded) == model_fingerprint(model)
+    loaded.save_pretrained(tmp_path / "again")
+    assert AutoConfig.from_pretrained(tmp_path / "again").activation_function == "gelu_new"
+    x = torch.linspace(-30, 30, 999, dtype=torch.float64)
+    inner = (2 / np.pi) ** 0.5 * (x + 0.044715 * x**3)
+    fused = next(m for m in loaded.modules() if isinstance(m, torch.nn.GELU))
+    torch.testing.assert_close(fused(x), 0.5 * x * (1 + torch.tanh(inner)), rtol=1e-12, atol=1e-15)
