@@ -12,11 +12,13 @@ from typing import Any
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from matplotlib.ticker import MaxNLocator
+from matplotlib.ticker import FuncFormatter, MaxNLocator
 
 from src.evaluation.results import interval_of, lookup
 from src.publishing.plots import COLOURS, FAINT, INK, WIDTH, series_look, styled
 
+PLAIN = FuncFormatter(lambda value, _: f"{value:g}")
+"""Numbers of a logarithmic axis, written out."""
 SHIFT = 0.16
 """Distance of the seeds' points below the estimate in a forest plot, in rows."""
 
@@ -211,7 +213,9 @@ def compute_figure(panels: Mapping[str, Mapping[str, Sequence[Sequence[Any]]]]) 
         axes.set_title(title)
         axes.set_xlabel("seconds of training")
         axes.legend(fontsize=8)
-    grid[0].set_ylabel("KL(teacher‖student) on validation, nats per residue")
+        axes.yaxis.set_major_formatter(PLAIN)
+        axes.yaxis.set_minor_formatter(PLAIN)
+    grid[0].set_ylabel("KL(teacher‖student) on validation,\nnats per residue")
     return figure
 
 
