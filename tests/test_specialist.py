@@ -64,6 +64,18 @@ def test_a_sweep_stands_around_the_given_rate():
     assert s.tuned(s.FitSettings(learning_rates=(3e-3,))).learning_rates == (1e-3, 3e-3, 9e-3)
 
 
+def test_the_rate_suits_the_size(model_dir):
+    assert s.adaptation_rate(3_300_000) == s.ADAPTATION.learning_rates[0] == 1.5e-3
+    assert s.adaptation_rate(774_000_000) == 5e-5
+    assert s.adaptation_rate(1_000) == 1.5e-3  # no larger than what was tried
+    rates = [s.adaptation_rate(n) for n in (4_000_000, 40_000_000, 400_000_000)]
+    assert rates == sorted(rates, reverse=True)
+    assert s.adaptation_rate(124_000_000) == pytest.approx(1.6e-4)
+    assert s.suited_rate(model_dir) == 1.5e-3
+    with pytest.raises(ValueError, match="there is no"):
+        s.suited_rate(model_dir / "none")
+
+
 def test_steps_grow_with_the_family():
     small, large = (s.ADAPTATION.train_settings(n, 1e-3) for n in (10, 1000))
     assert small.max_steps == s.ADAPTATION.least_steps

@@ -19,6 +19,7 @@ from src.common.files import read_json
 from src.common.settings import StudentSettings
 from src.models.forward import head_form, stated_positions
 from src.models.inspection import (
+    count_parameters,
     explain_loading,
     refuse_code,
     require_fitting_weights,
@@ -319,6 +320,14 @@ def config_of(name: str | Path) -> Any:
     require_model_directory(name)
     with explain_loading("model", name):
         return AutoConfig.from_pretrained(str(name), trust_remote_code=False)
+
+
+def described_parameters(config: Any) -> int:
+    """Return the number of parameters of the model that a configuration describes."""
+    from transformers import AutoModelForCausalLM
+
+    with torch.device("meta"):
+        return count_parameters(AutoModelForCausalLM.from_config(config))
 
 
 def random_like(name: str | Path, seed: int) -> PreTrainedModel:

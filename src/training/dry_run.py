@@ -219,11 +219,14 @@ def teacher_shape(name: str, max_length: int = 512) -> tuple[Any, int]:
         return shape, gpt2_parameters(
             shape.n_layer, shape.n_embd, shape.vocab_size, shape.n_positions
         )
-    import torch
-    from transformers import AutoConfig, AutoModelForCausalLM
+    from transformers import AutoConfig
 
-    from src.models.inspection import count_parameters, explain_loading
-    from src.models.loading import require_model_directory, student_positions
+    from src.models.inspection import explain_loading
+    from src.models.loading import (
+        described_parameters,
+        require_model_directory,
+        student_positions,
+    )
 
     require_model_directory(name)
     with explain_loading("model", name):
@@ -231,8 +234,7 @@ def teacher_shape(name: str, max_length: int = 512) -> tuple[Any, int]:
         blocks, most = config.num_hidden_layers, LARGEST_FACTOR * LARGEST_GPT2["n_layer"]
         if blocks > most:
             raise ValueError(f"config.json has {blocks:,} blocks, over {most:,}")
-        with torch.device("meta"):
-            parameters = count_parameters(AutoModelForCausalLM.from_config(config))
+        parameters = described_parameters(config)
         shape = SimpleNamespace(
             vocab_size=config.vocab_size,
             n_positions=student_positions(config, max_length),
