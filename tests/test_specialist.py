@@ -476,6 +476,14 @@ def test_lora_leaves_plain_weights_and_everything_after_it_is_unchanged(
     assert fr.run_family(run) == judgement
 
 
+def test_a_family_as_long_as_the_model_is_sampled_within_its_positions(model_dir):
+    """There is no room for half as much again: that ended the command after the training."""
+    wanted = c.CandidateSettings(num_candidates=5, temperature=1.0)
+    positions = config_of(model_dir).n_positions
+    drawn = c.sample_family(model_dir, wanted, positions, announce=lambda line: None)
+    assert len(drawn["samples"]) == 5
+
+
 # Killed --------------------------------------------------------------------------------------
 
 

@@ -147,6 +147,49 @@ def suited_penalty(letters: Sequence[str]) -> float:
     return 1.2 if max(map(len, letters)) > 1 else 1.0
 
 
+def prompt_tokens(tokenizer: Any, settings: GenerationSettings) -> list[int]:
+    """Return the tokens that every protein begins with."""
+    begun = TaggedProtein(settings.prompt, settings.tag)
+    return encode(tokenizer, [begun], [False])[0]
+
+
+def token_room(model: PreTrainedModel, settings: GenerationSettings, prompt: Sequence[int]) -> int:
+    """Return the most tokens of a protein, its prompt included (:func:`sampling_room`)."""
+    wanted = None
+    if settings.max_length is not None:  # with line breaks and markers
+        lines = settings.max_length // RESIDUES_PER_LINE
+        wanted = len(prompt) + settings.max_length + lines + 3
+    return sampling_room(model, wanted)
+
+
+def possible_residues(
+    settings: GenerationSettings, room: int, prompt: Sequence[int], letters: Sequence[str]
+) -> int:
+    """Return the most residues that a protein can have.
+
+    Args:
+        settings: of the sampling.
+        room: tokens (:func:`token_room`).
+        prompt: tokens of the prompt.
+        letters: residues of each token.
+    """
+    # The end takes a position too, where the model is to set it.
+    growing = room - len(prompt) - settings.whole_only
+    return len(settings.prompt) + growing * max(map(len, letters))
+
+
+def fitted_length(
+    model: PreTrainedModel, tokenizer: Any, settings: GenerationSettings
+) -> GenerationSettings:
+    """Return these settings with a ``max_length`` that the model's positions can hold."""
+    if settings.max_length is None:
+        return settings
+    prompt, letters = prompt_tokens(tokenizer, settings), token_letters(tokenizer)
+    room = token_room(model, settings, prompt)
+    possible = possible_residues(settings, room, prompt, letters[: model.config.vocab_size])
+    return replace(settings, max_length=min(settings.max_length, possible))
+
+
 @dataclass(frozen=True)
 class GeneratedProtein:
     """A sampled protein: its residues, whether the model ended it, and the attempt it came from."""
@@ -182,14 +225,10 @@ class Sampler:
         if settings.tag and self.layout.tag is None:
             raise ValueError(f"--tag {settings.tag}: the layout {self.layout.template} has none")
         begun = TaggedProtein(settings.prompt, settings.tag)
-        (self.prompt,) = encode(tokenizer, [begun], [False])
+        self.prompt = prompt_tokens(tokenizer, settings)
         if not Spelling(tokenizer).spells(self.prompt, begun):
             raise ValueError(f"--tag {settings.tag}: the tokenizer does not know it")
-        wanted = None
-        if settings.max_length is not None:  # with line breaks and markers
-            lines = settings.max_length // RESIDUES_PER_LINE
-            wanted = len(self.prompt) + settings.max_length + lines + 3
-        self.room = sampling_room(model, wanted)
+        self.room = token_room(model, settings, self.prompt)
         vocabulary = int(model.config.vocab_size)
         letters = token_letters(tokenizer)[:vocabulary]
         self._check(vocabulary, letters)
@@ -225,15 +264,12 @@ class Sampler:
                 "model of proteins in ProtGPT2's layout"
             )
         require_known(max(self.prompt), vocabulary)
-        room = self.room - len(self.prompt)
-        if room < 1:
+        if self.room <= len(self.prompt):
             raise ValueError(
                 f"--prompt: {len(self.prompt)} tokens leave no room among the model's {self.room} "
                 "positions"
             )
-        # The end takes a position too, where the model is to set it.
-        growing = room - 1 if settings.whole_only else room
-        possible = len(settings.prompt) + growing * max(map(len, letters))
+        possible = possible_residues(settings, self.room, self.prompt, letters)
         for name, value in (("min", settings.min_length), ("max", settings.max_length)):
             if value is not None and value > possible:
                 raise ValueError(

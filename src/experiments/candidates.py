@@ -26,6 +26,7 @@ from src.evaluation.filters import (
 )
 from src.evaluation.generation import GenerationSettings, sample_proteins
 from src.evaluation.likelihoods import score_proteins
+from src.evaluation.sampler import fitted_length
 from src.evaluation.sequence_quality import DescriptionSettings, describe_all
 from src.models.loading import ProteinModel
 from src.proteins.fasta import FastaRecord, write_fasta
@@ -109,6 +110,7 @@ def sample_family(
         batch_size=settings.batch_size,
         max_attempts=ATTEMPTS * settings.num_candidates,
     )
+    wanted = fitted_length(*loaded, wanted)
     result = sample_proteins(*loaded, wanted, announce=announce)
     if len(result.proteins) < settings.num_candidates:
         announce(
