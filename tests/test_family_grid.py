@@ -13,8 +13,10 @@ pytest.importorskip("pyhmmer")
 from src.common.settings import StudentSettings
 from src.experiments import family_grid as g
 from src.experiments import specialist as s
+from src.models.loading import config_of
 from src.proteins.homology import Hit
 from src.proteins.profiles import align_family, profile_of, write_profiles
+from src.proteins.sources import Protein
 from tests.test_profiles import RESIDUES, mutants
 from tools.family_experiment import build_parser, main, starts
 
@@ -104,6 +106,12 @@ def test_a_family_without_a_profile_is_told(grid):
     grid.table.write_text("family\tprofile\nG\tP\n")
     with pytest.raises(ValueError, match="has no family F"):
         _ = replace(grid).profile_keys
+
+
+def test_members_that_do_not_fit_a_model_are_judged_by_none(grid):
+    positions = config_of(grid.starts[0].model).n_positions
+    members = [Protein("a", "M" * 10), Protein("b", "MK" * positions), Protein("c", "K" * 20)]
+    assert [q.name for q in grid.judged(members)] == ["a", "c"]
 
 
 def test_related_members_are_left_out(grid, tmp_path):

@@ -29,11 +29,13 @@ from src.evaluation.composition import distinct_share
 from src.evaluation.per_protein import write_per_protein
 from src.experiments import candidates as c
 from src.experiments import specialist as s
+from src.models.loading import ProteinModel
 from src.proteins import profiles as p
 from src.proteins.families import read_families
 from src.proteins.family_split import FamilySettings, family_hits_of, split_family
 from src.proteins.fasta import FastaRecord, write_fasta
 from src.proteins.relatives import nearest_identities, profile_scores
+from src.proteins.sources import Protein
 from src.proteins.split_files import SPLIT_FILE, read_named, write_split
 from src.trainer.interruption import stops_on_signals
 
@@ -324,9 +326,21 @@ class FamilyGrid:
         pool = s.part_of(split, "train")
         drawn = random.Random(cell.group).sample(pool, min(cell.members, len(pool)))
         held_out = {part: s.part_of(split, part) for part in ("validation", "test")}
+        held_out["test"] = self.judged(held_out["test"])
         for part, proteins in {"train": drawn, **held_out}.items():
             write_fasta(data / f"{part}.fasta", [FastaRecord(q.name, q.residues) for q in proteins])
         return data
+
+    @cached_property
+    def start_models(self) -> list[ProteinModel]:
+        """The models of the starting points, before any adaptation."""
+        return [ProteinModel.load(name) for name in {start.model for start in self.starts}]
+
+    def judged(self, members: Sequence[Protein]) -> list[Protein]:
+        """Return the members that every starting point can take whole: all are judged on these."""
+        residues = [q.residues for q in members]
+        fits = np.all([model.rows(residues)[1] for model in self.start_models], axis=0)
+        return [q for q, fit in zip(members, fits, strict=True) if fit]
 
     def _measure(self, cell: Cell, folder: Path) -> dict[str, Any]:
         data = self._data(cell, folder)
