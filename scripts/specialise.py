@@ -76,12 +76,13 @@ def build_parser() -> argparse.ArgumentParser:
         const=16,
         type=positive_int,
         metavar="RANK",
-        help="for a large model: train low-rank additions (16) and merge them at the end",
+        help="for a large model: train low-rank additions (16) and merge them at the end; no "
+        "random weights are trained for comparison",
     )
     add("--tune", action="store_true", help="try a third and three times each learning rate too")
     add("--epochs", type=positive_int, default=20, help="at most; validation members decide")
     add("--batch_size", type=positive_int, default=8, help="members of a step")
-    add("--skip_random", action="store_true", help="do not train random weights for comparison")
+    add("--skip_random", action="store_true", help="do not train random weights to compare")
 
     add = parser.add_argument_group("specialist (none without a shape)").add_argument
     add("--student_preset", choices=sorted(s.PRESETS), help="a named shape")
@@ -163,7 +164,7 @@ def run(args: argparse.Namespace) -> dict:
                 max_identity=args.max_identity,
                 seed=args.seed,
             ),
-            scratch=not args.skip_random,
+            scratch=not (args.skip_random or args.lora),
             profile=args.profile,
             layout=args.layout,
             allow_mixed=args.allow_mixed,

@@ -31,7 +31,7 @@ def table(y, **more):
                     if start != f.PROFILE:
                         row |= {"samples": 200, "hits": 50, "proteins_per_second": 10.0}
                     if start == f.TEACHER:
-                        row["nll_before"] = 1000 * 3.0
+                        row["nll_before"] = 1000 * 5.0
                     rows.append({**row, **more.get(start.replace("-", "_"), {})})
     return rows
 
@@ -91,7 +91,7 @@ def test_verdicts_follow_the_estimates():
         student27={"hits": 100},
     )
     rows.append({**rows[0], "rate": 1e-3, "nll": 1e9})  # of the tuning: not counted
-    analysis = f.analyse(rows)
+    analysis = f.analyse(rows, MEMBERS)
     asked = analysis["questions"]
     assert asked[f.LOWER][f.STUDENT]["verdict"] == HOLDS
     assert asked[f.LOWER][f.STUDENT]["estimate"] == pytest.approx(-0.2, abs=0.01)
@@ -107,19 +107,21 @@ def test_verdicts_follow_the_estimates():
     assert asked[f.FASTER]["specialist27, N = 100"]["verdict"] == f.SHOWN
     assert asked[f.FASTER]["student27, N = 100"]["verdict"] == f.MISSED
     gains = [
-        np.mean([3.0 - noisy(f.SPECIALIST, 100, i, d, shift) for d in range(DRAWS)])
-        / np.mean([3.0 - noisy(f.TEACHER, 100, i, d, shift) for d in range(DRAWS)])
+        np.mean([5.0 - noisy(f.SPECIALIST, 100, i, d, shift) for d in range(DRAWS)])
+        / np.mean([5.0 - noisy(f.TEACHER, 100, i, d, shift) for d in range(DRAWS)])
         for i in range(FAMILIES)
     ]
-    # A family whose unadapted teacher is no worse than the adapted one would turn the sign.
     assert asked[f.KEEPS]["specialist27, N = 100"]["estimate"] == pytest.approx(np.mean(gains))
+    assert analysis["means"]["student27 10"]["families"] == FAMILIES
+    assert analysis["claims"][f.THE_CLAIM] == REFUTED
+    assert analysis["claims"][f.THE_GOAL] == f.SHOWN
     text = "\n".join(f.analysis_lines(analysis))
     assert "specialist27 100" in text
     assert f.LOWER in text
 
 
 def test_points_are_contrasts_with_the_teacher():
-    panels = f.points(table(lambda *key: noisy(*key, {f.STUDENT: -0.2})))
+    panels = f.points(table(lambda *key: noisy(*key, {f.STUDENT: -0.2})), MEMBERS)
     nats, hits, _ = panels.values()
     assert set(nats) == {f.PUBLISHED, f.STUDENT, f.SPECIALIST, f.PROFILE}
     n, estimate, low, high = nats[f.STUDENT][1]
@@ -155,7 +157,7 @@ def test_holm_takes_back_what_one_of_many_shows():
     def y(start, n, family, draw):
         return 2.0 + (spread[family] if start == f.STUDENT else 0.0)
 
-    asked = f.analyse(table(y))["questions"]
+    asked = f.analyse(table(y), MEMBERS)["questions"]
     for n in MEMBERS:
         entry = asked[f.LOWER_AT_N][f"student27, N = {n}"]
         assert entry["interval"][1] < 0
@@ -164,6 +166,50 @@ def test_holm_takes_back_what_one_of_many_shows():
     assert asked[f.BEATS_DIRECT]["N = 100"]["verdict"] == REFUTED  # the student is the lower one
 
 
+def test_the_other_sign_is_corrected_too():
+    """A shift that one of four shows against the claim does not refute it; a small one does."""
+    spread = np.linspace(-1, 1, FAMILIES)
+    spread += 2.5 * spread.std(ddof=1) / math.sqrt(FAMILIES)
+
+    def y(start, n, family, draw):
+        return 2.0 + (spread[family] if start == f.STUDENT else 0.0)
+
+    asked = f.analyse(table(y), MEMBERS)["questions"][f.LOWER_AT_N]
+    assert asked["student27, N = 10"]["verdict"] == INCONCLUSIVE
+    assert asked["student27-published, N = 10"]["verdict"] == REFUTED  # equivalent to 0
+
+
+def test_only_the_wanted_numbers_of_members_are_asked_about():
+    rows = table(lambda start, n, family, draw: 2.0 + 0.01 * family + (n == 10))
+    rows = [row for row in rows if row["members"] == 100 or row["family"] == "F1"]
+    entry = f.analyse(rows, [100])["questions"][f.LOWER][f.STUDENT]
+    assert entry["families"] == FAMILIES
+    assert f.LOWER_AT_N not in f.analyse(rows, [100])["questions"]
+
+
+def test_starts_that_were_judged_on_other_members_are_refused():
+    rows = table(lambda *key: 2.0)
+    rows[3]["residues"] = 999
+    with pytest.raises(ValueError, match="judged on other members"):
+        f.analyse(rows, MEMBERS)
+
+
+@pytest.mark.parametrize(
+    ("verdicts", "wanted"),
+    [
+        ([HOLDS, HOLDS], HOLDS),
+        ([HOLDS, REFUTED], REFUTED),
+        ([HOLDS, INCONCLUSIVE], INCONCLUSIVE),
+        ([f.SHOWN, f.NOT_SHOWN], f.NOT_SHOWN),
+        ([f.SHOWN, f.MISSED], f.MISSED),
+        ([HOLDS, None], "not asked yet"),
+    ],
+)
+def test_verdicts_are_joined(verdicts, wanted):
+    questions = {str(i): {"a": {"verdict": v}} for i, v in enumerate(verdicts) if v}
+    assert f.joined(questions, [(str(i), "a") for i in range(len(verdicts))]) == wanted
+
+
 def test_an_experiment_without_cells_is_told():
     with pytest.raises(ValueError, match="no cell of the experiment is finished"):
-        f.analyse([])
+        f.analyse([], MEMBERS)

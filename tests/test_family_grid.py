@@ -5,6 +5,7 @@ from __future__ import annotations
 import shutil
 from dataclasses import replace
 
+import numpy as np
 import pyarrow.parquet as pq
 import pytest
 
@@ -77,6 +78,10 @@ def test_the_experiment_is_tuned_run_and_resumed(grid, monkeypatch):
     with pytest.raises(ValueError, match="chosen once"):
         grid.choose()
 
+    more = replace(grid, members=(5, 6))  # another N later: what was chosen stays
+    with pytest.raises(ValueError, match="6 cells of the tuning are missing, F-n6"):
+        more.choose()
+
     grid.run(cells[:2])
     assert grid.plan(cells)[0] == "  F-n5-d0: 2 cells (profile, specialist)"
     grid.run(cells)
@@ -145,6 +150,10 @@ def test_starts_of_another_form(flags, message):
         starts(build_parser().parse_args([*flags, "--results", "r"]))
 
 
+def test_equal_samples_are_one_hit():
+    assert g.distinct_hits(["MK", "MK", "AA", "CC"], np.array([1.0, 1.0, 2.0, -1.0])) == 2
+
+
 def test_rates_beyond_an_end_are_tried(grid):
     def finish(rate, loss):
         cell = g.Cell("F", 5, g.TUNING_DRAW, "teacher", rate)
@@ -170,7 +179,7 @@ def test_the_answers_are_printed_and_written(tmp_path, capsys):
         for start, nats in (("teacher", 2.0), ("student27", 1.5 + shift), ("profile", 1.0))
     ]
     g.write_per_protein(tmp_path / g.TABLE, {name: [r[name] for r in rows] for name in rows[0]})
-    flags = ["--analyse", "--results", str(tmp_path)]
+    flags = ["--analyse", "--members", "5", "--results", str(tmp_path)]
     assert main(flags) == 0
     shown = capsys.readouterr().out
     assert "student27 | -0.4000 [-0.6484, -0.1516]" in shown

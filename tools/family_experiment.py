@@ -127,13 +127,13 @@ def show_analysis(args: argparse.Namespace) -> dict:
     from src.publishing.plots import save_figure
 
     rows = read_rows(args.results / TABLE)
-    analysis = analyse(rows)
+    analysis = analyse(rows, args.members)
     lines = analysis_lines(analysis)
     write_json(args.results / "analysis.json", analysis)
     write_text(args.results / "analysis.md", "\n".join(lines) + "\n")
     for line in lines:
         say(line)
-    figure = families_figure(points(rows), "training members")
+    figure = families_figure(points(rows, args.members), "training members")
     save_figure(figure, args.results / "specialists.png")
     say(f"written: {args.results / 'analysis.md'}, analysis.json, specialists.png")
     return analysis

@@ -297,8 +297,10 @@ class FamilyGrid:
             ValueError: cells of the tuning are missing, or rates were chosen before.
         """
         path, cells = self.results / RATES_FILE, self.cells(tuning=True)
-        if path.exists():
-            raise ValueError(f"{path}: is there already, and rates are chosen once")
+        before = read_json(path) if path.is_file() else {}
+        cells = [cell for cell in cells if f"{cell.start} {cell.members}" not in before]
+        if not cells:
+            raise ValueError(f"{path}: has all of them already, and rates are chosen once")
         if missing := [cell.key for cell in cells if self.record_of(cell) is None]:
             raise ValueError(f"{len(missing)} cells of the tuning are missing, {missing[0]} first")
         losses: dict[str, dict[float, list[float]]] = defaultdict(lambda: defaultdict(list))
@@ -307,7 +309,7 @@ class FamilyGrid:
             assert record is not None
             assert cell.rate is not None
             losses[f"{cell.start} {cell.members}"][cell.rate].append(record["validation_loss"])
-        rates = {
+        rates = before | {
             name: min(by_rate, key=lambda rate: float(np.mean(by_rate[rate])))
             for name, by_rate in losses.items()
         }
@@ -422,12 +424,13 @@ class FamilyGrid:
         drawn = c.sample_family(model, wanted, longest, self.device, unheard)
         samples, speed = drawn["samples"], drawn["proteins_per_second"]
         if not samples:
-            return {"samples": 0, "hits": 0, "proteins_per_second": speed}
+            return {"samples": 0, "hits": 0, "distinct_hits": 0, "proteins_per_second": speed}
         scores = profile_scores(samples, self.profiles).get(self.profile_keys[cell.family])
         identity = nearest_identities(samples, [q.residues for q in train])["identity"]
         return {
             "samples": len(samples),
             "hits": 0 if scores is None else int((scores > 0).sum()),
+            "distinct_hits": 0 if scores is None else distinct_hits(samples, scores),
             "proteins_per_second": speed,
             "identity": float(identity.mean()),
             "distinct_share": len(set(samples)) / len(samples),
@@ -445,6 +448,11 @@ class FamilyGrid:
             columns = {name: [row[name] for row in rows] for name in names}
             write_per_protein(self.results / TABLE, columns)
         return rows
+
+
+def distinct_hits(samples: Sequence[str], scores: np.ndarray) -> int:
+    """Return how many different samples score above 0."""
+    return len({sample for sample, score in zip(samples, scores, strict=True) if score > 0})
 
 
 def read_rows(path: Path) -> list[dict[str, Any]]:

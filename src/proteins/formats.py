@@ -1,4 +1,7 @@
-"""Recognises the format of a file and reads the lines of text files safely."""
+"""Recognises the format of a file and reads the lines of text files safely.
+
+A new format is recognised here and read in :mod:`src.proteins.readers`.
+"""
 
 from __future__ import annotations
 

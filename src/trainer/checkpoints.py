@@ -4,7 +4,8 @@ A checkpoint is written under a temporary name. Every file is flushed to disk, a
 SHA-256 of each file is added, and the directory is renamed. A run resumes from the newest
 checkpoint whose files agree with its manifest. Older ones are removed only after a newer one was
 read back and found right, and never the best step of one that is kept. No file is a pickle, so a
-checkpoint cannot run code. What the files hold is in :mod:`src.trainer.states`.
+checkpoint cannot run code. What the files hold is in :mod:`src.trainer.states`;
+:func:`src.training.stages.fit` resumes from them.
 """
 
 from __future__ import annotations
