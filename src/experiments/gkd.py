@@ -71,6 +71,7 @@ def train_with_gkd(
         raise ValueError("trl is not installed: pip install trl") from None
     from datasets import Dataset
 
+    tokenizer: Any = teacher.tokenizer
     student = initial_student(settings, teacher.model.config, proteins)
     record = {
         **provenance(),
@@ -98,9 +99,9 @@ def train_with_gkd(
             report_to=[],
             disable_tqdm=True,
         ),
-        data_collator=PromptCollator(teacher.tokenizer.pad_token_id, 1),
+        data_collator=PromptCollator(tokenizer.pad_token_id, 1),
         train_dataset=Dataset.from_dict({"input_ids": [ids.tolist() for ids in proteins]}),
-        processing_class=teacher.tokenizer,
+        processing_class=tokenizer,
         callbacks=list(callbacks),
     )
     trainer.train()
