@@ -25,7 +25,7 @@ fi
 started=$SECONDS
 
 "$python" scripts/specialise.py --family "$out/$family.fasta" --model data/small_teacher \
-    --n_layer 4 --n_head 4 --n_embd 128 --cache_dir "$out/cache" --output_dir "$out/$family"
+    --n_layer 2 --n_head 4 --n_embd 176 --cache_dir "$out/cache" --output_dir "$out/$family"
 
 echo
 echo "done in $((SECONDS - started)) s after installation"

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 import math
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -11,8 +13,10 @@ from scipy import stats
 from src.evaluation.statistics import Estimate, mean_interval
 from src.experiments import family_analysis as f
 from src.experiments.charts import families_figure
+from src.experiments.family_grid import TABLE, read_rows
 from src.experiments.synergy import HOLDS, INCONCLUSIVE, REFUTED
 
+ROOT = Path(__file__).resolve().parents[1]
 MEMBERS, FAMILIES, DRAWS = (10, 100), 12, 2
 
 
@@ -213,3 +217,28 @@ def test_verdicts_are_joined(verdicts, wanted):
 def test_an_experiment_without_cells_is_told():
     with pytest.raises(ValueError, match="no cell of the experiment is finished"):
         f.analyse([], MEMBERS)
+
+
+def test_the_page_says_what_the_committed_cells_say():
+    folder = ROOT / "results" / "specialists"
+    analysis = f.analyse(read_rows(folder / TABLE), [100])
+    assert analysis["questions"] == json.loads((folder / "analysis.json").read_text())["questions"]
+    page = (ROOT / "docs" / "RESULTS.md").read_text().replace("−", "-")
+    asked = analysis["questions"]
+
+    def shown(entry, digits, sign="", of=float):
+        low, high = (f"{of(x):{sign}.{digits}f}" for x in entry["interval"])
+        return f"{of(entry['estimate']):{sign}.{digits}f}", f"[{low}, {high}]"
+
+    for student in (f.PUBLISHED, f.STUDENT):
+        estimate, interval = shown(asked[f.LOWER][student], 3, "+")
+        assert f"{estimate} {interval}" in page
+    name = f"{f.SPECIALIST}, N = 100"
+    assert "{} {}".format(*shown(asked[f.KEEPS][name], 3)) in page
+    assert "{} times {}".format(*shown(asked[f.FASTER][name], 2, of=math.exp)) in page
+    assert "{} times {}".format(*shown(asked[f.HITS_A_SECOND]["N = 100"], 2, of=math.exp)) in page
+    for start in (f.TEACHER, f.PUBLISHED, f.STUDENT, f.SPECIALIST):
+        means = analysis["means"][f"{start} 100"]
+        speed = math.exp(means["log_speed"])
+        assert f"| {means['nats']:.3f} | {means['hits']:.0%} |".replace("%", " %") in page
+        assert f"| {speed:.1f} |" in page

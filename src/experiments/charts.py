@@ -234,7 +234,7 @@ def families_figure(
     """
     if not any(panels.values()):
         raise ValueError("no cells to draw")
-    figure = Figure(figsize=(1.6 + 2.9 * len(panels), 3.3), layout="constrained")
+    figure = Figure(figsize=(2.6 + 2.9 * len(panels), 3.3), layout="constrained")
     grid = figure.subplots(1, len(panels), squeeze=False)[0]
     names = list(dict.fromkeys(name for starts in panels.values() for name in starts))
     for axes, (title, starts) in zip(grid, panels.items(), strict=True):
@@ -244,9 +244,17 @@ def families_figure(
             shift = 1.04 ** (names.index(name) - len(names) / 2)  # points of one N lie side by side
             axes.errorbar(at * shift, value, [value - low, high - value], **look, label=name)
         axes.set_xscale("log")
-        axes.set_title(title)
+        ticks = sorted({point[0] for points in starts.values() for point in points})
+        axes.set_xlim(ticks[0] / 1.4, ticks[-1] * 1.4)
+        axes.set_xticks(ticks, [f"{tick:g}" for tick in ticks])
+        axes.set_xticks([], minor=True)
+        axes.set_title(title, fontsize=9)
         axes.set_xlabel(x)
-    grid[0].legend(fontsize=7)
+    handles = {}
+    for axes in grid:
+        for handle, name in zip(*axes.get_legend_handles_labels(), strict=True):
+            handles.setdefault(name, handle)
+    figure.legend(handles.values(), handles, loc="outside right center", fontsize=8)
     return figure
 
 
