@@ -80,4 +80,4 @@ def test_the_family_quickstart_takes_fifty_members_of_one_family_and_known_flags
     (line,) = re.findall(r'^"\$python" scripts/specialise.py (.*)$', text, re.MULTILINE)
     args = build_parser().parse_args(shlex.split(line))
     assert args.model == "data/small_teacher"
-    assert args.n_embd == 128
+    assert args.n_embd == 176
