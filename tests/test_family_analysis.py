@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -14,7 +15,7 @@ from src.evaluation.statistics import Estimate, mean_interval
 from src.experiments import family_analysis as f
 from src.experiments.charts import families_figure
 from src.experiments.family_grid import TABLE, read_rows
-from src.experiments.synergy import HOLDS, INCONCLUSIVE, REFUTED
+from src.experiments.synergy import HOLDS, INCONCLUSIVE, REFUTED, part_verdict
 
 ROOT = Path(__file__).resolve().parents[1]
 MEMBERS, FAMILIES, DRAWS = (10, 100), 12, 2
@@ -151,7 +152,7 @@ def test_points_are_contrasts_with_the_teacher():
     ],
 )
 def test_verdict(estimate, sign, margin, wanted):
-    assert f.verdict(estimate, sign, margin) == wanted
+    assert part_verdict(estimate, sign, margin) == wanted
 
 
 def test_holm_takes_back_what_one_of_many_shows():
@@ -226,7 +227,7 @@ def test_the_page_says_what_the_committed_cells_say():
     page = (ROOT / "docs" / "RESULTS.md").read_text().replace("−", "-")
     asked = analysis["questions"]
 
-    def shown(entry, digits, sign="", of=float):
+    def shown(entry, digits, sign="", of: Callable[[float], float] = float):
         low, high = (f"{of(x):{sign}.{digits}f}" for x in entry["interval"])
         return f"{of(entry['estimate']):{sign}.{digits}f}", f"[{low}, {high}]"
 

@@ -23,6 +23,12 @@ SHIFT = 0.16
 """Distance of the seeds' points below the estimate in a forest plot, in rows."""
 
 
+def _row_of_panels(count: int, margin: float = 0.8, **options: Any) -> tuple[Figure, Any]:
+    """Return a figure with panels side by side, and room of a margin in inches beside them."""
+    figure = Figure(figsize=(margin + 2.9 * count, 3.3), layout="constrained")
+    return figure, figure.subplots(1, count, squeeze=False, **options)[0]
+
+
 @styled
 def effects_figure(
     sizes: Mapping[str, Mapping[str, Any]], margin: float, reference: str = "baseline"
@@ -169,8 +175,7 @@ def arm_curves(
     """
     if not any(panels.values()):
         raise ValueError("no learning curves to draw")
-    figure = Figure(figsize=(0.8 + 2.9 * len(panels), 3.3), layout="constrained")
-    grid = figure.subplots(1, len(panels), squeeze=False)[0]
+    figure, grid = _row_of_panels(len(panels))
     for axes, (title, arms) in zip(grid, panels.items(), strict=True):
         for index, (arm, (steps, values)) in enumerate(arms.items()):
             table = np.asarray(values, dtype=float)
@@ -201,8 +206,7 @@ def compute_figure(panels: Mapping[str, Mapping[str, Sequence[Sequence[Any]]]]) 
     """
     if not any(panels.values()):
         raise ValueError("no runs to draw")
-    figure = Figure(figsize=(0.8 + 2.9 * len(panels), 3.3), layout="constrained")
-    grid = figure.subplots(1, len(panels), squeeze=False, sharey=True)[0]
+    figure, grid = _row_of_panels(len(panels), sharey=True)
     for axes, (title, recipes) in zip(grid, panels.items(), strict=True):
         for index, (recipe, seeds) in enumerate(recipes.items()):
             for number, points in enumerate(seeds):
@@ -234,8 +238,7 @@ def families_figure(
     """
     if not any(panels.values()):
         raise ValueError("no cells to draw")
-    figure = Figure(figsize=(2.6 + 2.9 * len(panels), 3.3), layout="constrained")
-    grid = figure.subplots(1, len(panels), squeeze=False)[0]
+    figure, grid = _row_of_panels(len(panels), margin=2.6)
     names = list(dict.fromkeys(name for starts in panels.values() for name in starts))
     for axes, (title, starts) in zip(grid, panels.items(), strict=True):
         for name, points in starts.items():

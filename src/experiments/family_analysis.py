@@ -17,7 +17,7 @@ import numpy as np
 from src.common.tables import markdown_lines
 from src.evaluation.statistics import Estimate, holm, is_equivalent, mean_interval
 from src.experiments.family_grid import PROFILE
-from src.experiments.synergy import HOLDS, INCONCLUSIVE, REFUTED, shown
+from src.experiments.synergy import INCONCLUSIVE, REFUTED, part_verdict, shown
 
 TEACHER, PUBLISHED, STUDENT, SPECIALIST = (
     "teacher",
@@ -141,29 +141,10 @@ def kept_shares(nats: Values, before: Values, start: str, n: int) -> dict[str, f
     A family's share is (y of the unadapted teacher - y of the start) / (the same of the adapted
     teacher), each the mean over its draws.
     """
-    both = {**{key: nats[key] for key in nats}, ("before", n): before.get((TEACHER, n), {})}
+    both = {**nats, ("before", n): before.get((TEACHER, n), {})}
     gained = by_family(both, {("before", n): 1.0, (TEACHER, n): -1.0})
     own = by_family(both, {("before", n): 1.0, (start, n): -1.0})
     return {family: own[family] / gained[family] for family in own if family in gained}
-
-
-def verdict(estimate: Estimate, sign: int, margin: float | None = None) -> str:
-    """Return whether a value is on the claimed side of 0.
-
-    Args:
-        estimate: of the value.
-        sign: claimed: -1 below 0, 1 above, 0 any of both.
-        margin: the claim is also refuted where the value is equivalent to 0 within this.
-
-    Returns:
-        ``holds``, ``refuted`` or ``inconclusive``.
-    """
-    if margin is not None and is_equivalent(estimate, margin):
-        return REFUTED
-    low, high = sorted(((sign or 1) * estimate.low, (sign or 1) * estimate.high))
-    if low > 0 or (sign == 0 and high < 0):
-        return HOLDS
-    return REFUTED if sign and high < 0 else INCONCLUSIVE
 
 
 def goal_verdict(estimate: Estimate, goal: float) -> str:
@@ -215,7 +196,7 @@ def analyse(rows: Sequence[Mapping[str, Any]], members: Sequence[int]) -> dict[s
         estimates = {name: value for name, value in found.items() if value is not None}
         adjusted = holm({name: value.p_value for name, value in estimates.items()})
         for name, value in estimates.items():
-            judged = verdict(value, sign, margin)
+            judged = part_verdict(value, sign, margin)
             within = margin is not None and is_equivalent(value, margin)
             if adjusted[name] >= ALPHA and not within:
                 judged = INCONCLUSIVE
@@ -294,7 +275,7 @@ def points(
         members: the N that are drawn.
 
     Returns:
-        By panel and start: (N, estimate, low, high) with intervals over families.
+        By panel that has any, and start: (N, estimate, low, high) with intervals over families.
     """
     values = measured(rows)
     panels: dict[str, dict[str, list[tuple[float, ...]]]] = {}
@@ -304,7 +285,7 @@ def points(
         "seconds of training": ("train_seconds", False),
     }
     for title, (name, paired) in wanted.items():
-        panel = panels.setdefault(title, {})
+        panel: dict[str, list[tuple[float, ...]]] = {}
         for start in dict.fromkeys(start for start, _ in values[name]):
             if paired and start == TEACHER:
                 continue
@@ -313,6 +294,8 @@ def points(
                 if found := contrast(values[name], terms):
                     point = (n, found.estimate, found.low, found.high)
                     panel.setdefault(start, []).append(point)
+        if panel:
+            panels[title] = panel
     return panels
 
 

@@ -217,6 +217,10 @@ class FamilyGrid:
         path = self.file_of(cell)
         return read_json(path) if path.is_file() else self.packed.get(cell.key)
 
+    def is_finished(self, cell: Cell) -> bool:
+        """Return whether a cell has a record."""
+        return self.file_of(cell).is_file() or cell.key in self.packed
+
     # Before the run -----------------------------------------------------------------------------
 
     def plan(self, cells: Sequence[Cell]) -> list[str]:
@@ -228,14 +232,14 @@ class FamilyGrid:
         sizes = {start.name: s.parameters_of(start.model) for start in self.starts}
         seconds, lines = 0.0, []
         for group, members in groupby(cells, lambda cell: cell.group):
-            left = [cell for cell in members if self.record_of(cell) is None]
+            left = [cell for cell in members if not self.is_finished(cell)]
             for cell in left:
                 known = spent[cell.start]
                 seconds += sum(known) / len(known) if known else self._guess(cell, sizes)
             if left:
                 names = sorted({cell.start for cell in left})
                 lines.append(f"  {group}: {len(left)} cells ({', '.join(names)})")
-        left = sum(self.record_of(cell) is None for cell in cells)
+        left = sum(not self.is_finished(cell) for cell in cells)
         measured = "from finished cells" if any(spent.values()) else "guessed, at most"
         return [
             *lines,
@@ -261,14 +265,14 @@ class FamilyGrid:
         if any(cell.rate is None for cell in cells):
             self.tuned_rates()
         for group, members in groupby(cells, lambda cell: cell.group):
-            left = [cell for cell in members if self.record_of(cell) is None]
+            left = [cell for cell in members if not self.is_finished(cell)]
             if not left:
                 continue
             folder = self.work / group
             try:
                 with locked(folder, "--work"):
                     for cell in left:
-                        if self.record_of(cell) is not None:  # another process was quicker
+                        if self.is_finished(cell):  # another process was quicker
                             continue
                         self.announce(f"== {cell.key}")
                         started = time.monotonic()
@@ -301,7 +305,7 @@ class FamilyGrid:
         cells = [cell for cell in cells if f"{cell.start} {cell.members}" not in before]
         if not cells:
             raise ValueError(f"{path}: has all of them already, and rates are chosen once")
-        if missing := [cell.key for cell in cells if self.record_of(cell) is None]:
+        if missing := [cell.key for cell in cells if not self.is_finished(cell)]:
             raise ValueError(f"{len(missing)} cells of the tuning are missing, {missing[0]} first")
         losses: dict[str, dict[float, list[float]]] = defaultdict(lambda: defaultdict(list))
         for cell in cells:
@@ -361,7 +365,7 @@ class FamilyGrid:
             spent = time.monotonic() - begun
             return {**counts, "nll": float(nll.sum()), "train_seconds": spent, "choice": choice}
         start = next(start for start in self.starts if start.name == cell.start)
-        adapted = start if start.student is None else self._teacher_of(start)
+        adapted = self._adapted_start(start)
         rate = cell.rate or self.tuned_rates()[f"{adapted.name} {cell.members}"]
         model, record = self._fit(cell, start, rate, data, folder)
         record = {
@@ -397,7 +401,7 @@ class FamilyGrid:
                 start.model, data, place, fit, random_weights=start.random, **options
             )
         # The teacher is the one that the cell of the same model left, or would make.
-        teacher = self._teacher_of(start)
+        teacher = self._adapted_start(start)
         adapted = folder / teacher.name
         s.adapt(start.model, data, adapted, fit, **options)
         place, both = folder / start.name, folder / "distillation"
@@ -413,8 +417,10 @@ class FamilyGrid:
         own = replace(self.distillation, seed=seed)
         return place, s.distil(str(adapted), both, place, start.student, own, **options)
 
-    def _teacher_of(self, start: Start) -> Start:
-        """Return the starting point whose adapted model a specialist is distilled from."""
+    def _adapted_start(self, start: Start) -> Start:
+        """Return the starting point that is adapted: a specialist's is that of its teacher."""
+        if start.student is None:
+            return start
         return next(t for t in self.tuned_starts if t.model == start.model and not t.random)
 
     def _sampled(self, cell: Cell, model: Path, train: Sequence[Any]) -> dict[str, Any]:

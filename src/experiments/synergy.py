@@ -146,22 +146,23 @@ EXPECTED_SIGN = {"U": 1, "C": 1, "B": -1, "I": -1}
 """The claimed sign of each contrast."""
 
 
-def part_verdict(estimate: Estimate, sign: int) -> str:
+def part_verdict(estimate: Estimate, sign: int, margin: float | None = MARGIN) -> str:
     """Return whether one part of the claim holds.
 
     Args:
         estimate: of the contrast.
-        sign: the claimed sign of the contrast, 1 or -1.
+        sign: the claimed sign of the contrast, 1 or -1; 0: any of both.
+        margin: a contrast within this of 0 is too small to matter; None: none is.
 
     Returns:
         ``refuted`` where the contrast is within the margin of 0, which is too small to matter, or
         its interval lies on the other side of 0; ``holds`` where the interval lies on the claimed
         side; else ``inconclusive``.
     """
-    if is_equivalent(estimate, MARGIN):
+    if margin is not None and is_equivalent(estimate, margin):
         return REFUTED
-    low, high = sorted((sign * estimate.low, sign * estimate.high))
-    if low > 0:
+    low, high = sorted(((sign or 1) * estimate.low, (sign or 1) * estimate.high))
+    if low > 0 or (sign == 0 and high < 0):
         return HOLDS
     return REFUTED if high < 0 else INCONCLUSIVE
 
