@@ -6,7 +6,7 @@ analysis.md beside the tables.
 
 Examples:
   python scripts/analyse_ablation.py --results results/synergy
-  python scripts/analyse_ablation.py --results results/recipe --grid recipe --against baseline cut
+  python scripts/analyse_ablation.py --results results/synergy --against baseline weight_matched
   python scripts/analyse_ablation.py --results results/claim/cut-1200 \
       --shorter results/claim/cut-400
 """

@@ -1,12 +1,12 @@
 #!/usr/bin/env python3
-"""Make the figures and tables of the experiment from results/ alone.
+"""Make the figures and tables of an experiment on the synergy claim from its results alone.
 
 Figures come as PNG and PDF, tables as Markdown and LaTeX. What lacks its results is left out, and
 the command that makes them is named.
 
 Examples:
   python scripts/figures.py
-  python scripts/figures.py --update docs/WEAK_TEACHER.md
+  python scripts/figures.py --results results/mine --output figures
 """
 
 from __future__ import annotations
@@ -20,17 +20,15 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from src.common.cli import HelpFormatter, run_script
 
-WEAK = Path("results/weak_teacher")
-"""The results that are complete."""
+CLAIM = Path("results/claim")
 
 
 def build_parser() -> argparse.ArgumentParser:
     """Return the parser of this script."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=HelpFormatter)
     add = parser.add_argument
-    add("--results", type=Path, default=WEAK, help="directory of results")
+    add("--results", type=Path, default=CLAIM, help="directory of results")
     add("--output", type=Path, help="directory to write to (default: RESULTS/figures)")
-    add("--update", type=Path, metavar="FILE", help="put the tables into this page too")
     return parser
 
 
@@ -40,7 +38,7 @@ def run(args: argparse.Namespace) -> dict[str, Sequence[str]]:
 
     if not args.results.is_dir():
         raise ValueError(f"--results {args.results}: is no directory")
-    return make_all(args.results, args.output or args.results / "figures", args.update)
+    return make_all(args.results, args.output or args.results / "figures")
 
 
 def main(argv: list[str] | None = None) -> int:

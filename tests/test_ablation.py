@@ -360,7 +360,7 @@ def test_results_of_other_settings_are_not_taken_for_done(finished, grid, world)
 def test_the_provided_grids_are_the_issues():
     assert set(GRIDS) == {
         "owner", "synergy-tuning", "synergy", "synergy-random-tuning", "synergy-random",
-        "recipe-tuning", "recipe", "temperature", "alpha", "smoothing",
+        "temperature", "alpha", "smoothing",
     }  # fmt: skip
     owner = GRIDS["owner"]
     files = {owner.file_of(cell) for cell in owner.cells()}
@@ -382,27 +382,7 @@ def test_the_provided_grids_are_the_issues():
         assert (confirm.split, tuning.split) == ("test", "validation")
 
 
-def test_an_arm_may_start_elsewhere_or_warm_up_longer(one, world, tmp_path):
-    """Other initial weights stay in the group; other training arguments make one of their own."""
-    changes = {"both": {"init_from": str(world / "teacher")}, "hard_only": {"warmup_steps": 4}}
-    changed = replace(one, rates=(1e-2,), changes=changes)
-    run = job(changed, tmp_path, world)
-    assert [(name, [c.arm for c in cells]) for name, cells in run.groups()] == [
-        ("s-seed1", ["baseline", "both"]),
-        ("s-seed1-warmup_steps4", ["hard_only"]),
-    ]
-    assert run.run()["done"] == 3
-    found = {
-        arm: read_results(tmp_path / "results" / f"{arm}-s-seed1-lr0.01.json")
-        for arm in changed.arms
-    }
-    assert found["both"]["settings"]["train"]["init_from"] == "teacher"  # without its directory
-    assert found["hard_only"]["settings"]["train"]["warmup_steps"] == 4
-    names = {path.name for path in (tmp_path / "results").glob("*.parquet")}
-    assert "per_protein-small-s-seed1-warmup_steps4.parquet" in names
-
-
-def test_every_recipe_can_be_trained_in_its_group():
+def test_every_arm_can_be_trained_in_its_group():
     """Cells of one group have the same training arguments: a cohort has one set of them."""
     for grid in GRIDS.values():
         cells = grid.cells({size: dict.fromkeys(grid.arms, 1e-3) for size in grid.sizes})

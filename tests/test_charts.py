@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import numpy as np
 import pytest
 
@@ -54,16 +52,6 @@ def test_effects_without_the_design_and_without_anything():
         charts.effects_figure({}, 0.02)
 
 
-def test_scaling_draws_points_in_order_of_size_and_the_lines():
-    series = {"baseline": [(0.27, 2.9, 2.89, 2.91), (0.11, 2.95, 2.94, 2.96)]}
-    axes = charts.scaling_figure(series, {"teacher": 2.85, "unigram": 2.93}).axes[0]
-    line = next(line for line in axes.lines if len(np.asarray(line.get_xdata())) == 2)
-    assert np.allclose(np.asarray(line.get_xydata()), [[11, 2.95], [27, 2.9]])
-    assert {text.get_text() for text in axes.texts} == {"teacher 2.850", "unigram 2.930"}
-    with pytest.raises(ValueError, match="no students"):
-        charts.scaling_figure({"baseline": []}, {})
-
-
 def test_curves_are_means_over_seeds():
     arms = {"baseline": ([1, 2], [[5.0, 4.0], [7.0, 6.0]])}
     axes = charts.arm_curves({"x": arms}, "loss").axes[0]
@@ -99,40 +87,3 @@ def test_tables_escape_what_would_be_read():
     assert r"x\_y & $<$2 \\" in text
     assert r"5 \% $-$ 1" in text
     assert r"\begin{tabular}{lr}" in text
-
-
-def test_quality_against_compression_with_intervals_and_bounds():
-    tiny = {
-        "compression_ratio": 20.0,
-        "perplexity_ratio": 2.5,
-        "kl_divergence": 0.5,
-        "intervals": {"perplexity_ratio": [2.3, 2.8]},
-        "threshold": {"perplexity_ratio_below": 3.0},
-    }
-    small = {"compression_ratio": 5.0, "perplexity_ratio": 1.5, "kl_divergence": None}
-    figure = charts.quality_against_compression({"tiny": [tiny], "small": [small], "broken": [{}]})
-    left, right = figure.axes
-    assert {c.get_label() for c in left.containers} == {"tiny", "small"}
-    assert {c.get_label() for c in right.containers} == {"tiny"}
-    low, high = left.get_ylim()
-    assert low < 1
-    assert high > 3
-    left_end, right_end = left.get_xlim()
-    assert left_end < 5 < 20 < right_end
-    with pytest.raises(ValueError, match="compression_ratio"):
-        charts.quality_against_compression({"broken": [{}]})
-
-
-def test_students_of_one_kind_are_joined():
-    """A line for each kind, shifted apart so that none hides another."""
-
-    def student(compression, ratio):
-        return {"compression_ratio": compression, "perplexity_ratio": ratio, "kl_divergence": 0.1}
-
-    kinds = {"cut": [student(10.0, 1.2), student(4.0, 1.1)], "random": [student(4.0, 1.3)]}
-    left = charts.quality_against_compression(kinds).axes[0]
-    kinds_drawn: list[Any] = list(left.containers)
-    lines = {c.get_label(): np.asarray(c.lines[0].get_xydata()) for c in kinds_drawn}
-    assert lines["cut"][:, 1].tolist() == [1.1, 1.2]
-    assert lines["random"][:, 1].tolist() == [1.3]
-    assert lines["cut"][0, 0] < 4.0 < lines["random"][0, 0]

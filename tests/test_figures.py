@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import json
-import shutil
-from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -12,41 +10,39 @@ import pyarrow.parquet as pq
 import pytest
 
 from scripts import figures as script
-from src.common.settings import OF_TEACHER, RECIPES, LossSettings
 from src.experiments import figures
 from src.experiments.cells import PROTEINS, read_cell
-from src.experiments.grids import GRIDS
 from tests.spoiling import refusals
 
 ROOT = Path(__file__).resolve().parents[1]
-RESULTS = ROOT / "results" / "weak_teacher"
+CLAIM = ROOT / "results" / "claim"
+ANALYSED = sorted(path.parent for path in CLAIM.glob("*/analysis.json"))
 
 
 @pytest.fixture(scope="module")
 def made(tmp_path_factory):
     folder = tmp_path_factory.mktemp("figures")
-    return folder, figures.make_all(RESULTS, folder)
+    return folder, figures.make_all(CLAIM, folder)
 
 
-def test_every_figure_with_results_is_made_twice(made):
+def test_every_figure_of_the_claim_is_made(made):
     folder, found = made
-    for name in figures.FIGURES:
+    names = {path.stem for path in folder.glob("*.png")}
+    assert names == {
+        "effects", "learning_curves",
+        *(f"calibration_{analysed.name}_s27" for analysed in ANALYSED),
+    }  # fmt: skip
+    for name in names:
         assert (folder / f"{name}.png").read_bytes().startswith(b"\x89PNG")
         assert (folder / f"{name}.pdf").read_bytes().startswith(b"%PDF")
     assert not found["missing"]
 
 
-def test_the_page_and_the_committed_tables_are_up_to_date(made):
+def test_the_committed_tables_are_up_to_date(made):
     folder, _ = made
-    page = (ROOT / "docs" / "WEAK_TEACHER.md").read_text(encoding="utf-8")
-    for path in sorted(folder.glob("*.md")):
-        text = path.read_text(encoding="utf-8")
-        assert text.strip() in page, path.name
-        assert (RESULTS / "figures" / path.name).read_text(encoding="utf-8") == text
-
-
-CLAIM = ROOT / "results" / "claim"
-ANALYSED = [RESULTS / "synergy", *sorted(path.parent for path in CLAIM.glob("*/analysis.json"))]
+    text = (folder / "tables.md").read_text(encoding="utf-8")
+    assert (CLAIM / "figures" / "tables.md").read_text(encoding="utf-8") == text
+    assert (folder / "tables.tex").read_text().count(r"\begin{tabular}") == text.count("## ")
 
 
 @pytest.mark.parametrize("folder", ANALYSED, ids=lambda path: path.name)
@@ -73,19 +69,6 @@ def test_the_analysis_is_that_of_the_tables_of_single_proteins(folder):
         assert found == pytest.approx(expected, abs=1e-6)
 
 
-def test_the_answer_in_the_text_is_the_analysis():
-    """Every contrast of the first paragraph stands in the analysis, rounded."""
-    analysis = json.loads((RESULTS / "synergy" / "analysis.json").read_text())["sizes"]
-    text = (ROOT / "docs" / "WEAK_TEACHER.md").read_text(encoding="utf-8")
-    first = " ".join(text.split("## What explains it")[0].split())
-    for size in ("s27", "s11"):
-        for entry in analysis[size]["designs"]["published"]["contrasts"].values():
-            numbers = (entry["estimate"], *entry["interval"])
-            value, low, high = (f"{number:+.4f}".replace("-", "−") for number in numbers)
-            assert f"{value} [{low}, {high}]" in first
-        assert {d["verdict"] for d in analysis[size]["designs"].values()} == {"refuted"}
-
-
 @pytest.mark.parametrize("stratum", ["cut-1200", "random-1200"])
 def test_the_answer_for_the_present_teacher_is_the_analysis(stratum):
     """The table of RESULTS after 1,200 steps, and what README says of it."""
@@ -109,41 +92,17 @@ def test_what_is_missing_is_named_with_its_command(tmp_path, capsys):
     (tmp_path / "results").mkdir()
     assert script.main(["--results", str(tmp_path / "results")]) == 0
     out = capsys.readouterr().out
-    assert "left out: figure 1_effects" in out
+    assert "left out: effects: " in out
     assert "python scripts/analyse_ablation.py" in out
     assert script.main(["--results", str(tmp_path / "nowhere")]) == 2
     assert "is no directory" in capsys.readouterr().err
-
-
-def test_a_page_without_the_section_is_left_alone(tmp_path, capsys):
-    shutil.copytree(RESULTS / "synergy", tmp_path / "results" / "synergy")
-    page = tmp_path / "page.md"
-    page.write_text("no marks\n")
-    arguments = ["--results", str(tmp_path / "results"), "--update", str(page)]
-    assert script.main(arguments) == 2
-    assert "needs the marks" in capsys.readouterr().err
-    assert page.read_text() == "no marks\n"
-
-
-def test_what_is_recommended_is_what_the_search_found():
-    """The best arm by the rule of docs/EXPERIMENT.md has the flags of ``--recipe recommended``."""
-    analysis = json.loads((RESULTS / "recipe" / "analysis.json").read_text())["sizes"]["s11"]
-    arms = {arm: entry["estimate"] for arm, entry in analysis["arms"].items()}
-    best = min(arms, key=lambda arm: arms[arm])
-    for reference in ("baseline", "cut"):
-        found = analysis["against"][reference][best]
-        assert found["nats"]["interval"][1] < 0
-        assert found["p_holm"] < 0.05
-    flags = dict(RECIPES["recommended"])
-    assert flags.pop("init_from") == OF_TEACHER
-    assert replace(LossSettings(), **flags) == GRIDS["recipe"].arms[best]
 
 
 def analysed(folder: Path) -> tuple[Path, dict]:
     """Return where an analysis stands below a folder, and a committed one of a single size."""
     path = folder / "synergy" / "analysis.json"
     path.parent.mkdir()
-    record = json.loads((RESULTS / "synergy" / "analysis.json").read_text())
+    record = json.loads((CLAIM / "cut-1200" / "analysis.json").read_text())
     return path, {"sizes": {"s27": record["sizes"]["s27"]}}
 
 
@@ -152,7 +111,7 @@ def test_an_analysis_with_anything_wrong_is_shown_or_refused(tmp_path):
     messages = refusals(record, path, lambda: list(figures.contrast_tables(tmp_path)), 2)
     assert all(m.startswith(f"{path}: ") and m.endswith("again") for m in messages), messages
     assert len(messages) > 100
-    messages = refusals(record, path, lambda: figures.effects(tmp_path), 1, share=0.05)
+    messages = refusals(record, path, lambda: list(figures.effects(tmp_path)), 1, share=0.05)
     assert all(m.startswith(f"{path}: ") for m in messages), messages
 
 
@@ -169,11 +128,12 @@ def test_what_is_no_analysis_is_refused_with_its_file(tmp_path, refusal, content
 
 def test_sizes_that_were_not_analysed_alike_are_refused(tmp_path):
     path, record = analysed(tmp_path)
-    other = json.loads(json.dumps(record["sizes"]["s27"]))
-    del other["arms"]["hard_only"], other["against"]["baseline"]["hard_only"]
-    path.write_text(json.dumps({"sizes": {**record["sizes"], "s11": other}}))
-    with pytest.raises(ValueError, match="11 %, cut lacks arms"):
-        figures.effects(tmp_path)
+    more = json.loads(json.dumps(record["sizes"]["s27"]))
+    for entries in (more["arms"], more["against"]["baseline"]):
+        entries["hard_only"] = entries["both"]
+    path.write_text(json.dumps({"sizes": {"s27": more, "s11": record["sizes"]["s27"]}}))
+    with pytest.raises(ValueError, match="11 %, synergy lacks arms"):
+        list(figures.effects(tmp_path))
 
 
 @pytest.mark.parametrize(
@@ -186,9 +146,9 @@ def test_sizes_that_were_not_analysed_alike_are_refused(tmp_path):
     ],
 )
 def test_a_cell_that_lacks_what_is_drawn_is_refused_with_its_file(tmp_path, change, message):
-    name = "baseline-s27-seed1-lr0.004.json"
-    cell = read_cell(RESULTS / "synergy", name)
+    name = "baseline-s27-seed1-lr0.002.json"
+    cell = read_cell(CLAIM / "cut-1200", name)
     assert cell is not None
     (tmp_path / name).write_text(json.dumps(cell | change))
     with pytest.raises(ValueError, match=f"{name}: {message}.*run scripts/ablation.py again"):
-        figures.read_cells(tmp_path, "synergy")
+        figures.read_cells(tmp_path)

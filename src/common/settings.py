@@ -224,7 +224,7 @@ RECIPES: dict[str, dict[str, Any]] = {
     "published": {"use_uncertainty_weighting": True, "use_calibration_smoothing": True},
     "recommended": {"init_from": OF_TEACHER, "temperature": 1.0, "alpha": 0.0},
 }
-"""Flags of train.py that each recipe sets; docs/WEAK_TEACHER.md compares them."""
+"""Flags of train.py that each recipe sets; docs/RESULTS.md compares them."""
 
 
 @dataclass(frozen=True)

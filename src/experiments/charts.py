@@ -1,4 +1,4 @@
-"""Draws the experiment's figures: effects of the arms, quality over sizes, curves, calibration.
+"""Draws the experiments' figures: effects of the arms, curves, calibration, families.
 
 Every function takes numbers from results files and returns a figure, as in
 :mod:`src.publishing.plots`.
@@ -14,8 +14,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, MaxNLocator
 
-from src.evaluation.results import interval_of, lookup
-from src.publishing.plots import COLOURS, FAINT, INK, WIDTH, series_look, styled
+from src.publishing.plots import COLOURS, FAINT, INK, series_look, styled
 
 PLAIN = FuncFormatter(lambda value, _: f"{value:g}")
 """Numbers of a logarithmic axis, written out."""
@@ -118,48 +117,6 @@ def _forest(
 
 
 @styled
-def scaling_figure(
-    series: Mapping[str, Sequence[tuple[float, float, float, float]]],
-    lines: Mapping[str, float],
-) -> Figure:
-    """Draw nats per residue against the student's share of the teacher's parameters.
-
-    Args:
-        series: points (share, value, low, high) by name.
-        lines: values of models that are drawn as horizontal lines: the teacher, the unigram floor.
-
-    Raises:
-        ValueError: there is nothing to draw.
-    """
-    if not any(series.values()):
-        raise ValueError("no students to draw")
-    figure = Figure(figsize=(5.2, 3.3), layout="constrained")
-    axes = figure.subplots()
-    shares = [100 * point[0] for points in series.values() for point in points]
-    for index, (name, points) in enumerate(series.items()):
-        table = np.array(sorted(points), dtype=float)
-        axes.errorbar(
-            100 * table[:, 0], table[:, 1], yerr=np.abs(table[:, 2:].T - table[:, 1]),
-            **series_look(index), capsize=2.5, label=name.replace("_", " "),
-        )  # fmt: skip
-    for index, (name, value) in enumerate(lines.items()):
-        colour = COLOURS.get(name, FAINT)
-        axes.axhline(value, color=colour, linewidth=1.2, linestyle=(":", "--", "-.")[index % 3])
-        axes.annotate(
-            f"{name} {value:.3f}", (1, value), xycoords=("axes fraction", "data"), xytext=(-2, 2),
-            textcoords="offset points", ha="right", fontsize=8, color=colour,
-        )  # fmt: skip
-    axes.set_xscale("log")
-    ticks = sorted(set(shares))
-    axes.set_xticks(ticks, [f"{tick:.0f} %" for tick in ticks])
-    axes.minorticks_off()
-    axes.set_xlabel("student's parameters, share of the teacher's")
-    axes.set_ylabel("nats per residue (lower is better)")
-    axes.legend(fontsize=8)
-    return figure
-
-
-@styled
 def arm_curves(
     panels: Mapping[str, Mapping[str, tuple[Sequence[float], Sequence[Sequence[float]]]]],
     label: str,
@@ -259,101 +216,6 @@ def families_figure(
             handles.setdefault(name, handle)
     figure.legend(handles.values(), handles, loc="outside right center", fontsize=8)
     return figure
-
-
-@styled
-def quality_against_compression(kinds: Mapping[str, Sequence[Mapping[str, Any]]]) -> Figure:
-    """Draw perplexity ratio and KL divergence of students against how much smaller they are.
-
-    Students of different kinds and equal size are drawn side by side, with intervals, and with the
-    ratio that each size must stay below where the files name it.
-
-    Args:
-        kinds: results of students of different sizes, by name of their kind.
-
-    Raises:
-        ValueError: no file has a compression ratio and a perplexity ratio.
-    """
-    students = {
-        name: sorted(
-            (r for r in records if r.get("compression_ratio") and r.get("perplexity_ratio")),
-            key=lambda r: float(r["compression_ratio"]),
-        )
-        for name, records in kinds.items()
-    }
-    students = {name: records for name, records in students.items() if records}
-    if not students:
-        raise ValueError("no results with compression_ratio and perplexity_ratio to draw")
-    figure = Figure(figsize=(WIDTH * 1.5, 3.2), layout="constrained")
-    ratio, kl = figure.subplots(1, 2)
-    _panel(ratio, students, "perplexity_ratio", "perplexity, student / teacher")
-    _panel(kl, students, "kl_divergence", "KL(teacher‖student), nats per token")
-    ratio.axhline(1, color=COLOURS["teacher"], linewidth=1, label="teacher")
-    bounds = sorted(
-        {
-            (float(record["compression_ratio"]), bound)
-            for records in students.values()
-            for record in records
-            if (bound := lookup(record, "threshold.perplexity_ratio_below")) is not None
-        }
-    )
-    if bounds:
-        places, limits = zip(*bounds, strict=True)
-        # One student gives one bound, and a line needs two ends.
-        places = (places[0] / 1.12, *places, places[-1] * 1.12)
-        limits = (limits[0], *limits, limits[-1])
-        ratio.plot(places, limits, color=FAINT, linestyle="--", linewidth=1, label="to stay below")
-    low, high = ratio.get_ylim()
-    ratio.set_ylim(min(low, 1 - 0.05 * (high - 1)), high)
-    kl.set_ylim(bottom=0)
-    handles, labels = ratio.get_legend_handles_labels()
-    columns = min(len(labels), 4 if max(map(len, labels)) < 24 else 2)
-    figure.legend(handles, labels, loc="outside lower center", ncols=columns, fontsize=8)
-    return figure
-
-
-def _panel(
-    axes: Axes, students: Mapping[str, Sequence[Mapping[str, Any]]], metric: str, title: str
-) -> None:
-    """Draw one metric of the students, by kind, against their compression ratios."""
-    middle = (len(students) - 1) / 2
-    several_sizes = max(map(len, students.values())) > 1
-    for index, (name, records) in enumerate(students.items()):
-        shown = [r for r in records if lookup(r, metric) is not None]
-        if not shown:
-            continue
-        values = np.array([lookup(r, metric) for r in shown], dtype=float)
-        intervals = [interval_of(r, metric) for r in shown]
-        ends = [e or (v, v) for e, v in zip(intervals, values, strict=True)]
-        low, high = np.array(ends, dtype=float).T
-        shift = 1 + 0.03 * (index - middle) * several_sizes
-        look: dict[str, Any] = series_look(index) | ({} if len(shown) > 1 else {"linestyle": ""})
-        axes.errorbar(
-            [float(r["compression_ratio"]) * shift for r in shown],
-            values,
-            yerr=np.maximum([values - low, high - values], 0),
-            **look,
-            linewidth=1,
-            capsize=3,
-            label=name,
-        )
-    sizes = [float(record["compression_ratio"]) for rs in students.values() for record in rs]
-    ticks = _round_sizes(sizes)
-    axes.set_xscale("log")
-    axes.set_xticks(ticks, [f"{tick:g}×" for tick in ticks])
-    axes.minorticks_off()
-    axes.set_xlim(ticks[0] / 1.15, ticks[-1] * 1.15)
-    axes.set_xlabel("times smaller than the teacher")
-    axes.set_title(title, fontweight="normal")
-
-
-def _round_sizes(values: Sequence[float]) -> list[float]:
-    """Return round compression ratios that enclose those given."""
-    steps = [s * 10.0**power for power in range(-2, 6) for s in (1, 2, 5)]
-    low = max((s for s in steps if s <= min(values)), default=steps[0])
-    high = min((s for s in steps if s >= max(values)), default=steps[-1])
-    chosen = [s for s in steps if low <= s <= high]
-    return chosen if len(chosen) > 1 else [low / 2, low, low * 2]
 
 
 @styled

@@ -120,7 +120,6 @@ class Grid:
         split: the part that cells are measured on: ``validation`` to choose, ``test`` to confirm.
         shared: all other settings.
         cell_files: name of an arm's results file where it is not the cell's name.
-        changes: settings beside the loss that an arm changes, by arm.
     """
 
     name: str
@@ -133,7 +132,6 @@ class Grid:
     split: str = "validation"
     shared: TrainSettings = SHARED
     cell_files: Mapping[str, str] = field(default_factory=dict)
-    changes: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
 
     def cells(self, tuned: Mapping[str, Mapping[str, float]] | None = None) -> list[Cell]:
         """Return all cells, ordered by seed, size and arm.
@@ -173,18 +171,14 @@ class Grid:
             loss=self.arms[cell.arm],
             learning_rate=cell.learning_rate,
             seed=cell.seed,
-            **self.changes.get(cell.arm, {}),
         )
 
     def group_of(self, cell: Cell) -> str:
         """Return the name of a cell's group, whose students are trained together.
 
-        Students of one group share their batches and differ only in loss, learning rate and
-        initial weights. An arm that changes more is trained in a group of its own.
+        Students of one group share initial weights and batches and differ in loss and rate.
         """
-        changed = self.changes.get(cell.arm, {})
-        suffixes = [f"-{name}{changed[name]}" for name in sorted(changed) if name != "init_from"]
-        return f"{cell.size}-seed{cell.seed}{''.join(suffixes)}"
+        return f"{cell.size}-seed{cell.seed}"
 
     def file_of(self, cell: Cell) -> str:
         """Return the name of a cell's results file."""
@@ -285,8 +279,6 @@ def _tuned_and_confirmed(
     shared: TrainSettings,
     arms: Mapping[str, LossSettings],
     sizes: Mapping[str, StudentSettings],
-    changes: Mapping[str, Mapping[str, Any]] | None = None,
-    seeds: tuple[int, ...] = (1, 2, 3, 4, 5),
 ) -> tuple[Grid, Grid]:
     """Return the two grids of an experiment: one tunes every arm's rate, one confirms on test."""
     tuning = Grid(
@@ -297,42 +289,18 @@ def _tuned_and_confirmed(
         (1000,),
         rates=RATES,
         shared=shared,
-        changes=changes or {},
     )
     confirm = replace(
         tuning,
         name=name,
         purpose=f"{purpose}: every arm at its tuned learning rate, on test proteins",
-        seeds=seeds,
+        seeds=(1, 2, 3, 4, 5),
         rates=(),
         tuned=True,
         split="test",
     )
     return tuning, confirm
 
-
-RECIPE_ARMS = {
-    "baseline": LossSettings(),
-    "cut": LossSettings(),
-    "temperature_1": LossSettings(temperature=1.0),
-    "temperature_4": LossSettings(temperature=4.0),
-    "soft_only": LossSettings(alpha=0.0),
-    "soft_only_temperature_1": LossSettings(alpha=0.0, temperature=1.0),
-    "uncertainty": PUBLISHED["uncertainty"],
-    "both": PUBLISHED["both"],
-    "both_controlled": CONTROLLED["both_controlled"],
-    "mean_one": CONTROLLED["uncertainty_mean_one"],
-    "confident": CONTROLLED["calibration_confident"],
-    "reverse_kl": LossSettings(divergence="reverse_kl"),
-    "jsd": LossSettings(divergence="jsd"),
-    "skew_kl": LossSettings(divergence="skew_kl", divergence_weight=0.1),
-    "long_warmup": LossSettings(),
-}
-"""Candidates to beat plain distillation. All but ``baseline`` start from the teacher's weights.
-
-Skew 0.1: Ko et al. 2024 (arXiv:2402.03898), whose skew KL mixes that share of the teacher's
-distribution into the student's.
-"""
 
 ARMS = {**PUBLISHED, **CONTROLLED, **CONTROLS}
 TWO_SIZES = {name: SIZES[name] for name in ("s27", "s11")}
@@ -356,15 +324,6 @@ GRIDS = {
         ),
         *_tuned_and_confirmed(
             "synergy-random", "the claim, for random initial weights", RANDOM, ARMS, TWO_SIZES
-        ),
-        *_tuned_and_confirmed(
-            "recipe",
-            "candidates to beat plain distillation",
-            SHARED,
-            RECIPE_ARMS,
-            {"s11": SIZES["s11"]},
-            {"baseline": {"init_from": None}, "long_warmup": {"warmup_steps": 36}},
-            (11, 12, 13, 14, 15),
         ),
         _bundled_sweep("temperature", "temperature of the soft loss"),
         _bundled_sweep("alpha", "weight of the hard loss"),

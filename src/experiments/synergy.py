@@ -19,7 +19,7 @@ from src.common.tables import markdown_lines
 from src.evaluation.schema import Interval, Number, check_record, object_type, record_type
 from src.evaluation.statistics import Estimate, contrast, holm, is_equivalent, seeds_for_half_width
 from src.experiments.cells import read_tables
-from src.experiments.grids import ARMS, RECIPE_ARMS
+from src.experiments.grids import ARMS
 
 MARGIN = 0.02
 """Nats per residue: a contrast within ±0.02 of 0 counts as no effect."""
@@ -109,7 +109,7 @@ def read_runs(folder: str | Path, grid: str, split: str = "test") -> dict[str, R
 
 def _runs(size: str, cells: Mapping[tuple[str, int], Mapping[str, np.ndarray]]) -> Runs:
     """Return one size's runs, arms in the order of the grids, with the seeds that all arms have."""
-    known = list({**ARMS, **RECIPE_ARMS})
+    known = list(ARMS)
     place = {arm: number for number, arm in enumerate(known)}
     arms = sorted({arm for arm, _ in cells}, key=lambda arm: (place.get(arm, len(known)), arm))
     seeds_of_arms = [{seed for a, seed in cells if a == arm} for arm in arms]

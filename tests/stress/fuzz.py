@@ -471,8 +471,8 @@ def build_formats(folder: Path) -> dict[str, Format]:
         label: Format({name: raw}, [name], partial(read_source, name=name, tokenizer=tokenizer))
         for label, (name, raw) in sources.items()
     }
-    results = json.loads((ROOT / "results" / "weak_teacher" / "ablation_both.json").read_bytes())
-    del results["training"]  # its curves: drawing them takes longer than all the rest
+    results = json.loads((ROOT / "results" / "students" / "muon_1500.json").read_bytes())
+    results.pop("training", None)  # its curves: drawing them takes longer than all the rest
     run = {**json.loads((folder / "run" / "run.json").read_bytes()), "status": "running"}
     model = folder_files(folder / "teacher")
     saved = {k: v for k, v in folder_files(folder / "run").items() if k.startswith("checkpoint-")}
