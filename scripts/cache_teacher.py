@@ -1,5 +1,5 @@
 #!/usr/bin/env python3
-"""Run a teacher over the proteins once and keep its hidden states for any number of students.
+r"""Run a teacher over the proteins once and keep its hidden states for any number of students.
 
 scripts/train.py --teacher_cache does the same at its start. Data, share, length and precision must
 be those of the training runs. A stopped capture continues at the shard it was writing; in an

@@ -6,8 +6,8 @@ enough to go on with a stopped run; several processes may share one. First --tun
 then neither, then --analyse.
 
 Example:
-  python tools/family_experiment.py --start teacher=data/small_teacher \\
-      --start student27=models/student27 --random_start random27=models/student27 \\
+  python tools/family_experiment.py --start teacher=data/small_teacher \
+      --start student27=models/student27 --random_start random27=models/student27 \
       --specialist specialist=data/small_teacher:4,4,128 --results results/specialists --dry_run
 """
 

@@ -7,7 +7,7 @@ The same command goes on with a stopped experiment, and draws KL against seconds
 scripts/evaluate.py measures students on test.
 
 Example:
-  python tools/student_experiment.py --steps 3000 --sizes s27 --recipes published recommended \\
+  python tools/student_experiment.py --steps 3000 --sizes s27 --recipes published recommended \
       --results results/students
 """
 

@@ -21,7 +21,7 @@ sys.path.insert(0, str(ROOT))
 from src.common.cli import HelpFormatter, run_script, say
 from src.common.files import write_text
 
-PATTERNS = ("scripts/*.py", "tests/stress/*.py", "tools/*.py", "tools/benchmark/run.py")
+PATTERNS = ("scripts/*.py", "tools/*.py", "tools/benchmark/run.py")
 HEAD = """# Command line
 
 Every flag of every script. This file is generated from the parsers by
@@ -84,14 +84,15 @@ def document(name: str, parser: argparse.ArgumentParser) -> str:
 
 def row(action: argparse.Action) -> str:
     """Return a flag's line in the table."""
-    names = ", ".join(f"`{name}`" for name in action.option_strings) or f"`{action.dest}`"
+    names = ", ".join(f"`{name}`" for name in action.option_strings)
+    names = names or f"`{action.metavar or action.dest}`"
     if action.option_strings and action.nargs != 0:
         names = names[:-1] + f" {value_name(action)}`"
     what = (action.help or "").replace("%%", "%").replace("|", "\\|")
     if action.choices:
         what += f": {', '.join(map(str, action.choices))}"
     default = ""
-    if action.required:
+    if action.required and action.nargs != "*":
         default = "required"
     elif not (action.default is None or action.default is False or action.default == ""):
         shown = action.default
