@@ -57,7 +57,7 @@ def build_parser() -> argparse.ArgumentParser:
     add = parser.add_argument_group("generated proteins").add_argument
     add("--num_samples", type=natural, default=0, help="of each model; with the next flag: 200")
     add("--generation_metrics", action="store_true", help="also diversity, novelty, controls")
-    add("--profiles", type=Path, help="with --generation_metrics: known families, an HMM file such as Pfam-A.hmm")
+    add("--profiles", type=Path, help="with that: families hit, by an HMM file such as Pfam-A.hmm")
 
     add = parser.add_argument_group("output").add_argument
     add("--output", type=Path, required=True, help="results file, JSON")

@@ -80,7 +80,12 @@ def build_parser() -> argparse.ArgumentParser:
         "random weights are trained for comparison",
     )
     add("--tune", action="store_true", help="try a third and three times each learning rate too")
-    add("--epochs", type=positive_int, default=20, help="at most, or 200 steps if these are more; validation members decide when to stop")
+    add(
+        "--epochs",
+        type=positive_int,
+        default=20,
+        help="at most (and 200 steps, if more); validation decides",
+    )
     add("--batch_size", type=positive_int, default=8, help="members of a step")
     add("--skip_random", action="store_true", help="do not train random weights to compare")
 
