@@ -84,7 +84,7 @@ def build_parser() -> argparse.ArgumentParser:
         "--epochs",
         type=positive_int,
         default=20,
-        help="at most (and 200 steps, if more); validation decides",
+        help="at most, or 200 steps if more",
     )
     add("--batch_size", type=positive_int, default=8, help="members of a step")
     add("--skip_random", action="store_true", help="do not train random weights to compare")
