@@ -68,9 +68,7 @@ COMPARED = {
     "recommended": Recipe.named("recommended", (5e-4, 1e-3, 2e-3)),
     "small": Recipe.named("recommended", (5e-4, 1e-3, 2e-3), **SMALL),
     "muon": Recipe.named("recommended", (5e-4, 1e-3, 2e-3), **SMALL, **MUON),
-    "gkd": Recipe(
-        LossSettings(), {"init_from": OF_TEACHER, "batch_size": 8}, (5e-4, 1e-3, 2e-3), True
-    ),
+    "gkd": Recipe(LossSettings(), GKD, (5e-4, 1e-3, 2e-3), gkd=True),
 }
 """The published recipe and plain distillation, both from random weights; the recommended one; the
 same in batches of four, and with Muon and a rate that is constant until it falls; TRL's GKD trainer
