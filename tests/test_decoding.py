@@ -20,7 +20,9 @@ def llama():
     return LlamaForCausalLM(config).eval()
 
 
-@pytest.mark.parametrize("kind", ["gpt2", "gpt2 of transformers", "llama", "scaled", "relu"])
+@pytest.mark.parametrize(
+    "kind", ["gpt2", "gpt2 of transformers", "llama", "scaled", "relu", "parts of the head"]
+)
 def test_logits_are_those_of_a_whole_pass(tiny_lm, monkeypatch, kind):
     if kind == "llama":
         model = llama()
@@ -29,9 +31,12 @@ def test_logits_are_those_of_a_whole_pass(tiny_lm, monkeypatch, kind):
     else:
         model = tiny_lm(activation_function="relu" if kind == "relu" else "gelu_new")
     model = model.double()
+    if kind == "parts of the head":
+        monkeypatch.setattr(decoding, "HEAD_ROWS", 10)
+        model.lm_head.bias = torch.nn.Parameter(torch.randn(64, dtype=torch.double))
     if kind == "gpt2 of transformers":
         monkeypatch.setattr(decoding, "is_plain_gpt2", lambda model: False)
-    assert decoding.is_plain_gpt2(model) == (kind in ("gpt2", "scaled", "relu"))
+    assert decoding.is_plain_gpt2(model) == (not kind.startswith(("llama", "gpt2 of")))
     generator = torch.Generator().manual_seed(0)
     prompt = [0, 5, 9]
     decoder = Decoder(model, torch.tensor(prompt))

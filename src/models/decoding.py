@@ -27,6 +27,9 @@ from src.models.loading import max_positions
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
+HEAD_ROWS = 1024
+"""A CPU multiplies with so many rows of a large vocabulary's head at a time: they stay in its
+caches while they are brought into the order that the product needs."""
 SPARE_COLUMNS = 64
 """Room that the cache gets ahead, so that it is not copied for every token."""
 
@@ -209,7 +212,15 @@ class Decoder:
             inner = block.activation(torch.addmm(block.up_bias, normed, block.up))
             states += torch.addmm(block.down_bias, inner, block.down)
         states = F.layer_norm(states, (size,), weights.norm, weights.shift, weights.eps)
-        return F.linear(states, weights.head, weights.head_bias)
+        return self._head(states)
+
+    def _head(self, states: Tensor) -> Tensor:
+        """Return the logits ``(B, V)`` of the last states ``(B, E)``."""
+        head, bias = self.weights.head, self.weights.head_bias
+        if len(states) == 1 or states.device.type != "cpu" or len(head) < 4 * HEAD_ROWS:
+            return F.linear(states, head, bias)
+        logits = torch.cat([F.linear(states, part) for part in head.split(HEAD_ROWS)], dim=1)
+        return logits if bias is None else logits.add_(bias)
 
 
 class _Window(DynamicLayer):
