@@ -141,14 +141,12 @@ def run(args: argparse.Namespace) -> dict:
     from src.proteins.family_split import FamilySettings
 
     fit = {"epochs": args.epochs, "batch_size": args.batch_size, "seed": args.seed}
-    adaptation = replace(sp.LORA if args.lora else sp.ADAPTATION, **fit)
-    rate = args.learning_rate
-    if not rate and not args.lora:
-        rate = sp.suited_rate(args.model)
-    if rate:
-        adaptation = replace(adaptation, learning_rates=(rate,))
-    random = replace(sp.FROM_RANDOM, **fit)
-    distillation = replace(sp.DISTILLATION, seed=args.seed)
+    whole, small = sp.sizes_of(args.model, specialist)
+    adaptation = replace(sp.LORA if args.lora else sp.suited(sp.ADAPTATION, whole), **fit)
+    if args.learning_rate:
+        adaptation = replace(adaptation, learning_rates=(args.learning_rate,))
+    random = replace(sp.suited(sp.FROM_RANDOM, whole), **fit)
+    distillation = replace(sp.suited(sp.DISTILLATION, small), seed=args.seed)
     if args.tune:
         adaptation, random, distillation = map(sp.tuned, (adaptation, random, distillation))
     return run_family(

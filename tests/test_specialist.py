@@ -65,15 +65,22 @@ def test_a_sweep_stands_around_the_given_rate():
 
 
 def test_the_rate_suits_the_size(model_dir):
-    assert s.adaptation_rate(3_300_000) == s.ADAPTATION.learning_rates[0] == 1.5e-3
-    assert s.adaptation_rate(774_000_000) == 5e-5
-    assert s.adaptation_rate(1_000) == 1.5e-3  # no larger than what was tried
-    rates = [s.adaptation_rate(n) for n in (4_000_000, 40_000_000, 400_000_000)]
+    def rate(parameters, fit=s.ADAPTATION):
+        return s.suited(fit, parameters).learning_rates[0]
+
+    assert rate(3_300_000) == 1.5e-3
+    assert rate(774_000_000) == 5e-5
+    assert rate(1_000) == 1.5e-3  # no larger than what was tried
+    rates = [rate(n) for n in (4_000_000, 40_000_000, 400_000_000)]
     assert rates == sorted(rates, reverse=True)
-    assert s.adaptation_rate(124_000_000) == pytest.approx(1.6e-4)
-    assert s.suited_rate(model_dir) == 1.5e-3
+    assert rate(124_000_000) == pytest.approx(1.6e-4)
+    assert rate(900_000, s.DISTILLATION) == 4e-3
+    assert rate(774_000_000, s.DISTILLATION) == pytest.approx(4e-3 / 30, rel=0.03)
+    shape = StudentSettings(1, 2, 8)
+    whole, small = s.sizes_of(model_dir, shape)
+    assert small < whole == s.sizes_of(model_dir, None)[1]
     with pytest.raises(ValueError, match="there is no"):
-        s.suited_rate(model_dir / "none")
+        s.sizes_of(model_dir / "none", shape)
 
 
 def test_steps_grow_with_the_family():

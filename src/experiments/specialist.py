@@ -44,6 +44,7 @@ from src.models.loading import (
     described_parameters,
     gpt2_shape,
     load_causal_lm,
+    student_config,
 )
 from src.proteins.fasta import FastaRecord, write_fasta
 from src.proteins.sources import Protein, read_proteins
@@ -105,37 +106,44 @@ class FitSettings:
 
 
 ADAPTATION = FitSettings(learning_rates=(1.5e-3,), dropout=0.1)
-"""Of a model as small as the bundled teacher; :func:`adaptation_rate` has that of others."""
 LORA = FitSettings(learning_rates=(3e-3,))
 """Of low-rank additions, which begin at 0 and need larger steps than weights do."""
-RATES = ((3.3e6, 1.5e-3), (774e6, 5e-5))
-"""Parameters and learning rate of two models (:func:`adaptation_rate`)."""
 FROM_RANDOM = FitSettings(learning_rates=(3e-3,))
 DISTILLATION = FitSettings(learning_rates=(4e-3,), epochs=5, least_steps=300, evaluate_each=30)
+"""All but LoRA's rates are those of models as small as the bundled teacher (:func:`suited`)."""
+RATES = ((3.3e6, 1.5e-3), (774e6, 5e-5))
+"""Parameters of two models, and the learning rate with which all weights of each are adapted."""
 
 
-def adaptation_rate(parameters: int) -> float:
-    """Return the learning rate with which all weights of a model are adapted.
+def suited(fit: FitSettings, parameters: int) -> FitSettings:
+    """Return settings whose learning rates suit a model of so many parameters.
 
-    A power law through two sizes. At 3.3 million parameters 1.5e-3 was best of three rates, a
-    factor 3 apart, on the validation members of three families (results/specialists). At 774
-    million it is 5e-5, which is usual for GPT-2 large and was not measured here.
+    They fall with its size by the power law through ``RATES``, and are as given up to the first of
+    the two sizes. There 1.5e-3 was best of three rates, a factor 3 apart, for adaptation, on the
+    validation members of three families (results/specialists). At 774 million it is 5e-5, which is
+    usual for GPT-2 large and was not measured here; nor was the law for other trainings.
     """
     (small, high), (large, low) = RATES
     slope = math.log(low / high) / math.log(large / small)
-    return float(f"{min(high, high * (parameters / small) ** slope):.2g}")
+    factor = min(1.0, (parameters / small) ** slope)
+    rates = tuple(float(f"{rate * factor:.2g}") for rate in fit.learning_rates)
+    return replace(fit, learning_rates=rates)
 
 
-def suited_rate(model: str | Path) -> float:
-    """Return :func:`adaptation_rate` of a model in a directory or on the hub.
+def sizes_of(model: str | Path, student: StudentSettings | None) -> tuple[int, int]:
+    """Return the parameters of a model in a directory or on the hub, and of a student of it.
+
+    Without a student the second number is that of the model.
 
     Raises:
-        ValueError: it is missing or broken.
+        ValueError: the model is missing or broken.
     """
     if require_model_directory(model):
         require_fitting_weights(Path(model))
     with explain_loading("model", model):
-        return adaptation_rate(described_parameters(config_of(model)))
+        config = config_of(model)
+        whole = described_parameters(config)
+    return whole, described_parameters(student_config(student, config)) if student else whole
 
 
 def run_stage(
