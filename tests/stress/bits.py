@@ -2,8 +2,8 @@
 """Run short trainings, evaluations, generations and grids, and compare their bits with a table.
 
 ``bits.json`` holds the SHA-256 of weights, losses and results of the runs in ``bits_runs.py``, as
-commit 68908b2 made them, before the code was restructured. Runs are command lines of ``scripts/``,
-so any commit of the project can make them. Bits depend on the CPU and on the version of PyTorch:
+they were when it was recorded last. Runs are command lines of ``scripts/``, so any commit of the
+project can make them. Bits depend on the CPU and on the version of PyTorch:
 the table says which it was recorded with, and a comparison says where these differ.
 
 Examples:
