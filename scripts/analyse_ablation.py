@@ -38,7 +38,14 @@ def run(args: argparse.Namespace) -> dict:
     """Analyse, write and print. Returns the analysis."""
     from src.common.files import write_json, write_text
     from src.common.runs import provenance
-    from src.experiments.synergy import analyse, analysis_lines, change_lines, changes, read_runs
+    from src.experiments.synergy import (
+        ANALYSIS_FILE,
+        analyse,
+        analysis_lines,
+        change_lines,
+        changes,
+        read_runs,
+    )
 
     runs = read_runs(args.results, args.grid, args.split)
     analysis = analyse(runs, args.against)
@@ -49,9 +56,9 @@ def run(args: argparse.Namespace) -> dict:
         lines += change_lines(record["changes"])
     for line in lines:
         say(line)
-    write_json(args.results / "analysis.json", {**record, "run": provenance()})
+    write_json(args.results / ANALYSIS_FILE, {**record, "run": provenance()})
     write_text(args.results / "analysis.md", "\n".join(lines))
-    say(f"written: {args.results / 'analysis.json'} and analysis.md")
+    say(f"written: {args.results / ANALYSIS_FILE} and analysis.md")
     return analysis
 
 

@@ -20,14 +20,12 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from src.common.cli import HelpFormatter, run_script
 
-CLAIM = Path("results/claim")
-
 
 def build_parser() -> argparse.ArgumentParser:
     """Return the parser of this script."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=HelpFormatter)
     add = parser.add_argument
-    add("--results", type=Path, default=CLAIM, help="directory of results")
+    add("--results", type=Path, default=Path("results/claim"), help="directory of results")
     add("--output", type=Path, help="directory to write to (default: RESULTS/figures)")
     return parser
 

@@ -80,12 +80,7 @@ def build_parser() -> argparse.ArgumentParser:
         "random weights are trained for comparison",
     )
     add("--tune", action="store_true", help="try a third and three times each learning rate too")
-    add(
-        "--epochs",
-        type=positive_int,
-        default=20,
-        help="at most, or 200 steps if more",
-    )
+    add("--epochs", type=positive_int, default=20, help="at most, or 200 steps if more")
     add("--batch_size", type=positive_int, default=8, help="members of a step")
     add("--skip_random", action="store_true", help="do not train random weights to compare")
 
@@ -141,7 +136,7 @@ def run(args: argparse.Namespace) -> dict:
     from src.proteins.family_split import FamilySettings
 
     fit = {"epochs": args.epochs, "batch_size": args.batch_size, "seed": args.seed}
-    whole, small = sp.sizes_of(args.model, specialist)
+    whole, small = (sp.parameters_of(args.model, shape) for shape in (None, specialist))
     adaptation = replace(sp.LORA if args.lora else sp.suited(sp.ADAPTATION, whole), **fit)
     if args.learning_rate:
         adaptation = replace(adaptation, learning_rates=(args.learning_rate,))

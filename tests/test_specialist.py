@@ -77,10 +77,10 @@ def test_the_rate_suits_the_size(model_dir):
     assert rate(900_000, s.DISTILLATION) == 4e-3
     assert rate(774_000_000, s.DISTILLATION) == pytest.approx(4e-3 / 30, rel=0.03)
     shape = StudentSettings(1, 2, 8)
-    whole, small = s.sizes_of(model_dir, shape)
-    assert small < whole == s.sizes_of(model_dir, None)[1]
+    whole, small = (s.parameters_of(model_dir, student) for student in (None, shape))
+    assert small < whole == count_parameters(load_causal_lm(model_dir))
     with pytest.raises(ValueError, match="there is no"):
-        s.sizes_of(model_dir / "none", shape)
+        s.parameters_of(model_dir / "none", shape)
 
 
 def test_steps_grow_with_the_family():

@@ -29,11 +29,10 @@ from src.evaluation.schema import (
 )  # fmt: skip
 from src.experiments import charts, synergy
 from src.experiments.cells import cell_files, read_cell
-from src.experiments.synergy import EXPLANATIONS, MARGIN, shown
+from src.experiments.synergy import ANALYSIS_FILE, EXPLANATIONS, MARGIN, shown
 from src.publishing import plots
 
 SIZE_NAMES = {"s27": "27 %", "s11": "11 %", "s05": "5 %"}
-ANALYSIS = "analysis.json"
 PUBLISHED_ARMS = ("baseline", "uncertainty", "calibration", "both")
 POINT = object_type({"step": Number, "eval_hard_loss": maybe(Number), "grad_norm": maybe(Number)})
 CELL = record_type(
@@ -89,12 +88,14 @@ def read_analyses(results: Path) -> dict[Path, dict[str, Any]]:
         Missing: there are none.
         ValueError: a file is broken.
     """
-    found = [path.parent for path in (*results.glob(ANALYSIS), *results.glob(f"*/{ANALYSIS}"))]
-    if not found:
-        raise Missing(f"{results}: no {ANALYSIS}: python scripts/analyse_ablation.py --results ...")
+    paths = [*results.glob(ANALYSIS_FILE), *results.glob(f"*/{ANALYSIS_FILE}")]
+    if not paths:
+        how = "python scripts/analyse_ablation.py --results ..."
+        raise Missing(f"{results}: no {ANALYSIS_FILE}: {how}")
+    found = [path.parent for path in paths]
     # cut-400 before cut-1200
     found.sort(key=lambda folder: (folder.name.split("-")[0], len(folder.name), folder.name))
-    return {folder: synergy.read_analysis(folder / ANALYSIS) for folder in found}
+    return {folder: synergy.read_analysis(folder / ANALYSIS_FILE) for folder in found}
 
 
 def _title(size: str, experiment: str) -> str:

@@ -55,6 +55,8 @@ CONTROLS = {
 }
 """Control arms that separate the effect of α, of weighting, and of which positions are weighted."""
 
+ARMS = {**PUBLISHED, **CONTROLLED, **CONTROLS}
+
 SIZES = {
     "s27": StudentSettings(4, 4, 128),
     "s11": StudentSettings(2, 4, 104),
@@ -277,15 +279,13 @@ def _tuned_and_confirmed(
     name: str,
     purpose: str,
     shared: TrainSettings,
-    arms: Mapping[str, LossSettings],
-    sizes: Mapping[str, StudentSettings],
 ) -> tuple[Grid, Grid]:
     """Return the two grids of an experiment: one tunes every arm's rate, one confirms on test."""
     tuning = Grid(
         f"{name}-tuning",
         f"{purpose}: tune every arm's learning rate, on validation proteins, at a separate seed",
-        arms,
-        sizes,
+        ARMS,
+        {size: SIZES[size] for size in ("s27", "s11")},
         (1000,),
         rates=RATES,
         shared=shared,
@@ -302,9 +302,6 @@ def _tuned_and_confirmed(
     return tuning, confirm
 
 
-ARMS = {**PUBLISHED, **CONTROLLED, **CONTROLS}
-TWO_SIZES = {name: SIZES[name] for name in ("s27", "s11")}
-
 GRIDS = {
     grid.name: grid
     for grid in (
@@ -319,12 +316,8 @@ GRIDS = {
             shared=RANDOM,
             cell_files={arm: f"ablation_{arm}" for arm in PUBLISHED},
         ),
-        *_tuned_and_confirmed(
-            "synergy", "the claim, for students cut from the teacher", SHARED, ARMS, TWO_SIZES
-        ),
-        *_tuned_and_confirmed(
-            "synergy-random", "the claim, for random initial weights", RANDOM, ARMS, TWO_SIZES
-        ),
+        *_tuned_and_confirmed("synergy", "the claim, for students cut from the teacher", SHARED),
+        *_tuned_and_confirmed("synergy-random", "the claim, for random initial weights", RANDOM),
         _bundled_sweep("temperature", "temperature of the soft loss"),
         _bundled_sweep("alpha", "weight of the hard loss"),
         _bundled_sweep("smoothing", "largest share of the uniform distribution in a target"),

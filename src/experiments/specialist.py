@@ -33,7 +33,6 @@ from src.evaluation.per_protein import write_per_protein
 from src.evaluation.results import put_estimate
 from src.evaluation.statistics import cluster_bootstrap
 from src.models.inspection import (
-    count_parameters,
     explain_loading,
     require_fitting_weights,
     require_model_directory,
@@ -43,7 +42,6 @@ from src.models.loading import (
     config_of,
     described_parameters,
     gpt2_shape,
-    load_causal_lm,
     student_config,
 )
 from src.proteins.fasta import FastaRecord, write_fasta
@@ -130,10 +128,8 @@ def suited(fit: FitSettings, parameters: int) -> FitSettings:
     return replace(fit, learning_rates=rates)
 
 
-def sizes_of(model: str | Path, student: StudentSettings | None) -> tuple[int, int]:
-    """Return the parameters of a model in a directory or on the hub, and of a student of it.
-
-    Without a student the second number is that of the model.
+def parameters_of(model: str | Path, student: StudentSettings | None = None) -> int:
+    """Return the parameters of a model in a directory or on the hub, or of a student of it.
 
     Raises:
         ValueError: the model is missing or broken.
@@ -142,8 +138,7 @@ def sizes_of(model: str | Path, student: StudentSettings | None) -> tuple[int, i
         require_fitting_weights(Path(model))
     with explain_loading("model", model):
         config = config_of(model)
-        whole = described_parameters(config)
-    return whole, described_parameters(student_config(student, config)) if student else whole
+        return described_parameters(student_config(student, config) if student else config)
 
 
 def run_stage(
@@ -385,11 +380,6 @@ def compare_models(
             table, {"protein": names, "cluster": labels, "residues": arrays["residues"], **columns}
         )
     return record
-
-
-def parameters_of(model: str | Path) -> int:
-    """Return the number of a model's parameters."""
-    return count_parameters(load_causal_lm(model))
 
 
 def tuned(settings: FitSettings) -> FitSettings:

@@ -365,6 +365,7 @@ SIZE = object_type(
         "against": dict[Any, dict[Any, DIFFERENCE]],
     }
 )
+ANALYSIS_FILE = "analysis.json"
 ANALYSIS = record_type({"sizes": dict[Any, SIZE]}, required=True)
 
 

@@ -472,7 +472,6 @@ def build_formats(folder: Path) -> dict[str, Format]:
         for label, (name, raw) in sources.items()
     }
     results = json.loads((ROOT / "results" / "students" / "muon_1500.json").read_bytes())
-    results.pop("training", None)  # its curves: drawing them takes longer than all the rest
     run = {**json.loads((folder / "run" / "run.json").read_bytes()), "status": "running"}
     model = folder_files(folder / "teacher")
     saved = {k: v for k, v in folder_files(folder / "run").items() if k.startswith("checkpoint-")}
