@@ -61,6 +61,18 @@ def test_logits_are_those_of_a_whole_pass(tiny_lm, monkeypatch, kind):
     assert decoder.bytes_of_a_row() == 2 * 2 * 256 * 8 * (8 if kind == "llama" else 16)
 
 
+@pytest.mark.parametrize("count", [1, 2, 3, 4, 9])
+def test_a_large_head_is_multiplied_in_other_orders(tiny_lm, monkeypatch, count):
+    model = tiny_lm().double()
+    model.lm_head.bias = torch.nn.Parameter(torch.randn(64, dtype=torch.double))
+    decoder = Decoder(model, torch.tensor([0, 5]))
+    states = torch.randn(count, 16, dtype=torch.double)
+    whole = decoder._head(states)
+    monkeypatch.setattr(decoding, "HEAD_ROWS", 10)
+    torch.testing.assert_close(decoder._head(states), whole)
+    assert decoder._head(states).is_contiguous()
+
+
 def test_what_is_not_gpt2_itself_runs_in_transformers(tiny_lm):
     model = tiny_lm()
     assert is_plain_gpt2(model)

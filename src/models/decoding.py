@@ -30,6 +30,9 @@ if TYPE_CHECKING:
 HEAD_ROWS = 1024
 """A CPU multiplies with so many rows of a large vocabulary's head at a time: they stay in its
 caches while they are brought into the order that the product needs."""
+FEW_STATES = 3
+"""Up to so many states a CPU multiplies fastest with the head on the left, and with two states
+faster than with one."""
 SPARE_COLUMNS = 64
 """Room that the cache gets ahead, so that it is not copied for every token."""
 
@@ -217,9 +220,15 @@ class Decoder:
     def _head(self, states: Tensor) -> Tensor:
         """Return the logits ``(B, V)`` of the last states ``(B, E)``."""
         head, bias = self.weights.head, self.weights.head_bias
-        if len(states) == 1 or states.device.type != "cpu" or len(head) < 4 * HEAD_ROWS:
+        on_cpu = states.device.type == "cpu" and states.dtype.itemsize >= 4
+        if not on_cpu or len(head) < 4 * HEAD_ROWS:
             return F.linear(states, head, bias)
-        logits = torch.cat([F.linear(states, part) for part in head.split(HEAD_ROWS)], dim=1)
+        count = len(states)
+        if count <= FEW_STATES:
+            several = states if count > 1 else states.repeat(2, 1)
+            logits = (head @ several.T).T[:count].contiguous()
+        else:
+            logits = torch.cat([F.linear(states, part) for part in head.split(HEAD_ROWS)], dim=1)
         return logits if bias is None else logits.add_(bias)
 
 
