@@ -19,7 +19,6 @@ from typing import Any
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from src.common import processes
-from src.common import settings as s
 from src.common.cli import (
     LAYOUT_HELP,
     HelpFormatter,
@@ -79,24 +78,16 @@ def described_model(name: str, model: Any) -> dict[str, Any]:
 
 
 def held_out_and_training(
-    args: argparse.Namespace,
-    source: str,
-    parts: tuple[str | None, bool],
-    column: str | None,
-    tokenizer: Any,
-    longest: int,
-    description: Any,
+    args: argparse.Namespace, inputs: Any, tokenizer: Any, longest: int, thorough: bool
 ) -> tuple[Any, list[str] | None]:
     """Return the tokenised proteins to measure on, and residues of training proteins to compare.
 
     Args:
         args: of the script.
-        source: of the proteins.
-        parts: the part to measure on, and whether there is a training part beside it.
-        column: of the residues, where the source is a table.
+        inputs: :class:`~src.evaluation.student_record.Inputs`.
         tokenizer: of both models.
         longest: tokens that both models take.
-        description: how generated proteins are described.
+        thorough: whether novelty will be measured, for which more training proteins are read.
     """
     from src.evaluation.gates import FLOOR_PROTEINS
     from src.evaluation.sequence_quality import NOVELTY_PROTEINS
@@ -104,21 +95,17 @@ def held_out_and_training(
     from src.proteins.tokens import tokenise
 
     test = tokenise(
-        source,
-        parts[0],
-        tokenizer,
-        longest,
-        args.cache_dir,
-        long_proteins="drop",
-        max_proteins=args.max_proteins,
-        sequence_column=column,
-    )
+        inputs.source, inputs.part, tokenizer, longest, args.cache_dir, long_proteins="drop",
+        max_proteins=args.max_proteins, sequence_column=inputs.column,
+    )  # fmt: skip
     for line in test.report.lines():
         say(line)
-    if not parts[1]:
+    if not inputs.has_train:
         return test, None
-    reader = read_proteins(source, split="train", tokenizer=tokenizer, sequence_column=column)
-    count = NOVELTY_PROTEINS if description.thorough else FLOOR_PROTEINS
+    reader = read_proteins(
+        inputs.source, split="train", tokenizer=tokenizer, sequence_column=inputs.column
+    )
+    count = NOVELTY_PROTEINS if thorough else FLOOR_PROTEINS
     return test, [protein.residues for protein in islice(reader, count)]
 
 
@@ -129,12 +116,8 @@ def run(args: argparse.Namespace) -> dict:
     """
     if not processes.is_first():
         return {}
-    check_outputs(
-        args.output,
-        args.per_protein,
-        overwrite=args.overwrite,
-        inputs=(*(args.data or "").split(","), args.profiles),
-    )
+    inputs_given = (*(args.data or "").split(","), args.profiles)
+    check_outputs(args.output, args.per_protein, overwrite=args.overwrite, inputs=inputs_given)
     from src.common.cli import quiet_libraries
     from src.common.devices import choose_device
     from src.common.runs import provenance
@@ -145,66 +128,48 @@ def run(args: argparse.Namespace) -> dict:
     from src.evaluation.results import print_table, write_results
     from src.evaluation.scoring import EvaluationSettings
     from src.models.decoding import sampling_room
-    from src.models.loading import load_causal_lm, require_model_directory
+    from src.models.loading import load_causal_lm
     from src.models.recognition import settle_layout
 
     quiet_libraries()
     description = q.DescriptionSettings(
         args.generation_metrics, args.profiles, bootstrap=args.bootstrap, seed=args.seed
     )
-    record = (
-        student_record.run_of(args.student_model)
-        if require_model_directory(args.student_model)
-        else {}
+    inputs = student_record.settle_inputs(
+        args.student_model, args.teacher_model, args.data, args.sequence_column, args.split
     )
-    if not args.teacher_model and record and student_record.named_teacher(record) is None:
-        raise ValueError(
-            f"{args.student_model} was trained without a teacher: pass --teacher_model, a model "
-            "with the same tokenizer to compare it with"
-        )
-    teacher_name = args.teacher_model or student_record.named_teacher(record) or s.DEFAULT_TEACHER
-    source = args.data or student_record.named_data(record) or s.DEFAULT_DATA
-    column = args.sequence_column or (None if args.data else student_record.named_column(record))
-    parts = student_record.choose_split(source, args.split)
     device = choose_device(args.device)
-    tokenizer = student_record.shared_tokenizer(args.student_model, teacher_name, args.layout)
+    tokenizer = student_record.shared_tokenizer(args.student_model, inputs.teacher, args.layout)
     student = load_causal_lm(args.student_model, device=device)
-    teacher = load_causal_lm(teacher_name, device=device)
+    teacher = load_causal_lm(inputs.teacher, device=device)
     settle_layout(teacher, tokenizer)
     samples = args.num_samples or (q.THOROUGH_SAMPLES if description.thorough else 0)
     if samples:  # before an hour of measuring: what cannot be sampled shows at once
         for model in (student, teacher):
             sampling_room(model, args.max_length)
     settings = EvaluationSettings(
-        batch_size=args.batch_size,
-        max_length=args.max_length,
-        compute_ece=args.compute_ece,
-        bootstrap=args.bootstrap,
-        seed=args.seed,
-        check=not args.skip_teacher_check,
-    )
+        batch_size=args.batch_size, max_length=args.max_length, compute_ece=args.compute_ece,
+        bootstrap=args.bootstrap, seed=args.seed, check=not args.skip_teacher_check,
+    )  # fmt: skip
     longest = student_record.longest(student, teacher, settings)
-    test, train = held_out_and_training(
-        args, source, parts, column, tokenizer, longest, description
-    )
+    test, train = held_out_and_training(args, inputs, tokenizer, longest, description.thorough)
     measured = evaluate(
-        student,
-        teacher,
-        tokenizer,
-        test,
-        settings,
+        student, teacher, tokenizer, test, settings,
         train=train and train[: gates.FLOOR_PROTEINS],
-        clusters=student_record.clusters_of(source),
-        cluster_kind=student_record.cluster_kind(source),
-        announce=say,
-    )
+        clusters=student_record.clusters_of(inputs.source),
+        cluster_kind=student_record.cluster_kind(inputs.source), announce=say,
+    )  # fmt: skip
     results: dict[str, Any] = measured.results
     results["run"] = {
         **provenance(),
         "arguments": recorded(args),
         "student": described_model(args.student_model, student),
-        "teacher": described_model(teacher_name, teacher),
-        "data": {"source": source, "split": parts[0], "fingerprint": test.fingerprint},
+        "teacher": described_model(inputs.teacher, teacher),
+        "data": {
+            "source": inputs.source,
+            "split": inputs.part,
+            "fingerprint": test.fingerprint,
+        },
         "device": str(device),
         "seed": args.seed,
     }
@@ -214,16 +179,10 @@ def run(args: argparse.Namespace) -> dict:
     if samples:
         say(f"written, without generated proteins yet: {args.output}")
         q.measure_generation(
-            results,
-            {"student": student, "teacher": teacher},
-            tokenizer,
-            gates.residues_of_tokens(test, tokenizer),
-            samples,
-            description,
-            batch_size=args.batch_size,
-            train=train,
-            clusters=measured.per_protein["cluster"],
-        )
+            results, {"student": student, "teacher": teacher}, tokenizer,
+            gates.residues_of_tokens(test, tokenizer), samples, description,
+            batch_size=args.batch_size, train=train, clusters=measured.per_protein["cluster"],
+        )  # fmt: skip
         write_results(args.output, results, overwrite=True)
     print_table(results)
     for path in filter(None, (args.output, args.per_protein)):

@@ -4,14 +4,21 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from src.common.runs import RUN_FILE, read_run
+from src.common.settings import DEFAULT_DATA, DEFAULT_TEACHER
 from src.evaluation.results import lookup
 from src.evaluation.scoring import EvaluationSettings
 from src.models.forward import stated_positions
-from src.models.loading import NoTokenizerError, load_tokenizer, max_positions
+from src.models.loading import (
+    NoTokenizerError,
+    load_tokenizer,
+    max_positions,
+    require_model_directory,
+)
 from src.proteins.encoding import tokenizer_fingerprint
 from src.proteins.homology import read_clusters
 from src.proteins.layouts import guess_layout, layout_of, set_layout, stated_layout
@@ -60,6 +67,47 @@ def choose_split(source: str, wanted: str | None) -> tuple[str | None, bool]:
             return part, part != "train" and has_split(source, "train")
     missing = wanted or "test or validation"
     raise ValueError(f"--data {source} has no {missing} part: pass --data with held-out proteins")
+
+
+@dataclass(frozen=True)
+class Inputs:
+    """What a student is measured against, and on.
+
+    Attributes:
+        teacher: directory or hub id.
+        source: of the proteins.
+        column: of the residues, where the source is a table.
+        part: of the source; None: all of it.
+        has_train: whether the source has a training part beside that.
+    """
+
+    teacher: str
+    source: str
+    column: str | None
+    part: str | None
+    has_train: bool
+
+
+def settle_inputs(
+    student: str, teacher: str | None, data: str | None, column: str | None, part: str | None
+) -> Inputs:
+    """Return the inputs of an evaluation: what is given, else what the student's record names.
+
+    Raises:
+        ValueError: the student had no teacher and none is given, or the data have no such part.
+    """
+    record = run_of(student) if require_model_directory(student) else {}
+    recorded = named_teacher(record)
+    if not teacher and record and recorded is None:
+        raise ValueError(
+            f"{student} was trained without a teacher: pass --teacher_model, a model with the same "
+            "tokenizer to compare it with"
+        )
+    source = data or named_data(record) or DEFAULT_DATA
+    column = column or (None if data else named_column(record))
+    return Inputs(
+        teacher or recorded or DEFAULT_TEACHER, source, column, *choose_split(source, part)
+    )
 
 
 def clusters_of(source: str | Path) -> dict[str, str] | None:

@@ -137,10 +137,12 @@ def _sides(
         ends = (out == tokenizer.eos_token_id).cumsum(1)
         amounts["generate"] = int((ends == 0).sum() + (ends[:, -1] > 0).sum())
 
+    candidates = min(TOP_K, model.config.vocab_size)  # CTranslate2 takes no more
+
     def ctranslate2() -> None:
         names = tokenizer.convert_ids_to_tokens(prompt)
         results = engine.generate_batch(
-            [names] * rows, max_length=size, sampling_topk=TOP_K, max_batch_size=rows,
+            [names] * rows, max_length=size, sampling_topk=candidates, max_batch_size=rows,
             include_prompt_in_result=False, return_end_token=True,
         )  # fmt: skip
         amounts["ctranslate2"] = sum(len(result.sequences_ids[0]) for result in results)
