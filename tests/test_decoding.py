@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import itertools
+import random
+
 import pytest
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
@@ -47,9 +50,9 @@ def test_logits_are_those_of_a_whole_pass(tiny_lm, monkeypatch, kind):
                 rows += [list(prompt) for _ in range(3)]
                 decoder.begin(3)
             for row in (1, 0) if step in (40, 120) else ():
-                rows[row] = rows[-1]
+                for place, origin in decoder.drop(row):
+                    rows[place] = rows[origin]
                 rows.pop()
-                decoder.drop(row)
             logits = decoder.step(torch.tensor([row[-1] for row in rows]))
             if step % 13 == 0 or step in (1, 4, 41, 101, 121):
                 for row, found in zip(rows, logits, strict=True):
@@ -59,6 +62,49 @@ def test_logits_are_those_of_a_whole_pass(tiny_lm, monkeypatch, kind):
                 row.append(token)
             assert decoder.lengths == [len(row) for row in rows]
     assert decoder.bytes_of_a_row() == 2 * 2 * 256 * 8 * (8 if kind == "llama" else 16)
+
+
+@pytest.mark.parametrize("kind", ["gpt2", "llama"])
+def test_rows_of_many_lengths_attend_in_groups(tiny_lm, monkeypatch, kind):
+    model = (llama() if kind == "llama" else tiny_lm()).double()
+    monkeypatch.setattr(decoding, "CALL_BYTES", {"cpu": 1})  # as many groups as there are blocks
+    monkeypatch.setattr(decoding, "BLOCK", 2)
+    chance = random.Random(0)
+    prompt = [0, 5, 9]
+    decoder = Decoder(model, torch.tensor(prompt), room=100)
+    rows: list[list[int]] = []
+    ends: list[int] = []
+    counts: list[int] = []
+    groups = decoder._groups
+    monkeypatch.setattr(
+        decoder, "_groups", lambda mask: (found := groups(mask), counts.append(len(found)))[0]
+    )
+    with torch.inference_mode():
+        for step in range(400):
+            missing = chance.randint(0, 9 - len(rows))
+            if missing or not rows:
+                missing = max(1, missing)
+                rows += [list(prompt) for _ in range(missing)]
+                ends += [chance.choice((8, 30, 60, 100)) for _ in range(missing)]
+                decoder.begin(missing)
+            logits = decoder.step(torch.tensor([row[-1] for row in rows]))
+            if step % 9 == 0:
+                for row, found in zip(rows, logits, strict=True):
+                    torch.testing.assert_close(found, model(torch.tensor([row])).logits[0, -1])
+            for row in rows:
+                row.append(chance.randrange(64))
+            for index in reversed(range(len(rows))):
+                if len(rows[index]) >= ends[index]:
+                    for place, origin in decoder.drop(index):
+                        rows[place], ends[place] = rows[origin], ends[origin]
+                    rows.pop()
+                    ends.pop()
+            lengths = decoder.lengths
+            assert lengths == [len(row) for row in rows]
+            blocks = [lengths[first : first + 2] for first in range(0, len(lengths), 2)]
+            assert all(min(a) >= max(b) for a, b in itertools.pairwise(blocks))
+    assert max(counts, default=None) == (5 if kind == "gpt2" else None)  # of two rows each
+    assert decoder.buffers[0].shape[3] <= 150  # columns are used again
 
 
 @pytest.mark.parametrize("count", [1, 2, 3, 4, 9])

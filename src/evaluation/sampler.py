@@ -305,12 +305,10 @@ class Sampler:
                 self._drop(index)
 
     def _drop(self, index: int) -> None:
-        """Take a row out: the last one comes in its place."""
-        last = self.rows.pop()
-        self.decoder.drop(index)
-        if index < len(self.rows):
-            self.rows[index] = last
-            self.ids[index] = self.ids[len(self.rows)]
+        """Take a row out; later ones come in its place."""
+        for place, origin in self.decoder.drop(index):
+            self.rows[place], self.ids[place] = self.rows[origin], self.ids[origin]
+        self.rows.pop()
         self.ids[len(self.rows)] = self.prompt[0]
 
     def run(self, filters: Filters, steps: int) -> list[tuple[int, GeneratedProtein | str]]:

@@ -14,7 +14,7 @@ import torch
 
 from src.common.settings import PRESETS, StudentSettings
 from src.evaluation.generation import GenerationSettings, sample_proteins
-from src.models.loading import build_student, student_config
+from src.models.loading import build_student, load_causal_lm, student_config
 from src.proteins.layouts import prompt_layout
 from src.publishing.exports import (
     compare,
@@ -24,21 +24,32 @@ from src.publishing.exports import (
 )
 from tools.benchmark.workbench import Workbench, interleave, ratio, require_same
 
+STUDENT = Path(__file__).resolve().parents[2] / "results/students/models/student27"
 TOP_K = 500
+LARGEST_TOKENS = 24
+"""Tokens of a protein of the largest model."""
 TOLERANCE = 1e-3
 """Nats up to which two engines give a token the same log-probability."""
 
 
 def models(bench: Workbench) -> dict[str, Any]:
-    """Return the small teacher, and with random weights a student of 27 % and ``hf-tiny``."""
+    """Return the small teacher, its student of 27 %, and ``hf-tiny`` with random weights.
+
+    The student is the one that the repository keeps; for another teacher's vocabulary one of its
+    shape with random weights.
+    """
     teacher = bench.small_teacher
-    wide = student_config(StudentSettings(2, 4, 160), teacher.config)
+    student: Any = load_causal_lm(STUDENT, device=bench.device)
+    if student.config.vocab_size != teacher.config.vocab_size:
+        shape = StudentSettings(
+            student.config.n_layer, student.config.n_head, student.config.n_embd
+        )
+        student = build_student(student_config(shape, teacher.config), seed=0).eval()
     large = student_config(PRESETS["hf-tiny"].student, teacher.config)
     large.vocab_size = bench.scale.vocabulary
-    found = {"teacher": teacher}
-    for name, config in (("student", wide), ("hf_tiny", large)):
-        found[name] = build_student(config, seed=0).eval().to(bench.device)  # type: ignore[arg-type]
-    return found
+    hf_tiny: Any = build_student(large, seed=0).eval()
+    found = {"teacher": teacher, "student": student, "hf_tiny": hf_tiny}
+    return {name: model.to(bench.device) for name, model in found.items()}
 
 
 def generation_section(bench: Workbench) -> dict[str, Any]:
@@ -65,7 +76,9 @@ def _one_model(
 ) -> None:
     tokenizer = bench.tokenizer
     prompt = tokenizer(prompt_layout(), add_special_tokens=False)["input_ids"]
-    size = bench.scale.sampled_tokens * (3 if name == "hf_tiny" else 8) // 8
+    size = bench.scale.sampled_tokens
+    if name == "hf_tiny":  # random weights do not end a protein
+        size = min(size, LARGEST_TOKENS)
     engine = None
     if importlib.util.find_spec("ctranslate2") and bench.device.type == "cpu":
         to_ctranslate2(model, tokenizer, folder / "model")

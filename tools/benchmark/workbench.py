@@ -62,7 +62,7 @@ class Scale:
         slow_rounds: the same for whole steps and generation.
         long_rounds: the same for three students and evaluation, whose rounds take longest.
         sampled_rows: proteins sampled at a time.
-        sampled_tokens: tokens of each, at most; of the largest model three eighths of that.
+        sampled_tokens: tokens of each, at most; of the largest model 24.
         evaluated: proteins evaluated.
     """
 
@@ -80,7 +80,7 @@ class Scale:
     slow_rounds: int = 3
     long_rounds: int = 2
     sampled_rows: tuple[int, ...] = (1, 16, 256)
-    sampled_tokens: int = 64
+    sampled_tokens: int = 256
     evaluated: int = 1000
 
     @property
