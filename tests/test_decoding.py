@@ -64,13 +64,13 @@ def test_logits_are_those_of_a_whole_pass(tiny_lm, monkeypatch, kind):
     assert decoder.bytes_of_a_row() == 2 * 2 * 256 * 8 * (8 if kind == "llama" else 16)
 
 
+@pytest.mark.parametrize("prompt", [[0, 5, 9], [0]])
 @pytest.mark.parametrize("kind", ["gpt2", "llama"])
-def test_rows_of_many_lengths_attend_in_groups(tiny_lm, monkeypatch, kind):
+def test_rows_of_many_lengths_attend_in_groups(tiny_lm, monkeypatch, kind, prompt):
     model = (llama() if kind == "llama" else tiny_lm()).double()
     monkeypatch.setattr(decoding, "CALL_BYTES", {"cpu": 1})  # as many groups as there are blocks
     monkeypatch.setattr(decoding, "BLOCK", 2)
     chance = random.Random(0)
-    prompt = [0, 5, 9]
     decoder = Decoder(model, torch.tensor(prompt), room=100)
     rows: list[list[int]] = []
     ends: list[int] = []

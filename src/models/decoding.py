@@ -126,7 +126,9 @@ class Decoder:
             for layer in cache.layers
         ]
         self.buffers = [o.new_zeros((2, 0, o.shape[1], 0, o.shape[3])) for o in self.opening]
-        self.cell_bytes = 2 * self.opening[0][0, :, 0].nbytes  # of a row's column in a layer
+        # keys and values of a row's column in a layer of GPT-2, whose layers are alike
+        two, heads, _, size = self.opening[0].shape
+        self.cell_bytes = two * heads * size * self.opening[0].element_size()
         self.lengths: list[int] = []
         self.stop = self.width = 0
         self.logits: Callable[[Tensor, Tensor | None], Tensor]
