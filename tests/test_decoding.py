@@ -74,7 +74,7 @@ def test_rows_of_many_lengths_attend_in_groups(tiny_lm, monkeypatch, kind, promp
     decoder = Decoder(model, torch.tensor(prompt), room=40)
     rows: list[list[int]] = []
     ends: list[int] = []
-    place = 0
+    pointer = 0
     counts: list[int] = []
     groups = decoder._groups
     monkeypatch.setattr(
@@ -90,7 +90,7 @@ def test_rows_of_many_lengths_attend_in_groups(tiny_lm, monkeypatch, kind, promp
                 decoder.begin(missing)
             logits = decoder.step(torch.tensor([row[-1] for row in rows]))
             if step == 60:
-                place = decoder.buffers[0].data_ptr()
+                pointer = decoder.buffers[0].data_ptr()
             if step % 13 == 0:
                 for row, found in zip(rows, logits, strict=True):
                     torch.testing.assert_close(found, model(torch.tensor([row])).logits[0, -1])
@@ -108,7 +108,7 @@ def test_rows_of_many_lengths_attend_in_groups(tiny_lm, monkeypatch, kind, promp
             assert all(min(a) >= max(b) for a, b in itertools.pairwise(blocks))
     assert max(counts, default=None) == (5 if kind == "gpt2" else None)  # of two rows each
     assert decoder.buffers[0].shape[3] <= 100
-    assert decoder.buffers[0].data_ptr() == place  # columns are used again
+    assert decoder.buffers[0].data_ptr() == pointer  # columns are used again
 
 
 @pytest.mark.parametrize("count", [1, 2, 3, 4, 9])
