@@ -222,7 +222,7 @@ def test_an_experiment_without_cells_is_told():
 
 def test_the_page_says_what_the_committed_cells_say():
     folder = ROOT / "results" / "specialists"
-    analysis = f.analyse(read_rows(folder / TABLE), [100])
+    analysis = f.analyse(read_rows(folder / TABLE), [10, 30, 100])
     assert analysis["questions"] == json.loads((folder / "analysis.json").read_text())["questions"]
     page = (ROOT / "docs" / "RESULTS.md").read_text().replace("−", "-")
     asked = analysis["questions"]
@@ -234,12 +234,16 @@ def test_the_page_says_what_the_committed_cells_say():
     for student in (f.PUBLISHED, f.STUDENT):
         estimate, interval = shown(asked[f.LOWER][student], 3, "+")
         assert f"{estimate} {interval}" in page
+        for n in (10, 30, 100):
+            estimate, interval = shown(asked[f.LOWER_AT_N][f"{student}, N = {n}"], 3, "+")
+            assert f"{estimate} {interval}" in page
     name = f"{f.SPECIALIST}, N = 100"
     assert "{} {}".format(*shown(asked[f.KEEPS][name], 3)) in page
     assert "{} times {}".format(*shown(asked[f.FASTER][name], 2, of=math.exp)) in page
     assert "{} times {}".format(*shown(asked[f.HITS_A_SECOND]["N = 100"], 2, of=math.exp)) in page
-    for start in (f.TEACHER, f.PUBLISHED, f.STUDENT, f.SPECIALIST):
-        means = analysis["means"][f"{start} 100"]
+    for name, means in analysis["means"].items():
+        if name.startswith(f.PROFILE) or not means["families"]:
+            continue
         speed = math.exp(means["log_speed"])
         assert f"| {means['nats']:.3f} | {means['hits']:.0%} |".replace("%", " %") in page
         assert f"| {speed:.1f} |" in page
