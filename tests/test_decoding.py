@@ -68,8 +68,8 @@ def test_logits_are_those_of_a_whole_pass(tiny_lm, monkeypatch, kind):
 @pytest.mark.parametrize("kind", ["gpt2", "llama"])
 def test_rows_of_many_lengths_attend_in_groups(tiny_lm, monkeypatch, kind, prompt):
     model = (llama() if kind == "llama" else tiny_lm()).double()
-    monkeypatch.setattr(decoding, "CALL_BYTES", {"cpu": 1})  # as many groups as there are blocks
-    monkeypatch.setattr(decoding, "BLOCK", 2)
+    # as many groups as there are blocks
+    monkeypatch.setattr(decoding, "CPU_GROUPS", (2, 1))
     chance = random.Random(0)
     decoder = Decoder(model, torch.tensor(prompt), room=40)
     rows: list[list[int]] = []
@@ -104,7 +104,8 @@ def test_rows_of_many_lengths_attend_in_groups(tiny_lm, monkeypatch, kind, promp
                     ends.pop()
             lengths = decoder.lengths
             assert lengths == [len(row) for row in rows]
-            blocks = [lengths[first : first + 2] for first in range(0, len(lengths), 2)]
+            size = decoder.block
+            blocks = [lengths[first : first + size] for first in range(0, len(lengths), size)]
             assert all(min(a) >= max(b) for a, b in itertools.pairwise(blocks))
     assert max(counts, default=None) == (5 if kind == "gpt2" else None)  # of two rows each
     assert decoder.buffers[0].shape[3] <= 100

@@ -13,6 +13,7 @@ same cache.
 from __future__ import annotations
 
 import math
+import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -38,12 +39,10 @@ FEW_STATES = 3
 faster than with one."""
 SPARE_COLUMNS = 64
 """Least room that the cache gets ahead, so that it is not copied for every token."""
-BLOCK = 8
-"""Rows of a block are all as long as those of later blocks or longer."""
-CALL_BYTES = {"cpu": 1 << 18}
-OTHER_CALL_BYTES = 1 << 26
-"""Bytes of keys and values that a device reads while one more call of the attention begins: on a
-CPU 20 µs at 10 GB/s, on a GPU 30 µs at 2 TB/s."""
+CPU_GROUPS, OTHER_GROUPS = (8, 1 << 18), (64, 1 << 26)
+"""For GPT-2 on a CPU and elsewhere. Rows of a block: all are as long as those of later blocks or
+longer. Bytes of keys and values that are read while one more call of the attention begins: 20 µs at
+10 GB/s, 30 µs at 2 TB/s. A GPU's blocks are larger, because each row that moves costs launches."""
 
 
 def cache_argument(model: PreTrainedModel) -> str:
@@ -126,16 +125,17 @@ class Decoder:
             for layer in cache.layers
         ]
         self.buffers = [o.new_zeros((2, 0, o.shape[1], 0, o.shape[3])) for o in self.opening]
-        # keys and values of a row's column in a layer of GPT-2, whose layers are alike
-        two, heads, _, size = self.opening[0].shape
-        self.cell_bytes = two * heads * size * self.opening[0].element_size()
         self.lengths: list[int] = []
         self.stop = self.width = 0
         self.logits: Callable[[Tensor, Tensor | None], Tensor]
         if is_plain_gpt2(model):
             self.weights = gpt2_weights(model)
             self.logits = self._gpt2
+            self.block, self.call_bytes = CPU_GROUPS if self.device.type == "cpu" else OTHER_GROUPS
+            # keys and values of a row's column in a layer
+            self.cell_bytes = 2 * model.config.n_embd * self.opening[0].element_size()
         else:
+            self.block = sys.maxsize  # all rows attend together, so their order does not matter
             self.cache = DynamicCache()
             self.cache.layers = [_Window(self, i) for i in range(len(self.buffers))]  # type: ignore[assignment]
             self.logits = self._library
@@ -151,7 +151,7 @@ class Decoder:
         first, rows = len(self.lengths), len(self.lengths) + count
         columns = self.opening[0].shape[2]
         if rows > self.buffers[0].shape[1]:
-            self._grow(max(rows, first * 2), max(self.width, columns))
+            self._grow(max(rows, first * 2))
         for buffer, opening in zip(self.buffers, self.opening, strict=True):
             buffer[:, first:rows, :, self.stop - columns : self.stop] = opening[:, None]
         self.lengths += [columns + 1] * count
@@ -163,9 +163,9 @@ class Decoder:
             Places and the rows that came there, in order; the last row is gone.
         """
         moves, lengths = [], self.lengths
-        last = len(lengths) - 1
-        while (block := (row // BLOCK + 1) * BLOCK) <= last:
-            longest = max(lengths[block : block + BLOCK])
+        last, size = len(lengths) - 1, self.block
+        while (block := (row // size + 1) * size) <= last:
+            longest = max(lengths[block : block + size])
             origin = last - lengths[::-1].index(longest)
             moves.append((row, origin))
             row = origin
@@ -210,7 +210,7 @@ class Decoder:
         buffers, kept = self.buffers, self.width
         by = self.stop - kept
         if by < buffers[0].shape[3] // 4:
-            self._grow(buffers[0].shape[1], kept)
+            self._grow(buffers[0].shape[1])
             return
         for buffer in buffers:
             rows = buffer[:, : len(self.lengths)]
@@ -219,9 +219,10 @@ class Decoder:
                 rows[:, :, :, first:end] = rows[:, :, :, first + by : end + by]
         self.stop = kept
 
-    def _grow(self, rows: int, kept: int) -> None:
-        """Get buffers of so many rows, with the newest columns and as many behind them."""
+    def _grow(self, rows: int) -> None:
+        """Get buffers of so many rows, with the columns in use and as many behind them."""
         used, old_stop = len(self.lengths), self.stop
+        kept = max(self.width, self.opening[0].shape[2])
         held = min(kept, old_stop)
         columns = max(kept + SPARE_COLUMNS, min(2 * kept, self.room + self.room // 2))
         for i, old in enumerate(self.buffers):
@@ -245,8 +246,8 @@ class Decoder:
         if mask is None:
             return [Group(0, rows, self.width, None)]
         hidden = (self.width * rows - sum(lengths)) * self.cell_bytes
-        count = math.isqrt(hidden // CALL_BYTES.get(self.device.type, OTHER_CALL_BYTES))
-        size = -(-rows // max(1, count) // BLOCK) * BLOCK
+        count = math.isqrt(hidden // self.call_bytes)
+        size = -(-rows // max(1, count) // self.block) * self.block
         groups = []
         for first in range(0, rows, size):
             some = lengths[first : first + size]
