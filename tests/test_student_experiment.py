@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import json
 import sys
+from types import SimpleNamespace
 
 import pytest
+import torch
 
 from src.experiments import students
 from src.experiments.gkd import PromptCollator
@@ -25,6 +27,9 @@ def test_where_a_quality_is_reached():
         assert reached(law, step**-0.5, "seconds") == pytest.approx(2 * step)
     assert reached(law, 5.0, "step") == 1  # better from its first point on
     assert reached(law, 0.09, "step") is None
+    from_start = curve((0, 1.0), (10, 0.25))
+    assert reached(from_start, 1.0, "step") == 0
+    assert reached(from_start, 0.5, "step") == pytest.approx(5)
 
 
 def test_the_ratio_of_compute():
@@ -36,6 +41,37 @@ def test_the_ratio_of_compute():
         "operations": pytest.approx(1),
     }
     assert compute_ratios(fast, slow) is None
+    cut = {**fast, "curve": [{"step": 0, "seconds": 4, "kl_per_residue": 0.4}]}
+    cut["operations_of_start"] = 1200
+    assert compute_ratios(slow, cut) == {"seconds": 50, "operations": 2}
+
+
+def test_a_curve_begins_before_the_first_step_and_goes_on(tmp_path, monkeypatch):
+    """The clock counts from the curve's creation and stands still while it measures."""
+    now = [0.0]
+    monkeypatch.setattr(students, "clock", lambda: now[0])
+
+    def measure(model):
+        now[0] += 1000
+        return {"kl_per_residue": 1.0}
+
+    def state(step):
+        return SimpleNamespace(global_step=step)
+
+    model = torch.nn.Linear(1, 1)
+    first = students.Curve([2, 4], measure, tmp_path / "curve.json")
+    now[0] += 10  # reading and cutting
+    first.on_train_begin(None, state(0), None, model)
+    for step in (1, 2, 3):
+        now[0] += 5
+        first.on_step_end(None, state(step), None, model)
+    assert [(p["step"], p["seconds"]) for p in first.points] == [(0, 10), (2, 20)]
+    second = students.Curve([2, 4], measure, tmp_path / "curve.json")
+    now[0] += 7  # reading again, which the run that was not stopped had not to do
+    second.on_train_begin(None, state(3), None, model)
+    now[0] += 5
+    second.on_step_end(None, state(4), None, model)
+    assert [(p["step"], p["seconds"]) for p in second.points] == [(0, 10), (2, 20), (4, 30)]
 
 
 @pytest.fixture
@@ -95,6 +131,7 @@ def test_an_experiment_tunes_trains_and_goes_on(teacher, capsys, monkeypatch):
     assert run["settings"]["init_from"] == str(teacher / "teacher")
     seconds = [point["seconds"] for point in run["curve"]]
     assert seconds == sorted(seconds)
+    assert run["curve"][0]["step"] == 0
     assert seconds[0] > 0
     capsys.readouterr()
     before = {path: path.read_bytes() for path in (teacher / "results").iterdir()}

@@ -1,8 +1,11 @@
 """Trains students by several recipes and measures what quality each reaches for how much compute.
 
 The learning rate of each recipe is chosen first, at a tenth of the length. While a student is
-trained, its KL divergence from the teacher on validation proteins is taken at times that grow
-geometrically; the clock stands still meanwhile. A run with a file in ``results`` is not run again.
+trained, its KL divergence from the teacher on validation proteins is taken before the first step
+and at times that grow geometrically. The clock runs from the reading of the proteins on, so that
+cutting a student from its teacher counts; it stands still while the divergence is taken. On a CPU
+it counts the seconds of the cores, which other programs do not change. A run with a file in
+``results`` is not run again.
 """
 
 from __future__ import annotations
@@ -23,6 +26,7 @@ from src.common.files import read_json, write_json
 from src.common.settings import OF_TEACHER, RECIPES, LossSettings, StudentSettings, TrainSettings
 from src.evaluation.scoring import EvaluationSettings, score_students
 from src.experiments.gkd import train_with_gkd
+from src.models.initialisation import CALIBRATION_TOKENS
 from src.models.loading import ProteinModel
 from src.proteins.tokens import TokenisedProteins, tokenise
 from src.training.stages import train
@@ -75,6 +79,11 @@ same in batches of four, and with Muon and a rate that is constant until it fall
 with its defaults, from the student that the recommended recipe starts from."""
 
 
+def clock() -> float:
+    """Return seconds: of the cores that this process has used, or with a GPU those of the wall."""
+    return time.monotonic() if torch.cuda.is_available() else time.process_time()
+
+
 class Curve(TrainerCallback):
     """Takes a student's divergence from its teacher at some steps of its training.
 
@@ -94,21 +103,32 @@ class Curve(TrainerCallback):
         self.points: list[dict[str, float]] = []
         if file.exists():
             self.points = read_json(file)["points"]
-        self.seconds, self.since = 0.0, 0.0
+        self.seconds, self.since = 0.0, clock()
 
-    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Start the clock, at the last point where a stopped run goes on."""
+    def on_train_begin(
+        self, args: Any, state: Any, control: Any, model: Any, **kwargs: Any
+    ) -> None:
+        """Measure the start, or set the clock to where a stopped run goes on."""
         self.points = [point for point in self.points if point["step"] <= state.global_step]
-        if self.points:
-            last = self.points[-1]
-            self.seconds = last["seconds"] * state.global_step / last["step"]
-        self.since = time.monotonic()
+        if state.global_step == 0:
+            self.points = []
+            self.take(state, model)
+            return
+        first, last = self.points[0], self.points[-1]
+        self.seconds = last["seconds"]
+        if last["step"]:
+            pace = (last["seconds"] - first["seconds"]) / last["step"]
+            self.seconds += pace * (state.global_step - last["step"])
+        self.since = clock()
 
     def on_step_end(self, args: Any, state: Any, control: Any, model: Any, **kwargs: Any) -> None:
-        """Stop the clock and measure, if it is time."""
-        if state.global_step not in self.steps:
-            return
-        self.seconds += time.monotonic() - self.since
+        """Measure, if it is time."""
+        if state.global_step in self.steps:
+            self.take(state, model)
+
+    def take(self, state: Any, model: Any) -> None:
+        """Stop the clock, measure, and write the points down."""
+        self.seconds += clock() - self.since
         training = model.training
         model.eval()
         with torch.inference_mode():
@@ -118,7 +138,7 @@ class Curve(TrainerCallback):
         self.points.append(point)
         write_json(self.file, {"points": self.points})
         say(f"step {point['step']:,}: KL {point['kl_per_residue']:.4f} nats per residue")
-        self.since = time.monotonic()
+        self.since = clock()
 
 
 @dataclass(frozen=True)
@@ -224,6 +244,7 @@ class Students:
             "model": str(self.work / name), "curve": curve.points,
             "tokens_per_step": tokens_per_step(record),
             "operations_per_token": operations(record),
+            "operations_of_start": operations_of_start(record) if settings.init_from else 0,
             **{key: record[key] for key in ("settings", "student", "device", "git", "started")},
         }  # fmt: skip
         self.results.mkdir(parents=True, exist_ok=True)
@@ -265,10 +286,19 @@ def operations(record: Mapping[str, Any]) -> float:
     return 6 * record["student"]["parameters"] + 2 * record["teacher"]["parameters"]
 
 
+def operations_of_start(record: Mapping[str, Any]) -> float:
+    """Return the operations of cutting a student from its teacher: a pass forward of each.
+
+    The fits of single matrices, about a tenth of that, are left out.
+    """
+    parameters = record["student"]["parameters"] + record["teacher"]["parameters"]
+    return 2 * parameters * CALIBRATION_TOKENS
+
+
 def reached(curve: Sequence[Mapping[str, float]], quality: float, axis: str) -> float | None:
     """Return where on an axis a curve first reaches a KL divergence, or None where it does not.
 
-    Between two points it is interpolated in the logarithms of both.
+    Between two points it is interpolated in the logarithms of both; from step 0 on, linearly.
 
     Args:
         curve: points with ``kl_per_residue`` and the axis.
@@ -282,6 +312,8 @@ def reached(curve: Sequence[Mapping[str, float]], quality: float, axis: str) -> 
                 return point[axis]
             high, low = np.log(before["kl_per_residue"]), np.log(point["kl_per_residue"])
             share = (high - np.log(quality)) / (high - low)
+            if before[axis] == 0:
+                return share * point[axis]
             return float(np.exp((1 - share) * np.log(before[axis]) + share * np.log(point[axis])))
         before = point
     return None
@@ -304,7 +336,8 @@ def compute_ratios(first: Mapping[str, Any], other: Mapping[str, Any]) -> dict[s
         return None
 
     def cost(run: Mapping[str, Any], steps: float) -> float:
-        return steps * run["tokens_per_step"] * run["operations_per_token"]
+        start = run.get("operations_of_start", 0)
+        return start + steps * run["tokens_per_step"] * run["operations_per_token"]
 
     return {
         "seconds": end["seconds"] / seconds,
