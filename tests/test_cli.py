@@ -100,9 +100,9 @@ def test_many_a_second_are_a_rate(monkeypatch, capsys):
         ("tools/upload_to_hf.py --help", "--dry_run"),
         ("tools/benchmark/run.py --help", "--quick"),
         (
-            f"scripts/compare.py {ROOT}/results/students/muon_1500.json "
+            f"scripts/compare.py {ROOT}/results/students/recommended_1500.json "
             f"--reference {ROOT}/results/students/published_1500.json",
-            "muon_1500 against published_1500",
+            "recommended_1500 against published_1500",
         ),
         ("scripts/pipeline.py --dry_run --baselines", "[8/8] evaluate medium: new"),
         ("scripts/pipeline.py --dry_run --sweep alpha", "alpha"),
@@ -129,7 +129,7 @@ def test_help_plans_and_comparisons_are_quick_and_need_no_torch(typed, wanted, t
     "typed",
     [
         "scripts/evaluate.py --student_model data/small_teacher --output results.json",
-        "scripts/compare.py results/students/muon_1500.json",
+        "scripts/compare.py results/students/recommended_1500.json",
         "tools/upload_to_hf.py --model_dir data/small_teacher --repo_id me/student --dry_run",
     ],
 )

@@ -20,7 +20,7 @@ def test_the_notebook_runs_from_a_clean_kernel():
     ).execute()
     outputs = [output for cell in notebook.cells for output in cell.get("outputs", [])]
     assert any("image/png" in output.get("data", {}) for output in outputs)
-    assert any("muon_1500" in str(output) for output in outputs)
+    assert any("recommended_1500" in str(output) for output in outputs)
 
 
 def test_the_notebook_is_committed_without_outputs():

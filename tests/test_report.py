@@ -250,7 +250,7 @@ def check_spoiled(record, path, of_each, *arguments):
 
 def measured() -> dict:
     """Return committed results with everything that a page shows, examples and reliability too."""
-    return json.loads((ROOT / "results" / "students" / "muon_1500.json").read_text())
+    return json.loads((ROOT / "results" / "students" / "recommended_1500.json").read_text())
 
 
 @pytest.fixture

@@ -52,6 +52,9 @@ def test_a_recipe_sets_flags_and_those_given_win_wherever_they_stand():
     recommended = settings_of("--recipe", "recommended", "--teacher_model", "T")
     assert recommended.init_from == "T"
     assert (recommended.loss.temperature, recommended.loss.alpha) == (1.0, 0.0)
+    assert recommended.optimizer == "muon"
+    assert recommended.lr_schedule == "warmup_stable_decay"
+    assert settings_of("--recipe", "recommended", "--optimizer", "adamw").optimizer == "adamw"
     assert recommended.student == StudentSettings()
     both = settings_of("--recipe=published").loss
     assert both.use_uncertainty_weighting

@@ -30,8 +30,8 @@ def build_parser() -> argparse.ArgumentParser:
     add(
         "--recipes",
         nargs="+",
-        default=["published", "plain", "recommended", "small", "muon"],
-        help="published, plain, recommended, small (batches of 4), muon, gkd (needs trl)",
+        default=["published", "plain", "cut", "small", "recommended"],
+        help="published, plain, cut, small, recommended (both batches of 4), gkd (needs trl)",
     )
     add("--sizes", nargs="+", default=["s27", "s11"], help="s27, s11, s05: percent of the teacher")
     add("--steps", type=positive_int, required=True, help="of 16 proteins; four times as many of 4")

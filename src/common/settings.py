@@ -222,8 +222,11 @@ OF_TEACHER = "teacher"
 """Value of ``--init_from`` that stands for the teacher itself."""
 RECIPES: dict[str, dict[str, Any]] = {
     "published": {"use_uncertainty_weighting": True, "use_calibration_smoothing": True},
-    "recommended": {"init_from": OF_TEACHER, "temperature": 1.0, "alpha": 0.0},
-}
+    "recommended": {
+        "init_from": OF_TEACHER, "temperature": 1.0, "alpha": 0.0,
+        "optimizer": "muon", "lr_schedule": "warmup_stable_decay",
+    },
+}  # fmt: skip
 """Flags of train.py that each recipe sets; docs/RESULTS.md compares them."""
 
 

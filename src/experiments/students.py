@@ -63,20 +63,21 @@ class Recipe:
         return cls(LossSettings(**loss), {**flags, **changes}, rates)
 
 
+SOFT = LossSettings(temperature=1.0, alpha=0.0)
+CUT = {"init_from": OF_TEACHER}
 SMALL = {"batch_size": 4}
-MUON = {"optimizer": "muon", "lr_schedule": "warmup_stable_decay"}
-GKD = {"init_from": OF_TEACHER, "batch_size": 8}
 COMPARED = {
     "published": Recipe.named("published", (1e-3, 2e-3, 4e-3)),
     "plain": Recipe(LossSettings(), {}, (1e-3, 2e-3, 4e-3)),
-    "recommended": Recipe.named("recommended", (5e-4, 1e-3, 2e-3)),
-    "small": Recipe.named("recommended", (5e-4, 1e-3, 2e-3), **SMALL),
-    "muon": Recipe.named("recommended", (5e-4, 1e-3, 2e-3), **SMALL, **MUON),
-    "gkd": Recipe(LossSettings(), GKD, (5e-4, 1e-3, 2e-3), gkd=True),
+    "cut": Recipe(SOFT, CUT, (5e-4, 1e-3, 2e-3)),
+    "small": Recipe(SOFT, {**CUT, **SMALL}, (5e-4, 1e-3, 2e-3)),
+    "recommended": Recipe.named("recommended", (5e-4, 1e-3, 2e-3), **SMALL),
+    "gkd": Recipe(LossSettings(), {**CUT, "batch_size": 8}, (5e-4, 1e-3, 2e-3), gkd=True),
 }
-"""The published recipe and plain distillation, both from random weights; the recommended one; the
-same in batches of four, and with Muon and a rate that is constant until it falls; TRL's GKD trainer
-with its defaults, from the student that the recommended recipe starts from."""
+"""The published recipe and plain distillation, both from random weights; students cut from the
+teacher with the soft loss alone, the same in batches of four, and as recommended, which adds Muon
+and a rate that is constant until it falls; TRL's GKD trainer with its defaults, from the cut
+student."""
 
 
 def clock() -> float:

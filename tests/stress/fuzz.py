@@ -471,7 +471,7 @@ def build_formats(folder: Path) -> dict[str, Format]:
         label: Format({name: raw}, [name], partial(read_source, name=name, tokenizer=tokenizer))
         for label, (name, raw) in sources.items()
     }
-    results = json.loads((ROOT / "results" / "students" / "muon_1500.json").read_bytes())
+    results = json.loads((ROOT / "results" / "students" / "recommended_1500.json").read_bytes())
     run = {**json.loads((folder / "run" / "run.json").read_bytes()), "status": "running"}
     model = folder_files(folder / "teacher")
     saved = {k: v for k, v in folder_files(folder / "run").items() if k.startswith("checkpoint-")}
