@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import json
 import sys
+from dataclasses import replace
 from types import SimpleNamespace
 
 import pytest
 import torch
+from safetensors.torch import load_file
 
 from src.experiments import students
 from src.experiments.gkd import PromptCollator
@@ -138,6 +140,35 @@ def test_an_experiment_tunes_trains_and_goes_on(teacher, capsys, monkeypatch):
     assert main([*wanted, "--summary"]) == 0
     assert "== " not in capsys.readouterr().out
     assert {path: path.read_bytes() for path in (teacher / "results").iterdir()} == before
+
+
+def test_a_cached_teacher_counts_once(teacher, monkeypatch):
+    """The clock and the operations count the filling of the cache; the students are the same."""
+    for name in ("recommended", "cached"):
+        monkeypatch.setitem(
+            students.COMPARED, name, replace(students.COMPARED[name], rates=(1e-3,))
+        )
+    monkeypatch.setattr(students, "BEYOND", 0)
+    monkeypatch.setattr(students, "clock", lambda: 0.0)
+    assert main(options(teacher, "--recipes", "recommended", "cached")) == 0
+    online, cached = (
+        json.loads((teacher / "results" / f"{name}-s05-steps20-seed1-lr0.001.json").read_text())
+        for name in ("recommended", "cached")
+    )
+    ends = [run["curve"][-1]["kl_per_residue"] for run in (online, cached)]
+    assert ends[0] == pytest.approx(ends[1], rel=1e-3)
+    student, weights = online["student"]["parameters"], 2 * teacher_parameters(teacher)
+    assert online["operations_per_token"] == 6 * student + weights
+    assert cached["operations_per_token"] == 6 * student
+    tokens = cached["tokens_per_step"] * 40 / 4  # 40 proteins
+    assert cached["operations_of_start"] - online["operations_of_start"] == pytest.approx(
+        weights * tokens
+    )
+    assert not list((teacher / "work").glob("*.cache"))
+
+
+def teacher_parameters(folder):
+    return sum(t.numel() for t in load_file(folder / "teacher" / "model.safetensors").values())
 
 
 def test_unknown_names(teacher, capsys):

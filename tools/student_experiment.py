@@ -31,7 +31,7 @@ def build_parser() -> argparse.ArgumentParser:
         "--recipes",
         nargs="+",
         default=["published", "plain", "cut", "small", "recommended"],
-        help="published, plain, cut, small, recommended (both batches of 4), gkd (needs trl)",
+        help="published, plain, cut, small, recommended, cached (batches of 4), gkd (needs trl)",
     )
     add("--sizes", nargs="+", default=["s27", "s11"], help="s27, s11, s05: percent of the teacher")
     add("--steps", type=positive_int, required=True, help="of 16 proteins; four times as many of 4")

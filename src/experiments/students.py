@@ -10,6 +10,7 @@ it counts the seconds of the cores, which other programs do not change. A run wi
 
 from __future__ import annotations
 
+import shutil
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -48,12 +49,14 @@ class Recipe:
         changes: other settings of the run.
         rates: tried, ascending.
         gkd: train with TRL's GKD trainer, which has a loss of its own.
+        rate_of: the recipe whose chosen rate it takes; None: it has one chosen for itself.
     """
 
     loss: LossSettings
     changes: Mapping[str, Any]
     rates: tuple[float, ...]
     gkd: bool = False
+    rate_of: str | None = None
 
     @classmethod
     def named(cls, name: str, rates: tuple[float, ...], **changes: Any) -> Recipe:
@@ -66,18 +69,20 @@ class Recipe:
 SOFT = LossSettings(temperature=1.0, alpha=0.0)
 CUT = {"init_from": OF_TEACHER}
 SMALL = {"batch_size": 4}
+RECOMMENDED = {**Recipe.named("recommended", ()).changes, **SMALL}
 COMPARED = {
     "published": Recipe.named("published", (1e-3, 2e-3, 4e-3)),
     "plain": Recipe(LossSettings(), {}, (1e-3, 2e-3, 4e-3)),
     "cut": Recipe(SOFT, CUT, (5e-4, 1e-3, 2e-3)),
     "small": Recipe(SOFT, {**CUT, **SMALL}, (5e-4, 1e-3, 2e-3)),
-    "recommended": Recipe.named("recommended", (5e-4, 1e-3, 2e-3), **SMALL),
+    "recommended": Recipe(SOFT, RECOMMENDED, (5e-4, 1e-3, 2e-3)),
+    "cached": Recipe(SOFT, {**RECOMMENDED, "cached_teacher": True}, (), rate_of="recommended"),
     "gkd": Recipe(LossSettings(), {**CUT, "batch_size": 8}, (5e-4, 1e-3, 2e-3), gkd=True),
 }
 """The published recipe and plain distillation, both from random weights; students cut from the
 teacher with the soft loss alone, the same in batches of four, and as recommended, which adds Muon
-and a rate that is constant until it falls; TRL's GKD trainer with its defaults, from the cut
-student."""
+and a rate that is constant until it falls; the same from a cache of the teacher, for many epochs;
+TRL's GKD trainer with its defaults, from the cut student."""
 
 
 def clock() -> float:
@@ -233,19 +238,22 @@ class Students:
                 settings, self.teacher, self.training, self.work / name, [curve]
             )
         else:
+            cache = self.work / f"{name}.cache"
             record = train(
                 settings,
                 self.work / name,
                 resume=(self.work / name).exists(),
                 skip_teacher_check=True,
                 callbacks=[curve],
+                teacher_cache=cache if settings.cached_teacher else None,
             )
+            shutil.rmtree(cache, ignore_errors=True)
         result = {
             "recipe": recipe, "shape": shape, "rate": rate, "steps": steps, "seed": seed,
             "model": str(self.work / name), "curve": curve.points,
             "tokens_per_step": tokens_per_step(record),
-            "operations_per_token": operations(record),
-            "operations_of_start": operations_of_start(record) if settings.init_from else 0,
+            "operations_per_token": operations(record, settings),
+            "operations_of_start": operations_of_start(record, settings),
             **{key: record[key] for key in ("settings", "student", "device", "git", "started")},
         }  # fmt: skip
         self.results.mkdir(parents=True, exist_ok=True)
@@ -258,6 +266,8 @@ class Students:
 
         Where it is at an end of the range, the rates beyond it are tried, a factor 2 apart.
         """
+        if other := self.recipes[recipe].rate_of:
+            return self.tuned(other, shape, steps)
         found: dict[float, float] = {}
         wanted = list(self.recipes[recipe].rates)
         for _ in range(1 + BEYOND):
@@ -278,22 +288,28 @@ def tokens_per_step(record: Mapping[str, Any]) -> float:
     return settings["batch_size"] * data["tokens"] / data["proteins"]
 
 
-def operations(record: Mapping[str, Any]) -> float:
+def operations(record: Mapping[str, Any], settings: TrainSettings) -> float:
     """Return the operations of training for each token: 6 P of the student and 2 P of the teacher.
 
     P counts the weights that take part in a matrix product, about all of them (Kaplan et al. 2020,
-    arXiv:2001.08361, table 1); the student runs forward and backward, the teacher forward.
+    arXiv:2001.08361, table 1); the student runs forward and backward, the teacher forward, unless
+    it is read from a cache.
     """
-    return 6 * record["student"]["parameters"] + 2 * record["teacher"]["parameters"]
+    teacher = 0 if settings.cached_teacher else record["teacher"]["parameters"]
+    return 6 * record["student"]["parameters"] + 2 * teacher
 
 
-def operations_of_start(record: Mapping[str, Any]) -> float:
-    """Return the operations of cutting a student from its teacher: a pass forward of each.
+def operations_of_start(record: Mapping[str, Any], settings: TrainSettings) -> float:
+    """Return the operations before the first step.
 
-    The fits of single matrices, about a tenth of that, are left out.
+    Cutting a student is a pass forward of student and teacher over a few proteins (the fits of
+    single matrices, about a tenth of that, are left out); filling a cache is one of the teacher
+    over all of them.
     """
-    parameters = record["student"]["parameters"] + record["teacher"]["parameters"]
-    return 2 * parameters * CALIBRATION_TOKENS
+    student, teacher = record["student"]["parameters"], record["teacher"]["parameters"]
+    cutting = 2 * (student + teacher) * CALIBRATION_TOKENS if settings.init_from else 0
+    tokens = record["data"]["train"]["tokens"] if settings.cached_teacher else 0
+    return cutting + 2 * teacher * tokens
 
 
 def reached(curve: Sequence[Mapping[str, float]], quality: float, axis: str) -> float | None:
