@@ -1,7 +1,7 @@
 #!/usr/bin/env python3
 r"""Train students by several recipes and say what each is worth for how much compute.
 
-Learning rates are chosen first, at a tenth of the steps, on validation proteins. Each run leaves a
+Learning rates are chosen first, in short runs, on validation proteins. Each run leaves a
 file in RESULTS with its curve of KL divergence against steps and seconds; students stay in WORK.
 The same command goes on with a stopped experiment, and draws KL against seconds.
 scripts/evaluate.py measures students on test.
@@ -35,6 +35,11 @@ def build_parser() -> argparse.ArgumentParser:
     )
     add("--sizes", nargs="+", default=["s27", "s11"], help="s27, s11, s05: percent of the teacher")
     add("--steps", type=positive_int, required=True, help="of 16 proteins; four times as many of 4")
+    add(
+        "--tuning_steps",
+        type=positive_int,
+        help="steps of the runs that choose rates (default: a tenth of --steps)",
+    )
     add("--seeds", type=positive_int, nargs="+", default=[1], help="of weights and data order")
     add("--teacher_model", default=s.BUNDLED_TEACHER, help="directory")
     add("--data", default=s.BUNDLED_DATA, help="directory of parts")
@@ -63,7 +68,7 @@ def run(args: argparse.Namespace) -> dict:
     runs = {}
     for size in args.sizes:
         for recipe in args.recipes:
-            rate = experiment.tuned(recipe, size, args.steps)
+            rate = experiment.tuned(recipe, size, args.tuning_steps or max(1, args.steps // 10))
             for seed in args.seeds:
                 runs[recipe, size, seed] = experiment.run(recipe, size, rate, args.steps, seed)
     show(args, runs)

@@ -262,7 +262,7 @@ class Students:
         return result
 
     def tuned(self, recipe: str, shape: str, steps: int) -> float:
-        """Return the recipe's best learning rate at a tenth of the steps, by validation KL.
+        """Return the recipe's best learning rate after so many steps, by validation KL.
 
         Where it is at an end of the range, the rates beyond it are tried, a factor 2 apart.
         """
@@ -272,7 +272,7 @@ class Students:
         wanted = list(self.recipes[recipe].rates)
         for _ in range(1 + BEYOND):
             for rate in wanted:
-                tried = self.run(recipe, shape, rate, max(1, steps // 10), TUNING_SEED)
+                tried = self.run(recipe, shape, rate, steps, TUNING_SEED)
                 found[rate] = tried["curve"][-1]["kl_per_residue"]
             best = min(found, key=lambda rate: found[rate])
             ends = {min(found): best / 2, max(found): best * 2}
