@@ -21,7 +21,7 @@ echo
 echo "== 1/3 distil: data/small_teacher into a student of 26 % of its size, cut from it to begin with"
 "$python" scripts/train.py --teacher_model data/small_teacher --data data/proteins \
     --n_layer 4 --n_head 4 --n_embd 128 --train_size_prop 1.0 --batch_size 4 \
-    --recipe recommended --optimizer muon --learning_rate 2e-3 \
+    --recipe recommended --lr_schedule linear --learning_rate 2e-3 \
     --max_steps 1200 --eval_steps 400 --save_steps 1200 --validation_proteins 200 \
     --cache_dir "$out/cache" --output_dir "$out/student"
 

@@ -50,7 +50,8 @@ RUNS: dict[str, list[str]] = {
     ],
     "bf16": in_both_forms(BOTH + "--precision bf16"),
     "teacher_cut": [
-        f"{DISTIL}--recipe recommended --n_layer 2 --n_head 4 --n_embd 64 --output_dir student"
+        f"{DISTIL}--init_from teacher --temperature 1 --alpha 0 --n_layer 2 --n_head 4 --n_embd 64 "
+        "--output_dir student"
     ],
     "fine_tuning": [
         f"{TRAIN}--init_from ../data/small_teacher --alpha 1 --learning_rate 1e-4 "
