@@ -236,7 +236,7 @@ def test_read_named(tmp_path):
     path.write_text(">a\nMK\n>b\nMV\n>a\nMK\n")
     proteins, report = read_named(path)
     assert proteins == {"a": "MK", "b": "MV"}
-    assert (report.kept, report.dropped_count, report.residues) == (2, 1, 4)
+    assert (report.read, report.kept, report.residues) == (3, 2, 4)
     path.write_text(">a 1\nMK\n>a 2\nMV\n>a 2\nMI\n>a 1\nMK\n")
     proteins, report = read_named(path)
     assert proteins == {"a": "MK", "a_2": "MV", "a_2_2": "MI"}

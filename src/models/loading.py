@@ -122,9 +122,7 @@ class ProteinModel(NamedTuple):
         return rows, np.array(fits, dtype=bool)
 
 
-def load_tokenizer(
-    name: str | Path, revision: str | None = None, layout: str | None = None
-) -> PreTrainedTokenizerBase:
+def load_tokenizer(name: str | Path, layout: str | None = None) -> PreTrainedTokenizerBase:
     """Load a tokenizer; without a padding token it pads with the end-of-text marker.
 
     It carries a layout (:func:`src.proteins.layouts.layout_of`): the one given, the one that it was
@@ -132,7 +130,6 @@ def load_tokenizer(
 
     Args:
         name: directory or hub id.
-        revision: branch, tag or commit on the hub.
         layout: name of a layout, or a template.
 
     Raises:
@@ -145,9 +142,7 @@ def load_tokenizer(
     if alone or require_model_directory(name):
         _check_tokenizer_files(Path(name))
     with explain_loading("tokenizer", name):
-        tokenizer = AutoTokenizer.from_pretrained(
-            str(name), revision=revision or "main", trust_remote_code=False
-        )
+        tokenizer = AutoTokenizer.from_pretrained(str(name), trust_remote_code=False)
         _keep_no_words(tokenizer)
     if layout is not None:
         set_layout(tokenizer, chosen := spelt_out(layout, tokenizer), stated=True)
@@ -236,7 +231,6 @@ def load_causal_lm(
     name: str | Path,
     dtype: torch.dtype = torch.float32,
     device: str | torch.device = "cpu",
-    revision: str | None = None,
 ) -> PreTrainedModel:
     """Load a causal language model in eval mode, and try it out on a few tokens.
 
@@ -247,7 +241,6 @@ def load_causal_lm(
         name: directory or hub id.
         dtype: of the weights in memory.
         device: of the weights.
-        revision: branch, tag or commit on the hub.
 
     Raises:
         ValueError: the model is missing or broken, lacks weights, is no causal language model, or
@@ -259,7 +252,6 @@ def load_causal_lm(
         require_fitting_weights(Path(name))
     options: dict[str, Any] = {
         "dtype": dtype,
-        "revision": revision or "main",
         "trust_remote_code": False,
         "output_loading_info": True,
     }

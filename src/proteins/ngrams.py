@@ -52,10 +52,6 @@ class NgramModel:
             parts.append(-np.add.reduceat(flat[place], starts))
         return np.concatenate(parts)
 
-    def nats_per_residue(self, proteins: Sequence[str]) -> float:
-        """Return nats for each residue over all the proteins together."""
-        return float(self.nll(proteins).sum() / sum(map(len, proteins)))
-
 
 def _windows(proteins: Sequence[str]) -> Iterator[tuple[np.ndarray, np.ndarray, np.ndarray]]:
     """Yield, for chunks of proteins, the two symbols before, each symbol, and the proteins' starts.
