@@ -104,7 +104,7 @@ def test_relatives_across_clusters_are_left_out(monkeypatch):
     settings = SplitSettings(test_proteins=4, validation_proteins=4, spare_factor=1.0)
     calls = []
 
-    def hits(given, queries, targets, settings):
+    def hits(given, queries, targets, settings, least_coverage=0.0):
         calls.append((list(queries), list(targets)))
         if len(calls) == 1:  # held out against train: one test protein just at the threshold
             return {queries[0]: 0.3, queries[1]: 0.299}

@@ -18,12 +18,12 @@ import numpy as np
 
 from src.common.cli import unheard
 from src.common.files import write_text
-from src.proteins.homology import alignments, covering_identities
+from src.proteins.homology import alignments
 from src.proteins.readers import guarded_lines
 from src.proteins.reading import ReadReport
 from src.proteins.relatives import open_profiles, profile_key, profile_scores
 from src.proteins.split_files import FAMILY_KEY
-from src.proteins.splits import Split, SplitSettings
+from src.proteins.splits import Split, SplitSettings, leakages
 
 NEW_FAMILIES = "test_new"
 
@@ -327,33 +327,10 @@ def report_leakage(
 ) -> None:
     """Put the leakage of every held-out part into a split's report, once all parts are complete.
 
-    Args:
-        split: changed in place.
-        proteins: residues for each name of the split.
-        settings: what the split was made with.
+    Alignments over ``coverage`` of the held-out protein count.
     """
-    search, train = _search_settings(settings), split.parts["train"]
-    split.report["leakage"] = {
-        part: family_leakage(proteins, names, train, search)
-        for part, names in split.parts.items()
-        if part != "train"
-    }
-
-
-def family_leakage(
-    proteins: Mapping[str, str],
-    held_out: Sequence[str],
-    train: Sequence[str],
-    settings: SplitSettings,
-) -> dict[str, int]:
-    """Count held-out proteins by their highest identity to train over half their length."""
-    best = covering_identities(proteins, held_out, train, settings)
-    return {
-        "proteins": len(held_out),
-        "any_hit": len(best),
-        "identity_30": sum(identity >= 0.3 for identity in best.values()),
-        "identity_50": sum(identity >= 0.5 for identity in best.values()),
-    }
+    search = _search_settings(settings)
+    split.report["leakage"] = leakages(proteins, split.parts, search, settings.coverage)
 
 
 def write_profiles(

@@ -19,7 +19,7 @@ from scipy.sparse import csgraph
 from src.common.cli import unheard
 from src.proteins.homology import Hit, SearchSettings, alignments
 from src.proteins.split_files import read_named
-from src.proteins.splits import Split
+from src.proteins.splits import Split, leakage_counts
 
 LEAST_MEMBERS = 10
 TEST_SHARE, VALIDATION_SHARE = 0.2, 0.1
@@ -224,16 +224,7 @@ def _leakage(
     for hit in hits:
         if hit.target in train and hit.coverage >= settings.coverage:
             best[hit.query] = max(best.get(hit.query, 0.0), hit.identity)
-    return {
-        part: {
-            "proteins": len(names),
-            "any_hit": sum(name in best for name in names),
-            "identity_30": sum(best.get(name, 0.0) >= 0.3 for name in names),
-            "identity_50": sum(best.get(name, 0.0) >= 0.5 for name in names),
-        }
-        for part, names in parts.items()
-        if part != "train"
-    }
+    return {part: leakage_counts(best, names) for part, names in parts.items() if part != "train"}
 
 
 def test_notes(proteins: int, clusters: int, test_identity: float) -> list[str]:

@@ -215,13 +215,3 @@ def best_identities(
         if hit.coverage >= least_coverage:
             best[hit.query] = max(best.get(hit.query, 0.0), hit.identity)
     return best
-
-
-def covering_identities(
-    proteins: Mapping[str, str],
-    queries: Sequence[str],
-    targets: Sequence[str],
-    settings: SearchSettings,
-) -> dict[str, float]:
-    """Return :func:`best_identities` over at least ``cluster_coverage`` of each query."""
-    return best_identities(proteins, queries, targets, settings, settings.cluster_coverage)

@@ -183,28 +183,38 @@ def _without_relatives(
     return parts, left_out
 
 
+def leakage_counts(best: Mapping[str, float], names: Sequence[str]) -> dict[str, int]:
+    """Count proteins by the highest identity of those with a hit: any, at ≥ 30 % and ≥ 50 %."""
+    found = [best[name] for name in names if name in best]
+    return {
+        "proteins": len(names),
+        "any_hit": len(found),
+        "identity_30": sum(identity >= 0.3 for identity in found),
+        "identity_50": sum(identity >= 0.5 for identity in found),
+    }
+
+
 def leakage(
     proteins: Mapping[str, str],
     held_out: Sequence[str],
     train: Sequence[str],
     settings: SearchSettings,
+    least_coverage: float = 0.0,
 ) -> dict[str, int]:
-    """Return how many held-out proteins have a hit in train: any, at ≥ 30 % and ≥ 50 % identity."""
-    best = best_identities(proteins, held_out, train, settings)
-    return {
-        "proteins": len(held_out),
-        "any_hit": len(best),
-        "identity_30": sum(identity >= 0.3 for identity in best.values()),
-        "identity_50": sum(identity >= 0.5 for identity in best.values()),
-    }
+    """Return the :func:`leakage_counts` of alignments with train over that share of a protein."""
+    best = best_identities(proteins, held_out, train, settings, least_coverage)
+    return leakage_counts(best, held_out)
 
 
 def leakages(
-    proteins: Mapping[str, str], parts: Mapping[str, Sequence[str]], settings: SearchSettings
+    proteins: Mapping[str, str],
+    parts: Mapping[str, Sequence[str]],
+    settings: SearchSettings,
+    least_coverage: float = 0.0,
 ) -> dict[str, dict[str, int]]:
     """Return the :func:`leakage` of each held-out part."""
     return {
-        part: leakage(proteins, names, parts["train"], settings)
+        part: leakage(proteins, names, parts["train"], settings, least_coverage)
         for part, names in parts.items()
         if part != "train"
     }
