@@ -109,16 +109,13 @@ def read_run(folder: str | Path) -> dict[str, Any]:
         if not isinstance(value, dict):
             raise ValueError(f"{path}: {section} must be an object, got {value!r:.40}")
         named = value.get(name)
-        if named is not None and not _is_name(named):
+        right = isinstance(named, str) and 0 < len(named) <= LONGEST_NAME and named.isprintable()
+        if named is not None and not right:
             raise ValueError(f"{path}: {section}.{name} must be a name, got {named!r:.40}")
     resumed = record.get("resumed")
     if resumed is not None and not isinstance(resumed, list):
         raise ValueError(f"{path}: resumed must be a list, got {resumed!r:.40}")
     return record
-
-
-def _is_name(value: Any) -> bool:
-    return isinstance(value, str) and 0 < len(value) <= LONGEST_NAME and value.isprintable()
 
 
 def changed_settings(old: Mapping[str, Any], new: Mapping[str, Any], prefix: str = "") -> list[str]:

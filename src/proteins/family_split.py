@@ -10,6 +10,7 @@ from __future__ import annotations
 import random
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from itertools import compress
 from pathlib import Path
 
 import numpy as np
@@ -79,7 +80,7 @@ def read_family(
     for name, residues in proteins.items():
         distinct.setdefault(residues, name)
     members = {name: residues for residues, name in distinct.items()}
-    kept = dict(_taken(members, fits(list(members.values()))))
+    kept = dict(compress(members.items(), fits(list(members.values()))))
     longer = len(members) - len(kept)
     if longer:
         first = next(name for name in members if name not in kept)
@@ -92,10 +93,6 @@ def read_family(
             "family and to judge it" + ("; name a --model that takes more" if longer else "")
         )
     return kept
-
-
-def _taken(members: Mapping[str, str], wanted: np.ndarray) -> list[tuple[str, str]]:
-    return [item for item, taken in zip(members.items(), wanted.tolist(), strict=True) if taken]
 
 
 def family_hits_of(members: Mapping[str, str]) -> list[Hit]:

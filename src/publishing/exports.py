@@ -207,8 +207,3 @@ def compare(
         "reference_nll": reference_nll / count,
         "tokens": count,
     }
-
-
-def perplexity_factor(comparison: dict[str, float]) -> float:
-    """Return the perplexity a token in the other runtime over that in the reference."""
-    return float(np.exp(comparison["nll"] - comparison["reference_nll"]))

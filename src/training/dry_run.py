@@ -151,11 +151,11 @@ def disk_needed(
     """
     cache = None
     if settings.cached_teacher and inputs is not None:
-        from src.common.devices import weights_dtype
+        from src.common.devices import DTYPES
         from src.models.teacher_cache import needed_bytes
 
         tokens = sum(int(proteins.lengths.sum()) for proteins in inputs.parts.values())
-        cache = needed_bytes(tokens, shape.width, weights_dtype(inputs.precision))
+        cache = needed_bytes(tokens, shape.width, DTYPES[inputs.precision])
     return {
         "checkpoint": parameters * (WEIGHT_BYTES + OPTIMIZER_BYTES),
         "model": parameters * WEIGHT_BYTES,

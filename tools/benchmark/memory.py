@@ -78,7 +78,7 @@ def measure(cell: Cell, device_name: str = "cpu", precision: str = "fp32") -> di
     from transformers import GPT2Config, GPT2LMHeadModel, TrainingArguments
 
     from src.common.cli import quiet_libraries
-    from src.common.devices import choose_device, peak_memory, weights_dtype
+    from src.common.devices import DTYPES, choose_device, peak_memory
     from src.distillation import DistillationTrainer
     from src.models.loading import build_student, student_config
     from src.models.teacher_cache import CachedCollator
@@ -92,7 +92,7 @@ def measure(cell: Cell, device_name: str = "cpu", precision: str = "fp32") -> di
         shape["n_layer"] = 0  # what is kept of a teacher whose states are read: the head
     config = GPT2Config(**shape)
     teacher: Any = GPT2LMHeadModel(config)
-    teacher = teacher.to(device=device, dtype=weights_dtype(precision))
+    teacher = teacher.to(device=device, dtype=DTYPES[precision])
     student = build_student(student_config(PRESETS[cell.preset].student, config), 0)
     rows = _Rows(cell)
     # The optimiser's state must be there when the full batch comes, as in all steps but the first.
