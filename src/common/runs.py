@@ -48,14 +48,10 @@ class InUseError(ValueError):
 
 @contextmanager
 def locked(folder: Path, flag: str = "--output_dir") -> Iterator[None]:
-    """Lock a directory for this process.
+    """Lock a directory, which is made if missing, for this process.
 
     The system frees the lock when the process ends, even if it is killed. Forked data workers do
-    not inherit it.
-
-    Args:
-        folder: the directory; made if missing.
-        flag: that chooses another directory, for the message.
+    not inherit it. The message names ``flag``, which chooses another directory.
 
     Raises:
         InUseError: another process has locked it.
@@ -149,12 +145,6 @@ def claim_folder(
     folder: Path, settings: Mapping[str, Any], resume: bool, flag: str = "--output_dir"
 ) -> str:
     """Return what a run must do with its output directory; nothing in it is changed.
-
-    Args:
-        folder: the output directory.
-        settings: of the run, as JSON values.
-        resume: whether the user passed ``--resume``.
-        flag: that chooses another directory, for the message.
 
     Returns:
         ``new`` (empty or absent), ``resume`` (the same run, unfinished) or ``finished`` (the same

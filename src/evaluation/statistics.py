@@ -380,9 +380,6 @@ def seeds_for_half_width(half_width: float, seed_sd: float, cluster_error: float
 def holm(p_values: Mapping[str, float]) -> dict[str, float]:
     """Correct p-values for their number (Holm 1979, Scandinavian J. Statistics 6:65).
 
-    Args:
-        p_values: for each hypothesis its p-value.
-
     Returns:
         Adjusted p-values under the same names: reject those at most α, and at most a share α of
         such families holds any false rejection, however the tests depend on each other.
