@@ -125,12 +125,8 @@ class ProteinModel(NamedTuple):
 def load_tokenizer(name: str | Path, layout: str | None = None) -> PreTrainedTokenizerBase:
     """Load a tokenizer; without a padding token it pads with the end-of-text marker.
 
-    It carries a layout (:func:`src.proteins.layouts.layout_of`): the one given, the one that it was
-    saved with, or the first of the table that it can write.
-
-    Args:
-        name: directory or hub id.
-        layout: name of a layout, or a template.
+    It carries a layout (:func:`src.proteins.layouts.layout_of`): the one given, by name or as a
+    template, the one that it was saved with, or the first of the table that it can write.
 
     Raises:
         NoTokenizerError: the model has no tokenizer.
@@ -236,11 +232,6 @@ def load_causal_lm(
 
     Without safetensors PyTorch's own files are read, with its ``weights_only`` loader, which runs
     no code.
-
-    Args:
-        name: directory or hub id.
-        dtype: of the weights in memory.
-        device: of the weights.
 
     Raises:
         ValueError: the model is missing or broken, lacks weights, is no causal language model, or

@@ -122,11 +122,6 @@ def require_one_family(
 ) -> list[str]:
     """Return the members without a detectable relative in the largest group.
 
-    Args:
-        path: for the message.
-        members: residues by name.
-        hits: of :func:`family_hits_of`.
-
     Raises:
         ValueError: a second group is as large as a family of its own.
     """
@@ -151,15 +146,10 @@ def split_family(
 ) -> FamilySplit:
     """Split a family's members by identity clusters: about 70 % train, 10 % validation, 20 % test.
 
-    Clusters are connected components of alignments of at least ``test_identity`` over ``coverage``
-    of one of both members. Each goes to one part, so no held-out member has such an alignment with
-    a training member, unless the notes say so. They are drawn in proportion to their size, as if
-    members were drawn (Efraimidis and Spirakis 2006).
-
-    Args:
-        members: residues by name.
-        hits: of :func:`family_hits_of`.
-        settings: identity and seed.
+    ``hits`` are of :func:`family_hits_of`. Clusters are connected components of alignments of at
+    least ``test_identity`` over ``coverage`` of one of both members. Each goes to one part, so no
+    held-out member has such an alignment with a training member, unless the notes say so. They are
+    drawn in proportion to their size, as if members were drawn (Efraimidis and Spirakis 2006).
     """
     settings = settings or FamilySettings()
     close = [

@@ -82,10 +82,6 @@ def _write_numbered(path: Path, proteins: Mapping[str, str], names: Sequence[str
 def homology_clusters(proteins: Mapping[str, str], settings: SearchSettings) -> dict[str, str]:
     """Return the cluster of each protein, named after its representative.
 
-    Args:
-        proteins: residues for each name.
-        settings: identity, coverage and sensitivity.
-
     Raises:
         ValueError: MMseqs2 is missing or fails.
     """
@@ -167,12 +163,6 @@ def alignments(
 
     E-values grow with the number of targets: an alignment may count among few targets and not
     among many.
-
-    Args:
-        proteins: residues for each name.
-        queries: names to look for.
-        targets: names to look among.
-        settings: largest E-value, and sensitivity of the search.
 
     Raises:
         ValueError: MMseqs2 is missing or fails.

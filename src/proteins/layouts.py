@@ -267,10 +267,7 @@ def guess_layout(tokenizer: Any, guess: Layout) -> None:
 def set_layout(tokenizer: Any, chosen: Layout, stated: bool = False) -> None:
     """Let a tokenizer carry a layout, also where it is saved.
 
-    Args:
-        tokenizer: will carry it.
-        chosen: the layout.
-        stated: somebody said so: ProtGPT2's, which goes without saying else, is written down too.
+    ProtGPT2's, which goes without saying else, is written down too where somebody ``stated`` it.
     """
     guess_layout(tokenizer, chosen)
     if chosen == PROTGPT2 and not stated:

@@ -91,10 +91,6 @@ def fit_ngrams(proteins: Sequence[str], seed: int = 0) -> dict[str, NgramModel]:
     over the 27 symbols; the shares are fitted by expectation maximisation on the 5 % of proteins
     that are held out from the counts (Jelinek & Mercer 1980), then all proteins are counted.
 
-    Args:
-        proteins: residues of each training protein.
-        seed: chooses the held-out proteins.
-
     Returns:
         The models under the names ``unigram``, ``bigram`` and ``trigram``.
 

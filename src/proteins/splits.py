@@ -63,17 +63,11 @@ def split_by_homology(
 ) -> Split:
     """Divide proteins into train, validation and test by homology cluster.
 
-    Clusters are drawn at random by ``settings.seed``. One protein of each cluster drawn for
-    validation or test is taken, so that every held-out protein is a family of its own. A held-out
-    protein is left out if it has a relative at ``leak_identity`` or more in train; so is a
-    validation protein with one in test. In-family proteins are one member each of training
+    Clusters, computed when not given, are drawn at random by ``settings.seed``. One protein of each
+    cluster drawn for validation or test is taken, so that every held-out protein is a family of its
+    own. A held-out protein is left out if it has a relative at ``leak_identity`` or more in train;
+    so is a validation protein with one in test. In-family proteins are one member each of training
     clusters; they are taken out of train and form a part of their own.
-
-    Args:
-        proteins: residues for each name.
-        settings: sizes, seed and thresholds.
-        clusters: the cluster of each name; computed when not given.
-        announce: called with one line for each stage.
 
     Raises:
         ValueError: there are too few clusters, a protein has no cluster, or MMseqs2 is missing or
