@@ -32,11 +32,8 @@ def _row_of_panels(count: int, margin: float = 0.8, **options: Any) -> tuple[Fig
 def effects_figure(sizes: Mapping[str, Mapping[str, Any]], margin: float) -> Figure:
     """Draw every arm less the baseline, and below it the contrasts U, C, B and I of the claim.
 
-    Each size has a column. Small marks are single seeds.
-
-    Args:
-        sizes: records of ``analysis.json`` by title of the column.
-        margin: half-width of the band of differences that count as none.
+    Each size, a record of ``analysis.json`` by its title, has a column. Small marks are single
+    seeds. The band of differences that count as none is ±``margin``.
 
     Raises:
         ValueError: there is nothing to draw, or the sizes were not analysed alike.

@@ -101,11 +101,7 @@ def gather(
 ) -> Ingredients:
     """Load the teacher in the run's precision, and tokenise the proteins.
 
-    Args:
-        settings: of the run.
-        device_name: ``auto``, ``cpu``, ``cuda``, ``cuda:N`` or ``mps``.
-        cache_dir: where tokenised proteins are kept.
-        shard_teacher: spread the teacher over the processes (:mod:`src.models.sharding`).
+    ``shard_teacher`` spreads the teacher over the processes (:mod:`src.models.sharding`).
 
     Raises:
         ValueError: the teacher, the tokenizer, the data or the device is missing or unusable.

@@ -65,11 +65,6 @@ class _States(_Rows):
 def measure(cell: Cell, device_name: str = "cpu", precision: str = "fp32") -> dict[str, Any]:
     """Train two steps in this process, a short one and a full one, and return the peak memory.
 
-    Args:
-        cell: what to train.
-        device_name: where.
-        precision: as in scripts/train.py.
-
     Returns:
         ``peak_bytes``: of the GPU, or of the process on a CPU, of which ``base_bytes`` were there
         before the models.
