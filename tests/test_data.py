@@ -28,7 +28,7 @@ from src.common.cli import add_data_flags
 from src.proteins import formats, notation, readers, sources, table_rows
 from src.proteins.encoding import token_letters, tokenizer_fingerprint
 from src.proteins.hashes import SeenHashes, chosen, held_out, sequence_hash
-from src.proteins.layouts import END_OF_TEXT, PROTGPT2, layout, prompt_layout
+from src.proteins.layouts import END_OF_TEXT, PROTGPT2, layout
 from src.proteins.reading import ReadReport
 from src.proteins.sources import SAME_NAMES, has_split, read_proteins
 from src.proteins.tokens import TokenisedProteins, data_summary, open_store, tokenise
@@ -99,7 +99,7 @@ def test_layout_at_the_edges_of_a_line(length):
 def test_layout_round_trip_on_random_proteins(random_proteins, seed, tiny_tokenizer):
     for residues in random_proteins(30, 1, 400, seed):
         assert PROTGPT2.read(layout(residues)) == residues
-        assert layout(residues).startswith(prompt_layout(residues))
+        assert layout(residues).startswith(PROTGPT2.prompt(residues))
         ids = tiny_tokenizer(layout(residues))["input_ids"]
         assert PROTGPT2.read(tiny_tokenizer.decode(ids)) == residues
 

@@ -204,11 +204,6 @@ def lines_of(residues: str) -> list[str]:
     return [residues[start : start + RESIDUES_PER_LINE] for start in starts]
 
 
-def prompt_layout(residues: str = "") -> str:
-    """Return the beginning of a protein in ProtGPT2's layout (:meth:`Layout.prompt`)."""
-    return PROTGPT2.prompt(residues)
-
-
 def shuffled(residues: str, seed: int = 0) -> str:
     """Return the residues in a random order that depends on them and the seed alone."""
     letters = list(residues)

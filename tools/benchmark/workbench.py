@@ -152,7 +152,6 @@ def open_workbench(
     quick: bool = False,
     rounds: int | None = None,
     cache_dir: str | None = None,
-    announce: Callable[[str], None] = say,
 ) -> Workbench:
     """Load proteins, held out where the source has such a part, and the small teacher.
 
@@ -180,7 +179,7 @@ def open_workbench(
         max_proteins=PROTEINS,
         quiet=True,
     )
-    return Workbench(device, scale, proteins, tokenizer, teacher, quick, announce)
+    return Workbench(device, scale, proteins, tokenizer, teacher, quick)
 
 
 # Measuring -----------------------------------------------------------------------------------
