@@ -82,12 +82,7 @@ def held_out_and_training(
 ) -> tuple[Any, list[str] | None]:
     """Return the tokenised proteins to measure on, and residues of training proteins to compare.
 
-    Args:
-        args: of the script.
-        inputs: :class:`~src.evaluation.student_record.Inputs`.
-        tokenizer: of both models.
-        longest: tokens that both models take.
-        thorough: whether novelty will be measured, for which more training proteins are read.
+    More training proteins are read where the evaluation is ``thorough``, which measures novelty.
     """
     from src.evaluation.gates import FLOOR_PROTEINS
     from src.evaluation.sequence_quality import NOVELTY_PROTEINS

@@ -171,13 +171,7 @@ def of_models(scores: Mapping[str, Any], kind: str) -> dict[str, Any]:
 
 
 def correlations(args: argparse.Namespace, variants: Any, scores: Mapping[str, Any]) -> dict:
-    """Print and return the rank correlations with the measurements; empty where there are too few.
-
-    Args:
-        args: of the script.
-        variants: :class:`src.evaluation.fitness.Variants`, with measurements.
-        scores: of each column, see :func:`src.evaluation.fitness.score_columns`.
-    """
+    """Print and return rank correlations with the measurements; empty where there are too few."""
     from src.evaluation import fitness as f
 
     columns = of_models(scores, "log_likelihood_per_residue")

@@ -43,12 +43,9 @@ def refusals(
 ) -> list[str]:
     """Spoil every place of a record in some ways, read each, and return what was refused why.
 
-    Args:
-        record: a valid one.
-        path: where each spoiled one is written.
-        read: reads it; whatever it raises but ``ValueError`` passes through.
-        of_each: ways of each place, of seven.
-        share: of the places, drawn.
+    ``of_each`` is how many of a place's seven ways are tried, ``share`` that of the places, drawn.
+    Each spoiled record is written to ``path``; whatever ``read`` raises but ``ValueError`` passes
+    through.
     """
     rng = random.Random(0)
     messages = []

@@ -14,6 +14,7 @@ import pyhmmer
 import pytest
 
 from src.proteins import families as fam
+from src.proteins import splits
 from src.proteins.families import FamilySplitSettings, read_families, split_within_families
 from src.proteins.homology import Hit, read_clusters
 from src.proteins.relatives import open_profiles, profile_key
@@ -49,7 +50,6 @@ def made_up_search(monkeypatch):
         return [Hit(q, t, 0.5, 0.5) for q in queries for t in targets if pair[q] == pair[t]]
 
     monkeypatch.setattr(fam, "alignments", neighbours)
-    monkeypatch.setattr(fam, "covering_identities", lambda *a: {})
 
 
 ROOMY = FamilySplitSettings(
@@ -113,7 +113,6 @@ def test_a_family_with_few_test_proteins_is_left_out(made_up_search):
 
 def test_relatives_in_other_families_are_kept_out_of_train_too(monkeypatch):
     proteins, families = members(2, 10)
-    monkeypatch.setattr(fam, "covering_identities", lambda *a: {})
     monkeypatch.setattr(
         fam,
         "alignments",
@@ -155,11 +154,12 @@ def test_the_leak_report_counts_proteins_that_were_added_to_train(made_up_search
     split.parts["train"].append("leak")
     asked = []
 
-    def identities(together, held_out, train, settings):
+    def identities(together, held_out, train, settings, least_coverage):
+        assert least_coverage == ROOMY.coverage
         asked.append(len(train))
         return {name: 0.4 for name in held_out if "leak" in train}
 
-    monkeypatch.setattr(fam, "covering_identities", identities)
+    monkeypatch.setattr(splits, "best_identities", identities)
     fam.report_leakage(split, {**proteins, "leak": "MK"}, ROOMY)
     assert asked == [len(split.parts["train"])] * 2
     for part in ("validation", "test"):

@@ -33,7 +33,7 @@ from src.evaluation.sampler import (
     Sampler,
 )
 from src.proteins.fasta import FastaRecord, fasta_text, format_header, write_fasta
-from src.proteins.layouts import layout, prompt_layout
+from src.proteins.layouts import PROTGPT2, layout
 from src.proteins.sources import read_proteins
 from src.proteins.tokenizer import train_tokenizer
 
@@ -89,7 +89,7 @@ def test_the_first_tokens_of_1e5_attempts_follow_the_models_distribution(tiny_lm
             rows = list(sampler.rows)
             sampler.step()
             counts += np.bincount([row.tokens[2] for row in rows], minlength=64)
-        ids: Any = torch.tensor([tokenizer(prompt_layout())["input_ids"]])
+        ids: Any = torch.tensor([tokenizer(PROTGPT2.prompt())["input_ids"]])
         library = LogitsProcessorList([RepetitionPenaltyLogitsProcessor(1.2), TopKLogitsWarper(20)])
         expected = library(ids, model(ids).logits[:, -1])[0].softmax(-1).numpy()
     possible = expected > 0
@@ -105,7 +105,7 @@ def test_samples_are_as_likely_as_the_librarys(model, tokenizer):
         num_sequences=250, top_k=30, repetition_penalty=1.1, batch_size=100, max_attempts=1000
     )
     ours = sample_proteins(model, tokenizer, settings)
-    prompt = torch.tensor([tokenizer(prompt_layout())["input_ids"]])
+    prompt = torch.tensor([tokenizer(PROTGPT2.prompt())["input_ids"]])
     torch.manual_seed(0)
     theirs: Any = model.generate(
         prompt, attention_mask=torch.ones_like(prompt), do_sample=True, max_length=256, top_k=30,
@@ -131,7 +131,7 @@ def test_sampled_proteins_follow_the_models_distribution(model, tokenizer):
         batch_size=200,
     )  # fmt: skip
     result = sample_proteins(model, tokenizer, settings)
-    prompt = torch.tensor([tokenizer(prompt_layout())["input_ids"]])
+    prompt = torch.tensor([tokenizer(PROTGPT2.prompt())["input_ids"]])
     with torch.no_grad():
         probs = model(input_ids=prompt).logits[0, -1].softmax(-1).numpy()
     tokens = tokenizer.convert_ids_to_tokens(list(range(64)))
@@ -156,7 +156,7 @@ def test_one_likeliest_token_is_the_librarys_greedy_decoding(model, tokenizer, p
         num_sequences=1, top_k=1, repetition_penalty=penalty, whole_only=False, prompt="MK"
     )
     result = sample_proteins(model, tokenizer, settings)
-    prompt = torch.tensor([tokenizer(prompt_layout("MK"))["input_ids"]])
+    prompt = torch.tensor([tokenizer(PROTGPT2.prompt("MK"))["input_ids"]])
     greedy: Any = model.generate(
         prompt, attention_mask=torch.ones_like(prompt), do_sample=False, max_length=256,
         repetition_penalty=penalty, pad_token_id=0,
@@ -276,7 +276,7 @@ def test_cached_steps_equal_uncached_ones(model, tokenizer):
     settings = GenerationSettings(num_sequences=6, seed=11, top_k=20, batch_size=2)
     warp = Warp(1.2, settings.temperature, settings.top_k)
     for protein in sample_proteins(model, tokenizer, settings).proteins:
-        ids: Any = torch.tensor([tokenizer(prompt_layout())["input_ids"]])
+        ids: Any = torch.tensor([tokenizer(PROTGPT2.prompt())["input_ids"]])
         for level in torch.from_numpy(attempt_stream(11, protein.attempt, 256)):
             with torch.no_grad():
                 scores, _ = warp(model(ids).logits[:, -1].float(), ids)
@@ -402,7 +402,7 @@ def test_a_model_that_never_ends(tiny_lm, tokenizer):
     kept = sample_proteins(endless, tokenizer, unfinished).proteins
     assert [(len(p.residues), p.whole) for p in kept] == [(12, False)] * 3
     one = GenerationSettings(num_sequences=1, whole_only=False)
-    all_positions = 40 - len(tokenizer(prompt_layout())["input_ids"])
+    all_positions = 40 - len(tokenizer(PROTGPT2.prompt())["input_ids"])
     assert sample_proteins(endless, tokenizer, one).tally.tokens == all_positions
     to_the_end = GenerationSettings(num_sequences=3, whole_only=False, repetition_penalty=1.0)
     for protein in sample_proteins(endless, tokenizer, to_the_end).proteins:

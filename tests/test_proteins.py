@@ -11,7 +11,6 @@ from src.proteins.layouts import (
     PROTGPT2,
     STANDARD_RESIDUES,
     layout,
-    prompt_layout,
 )
 
 
@@ -30,10 +29,10 @@ def test_layout_by_hand():
 @pytest.mark.parametrize("length", [1, 59, 60, 61, 120])
 def test_prompts_begin_the_layout(length):
     residues = "ACDEFGHIKLMNPQRSTVWY" * 6
-    whole, prompt = layout(residues), prompt_layout(residues[:length])
+    whole, prompt = layout(residues), PROTGPT2.prompt(residues[:length])
     assert whole.startswith(prompt)
     assert prompt.endswith(residues[:length][-1])
-    assert prompt_layout() == f"{END_OF_TEXT}\n"
+    assert PROTGPT2.prompt() == f"{END_OF_TEXT}\n"
 
 
 @pytest.mark.parametrize("residues", ["", "mkv", "MK V", "MK\nV", "MK*", "MK-V", "MÉ", "M1", "ſ"])

@@ -104,7 +104,7 @@ def test_relatives_across_clusters_are_left_out(monkeypatch):
     settings = SplitSettings(test_proteins=4, validation_proteins=4, spare_factor=1.0)
     calls = []
 
-    def hits(given, queries, targets, settings):
+    def hits(given, queries, targets, settings, least_coverage=0.0):
         calls.append((list(queries), list(targets)))
         if len(calls) == 1:  # held out against train: one test protein just at the threshold
             return {queries[0]: 0.3, queries[1]: 0.299}
@@ -236,7 +236,7 @@ def test_read_named(tmp_path):
     path.write_text(">a\nMK\n>b\nMV\n>a\nMK\n")
     proteins, report = read_named(path)
     assert proteins == {"a": "MK", "b": "MV"}
-    assert (report.kept, report.dropped_count, report.residues) == (2, 1, 4)
+    assert (report.read, report.kept, report.residues) == (3, 2, 4)
     path.write_text(">a 1\nMK\n>a 2\nMV\n>a 2\nMI\n>a 1\nMK\n")
     proteins, report = read_named(path)
     assert proteins == {"a": "MK", "a_2": "MV", "a_2_2": "MI"}

@@ -39,10 +39,10 @@ def build_parser() -> argparse.ArgumentParser:
     return parser
 
 
-def parsers(root: Path = ROOT) -> Iterator[tuple[str, argparse.ArgumentParser]]:
+def parsers() -> Iterator[tuple[str, argparse.ArgumentParser]]:
     """Yield each script's path and parser, in the order of their names."""
     for pattern in PATTERNS:
-        for path in sorted(root.glob(pattern)):
+        for path in sorted(ROOT.glob(pattern)):
             if "def build_parser(" not in path.read_text(encoding="utf-8"):
                 continue
             spec = importlib.util.spec_from_file_location(f"documented_{path.stem}", path)
@@ -52,7 +52,7 @@ def parsers(root: Path = ROOT) -> Iterator[tuple[str, argparse.ArgumentParser]]:
             # Dataclasses look their own module up.
             sys.modules[spec.name] = module
             spec.loader.exec_module(module)
-            yield path.relative_to(root).as_posix(), module.build_parser()
+            yield path.relative_to(ROOT).as_posix(), module.build_parser()
 
 
 def document(name: str, parser: argparse.ArgumentParser) -> str:

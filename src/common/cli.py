@@ -52,25 +52,13 @@ class Joined(argparse.Action):
 
 
 def add_data_flags(add: Callable[..., Any], help: str, **options: Any) -> None:
-    """Add ``--data``, which takes files, patterns, a directory or a hub id, and what reads it.
-
-    Args:
-        add: a parser's or a group's ``add_argument``.
-        help: of ``--data``.
-        **options: of ``--data``, such as its default.
-    """
+    """Add ``--data``, which takes files, patterns, a directory or a hub id, and what reads it."""
     add("--data", nargs="+", action=Joined, help=help, **options)
     add("--sequence_column", help="column of the residues in a table (default: a usual name)")
 
 
 def take_defaults(parser: argparse.ArgumentParser, *settings: Any, but: Sequence[str] = ()) -> None:
-    """Let flags default to the settings of the same names, which are written once.
-
-    Args:
-        parser: of the flags.
-        settings: dataclasses.
-        but: names to leave alone.
-    """
+    """Let flags ``but`` some default to settings of the same names, which are written once."""
     values = {name: value for each in settings for name, value in vars(each).items()}
     flags = {action.dest for action in parser._actions} - {*but}
     parser.set_defaults(**{name: values[name] for name in flags & values.keys()})
@@ -92,10 +80,8 @@ def run_script(
 ) -> int:
     """Parse the arguments, run, and return the exit status.
 
-    Args:
-        run: does the work; ``ValueError`` and ``OSError`` are errors of the user.
-        build_parser: makes the parser.
-        argv: arguments; None: those of the process.
+    ``ValueError`` and ``OSError`` of ``run`` are errors of the user. Arguments are those of the
+    process where ``argv`` is None.
 
     Returns:
         0; 2 after a user's error, printed in one line, or if a package is missing; 130 after

@@ -78,11 +78,6 @@ def choose_precision(name: str, device: torch.device) -> str:
     return name
 
 
-def weights_dtype(precision: str) -> torch.dtype:
-    """Return the dtype of a teacher's weights."""
-    return DTYPES[precision]
-
-
 def peak_memory(device: torch.device) -> int:
     """Return the peak memory in bytes: of the GPU, or of the process on a CPU."""
     if device.type == "cuda":

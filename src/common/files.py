@@ -31,11 +31,8 @@ MAX_JSON_DEPTH = 100
 def atomic_write(path: str | Path, mode: str = "w") -> Iterator[IO]:
     """Open a temporary file beside ``path``; at the end sync it and rename it to ``path``.
 
-    Missing folders are made. If the body raises, ``path`` stays as it was.
-
-    Args:
-        path: the file to write.
-        mode: ``w`` or ``wb``.
+    Missing folders are made. ``mode`` is ``w`` or ``wb``. If the body raises, ``path`` stays as it
+    was.
     """
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -160,12 +157,7 @@ def write_text(path: str | Path, text: str) -> None:
 def check_outputs(
     *paths: str | Path | None, overwrite: bool, inputs: Iterable[str | Path | None] = ()
 ) -> None:
-    """Check before the work that its output files can be written.
-
-    Args:
-        paths: the files; None entries are skipped.
-        overwrite: whether existing files may be replaced.
-        inputs: files that the work reads, which are never replaced; None entries are skipped.
+    """Check before the work that its output files can be written; entries of None are skipped.
 
     Raises:
         ValueError: a file exists and ``overwrite`` is not set, a file cannot be written, two
@@ -201,9 +193,7 @@ def write_json(path: str | Path, value: Any) -> None:
 def read_json(path: str | Path, max_bytes: int = MAX_JSON_BYTES) -> Any:
     """Return the value in a JSON file.
 
-    Args:
-        path: the file.
-        max_bytes: the largest file that is read: parsed values take about forty times the bytes.
+    Parsed values take about forty times the bytes, so no file above ``max_bytes`` is read.
 
     Raises:
         ValueError: the file is missing, too large, nested too deeply or broken, or an object has a

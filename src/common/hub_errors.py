@@ -33,10 +33,7 @@ def hub_fault(error: BaseException) -> tuple[str, str]:
 def hub_advice(fault: str, kind: str, name: object) -> str | None:
     """Return a line that says what was wrong and what to do; None for :data:`OTHER`.
 
-    Args:
-        fault: from :func:`hub_fault`.
-        kind: model, tokenizer or data set.
-        name: on the hub.
+    ``fault`` is from :func:`hub_fault`, ``kind`` a model, tokenizer or data set.
     """
     it = f"the {kind} {str(name)!r}"
     if fault == OFFLINE:

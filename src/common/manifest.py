@@ -35,10 +35,7 @@ def is_record(files: Any) -> bool:
 def first_fault(folder: Path, files: Record, hashes: bool = True) -> str | None:
     """Return the first file that differs from its record and how, or None.
 
-    Args:
-        folder: the directory of the files.
-        files: their record.
-        hashes: compare contents; without it only sizes are compared.
+    Without ``hashes`` only sizes are compared.
     """
     for name, entry in files.items():
         path = folder / name

@@ -62,10 +62,8 @@ _INSIDE = re.compile(
 def known_secrets(environment: Mapping[str, str] | None = None) -> dict[str, str]:
     """Return the secrets of this machine as ``{value: "the value of WANDB_API_KEY"}``.
 
-    Paths of existing files and values shorter than eight characters are not secrets.
-
-    Args:
-        environment: variables; None: those of this process, and the hub's saved token.
+    They are in the variables of the ``environment``; None: those of this process, and the hub's
+    saved token. Paths of existing files and values shorter than eight characters are not secrets.
     """
     secrets = {}
     for name, value in (os.environ if environment is None else environment).items():
@@ -95,13 +93,7 @@ def _exists(text: str) -> bool:
 
 
 def find_secrets(name: str, text: str, known: Mapping[str, str]) -> list[str]:
-    """Return the secrets in a text, as ``name, line 3: a GitHub token``.
-
-    Args:
-        name: of the text.
-        text: to be published.
-        known: from :func:`known_secrets`.
-    """
+    """Return the secrets in a text, as ``name, line 3: a GitHub token``."""
     matches: list[tuple[int, str]] = []
     for kind, form in SECRET_FORMS:
         matches += [(match.start(), kind) for match in form.finditer(text)]
@@ -163,11 +155,7 @@ def without_private_paths(value: Any, roots: Iterable[str | Path]) -> Any:
 
     Absolute paths, ``~`` paths and paths that leave by ``..`` are made relative to a root, else cut
     to their last component, else replaced by ``(private path)`` if that component may be a person's
-    name. In running text a path ends at the first blank.
-
-    Args:
-        value: any JSON value; keys of objects are treated like values.
-        roots: directories; a path under one of them is written relative to it.
+    name. In running text a path ends at the first blank. Keys of objects are treated like values.
     """
     tops = sorted({os.path.abspath(root) for root in roots}, key=len, reverse=True)
 

@@ -40,11 +40,7 @@ def is_first() -> bool:
 
 
 def join(device_name: str = "auto") -> None:
-    """Join the process group and select this process's GPU; with one process, do nothing.
-
-    Args:
-        device_name: as for :func:`src.common.devices.choose_device`.
-    """
+    """Join the process group and select this process's GPU; with one process, do nothing."""
     global _group
     if count() == 1 or _group is not None:
         return

@@ -48,14 +48,10 @@ class InUseError(ValueError):
 
 @contextmanager
 def locked(folder: Path, flag: str = "--output_dir") -> Iterator[None]:
-    """Lock a directory for this process.
+    """Lock a directory, which is made if missing, for this process.
 
     The system frees the lock when the process ends, even if it is killed. Forked data workers do
-    not inherit it.
-
-    Args:
-        folder: the directory; made if missing.
-        flag: that chooses another directory, for the message.
+    not inherit it. The message names ``flag``, which chooses another directory.
 
     Raises:
         InUseError: another process has locked it.
@@ -109,16 +105,13 @@ def read_run(folder: str | Path) -> dict[str, Any]:
         if not isinstance(value, dict):
             raise ValueError(f"{path}: {section} must be an object, got {value!r:.40}")
         named = value.get(name)
-        if named is not None and not _is_name(named):
+        right = isinstance(named, str) and 0 < len(named) <= LONGEST_NAME and named.isprintable()
+        if named is not None and not right:
             raise ValueError(f"{path}: {section}.{name} must be a name, got {named!r:.40}")
     resumed = record.get("resumed")
     if resumed is not None and not isinstance(resumed, list):
         raise ValueError(f"{path}: resumed must be a list, got {resumed!r:.40}")
     return record
-
-
-def _is_name(value: Any) -> bool:
-    return isinstance(value, str) and 0 < len(value) <= LONGEST_NAME and value.isprintable()
 
 
 def changed_settings(old: Mapping[str, Any], new: Mapping[str, Any], prefix: str = "") -> list[str]:
@@ -152,12 +145,6 @@ def claim_folder(
     folder: Path, settings: Mapping[str, Any], resume: bool, flag: str = "--output_dir"
 ) -> str:
     """Return what a run must do with its output directory; nothing in it is changed.
-
-    Args:
-        folder: the output directory.
-        settings: of the run, as JSON values.
-        resume: whether the user passed ``--resume``.
-        flag: that chooses another directory, for the message.
 
     Returns:
         ``new`` (empty or absent), ``resume`` (the same run, unfinished) or ``finished`` (the same

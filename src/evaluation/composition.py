@@ -32,14 +32,7 @@ release 2013_04 (A. Bairoch; also ExPASy ProtScale, scale "A.A. composition in S
 
 
 def residue_counts(proteins: Iterable[str]) -> np.ndarray:
-    """Count the 20 standard residues, in the order of ``STANDARD_RESIDUES``; others are left out.
-
-    Args:
-        proteins: residues of each protein.
-
-    Returns:
-        ``(20,)``.
-    """
+    """Count the 20 standard residues, ``(20,)`` in the order of ``STANDARD_RESIDUES``."""
     counts = np.zeros(len(STANDARD_RESIDUES), dtype=np.int64)
     for residues in proteins:
         counts += [residues.count(letter) for letter in STANDARD_RESIDUES]

@@ -72,11 +72,6 @@ def residue_embeddings(
 
     Proteins come in batches by length, not in their order.
 
-    Args:
-        loaded: the model, in eval mode, and its tokenizer.
-        proteins: residues of each.
-        settings: the layer, and the size of a batch.
-
     Raises:
         ValueError: the model has no such layer, or cannot take a protein.
     """

@@ -120,11 +120,7 @@ def mutant_variants(
 ) -> Variants:
     """Return the table of a wild type's mutants: ``mutant`` and ``sequence``.
 
-    Args:
-        wild: residues.
-        mutants: substitutions of each.
-        names: of each, as they were written.
-        first: number of the wild type's first residue.
+    ``names`` are the mutants as they were written, ``first`` is the number of the first residue.
     """
     residues = [tagged_as(wild, mutated(wild, mutant, first)) for mutant in mutants]
     clusters = [":".join(str(s.number) for s in mutant) for mutant in mutants]

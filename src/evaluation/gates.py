@@ -259,10 +259,7 @@ def token_unigram_nll(
 ) -> np.ndarray:
     """Return the NLL of each protein's tokens after the first by token frequencies, ``(P,)`` nats.
 
-    Args:
-        proteins: token ids of each protein to score.
-        train: token ids of the proteins whose frequencies are taken, half a count added to each.
-        vocab_size: number of tokens.
+    Frequencies are those of the proteins ``train``, half a count added to each.
     """
     counts = np.full(vocab_size, 0.5)
     for row in train:

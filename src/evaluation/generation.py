@@ -230,12 +230,9 @@ def fasta_records(
 ) -> list[FastaRecord]:
     """Return a FASTA record for each protein, its perplexity per residue in the header.
 
-    Args:
-        scored: proteins and their perplexities.
-        seed: that they were sampled with.
-        names: what else the headers say: the model, and the scorer where it is another.
-        tag: key of the layout's tag, if it has one.
-        families: name of the family that each protein is recognised as, if that was asked.
+    ``names`` are what else the headers say: the model, and the scorer where it is another; ``tag``
+    is the key of the layout's tag, if it has one; ``families`` are those that the proteins are
+    recognised as, if that was asked.
     """
     width = max(4, len(str(len(scored))))
     named = [{} for _ in scored] if families is None else [{"family": f} for f in families]

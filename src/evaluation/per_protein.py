@@ -29,10 +29,7 @@ def write_parquet(path: str | Path, table: Any, **options: Any) -> None:
 def replace_rows(path: Path, new: Any, keys: Sequence[str]) -> Any:
     """Return a file's rows with those of ``new`` in the place of the ones of equal keys.
 
-    Args:
-        path: of a table; it need not exist.
-        new: a ``pyarrow.Table`` with the same columns.
-        keys: columns that tell which rows belong together.
+    The file need not exist; ``new`` is a ``pyarrow.Table`` with the same columns.
 
     Returns:
         A ``pyarrow.Table``, sorted by the keys; rows of equal keys stay in their order.

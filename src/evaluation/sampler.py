@@ -135,14 +135,11 @@ class GenerationSettings:
 
 
 def suited_penalty(letters: Sequence[str]) -> float:
-    """Return the repetition penalty for a vocabulary.
+    """Return the repetition penalty for a vocabulary; ``letters`` are the residues of each token.
 
     1.2, as ProtGPT2's authors advise for tokens of several residues (Ferruz et al. 2022,
     doi:10.1038/s41467-022-32007-7). 1, which is none, where each token is one residue: a protein of
     average length has every residue, so the penalty would only flatten the distribution.
-
-    Args:
-        letters: residues of each token (:func:`~src.proteins.encoding.token_letters`).
     """
     return 1.2 if max(map(len, letters)) > 1 else 1.0
 
@@ -165,13 +162,9 @@ def token_room(model: PreTrainedModel, settings: GenerationSettings, prompt: Seq
 def possible_residues(
     settings: GenerationSettings, room: int, prompt: Sequence[int], letters: Sequence[str]
 ) -> int:
-    """Return the most residues that a protein can have.
+    """Return the most residues of a protein, with ``room`` for tokens (:func:`token_room`).
 
-    Args:
-        settings: of the sampling.
-        room: tokens (:func:`token_room`).
-        prompt: tokens of the prompt.
-        letters: residues of each token.
+    ``letters`` are the residues of each token.
     """
     # The end takes a position too, where the model is to set it.
     growing = room - len(prompt) - settings.whole_only

@@ -85,11 +85,7 @@ def record_type(fields: Mapping[str, Any], required: bool = False) -> TypeAdapte
 def check_record(record: Any, kind: TypeAdapter[Any], path: str | Path, advice: str = "") -> None:
     """Check a JSON record: its type, and that it holds only finite numbers.
 
-    Args:
-        record: as read from JSON.
-        kind: of :func:`record_type`.
-        path: the beginning of the message.
-        advice: what the user can do; the end of the message.
+    The message begins with the ``path`` and ends with the ``advice``.
 
     Raises:
         ValueError: one line that names the key and what is wrong with it.

@@ -269,11 +269,8 @@ def _without_spread(estimate: Estimate, draws: int | None) -> Estimate:
     """Return an estimate whose replicates are all equal with Wilson's interval, or with none.
 
     Where none or all of the proteins have a property, resampling them cannot show other values;
-    Wilson's interval (1927, JASA 22:209) can: that of 0 among 40 is [0, 0.09].
-
-    Args:
-        estimate: with low = high.
-        draws: independent proteins, for a share of proteins; None: no such share.
+    Wilson's interval (1927, JASA 22:209) can: that of 0 among 40 is [0, 0.09]. ``draws`` are the
+    independent proteins; None: the estimate is no share of proteins.
     """
     low = high = math.nan
     if draws and estimate.estimate in (0.0, 1.0):

@@ -346,32 +346,29 @@ def mean_interval(values: Sequence[float] | np.ndarray) -> Estimate:
     return Estimate(mean, mean - half, mean + half, error, n - 1)
 
 
-def is_equivalent(estimate: Estimate, margin: float, alpha: float = 0.05) -> bool:
+def is_equivalent(estimate: Estimate, margin: float) -> bool:
     """Return whether a value is shown to lie within ±margin of 0 (two one-sided tests, TOST).
 
-    Both tests are passed at level ``alpha`` exactly when the t interval of level 1 - 2 ``alpha``
-    lies inside the margin (Schuirmann 1987, J. Pharmacokinetics and Biopharmaceutics 15:657).
+    Both tests are passed at level 5 % exactly when the t interval of level 90 % lies inside the
+    margin (Schuirmann 1987, J. Pharmacokinetics and Biopharmaceutics 15:657).
     """
-    quantile = stats.t.ppf(1 - alpha, estimate.degrees_of_freedom)
+    quantile = stats.t.ppf(0.95, estimate.degrees_of_freedom)
     half = quantile * estimate.standard_error
     return bool(-margin < estimate.estimate - half and estimate.estimate + half < margin)
 
 
-def seeds_for_half_width(
-    half_width: float, seed_sd: float, cluster_error: float, most: int = 1000
-) -> int | None:
+def seeds_for_half_width(half_width: float, seed_sd: float, cluster_error: float) -> int | None:
     """Return the fewest seeds whose expected interval is no wider than ±half_width.
 
     Args:
         half_width: in the unit of the value.
         seed_sd: standard deviation of the value between seeds.
         cluster_error: standard error that the test clusters add, whatever the number of seeds.
-        most: seeds, at most.
 
     Returns:
-        None where ``most`` seeds are not enough, as when the test clusters alone are too few.
+        None where 1,000 seeds are not enough, as when the test clusters alone are too few.
     """
-    for seeds in range(2, most + 1):
+    for seeds in range(2, 1001):
         between = seed_sd**2 / seeds
         variance = between + cluster_error**2
         freedom = variance**2 / (between**2 / (seeds - 1)) if between > 0 else math.inf
@@ -382,9 +379,6 @@ def seeds_for_half_width(
 
 def holm(p_values: Mapping[str, float]) -> dict[str, float]:
     """Correct p-values for their number (Holm 1979, Scandinavian J. Statistics 6:65).
-
-    Args:
-        p_values: for each hypothesis its p-value.
 
     Returns:
         Adjusted p-values under the same names: reject those at most α, and at most a share α of

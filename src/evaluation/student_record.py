@@ -47,11 +47,6 @@ def named_data(record: Mapping[str, Any]) -> str | None:
     return source and os.path.expanduser(source)
 
 
-def named_column(record: Mapping[str, Any]) -> str | None:
-    """Return the column of residues that a run names for its data."""
-    return lookup(record, "settings.sequence_column")
-
-
 def choose_split(source: str, wanted: str | None) -> tuple[str | None, bool]:
     """Return the part of a source to evaluate, and whether it has a training part beside it.
 
@@ -104,7 +99,7 @@ def settle_inputs(
             "tokenizer to compare it with"
         )
     source = data or named_data(record) or DEFAULT_DATA
-    column = column or (None if data else named_column(record))
+    column = column or (None if data else lookup(record, "settings.sequence_column"))
     return Inputs(
         teacher or recorded or DEFAULT_TEACHER, source, column, *choose_split(source, part)
     )

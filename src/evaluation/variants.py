@@ -46,12 +46,8 @@ WINDOW_TOKENS = 1024
 def variant_nll(loaded: ProteinModel, wild: str, variants: Sequence[str]) -> np.ndarray:
     """Return -log p of each variant's layout, ``(P,)`` in nats, as ``score_proteins`` gives it.
 
-    All processes call this together, and each scores a share.
-
-    Args:
-        loaded: the model and its tokenizer.
-        wild: the protein that the variants resemble.
-        variants: residues of each; of any length.
+    All processes call this together, and each scores a share. Variants resemble the wild type, and
+    are of any length.
 
     Returns:
         NaN where a variant does not fit the model.

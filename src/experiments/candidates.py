@@ -88,12 +88,7 @@ def sample_family(
 ) -> dict[str, Any]:
     """Sample whole proteins, every token by its probability, and score them.
 
-    Args:
-        model: directory of the adapted model.
-        settings: of the sampling.
-        longest: residues of the longest member.
-        device: to sample on.
-        announce: called with each line for a person.
+    ``longest`` is the number of residues of the family's longest member.
 
     Returns:
         ``samples``, ``nll`` ``(P,)`` in nats, ``counts`` of attempts and ``proteins_per_second``.
@@ -133,10 +128,7 @@ def choose_temperature(
 ) -> tuple[float, dict[str, float]]:
     """Return the temperature to sample at, and the share of a pilot that was kept at each tried.
 
-    Args:
-        settings: of the sampling.
-        sample: draws a pilot (:func:`sample_family`).
-        judge: returns its table (:func:`assess`).
+    ``sample`` draws a pilot (:func:`sample_family`), ``judge`` returns its table (:func:`assess`).
     """
     kept: dict[float, float] = {}
     for temperature in TEMPERATURES:
@@ -287,13 +279,8 @@ def describe_candidates(
 ) -> dict[str, Any]:
     """Describe the samples and the best kept ones beside natural and shuffled members.
 
-    Args:
-        table: of :func:`assess`.
-        natural: held-out members, or training members where none is held out.
-        train: training members, for identity.
-        profile: HMM file whose hits are counted.
-        score: nats of proteins under the adapted model.
-        seed: of all draws.
+    ``natural`` are held-out members, or training members where none is held out; identity is that
+    to ``train``; ``score`` gives nats of proteins under the adapted model.
 
     Returns:
         Records of :func:`src.evaluation.sequence_quality.describe` by set.

@@ -78,10 +78,7 @@ def read_tables(
 def pack(folder: Path, grid: str, tables: Sequence[Path]) -> int:
     """Move a grid's finished cells into the two packed files; return how many there were.
 
-    Args:
-        folder: of the results.
-        grid: its name.
-        tables: of the single proteins of its groups; no other process may write them.
+    ``tables`` are those of the single proteins of its groups; no other process may write them.
 
     Raises:
         ValueError: a file is broken.

@@ -29,17 +29,11 @@ def _row_of_panels(count: int, margin: float = 0.8, **options: Any) -> tuple[Fig
 
 
 @styled
-def effects_figure(
-    sizes: Mapping[str, Mapping[str, Any]], margin: float, reference: str = "baseline"
-) -> Figure:
-    """Draw every arm less the reference, and below it the contrasts U, C, B and I of the claim.
+def effects_figure(sizes: Mapping[str, Mapping[str, Any]], margin: float) -> Figure:
+    """Draw every arm less the baseline, and below it the contrasts U, C, B and I of the claim.
 
-    Each size has a column. Small marks are single seeds.
-
-    Args:
-        sizes: records of ``analysis.json`` by title of the column.
-        margin: half-width of the band of differences that count as none.
-        reference: the arm that is subtracted.
+    Each size, a record of ``analysis.json`` by its title, has a column. Small marks are single
+    seeds. The band of differences that count as none is ±``margin``.
 
     Raises:
         ValueError: there is nothing to draw, or the sizes were not analysed alike.
@@ -47,14 +41,14 @@ def effects_figure(
     if not sizes:
         raise ValueError("no analysis to draw")
     first = next(iter(sizes.values()))
-    arms = [arm for arm in first["arms"] if arm != reference]
+    arms = [arm for arm in first["arms"] if arm != "baseline"]
     designs = "published" in first["designs"]
     for title, record in sizes.items():
-        compared = record["against"].get(reference, {})
+        compared = record["against"].get("baseline", {})
         if not set(arms) <= set(compared) or ("published" in record["designs"]) != designs:
             raise ValueError(
                 f"the analysis of {title} lacks arms or designs of others, or the comparison with "
-                f"{reference}: run scripts/analyse_ablation.py for all, --against {reference}"
+                "baseline: run scripts/analyse_ablation.py for all, --against baseline"
             )
     heights = [len(arms) + 1, 5.5] if designs else [len(arms) + 1]
     figure = Figure(
@@ -66,8 +60,8 @@ def effects_figure(
     )  # fmt: skip
     for column, (title, record) in enumerate(sizes.items()):
         by_seed = {arm: np.asarray(entry["by_seed"]) for arm, entry in record["arms"].items()}
-        others = record["against"][reference]
-        rows = [(a, others[a]["nats"], by_seed[a] - by_seed[reference]) for a in arms]
+        others = record["against"]["baseline"]
+        rows = [(a, others[a]["nats"], by_seed[a] - by_seed["baseline"]) for a in arms]
         _forest(grid[0, column], rows, margin)
         grid[0, column].set_title(title)
         if designs:
@@ -86,7 +80,7 @@ def effects_figure(
             _forest(grid[1, column], rows, margin)
         grid[-1, column].set_xlabel("difference in ln(perplexity\nper residue)")
         grid[-1, column].xaxis.set_major_locator(MaxNLocator(4))
-    grid[0, 0].set_ylabel(f"arm less {reference}")
+    grid[0, 0].set_ylabel("arm less baseline")
     if designs:
         grid[1, 0].set_ylabel("the claim's contrasts")
     handles, labels = grid[0, 0].get_legend_handles_labels()

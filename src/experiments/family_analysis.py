@@ -57,8 +57,7 @@ Values = Mapping[tuple[str, int], Mapping[tuple[str, int], float]]
 def measured(rows: Sequence[Mapping[str, Any]]) -> dict[str, Values]:
     """Return each measure by start and N, then by family and draw.
 
-    Args:
-        rows: of the experiment's table; those of its tuning, which have a rate, are left out.
+    Rows of the tuning, which have a rate, are left out.
 
     Returns:
         ``nats`` per residue of held-out members; ``nats_before``, the same before adaptation;
@@ -101,10 +100,6 @@ def measured(rows: Sequence[Mapping[str, Any]]) -> dict[str, Values]:
 
 def by_family(values: Values, coefficients: Terms) -> dict[str, float]:
     """Return Σ c · value of each family, as its mean over the draws.
-
-    Args:
-        values: of one measure.
-        coefficients: c of each start and N.
 
     Returns:
         The figure of each family that has, for every N, a draw that all its terms were run with.
@@ -155,11 +150,7 @@ def goal_verdict(estimate: Estimate, goal: float) -> str:
 
 
 def analyse(rows: Sequence[Mapping[str, Any]], members: Sequence[int]) -> dict[str, Any]:
-    """Return the answers that the cells of a table allow.
-
-    Args:
-        rows: of ``specialists.parquet``.
-        members: the N that are asked about.
+    """Return the answers that the cells of a table (``specialists.parquet``) allow for some N.
 
     Returns:
         ``members``; ``means`` by ``START N``, each family counting the same, with their number;
@@ -269,10 +260,6 @@ def points(
     rows: Sequence[Mapping[str, Any]], members: Sequence[int]
 ) -> dict[str, dict[str, list[tuple[float, ...]]]]:
     """Return what :func:`src.experiments.charts.families_figure` draws against N.
-
-    Args:
-        rows: of ``specialists.parquet``.
-        members: the N that are drawn.
 
     Returns:
         By panel that has any, and start: (N, estimate, low, high) with intervals over families.

@@ -245,9 +245,7 @@ def arms_table(record: Mapping[str, Any], cells: Cells) -> Table:
 def make_all(results: Path, output: Path) -> dict[str, Sequence[str]]:
     """Write every figure (PNG and PDF) and table (Markdown and LaTeX) that can be made.
 
-    Args:
-        results: directory of results.
-        output: directory to write to; files of the same names are replaced.
+    Files of the same names are replaced.
 
     Returns:
         ``written`` and ``missing``.

@@ -138,8 +138,7 @@ class Grid:
     def cells(self, tuned: Mapping[str, Mapping[str, float]] | None = None) -> list[Cell]:
         """Return all cells, ordered by seed, size and arm.
 
-        Args:
-            tuned: learning rate by size and arm; needed if the grid is ``tuned``.
+        A grid that is ``tuned`` needs the learning rate by size and arm.
 
         Raises:
             ValueError: a tuned learning rate is missing.
@@ -214,12 +213,9 @@ SWEPT = {
 
 
 def sweep_arms(name: str, loss: LossSettings, values: Sequence[float] = ()) -> dict[str, Any]:
-    """Return the arms of a sweep: a loss with one of its settings changed.
+    """Return the arms of a sweep: a loss with one of its settings, a key of ``SWEPT``, changed.
 
-    Args:
-        name: a key of ``SWEPT``.
-        loss: the other settings of the loss.
-        values: instead of those in ``SWEPT``.
+    ``values`` are taken instead of those in ``SWEPT``.
 
     Raises:
         ValueError: a value is given twice or is out of range.
@@ -238,11 +234,8 @@ def sweep_of_run(
 ) -> Grid:
     """Return the sweep of one setting around a run, at the run's seed and learning rate.
 
-    Args:
-        name: a key of ``SWEPT``.
-        settings: of the run, as scripts/train.py would train it.
-        size: name of the student's shape.
-        values: instead of those in ``SWEPT``.
+    ``settings`` are of the run, as scripts/train.py would train it, and ``size`` names the
+    student's shape; ``name`` and ``values`` are as in :func:`sweep_arms`.
 
     Raises:
         ValueError: a setting does not apply to students that are trained together.

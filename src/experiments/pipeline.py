@@ -72,11 +72,8 @@ def evaluation_state(
 ) -> str:
     """Return ``finished``, ``new`` or ``replace`` for the results file of an evaluation.
 
-    Args:
-        path: the file.
-        expected: arguments of scripts/evaluate.py as the file would record them.
-        student: the model's directory, or a hub id.
-        overwrite: whether results of another evaluation may be replaced.
+    ``expected`` are the arguments of scripts/evaluate.py as the file would record them; with
+    ``overwrite`` results of another evaluation may be replaced.
 
     Raises:
         ValueError: the file is broken or of another evaluation, and may not be replaced.
@@ -124,13 +121,7 @@ def _difference(
 
 
 class Pipeline:
-    """Runs stages in order, and keeps their log and status in one folder.
-
-    Args:
-        name: for the status.
-        stages: what to run.
-        folder: of the log and the status.
-    """
+    """Runs stages in order, and keeps their log and status in one folder."""
 
     def __init__(self, name: str, stages: Sequence[Stage], folder: Path) -> None:
         self.name, self.stages, self.folder = name, stages, folder
@@ -142,10 +133,7 @@ class Pipeline:
         self._log: BinaryIO
 
     def run(self, on_success: str | None = None) -> int:
-        """Run what is not finished.
-
-        Args:
-            on_success: shell command that is run after all stages succeeded.
+        """Run what is not finished and, if all succeeded, the shell command ``on_success``.
 
         Returns:
             0; the exit status of the stage, or of ``on_success``, that failed; 128 plus the number

@@ -66,7 +66,6 @@ class FitSettings:
 
     Attributes:
         learning_rates: one, or several of which the validation loss chooses.
-        optimizer: ``adamw`` or ``muon``.
         epochs: passes over the training members, at most.
         least_steps: a small family gets at least so many steps.
         batch_size: members of a step.
@@ -78,7 +77,6 @@ class FitSettings:
     """
 
     learning_rates: tuple[float, ...] = (1e-3,)
-    optimizer: str = "adamw"
     epochs: int = 20
     least_steps: int = 200
     batch_size: int = 8
@@ -92,7 +90,6 @@ class FitSettings:
         epoch = max(1, math.ceil(members / self.batch_size))
         return TrainSettings(
             train_size_prop=1.0,
-            optimizer=self.optimizer,
             learning_rate=rate,
             batch_size=self.batch_size,
             max_steps=max(self.least_steps, self.epochs * epoch),
@@ -219,7 +216,6 @@ def adapt(
     settings: FitSettings = ADAPTATION,
     *,
     random_weights: bool = False,
-    shape: StudentSettings | None = None,
     lora_rank: int | None = None,
     layout: str | None = None,
     max_length: int = 512,
@@ -229,12 +225,11 @@ def adapt(
     """Train a model on a family's members with plain cross-entropy.
 
     Args:
-        model: to start from: directory or hub id; of any class, if ``shape`` is None.
+        model: to start from: directory or hub id.
         data: directory with the parts ``train`` and ``validation``.
         folder: the run's directory.
         settings: of the training.
         random_weights: take the model's tokenizer and shape, and not its weights.
-        shape: cut the model to this shape, or the shape of the random weights; None: the model's.
         lora_rank: train additions of this rank (:mod:`src.models.lora`); None: all weights.
         layout: of proteins; None: the model's.
         max_length: tokens; longer members are cut.
@@ -247,7 +242,7 @@ def adapt(
     start: dict[str, Any] = {"teacher_model": model, "init_from": model}
     if random_weights:
         start = {"teacher_model": None, "tokenizer": model}
-    student = shape or gpt2_shape(model)
+    student = gpt2_shape(model)
     return fit_best(
         folder,
         settings,
@@ -324,7 +319,6 @@ def compare_models(
     clusters: Sequence[str],
     *,
     bootstrap: int = 2000,
-    seed: int = 0,
     table: Path | None = None,
 ) -> dict[str, Any]:
     """Compare models on held-out members.
@@ -335,7 +329,6 @@ def compare_models(
         proteins: the held-out members.
         clusters: ``(P,)``, resampled for the intervals.
         bootstrap: replicates.
-        seed: of the draws.
         table: parquet file for the values of single proteins.
 
     Returns:
@@ -371,7 +364,7 @@ def compare_models(
         "clusters": len(set(labels)),
         "intervals": {},
     }
-    for name, estimate in cluster_bootstrap(statistic, arrays, labels, bootstrap, seed).items():
+    for name, estimate in cluster_bootstrap(statistic, arrays, labels, bootstrap).items():
         put_estimate(record, name, estimate)
     if table is not None:
         names = [proteins[i].name for i in places]

@@ -75,11 +75,6 @@ class Runs:
 def read_runs(folder: str | Path, grid: str, split: str = "test") -> dict[str, Runs]:
     """Return a grid's measurements of single proteins, by size.
 
-    Args:
-        folder: of the grid's results (:mod:`src.experiments.cells`).
-        grid: name of the grid.
-        split: the part that was measured.
-
     Raises:
         ValueError: there is no table or none of the split; a table is broken or empty; an arm has
             several learning rates; or the proteins differ between tables.
@@ -176,11 +171,7 @@ def claim_verdict(parts: Mapping[str, str]) -> str:
 
 
 def analyse(runs: Mapping[str, Runs], references: Sequence[str] = ("baseline",)) -> dict[str, Any]:
-    """Return every contrast and verdict, by size.
-
-    Args:
-        runs: result of :func:`read_runs`.
-        references: arms that every other arm is compared with.
+    """Return every contrast and verdict, by size, and what every arm gives less each reference.
 
     Returns:
         For each size ``seeds``, ``clusters``, ``arms`` (mean y of each with its interval, and y of

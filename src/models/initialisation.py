@@ -47,9 +47,7 @@ def check_can_shrink(large: Any, small: Any) -> None:
 def calibration_batch(rows: Sequence[Any], longest: int) -> tuple[Tensor, Tensor]:
     """Return the first rows that make up :data:`CALIBRATION_TOKENS`, padded at their ends.
 
-    Args:
-        rows: token ids of proteins.
-        longest: tokens kept of each.
+    At most ``longest`` tokens of each are kept.
 
     Returns:
         Ids ``(B, T)`` and which are no padding ``(B, T)``.

@@ -122,18 +122,11 @@ class ProteinModel(NamedTuple):
         return rows, np.array(fits, dtype=bool)
 
 
-def load_tokenizer(
-    name: str | Path, revision: str | None = None, layout: str | None = None
-) -> PreTrainedTokenizerBase:
+def load_tokenizer(name: str | Path, layout: str | None = None) -> PreTrainedTokenizerBase:
     """Load a tokenizer; without a padding token it pads with the end-of-text marker.
 
-    It carries a layout (:func:`src.proteins.layouts.layout_of`): the one given, the one that it was
-    saved with, or the first of the table that it can write.
-
-    Args:
-        name: directory or hub id.
-        revision: branch, tag or commit on the hub.
-        layout: name of a layout, or a template.
+    It carries a layout (:func:`src.proteins.layouts.layout_of`): the one given, by name or as a
+    template, the one that it was saved with, or the first of the table that it can write.
 
     Raises:
         NoTokenizerError: the model has no tokenizer.
@@ -145,9 +138,7 @@ def load_tokenizer(
     if alone or require_model_directory(name):
         _check_tokenizer_files(Path(name))
     with explain_loading("tokenizer", name):
-        tokenizer = AutoTokenizer.from_pretrained(
-            str(name), revision=revision or "main", trust_remote_code=False
-        )
+        tokenizer = AutoTokenizer.from_pretrained(str(name), trust_remote_code=False)
         _keep_no_words(tokenizer)
     if layout is not None:
         set_layout(tokenizer, chosen := spelt_out(layout, tokenizer), stated=True)
@@ -236,18 +227,11 @@ def load_causal_lm(
     name: str | Path,
     dtype: torch.dtype = torch.float32,
     device: str | torch.device = "cpu",
-    revision: str | None = None,
 ) -> PreTrainedModel:
     """Load a causal language model in eval mode, and try it out on a few tokens.
 
     Without safetensors PyTorch's own files are read, with its ``weights_only`` loader, which runs
     no code.
-
-    Args:
-        name: directory or hub id.
-        dtype: of the weights in memory.
-        device: of the weights.
-        revision: branch, tag or commit on the hub.
 
     Raises:
         ValueError: the model is missing or broken, lacks weights, is no causal language model, or
@@ -259,7 +243,6 @@ def load_causal_lm(
         require_fitting_weights(Path(name))
     options: dict[str, Any] = {
         "dtype": dtype,
-        "revision": revision or "main",
         "trust_remote_code": False,
         "output_loading_info": True,
     }

@@ -28,12 +28,8 @@ def require_peft() -> Any:
 def add_lora(model: PreTrainedModel, rank: int, seed: int) -> None:
     """Freeze a model and add trainable maps of a rank to all its linear maps but the output head.
 
-    A is random by ``seed``, B is 0: the model computes what it computed. B A is not scaled.
-
-    Args:
-        model: changed in place.
-        rank: of each addition.
-        seed: of A; the caller's random generator is not changed.
+    The model is changed in place. A is random by ``seed``, which leaves the caller's random
+    generator as it is, and B is 0: the model computes what it computed. B A is not scaled.
 
     Raises:
         ValueError: peft is missing, or the model has no linear map that it knows.

@@ -117,10 +117,7 @@ def settle_layout(
 ) -> Layout:
     """Let a tokenizer carry its model's layout, and say which where it is not ProtGPT2's.
 
-    Args:
-        model: a causal language model in eval mode.
-        tokenizer: its tokenizer; a layout that it carries already is kept.
-        announce: called with the one line.
+    A layout that it carries already is kept. The model is in eval mode.
     """
     known = stated_layout(tokenizer)
     possible = [] if known else candidates(tokenizer)

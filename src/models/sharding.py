@@ -30,13 +30,10 @@ T = TypeVar("T")
 def load_sharded(
     load: Callable[[], tuple[PreTrainedModel, T]], device: torch.device
 ) -> tuple[PreTrainedModel, T]:
-    """Load a teacher in one process after the other, and keep one share in each.
+    """Load a teacher in one process after the other, and keep one share on each ``device``.
 
-    The machine's memory holds only one whole copy at a time, and a device none.
-
-    Args:
-        load: returns the teacher, on the CPU, and a second value computed while it is whole.
-        device: of the shares.
+    The machine's memory holds only one whole copy at a time, and a device none. ``load`` returns
+    the teacher, on the CPU, and a second value computed while it is whole.
 
     Returns:
         The teacher, and the second value of ``load``.
@@ -110,9 +107,8 @@ def run_idle(teacher: PreTrainedModel, times: int) -> None:
 def in_step(teacher: PreTrainedModel | None, runs: int) -> Iterator[None]:
     """After the body, run a sharded teacher until all processes have run it equally often.
 
-    Args:
-        teacher: nothing is done if it is None or not sharded.
-        runs: how often the body runs it in this process.
+    ``runs`` is how often the body runs it in this process. Without a sharded teacher nothing is
+    done.
     """
     if teacher is None or not is_sharded(teacher):
         yield

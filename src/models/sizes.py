@@ -91,10 +91,7 @@ def total_steps(
 ) -> int | None:
     """Return the optimiser steps of a run, or None if they depend on unknown data.
 
-    Args:
-        settings: batches, accumulation, epochs.
-        training_rows: rows of an epoch.
-        processes: number that share the batches of a step.
+    An epoch has ``training_rows`` rows; the processes share the batches of a step.
     """
     if settings.max_steps > 0:
         return settings.max_steps

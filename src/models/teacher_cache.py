@@ -87,14 +87,9 @@ class BrokenCacheError(ValueError):
 class TeacherCache:
     """A teacher's hidden states for every token of a set of proteins, read from disk.
 
-    Files are hashed and mapped into memory when first used. A copy in another process maps the same
-    files.
-
-    Args:
-        folder: the cache's directory.
-        teacher: fingerprint of the teacher that is expected.
-        data: fingerprint of the tokenised proteins that are expected.
-        verify: compare hashes, not only sizes.
+    ``teacher`` and ``data`` are the fingerprints of the teacher and of the tokenised proteins that
+    are expected. Files are hashed and mapped into memory when first used; without ``verify`` only
+    their sizes are compared. A copy in another process maps the same files.
 
     Raises:
         ValueError: the cache is another teacher's or of other proteins.

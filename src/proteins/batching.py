@@ -221,17 +221,12 @@ def padded(
     sequences: Sequence[np.ndarray | Sequence[int]],
     pad_token_id: int = 0,
     side: str = "right",
-    multiple_of: int = 1,
 ) -> tuple[Tensor, Tensor]:
     """Return token ids and attention mask ``(B, T)`` of sequences padded to the longest.
 
-    Args:
-        sequences: token ids of each.
-        pad_token_id: id at padding.
-        side: of the padding, ``right`` or ``left``.
-        multiple_of: T is rounded up to a multiple of this number.
+    Padding is on the ``side`` ``right`` or ``left``.
     """
-    width = -(-max(map(len, sequences)) // multiple_of) * multiple_of
+    width = max(map(len, sequences))
     ids = torch.full((len(sequences), width), pad_token_id, dtype=torch.long)
     mask = torch.zeros_like(ids)
     for row, sequence in enumerate(sequences):
@@ -249,18 +244,15 @@ class PaddingCollator:
     -100 at padding. Padding is masked by position, not by token id: GPT-2 pads with end-of-text.
     """
 
-    def __init__(self, pad_token_id: int, side: str = "right", multiple_of: int = 1) -> None:
+    def __init__(self, pad_token_id: int, side: str = "right") -> None:
         if side not in ("left", "right"):
             raise ValueError(f"padding side must be left or right, got {side!r}")
         self.pad_token_id = pad_token_id
         self.side = side
-        self.multiple_of = multiple_of
 
     def __call__(self, rows: Sequence[Mapping[str, Any]]) -> dict[str, Tensor]:
         """Return the batch of some rows of :class:`ProteinDataset`."""
-        ids, mask = padded(
-            [row["input_ids"] for row in rows], self.pad_token_id, self.side, self.multiple_of
-        )
+        ids, mask = padded([row["input_ids"] for row in rows], self.pad_token_id, self.side)
         labels = ids.masked_fill(mask == 0, IGNORED_LABEL)
         return {"input_ids": ids, "attention_mask": mask, "labels": labels}
 

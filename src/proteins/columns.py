@@ -114,10 +114,7 @@ def all_proteins(rows: Sequence[tuple[int, list[str]]], column: int) -> bool:
 def number_of(cell: str, place: str, decimal_comma: bool = False) -> float:
     """Return the number in a cell, NaN where it is empty or says that there is none.
 
-    Args:
-        cell: of a table.
-        place: for the message.
-        decimal_comma: read ``0,5`` as one half.
+    With ``decimal_comma`` ``0,5`` is one half. ``place`` is for the message.
 
     Raises:
         ValueError: the cell holds something else, or an infinite number.

@@ -97,10 +97,7 @@ def encode(
 ) -> list[list[int]]:
     """Return the token ids of laid-out proteins without padding.
 
-    Args:
-        tokenizer: carries the layout.
-        proteins: residues of each.
-        whole: of each, whether its end is written; None: of all.
+    ``whole`` says of each whether its end is written; None: of all.
     """
     if not proteins:
         return []

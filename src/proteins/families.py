@@ -18,12 +18,12 @@ import numpy as np
 
 from src.common.cli import unheard
 from src.common.files import write_text
-from src.proteins.homology import alignments, covering_identities
+from src.proteins.homology import alignments
 from src.proteins.readers import guarded_lines
 from src.proteins.reading import ReadReport
 from src.proteins.relatives import open_profiles, profile_key, profile_scores
 from src.proteins.split_files import FAMILY_KEY
-from src.proteins.splits import Split, SplitSettings
+from src.proteins.splits import Split, SplitSettings, leakages
 
 NEW_FAMILIES = "test_new"
 
@@ -57,11 +57,7 @@ class FamilySplitSettings:
 
 
 def read_families(path: str | Path, names: Mapping[str, str]) -> dict[str, str]:
-    """Return the family of each protein of a FASTA file, from ``family=NAME`` in its header.
-
-    Args:
-        path: FASTA, gzipped or not.
-        names: the proteins that need one, by name.
+    """Return the families of ``names`` in a FASTA file, gzipped or not: ``family=NAME`` in headers.
 
     Raises:
         ValueError: a protein has no family in its header.
@@ -118,11 +114,7 @@ def _members(names: Iterable[str], families: Mapping[str, str]) -> dict[str, lis
 
 
 class ProfileSearch:
-    """Searches proteins with the profiles of a file, each protein once.
-
-    Args:
-        profiles: HMM file.
-    """
+    """Searches proteins with the profiles of a file (HMM), each protein once."""
 
     def __init__(self, profiles: Path) -> None:
         self.profiles = profiles
@@ -158,12 +150,6 @@ def split_within_families(
     relatives are in no part, unless it is a relative of a held-out member or would cost too much
     of the family. The first of each family are in test, the next in validation, the rest of the
     family is in train.
-
-    Args:
-        proteins: residues for each name.
-        families: family for each name.
-        settings: sizes, seed and thresholds.
-        announce: called with one line for each stage.
 
     Returns:
         The parts, the family of each protein as its cluster, and the leakage report.
@@ -254,11 +240,7 @@ def add_new_families(
 ) -> dict[str, str]:
     """Add a part ``test_new`` to a split: all proteins of families that are in no other part.
 
-    Args:
-        split: from :func:`split_within_families`; changed in place.
-        proteins: residues for each name of the split.
-        new: residues for each name of the new families.
-        families: family for each name in ``new``.
+    The split, from :func:`split_within_families`, is changed in place.
 
     Returns:
         Residues for each name of both.
@@ -288,12 +270,8 @@ def add_other_proteins(
 ) -> dict[str, str]:
     """Add proteins of no family of the split to train, without relatives of held-out proteins.
 
-    Args:
-        split: from :func:`split_within_families`; changed in place.
-        proteins: residues for each name known so far; none of these is added.
-        others: residues for each name to draw from.
-        count: how many to add.
-        settings: what the split was made with.
+    The split, from :func:`split_within_families`, is changed in place. None of the ``proteins``
+    known so far is added.
 
     Returns:
         Residues for each name of all.
@@ -327,33 +305,10 @@ def report_leakage(
 ) -> None:
     """Put the leakage of every held-out part into a split's report, once all parts are complete.
 
-    Args:
-        split: changed in place.
-        proteins: residues for each name of the split.
-        settings: what the split was made with.
+    Alignments over ``coverage`` of the held-out protein count.
     """
-    search, train = _search_settings(settings), split.parts["train"]
-    split.report["leakage"] = {
-        part: family_leakage(proteins, names, train, search)
-        for part, names in split.parts.items()
-        if part != "train"
-    }
-
-
-def family_leakage(
-    proteins: Mapping[str, str],
-    held_out: Sequence[str],
-    train: Sequence[str],
-    settings: SplitSettings,
-) -> dict[str, int]:
-    """Count held-out proteins by their highest identity to train over half their length."""
-    best = covering_identities(proteins, held_out, train, settings)
-    return {
-        "proteins": len(held_out),
-        "any_hit": len(best),
-        "identity_30": sum(identity >= 0.3 for identity in best.values()),
-        "identity_50": sum(identity >= 0.5 for identity in best.values()),
-    }
+    search = _search_settings(settings)
+    split.report["leakage"] = leakages(proteins, split.parts, search, settings.coverage)
 
 
 def write_profiles(
@@ -361,15 +316,10 @@ def write_profiles(
 ) -> int:
     """Write the profiles of a split's families, and a table of the families, into its directory.
 
-    A family's profile is the one with the highest sum of scores over its members. The table
-    ``families.tsv`` has, for each family, its proteins in each part, its profile, and the mean
-    log-odds score in nats per residue. ``families.hmm.gz`` has the profiles as they were.
-
-    Args:
-        folder: of the split; must exist.
-        proteins: residues for each name.
-        split: with all its parts.
-        search: with the profiles of all families.
+    The directory must exist. A family's profile is the one with the highest sum of scores over its
+    members. The table ``families.tsv`` has, for each family, its proteins in each part, its
+    profile, and the mean log-odds score in nats per residue. ``families.hmm.gz`` has the profiles
+    as they were.
 
     Returns:
         The number of profiles written.

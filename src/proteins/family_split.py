@@ -10,6 +10,7 @@ from __future__ import annotations
 import random
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from itertools import compress
 from pathlib import Path
 
 import numpy as np
@@ -19,7 +20,7 @@ from scipy.sparse import csgraph
 from src.common.cli import unheard
 from src.proteins.homology import Hit, SearchSettings, alignments
 from src.proteins.split_files import read_named
-from src.proteins.splits import Split
+from src.proteins.splits import Split, leakage_counts
 
 LEAST_MEMBERS = 10
 TEST_SHARE, VALIDATION_SHARE = 0.2, 0.1
@@ -79,7 +80,7 @@ def read_family(
     for name, residues in proteins.items():
         distinct.setdefault(residues, name)
     members = {name: residues for residues, name in distinct.items()}
-    kept = dict(_taken(members, fits(list(members.values()))))
+    kept = dict(compress(members.items(), fits(list(members.values()))))
     longer = len(members) - len(kept)
     if longer:
         first = next(name for name in members if name not in kept)
@@ -92,10 +93,6 @@ def read_family(
             "family and to judge it" + ("; name a --model that takes more" if longer else "")
         )
     return kept
-
-
-def _taken(members: Mapping[str, str], wanted: np.ndarray) -> list[tuple[str, str]]:
-    return [item for item, taken in zip(members.items(), wanted.tolist(), strict=True) if taken]
 
 
 def family_hits_of(members: Mapping[str, str]) -> list[Hit]:
@@ -125,11 +122,6 @@ def require_one_family(
 ) -> list[str]:
     """Return the members without a detectable relative in the largest group.
 
-    Args:
-        path: for the message.
-        members: residues by name.
-        hits: of :func:`family_hits_of`.
-
     Raises:
         ValueError: a second group is as large as a family of its own.
     """
@@ -154,15 +146,10 @@ def split_family(
 ) -> FamilySplit:
     """Split a family's members by identity clusters: about 70 % train, 10 % validation, 20 % test.
 
-    Clusters are connected components of alignments of at least ``test_identity`` over ``coverage``
-    of one of both members. Each goes to one part, so no held-out member has such an alignment with
-    a training member, unless the notes say so. They are drawn in proportion to their size, as if
-    members were drawn (Efraimidis and Spirakis 2006).
-
-    Args:
-        members: residues by name.
-        hits: of :func:`family_hits_of`.
-        settings: identity and seed.
+    ``hits`` are of :func:`family_hits_of`. Clusters are connected components of alignments of at
+    least ``test_identity`` over ``coverage`` of one of both members. Each goes to one part, so no
+    held-out member has such an alignment with a training member, unless the notes say so. They are
+    drawn in proportion to their size, as if members were drawn (Efraimidis and Spirakis 2006).
     """
     settings = settings or FamilySettings()
     close = [
@@ -224,16 +211,7 @@ def _leakage(
     for hit in hits:
         if hit.target in train and hit.coverage >= settings.coverage:
             best[hit.query] = max(best.get(hit.query, 0.0), hit.identity)
-    return {
-        part: {
-            "proteins": len(names),
-            "any_hit": sum(name in best for name in names),
-            "identity_30": sum(best.get(name, 0.0) >= 0.3 for name in names),
-            "identity_50": sum(best.get(name, 0.0) >= 0.5 for name in names),
-        }
-        for part, names in parts.items()
-        if part != "train"
-    }
+    return {part: leakage_counts(best, names) for part, names in parts.items() if part != "train"}
 
 
 def test_notes(proteins: int, clusters: int, test_identity: float) -> list[str]:

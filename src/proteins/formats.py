@@ -200,7 +200,8 @@ def opened(path: Path) -> Iterator[tuple[io.BufferedReader, str, Callable[[], in
 def _only(files: Mapping[str, Any], path: Path, packer: str) -> Any:
     """Return the one file of an archive that holds proteins by its name, or that is there."""
     seen = {n: f for n, f in files.items() if "__MACOSX" not in n and Path(n).name[:1] != "."}
-    fitting = {n: f for n, f in seen.items() if _suffix(n) in SUFFIXES}
+    bare = {n: Path(n.lower().removesuffix(".gz")) for n in seen}
+    fitting = {n: f for n, f in seen.items() if bare[n].suffix in SUFFIXES}
     chosen = fitting or seen
     for inside, what in OFFICE.items():
         if inside in files:
@@ -212,10 +213,6 @@ def _only(files: Mapping[str, Any], path: Path, packer: str) -> Any:
             "files in it; --data takes several"
         )
     return next(iter(chosen.values()))
-
-
-def _suffix(name: str) -> str:
-    return Path(name.lower().removesuffix(".gz")).suffix
 
 
 def is_comment(line: str) -> bool:

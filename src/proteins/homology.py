@@ -82,10 +82,6 @@ def _write_numbered(path: Path, proteins: Mapping[str, str], names: Sequence[str
 def homology_clusters(proteins: Mapping[str, str], settings: SearchSettings) -> dict[str, str]:
     """Return the cluster of each protein, named after its representative.
 
-    Args:
-        proteins: residues for each name.
-        settings: identity, coverage and sensitivity.
-
     Raises:
         ValueError: MMseqs2 is missing or fails.
     """
@@ -168,12 +164,6 @@ def alignments(
     E-values grow with the number of targets: an alignment may count among few targets and not
     among many.
 
-    Args:
-        proteins: residues for each name.
-        queries: names to look for.
-        targets: names to look among.
-        settings: largest E-value, and sensitivity of the search.
-
     Raises:
         ValueError: MMseqs2 is missing or fails.
     """
@@ -215,13 +205,3 @@ def best_identities(
         if hit.coverage >= least_coverage:
             best[hit.query] = max(best.get(hit.query, 0.0), hit.identity)
     return best
-
-
-def covering_identities(
-    proteins: Mapping[str, str],
-    queries: Sequence[str],
-    targets: Sequence[str],
-    settings: SearchSettings,
-) -> dict[str, float]:
-    """Return :func:`best_identities` over at least ``cluster_coverage`` of each query."""
-    return best_identities(proteins, queries, targets, settings, settings.cluster_coverage)

@@ -204,11 +204,6 @@ def lines_of(residues: str) -> list[str]:
     return [residues[start : start + RESIDUES_PER_LINE] for start in starts]
 
 
-def prompt_layout(residues: str = "") -> str:
-    """Return the beginning of a protein in ProtGPT2's layout (:meth:`Layout.prompt`)."""
-    return PROTGPT2.prompt(residues)
-
-
 def shuffled(residues: str, seed: int = 0) -> str:
     """Return the residues in a random order that depends on them and the seed alone."""
     letters = list(residues)
@@ -267,10 +262,7 @@ def guess_layout(tokenizer: Any, guess: Layout) -> None:
 def set_layout(tokenizer: Any, chosen: Layout, stated: bool = False) -> None:
     """Let a tokenizer carry a layout, also where it is saved.
 
-    Args:
-        tokenizer: will carry it.
-        chosen: the layout.
-        stated: somebody said so: ProtGPT2's, which goes without saying else, is written down too.
+    ProtGPT2's, which goes without saying else, is written down too where somebody ``stated`` it.
     """
     guess_layout(tokenizer, chosen)
     if chosen == PROTGPT2 and not stated:

@@ -109,9 +109,8 @@ def _path(source: str | Path) -> Path:
 def local_files(source: str | Path, split: str | None) -> list[Path] | None:
     """Return the files to read, or None if the source is a data set on the hub.
 
-    Args:
-        source: a directory, a file, several files or a pattern, or a hub id.
-        split: the part; files have only the part ``train``.
+    A source is a directory, a file, several files or a pattern, or a hub id. Files have only the
+    part ``train``.
 
     Raises:
         ValueError: there is no such file, directory or part.

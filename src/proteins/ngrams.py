@@ -52,10 +52,6 @@ class NgramModel:
             parts.append(-np.add.reduceat(flat[place], starts))
         return np.concatenate(parts)
 
-    def nats_per_residue(self, proteins: Sequence[str]) -> float:
-        """Return nats for each residue over all the proteins together."""
-        return float(self.nll(proteins).sum() / sum(map(len, proteins)))
-
 
 def _windows(proteins: Sequence[str]) -> Iterator[tuple[np.ndarray, np.ndarray, np.ndarray]]:
     """Yield, for chunks of proteins, the two symbols before, each symbol, and the proteins' starts.
@@ -94,10 +90,6 @@ def fit_ngrams(proteins: Sequence[str], seed: int = 0) -> dict[str, NgramModel]:
     Each mixes the relative frequencies of all orders up to its own and the uniform distribution
     over the 27 symbols; the shares are fitted by expectation maximisation on the 5 % of proteins
     that are held out from the counts (Jelinek & Mercer 1980), then all proteins are counted.
-
-    Args:
-        proteins: residues of each training protein.
-        seed: chooses the held-out proteins.
 
     Returns:
         The models under the names ``unigram``, ``bigram`` and ``trigram``.

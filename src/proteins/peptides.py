@@ -29,12 +29,6 @@ def peptide_hits(
     (binomial, from the residues' frequencies); so do twins, peptides of one length of at least
     ``LEAST_TWIN`` residues with at most one difference.
 
-    Args:
-        proteins: residues for each name.
-        queries: names to look for.
-        targets: names to look among.
-        evalue: places expected by chance, at most.
-
     Returns:
         Query, target, share of the shorter one's residues that are equal, and share of the query
         that is compared.

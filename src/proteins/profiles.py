@@ -71,12 +71,9 @@ def _name(thing: Any, name: str) -> None:
 
 
 def profile_of(alignment: Any, name: str, effective_number: str = "entropy") -> Any:
-    """Return the profile (``pyhmmer.plan7.HMM``) of an alignment.
+    """Return the profile (``pyhmmer.plan7.HMM``) of an alignment (:func:`align_family`).
 
-    Args:
-        alignment: of :func:`align_family`.
-        name: of the profile.
-        effective_number: one of :data:`EFFECTIVE_NUMBERS`.
+    ``effective_number`` is one of :data:`EFFECTIVE_NUMBERS`.
     """
     pyhmmer = require_pyhmmer()
     alphabet = alignment.alphabet

@@ -83,13 +83,10 @@ class Record(NamedTuple):
 def file_records(
     path: Path, report: ReadReport, sequence_column: str | None = None, tag: str | None = None
 ) -> Iterator[Record]:
-    """Yield the records of a file.
+    """Yield the records of a file, and report what the reader mends or skips.
 
-    Args:
-        path: the file.
-        report: counts what the reader mends or skips.
-        sequence_column: of a table; None: the first of the usual ones.
-        tag: column of a table whose cells its records are to hold.
+    The ``sequence_column`` of a table is by default the first of the usual ones; records hold the
+    cells of its column ``tag``.
 
     Raises:
         ValueError: the file is refused, as :mod:`src.proteins.sources` lists; the message names the

@@ -35,9 +35,9 @@ class ReadReport:
         """Count a fixed fault."""
         self._count(self.fixed, kind, place, count)
 
-    def notice(self, kind: str, place: str, count: int = 1) -> None:
+    def notice(self, kind: str, place: str) -> None:
         """Count something strange in a protein that is kept as it is."""
-        self._count(self.noticed, kind, place, count)
+        self._count(self.noticed, kind, place, 1)
 
     def note(self, line: str) -> None:
         """Add a line for the user, once."""
@@ -51,11 +51,6 @@ class ReadReport:
             counts[kind] = {"count": count, "first": place}
         else:
             entry["count"] += count
-
-    @property
-    def dropped_count(self) -> int:
-        """All dropped proteins."""
-        return sum(entry["count"] for entry in self.dropped.values())
 
     def as_dict(self) -> dict[str, Any]:
         """Return the report as JSON values."""

@@ -102,9 +102,9 @@ class Relatives:
     ln(targets / targets with the word).
     """
 
-    def __init__(self, targets: Sequence[str], candidates: int = CANDIDATES) -> None:
-        """Index the targets, of which ``candidates`` are aligned with each query."""
-        self.targets, self.count = targets, min(candidates, len(targets))
+    def __init__(self, targets: Sequence[str]) -> None:
+        """Index the targets, of which ``CANDIDATES`` are aligned with each query."""
+        self.targets, self.count = targets, min(CANDIDATES, len(targets))
         words = word_sets(targets)
         frequency = np.asarray(words.sum(0), dtype=np.float64).ravel()
         self.weight = np.log((1 + len(targets)) / (1 + frequency))

@@ -137,11 +137,8 @@ class SourceProtein(NamedTuple):
 def clean(text: str, report: ReadReport, place: str, keep_ambiguous: bool = False) -> str | None:
     """Return the residues in a text, or None if the protein is dropped.
 
-    Args:
-        text: of the source.
-        report: counts what was fixed, or why the protein was dropped.
-        place: of the text, for the report.
-        keep_ambiguous: keep B, J, O, U, X and Z.
+    The report counts what was fixed, or why the protein was dropped. ``keep_ambiguous`` keeps B, J,
+    O, U, X and Z.
     """
     raw = text.encode("utf-8", errors="replace")
     strange = raw.translate(None, _STANDARD)
@@ -195,11 +192,7 @@ def clean(text: str, report: ReadReport, place: str, keep_ambiguous: bool = Fals
 
 
 def is_nucleic(letters: bytes) -> bool:
-    """Return whether letters are of DNA or RNA: nearly all A, C, G, T, U or N, no kind missing.
-
-    Args:
-        letters: upper case.
-    """
+    """Return whether capitals are DNA or RNA: nearly all A, C, G, T, U or N, no kind missing."""
     if len(letters) < LEAST_NUCLEIC:
         return False
     others = len(letters.translate(None, b"ACGTUN"))
@@ -209,11 +202,7 @@ def is_nucleic(letters: bytes) -> bool:
 
 
 def require_proteins(report: ReadReport, enough: int = 1) -> None:
-    """Check what was read of a source so far.
-
-    Args:
-        report: of reading.
-        enough: sequences from which nucleic acids decide.
+    """Check what was read of a source so far; nucleic acids decide from ``enough`` sequences on.
 
     Raises:
         ValueError: most are nucleic acids, or the source was read and none is usable.

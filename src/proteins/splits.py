@@ -63,17 +63,11 @@ def split_by_homology(
 ) -> Split:
     """Divide proteins into train, validation and test by homology cluster.
 
-    Clusters are drawn at random by ``settings.seed``. One protein of each cluster drawn for
-    validation or test is taken, so that every held-out protein is a family of its own. A held-out
-    protein is left out if it has a relative at ``leak_identity`` or more in train; so is a
-    validation protein with one in test. In-family proteins are one member each of training
+    Clusters, computed when not given, are drawn at random by ``settings.seed``. One protein of each
+    cluster drawn for validation or test is taken, so that every held-out protein is a family of its
+    own. A held-out protein is left out if it has a relative at ``leak_identity`` or more in train;
+    so is a validation protein with one in test. In-family proteins are one member each of training
     clusters; they are taken out of train and form a part of their own.
-
-    Args:
-        proteins: residues for each name.
-        settings: sizes, seed and thresholds.
-        clusters: the cluster of each name; computed when not given.
-        announce: called with one line for each stage.
 
     Raises:
         ValueError: there are too few clusters, a protein has no cluster, or MMseqs2 is missing or
@@ -183,28 +177,38 @@ def _without_relatives(
     return parts, left_out
 
 
+def leakage_counts(best: Mapping[str, float], names: Sequence[str]) -> dict[str, int]:
+    """Count proteins by the highest identity of those with a hit: any, at ≥ 30 % and ≥ 50 %."""
+    found = [best[name] for name in names if name in best]
+    return {
+        "proteins": len(names),
+        "any_hit": len(found),
+        "identity_30": sum(identity >= 0.3 for identity in found),
+        "identity_50": sum(identity >= 0.5 for identity in found),
+    }
+
+
 def leakage(
     proteins: Mapping[str, str],
     held_out: Sequence[str],
     train: Sequence[str],
     settings: SearchSettings,
+    least_coverage: float = 0.0,
 ) -> dict[str, int]:
-    """Return how many held-out proteins have a hit in train: any, at ≥ 30 % and ≥ 50 % identity."""
-    best = best_identities(proteins, held_out, train, settings)
-    return {
-        "proteins": len(held_out),
-        "any_hit": len(best),
-        "identity_30": sum(identity >= 0.3 for identity in best.values()),
-        "identity_50": sum(identity >= 0.5 for identity in best.values()),
-    }
+    """Return the :func:`leakage_counts` of alignments with train over that share of a protein."""
+    best = best_identities(proteins, held_out, train, settings, least_coverage)
+    return leakage_counts(best, held_out)
 
 
 def leakages(
-    proteins: Mapping[str, str], parts: Mapping[str, Sequence[str]], settings: SearchSettings
+    proteins: Mapping[str, str],
+    parts: Mapping[str, Sequence[str]],
+    settings: SearchSettings,
+    least_coverage: float = 0.0,
 ) -> dict[str, dict[str, int]]:
     """Return the :func:`leakage` of each held-out part."""
     return {
-        part: leakage(proteins, names, parts["train"], settings)
+        part: leakage(proteins, names, parts["train"], settings, least_coverage)
         for part, names in parts.items()
         if part != "train"
     }

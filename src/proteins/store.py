@@ -173,9 +173,7 @@ class TokenisedProteins:
 def open_store(folder: Path, thorough: bool | None = None) -> TokenisedProteins:
     """Open a store with all its proteins, and check that it is complete.
 
-    Args:
-        folder: the store.
-        thorough: compare the SHA-256 of every file; None: if the store is small.
+    The SHA-256 of every file is compared if ``thorough``; None: if the store is small.
 
     Raises:
         ValueError: the store is missing, of another version, or damaged.

@@ -85,13 +85,9 @@ class Table(NamedTuple):
 def open_table(
     path: Path, kind: str, report: ReadReport, sequence_column: str | None = None
 ) -> Table:
-    """Open a table and find its header.
+    """Open a table and find its header, with the ``sequence_column`` if the user names one.
 
-    Args:
-        path: the file.
-        kind: from :func:`src.proteins.formats.kind_of`.
-        report: counts titles above the header, and notes a table without one.
-        sequence_column: a column that the header has, if the user names one.
+    Titles above the header, and a table without one, are reported.
 
     Raises:
         ValueError: the file is broken, or has no row.

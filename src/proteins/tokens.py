@@ -332,13 +332,7 @@ def _nothing_left(report: ReadReport, settings: dict[str, Any]) -> str:
 
 
 def data_summary(proteins: TokenisedProteins, batch_size: int, title: str) -> list[str]:
-    """Return lines that describe proteins: counts, lengths, and the share of padding.
-
-    Args:
-        proteins: tokenised proteins, or a selection.
-        batch_size: rows of a batch, for the share of padding.
-        title: name of the proteins.
-    """
+    """Return lines that describe proteins: counts, lengths, and the share of padding in batches."""
     from src.proteins.batching import padding_share
 
     lengths, residues = proteins.lengths, proteins.residues

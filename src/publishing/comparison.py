@@ -24,10 +24,7 @@ MISSING = "---"
 
 
 def read_entries(paths: Sequence[str | Path]) -> tuple[list[ResultsFile], list[str]]:
-    """Read the files of a comparison.
-
-    Args:
-        paths: results files of any version; one that is named but missing keeps its row.
+    """Read the results files, of any version, of a comparison; one that is missing keeps its row.
 
     Returns:
         The entries under names that tell them apart, and a line for each file that is missing or

@@ -54,13 +54,10 @@ def torch_log_probs(model: PreTrainedModel) -> LogProbs:
 def to_ctranslate2(
     model: PreTrainedModel, tokenizer: Any, folder: Path, quantization: str | None = None
 ) -> None:
-    """Write a model for CTranslate2 into a folder.
+    """Write a model for CTranslate2 into a folder, which must not exist.
 
-    Args:
-        model: one that CTranslate2's converter knows, GPT-2 among them.
-        tokenizer: its tokenizer; tokens that the model has beside it get names.
-        folder: must not exist.
-        quantization: None: float32; ``int8``, ``float16``, ...
+    Tokens that the model has beside the tokenizer get names. ``quantization`` is ``int8``,
+    ``float16``, ...; None: float32.
 
     Raises:
         ValueError: CTranslate2 is not installed, or does not know the model.
@@ -207,8 +204,3 @@ def compare(
         "reference_nll": reference_nll / count,
         "tokens": count,
     }
-
-
-def perplexity_factor(comparison: dict[str, float]) -> float:
-    """Return the perplexity a token in the other runtime over that in the reference."""
-    return float(np.exp(comparison["nll"] - comparison["reference_nll"]))

@@ -41,12 +41,7 @@ METRIC_LABELS = {
 
 
 def build_page(folder: Path, judgement: Mapping[str, Any]) -> str:
-    """Return the page on one family's run.
-
-    Args:
-        folder: of the run.
-        judgement: of :func:`src.experiments.family_run.judge_models`.
-    """
+    """Return the page on one family's run, from :func:`src.experiments.family_run.judge_models`."""
     family, candidates = judgement["family"], judgement["candidates"]
     with (folder / "candidates" / "candidates.csv").open(newline="") as handle:
         table = list(csv.DictReader(handle))

@@ -160,11 +160,8 @@ def pack(
 ) -> Package:
     """Check a finished model and collect what would be sent. Touches no network.
 
-    Args:
-        folder: what ``src.training.stages.train`` left.
-        repo_id: where it shall stand, for the card.
-        results_file: of ``scripts/evaluate.py`` for this very model.
-        license: as the hub spells it; None: the teacher's, where known.
+    ``results_file`` is of ``scripts/evaluate.py`` for this very model. Without a license, which is
+    spelt as on the hub, the teacher's is taken where known.
 
     Raises:
         ValueError: the model is not finished or broken, the results are of another model, the

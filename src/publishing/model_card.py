@@ -77,12 +77,8 @@ def build_card(
 ) -> str:
     """Return the text of a model card: YAML metadata, then Markdown.
 
-    Args:
-        repo_id: where the model will stand.
-        record: the run's record, already without private paths.
-        usage: how the model and its tokenizer are used.
-        license: as the hub spells it.
-        results: a results file of this very model, already without private paths; None: none.
+    The run's record, and the results, of this very model, are already without private paths; the
+    license is spelt as on the hub.
     """
     from jinja2 import Environment, StrictUndefined
 

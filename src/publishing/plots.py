@@ -115,12 +115,9 @@ def learning_curves(
 ) -> Figure:
     """Draw a loss in training (thin) and in validation (thick, marked) against the steps.
 
-    The first losses of a run may lie above the axis, so that its end is seen in detail.
-
-    Args:
-        runs: records of ``metrics.jsonl`` by name of the run.
-        quantity: ``loss``, ``hard_loss`` or ``soft_loss``.
-        label: of the axis.
+    ``runs`` are records of ``metrics.jsonl`` by name; ``quantity`` is ``loss``, ``hard_loss`` or
+    ``soft_loss``. The first losses of a run may lie above the axis, so that its end is seen in
+    detail.
 
     Raises:
         ValueError: no run has the quantity.
@@ -270,12 +267,8 @@ def inline_svg(figure: Figure, name: str, description: str) -> str:
     """Return a figure as an SVG element for an HTML page.
 
     It fills the width of its container and takes the page's text colour, and the page's colours
-    where it defines ``--student`` and so on.
-
-    Args:
-        figure: any of this module.
-        name: prefix of its ids, which must differ between the figures of a page.
-        description: for those who cannot see it.
+    where it defines ``--student`` and so on. ``name`` is a prefix of its ids, which must differ
+    between the figures of a page; the description is for those who cannot see it.
     """
     buffer = io.StringIO()
     with matplotlib.rc_context(STYLE):

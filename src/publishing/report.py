@@ -62,10 +62,7 @@ def build_report(
 ) -> str:
     """Return the HTML page on a run, its results, or both; styles and figures are in it.
 
-    Args:
-        run_dir: directory of a run, for its training and learning curves.
-        results_path: results file, for all metrics.
-        fasta: generated proteins, of which the first are shown; None: those in the results.
+    Of the generated proteins in ``fasta``, or else in the results, the first are shown.
 
     Raises:
         ValueError: nothing to report on, a file is missing or broken, or the results are those of

@@ -156,10 +156,6 @@ class Repository:
     def send(self, files: list[OutgoingFile], title: str) -> tuple[str, str | None]:
         """Send the files that the hub does not have yet, in one commit.
 
-        Args:
-            files: all files of the model.
-            title: of the commit, and of the pull request.
-
         Returns:
             The revision that holds all files, and the address of the pull request, or None.
 

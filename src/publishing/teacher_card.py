@@ -74,11 +74,8 @@ def top_1_accuracy(
 ) -> dict[str, float]:
     """Return the share of tokens that a teacher, and a unigram model, think the likeliest.
 
-    Args:
-        results: of an evaluation with the teacher's reliability curve.
-        train: residues of the proteins that the unigram model is fitted on.
-        proteins: token ids of the held-out proteins, by index, with ``len``.
-        tokenizer: of both.
+    ``results`` are of an evaluation with the teacher's reliability curve; the unigram model is
+    fitted on ``train``; ``proteins`` are token ids of the held-out ones.
     """
     curve = results["teacher_ece"]["reliability"]
     counts = np.array(curve["count"], dtype=np.float64)
@@ -100,9 +97,8 @@ def top_1_accuracy(
 def teacher_card(facts: Mapping[str, Any], parts: Mapping[str, Mapping[str, Any]]) -> str:
     """Return a small teacher's model card in Markdown, with the metadata that the hub reads.
 
-    Args:
-        facts: from :func:`training_facts`.
-        parts: the results of an evaluation for each held-out part; the card's scores are theirs.
+    ``facts`` are from :func:`training_facts`, ``parts`` the results for each held-out part, which
+    are the card's scores.
     """
     first = next(iter(parts.values()))
     mixed = first["gates"]["shuffled_minus_natural"]

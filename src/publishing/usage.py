@@ -60,12 +60,7 @@ class Usage:
 
     @classmethod
     def of(cls, tokenizer: Any, config: Any) -> Usage:
-        """Return how a model is used.
-
-        Args:
-            tokenizer: carries the layout.
-            config: the model's configuration.
-        """
+        """Return how a model is used."""
         layout = layout_of(tokenizer)
         prompt = _before(layout)
         plain, marked = (

@@ -58,9 +58,7 @@ class TrainerAdapter(Trainer):
     def train(self, resume_from_checkpoint: str | bool | None = None, **kwargs: Any) -> Any:
         """Train; end with a checkpoint and the signal's exit status if a signal came.
 
-        Args:
-            resume_from_checkpoint: the checkpoint to go on from; True: the newest whole one.
-            **kwargs: see ``transformers.Trainer.train``.
+        ``resume_from_checkpoint`` is the checkpoint to go on from; True: the newest whole one.
         """
         if resume_from_checkpoint is True:
             newest = self.checkpoints.newest()
@@ -139,8 +137,7 @@ class TrainerAdapter(Trainer):
     def leave(self, owed: dict[str, bool] | None = None) -> NoReturn:
         """Write a checkpoint, unless this step has one, and end with the signal's exit status.
 
-        Args:
-            owed: what a validation that was broken off still has to do.
+        ``owed`` is what a validation that was broken off still has to do.
         """
         self.guard.check_last_step()
         step = self.state.global_step

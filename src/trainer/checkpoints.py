@@ -130,9 +130,7 @@ class CheckpointManager:
     def save(self, step: int, write: Callable[[Path], None]) -> None:
         """Write a step's checkpoint, verify it, then remove the ones it replaces.
 
-        Args:
-            step: optimiser steps done.
-            write: writes every file but the manifest into a directory, in all processes.
+        ``write`` writes every file but the manifest into a directory, in all processes.
         """
         final = self.path(step)
         temporary = final.with_name(f"{final.name}{UNFINISHED_SUFFIX}")

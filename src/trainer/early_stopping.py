@@ -33,8 +33,7 @@ class Standing:
 def validation_standing(history: Iterable[Mapping[str, Any]]) -> Standing:
     """Return the best validation of a log, the first of equal ones, and how many came after it.
 
-    Args:
-        history: records of the log, oldest first; those without a validation are skipped.
+    Records come oldest first; those without a validation are skipped.
 
     Raises:
         ValueError: nothing was validated.
@@ -64,13 +63,7 @@ class EarlyStopping(TrainerCallback):
 
 
 def outcome(history: Iterable[Mapping[str, Any]], last_step: int, planned: int) -> dict[str, Any]:
-    """Return the best step, the last step, and why it was the last, for a finished run's record.
-
-    Args:
-        history: records of the whole log.
-        last_step: steps that were done.
-        planned: steps that were planned.
-    """
+    """Return the best step, the last step, and why it was the last, for a finished run's record."""
     now = validation_standing(history)
     return {
         "best_step": now.best_step,

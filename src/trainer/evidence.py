@@ -131,10 +131,7 @@ def watched(
 ) -> Iterator[list[str]]:
     """Collect the names of a model's outputs and gradients that are not finite, in their order.
 
-    Args:
-        model: None: nothing is watched.
-        label: what the model is called.
-        bad: a list to append to.
+    They are appended to ``bad`` if it is given. Nothing is watched where the model is None.
 
     Yields:
         The names.

@@ -55,14 +55,10 @@ class LossSums:
 
 
 class LogInterval:
-    """The sums since the last record of the log, and the time they took.
+    """The sums since the last record of the log, and the time they took by ``clock``, in seconds.
 
     The clock starts before the first batch is fetched and stands still in :meth:`paused`, so that
-    all of a step's work and nothing else counts.
-
-    Args:
-        students: how many are trained together.
-        clock: returns the time in seconds.
+    all of a step's work and nothing else counts. ``students`` are trained together.
     """
 
     def __init__(self, students: int = 1, clock: Callable[[], float] = time.monotonic) -> None:

@@ -60,10 +60,7 @@ class StepRecord:
 
 
 class SpikeGuard:
-    """Recognises losses far above their running median.
-
-    Args:
-        factor: multiple of the median above which a loss is a spike; None: no loss is.
+    """Recognises losses above ``factor`` times their running median; None: no loss is.
 
     Raises:
         ValueError: the factor is not above 1.
@@ -139,9 +136,7 @@ class StepGuard:
     def watch(self, model: nn.Module, norm: Any) -> None:
         """Judge the step whose gradients are ready, or have the optimiser hold still if it is bad.
 
-        Args:
-            model: whose gradients are dropped if the loss is a spike.
-            norm: of the gradients, before clipping.
+        ``norm`` is that of the gradients before clipping. If the loss is a spike they are dropped.
         """
         record, trainer = self.step, self.trainer
         record.norm = norm

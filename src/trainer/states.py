@@ -62,8 +62,7 @@ def optimizer_state(tensors: dict[str, Tensor], plain: dict[str, Any]) -> dict[s
 def random_states(with_numpy: bool = True) -> tuple[dict[str, Tensor], dict[str, Any]]:
     """Return the states of all random generators: PyTorch's as tensors, the rest as values.
 
-    Args:
-        with_numpy: NumPy's too, which takes a hundred microseconds.
+    NumPy's, which takes a hundred microseconds, is among them only ``with_numpy``.
     """
     tensors = {"cpu": torch.random.get_rng_state()}
     if torch.cuda.is_available():
@@ -94,10 +93,8 @@ def as_json(plain: Mapping[str, Any]) -> str:
 def write_states(trainer: TrainerAdapter, folder: Path, owed: dict[str, bool] | None) -> None:
     """Write the weights and all states of a run into a checkpoint; each process writes its part.
 
-    Args:
-        trainer: whose states they are.
-        folder: of the checkpoint, not yet in place.
-        owed: what a validation that was broken off still has to do: ``evaluate`` and ``save``.
+    ``folder`` is not yet in place. ``owed`` is what a validation that was broken off still has to
+    do: ``evaluate`` and ``save``.
     """
     trainer.store_flos()
     if trainer.args.should_save:

@@ -48,13 +48,9 @@ def initial_student(
     """Return the student as it is before the first step, in float32 and train mode.
 
     A model of the student's shape in ``init_from`` is taken as it is; a larger one is cut down, by
-    what it does on some training proteins. With ``lora_rank`` its weights are frozen and
-    low-rank additions are trained.
-
-    Args:
-        settings: of the run.
-        model_shape: the teacher's configuration, or vocabulary, positions and marker without one.
-        proteins: those of the training.
+    what it does on some training proteins. With ``lora_rank`` its weights are frozen and low-rank
+    additions are trained. ``model_shape`` is the teacher's configuration, or vocabulary, positions
+    and marker without one.
 
     Raises:
         ValueError: ``init_from`` is not there, or smaller than the student somewhere; or peft is

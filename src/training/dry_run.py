@@ -43,14 +43,8 @@ def plan(
 ) -> dict[str, Any]:
     """Estimate the run's student and, for comparison, every preset.
 
-    Args:
-        settings: of the run.
-        output_dir: where the run would be written.
-        preset: the preset it was made from, or None.
-        cache_dir: where tokenised proteins are kept.
-        announce: called with each line of the table.
-        device_name: where a few steps are timed, if teacher and data are local.
-        teacher_cache: where the teacher's hidden states would be kept.
+    ``preset`` is the one that the run was made from. A few steps are timed on the device if teacher
+    and data are local.
 
     Returns:
         The estimate for each name, the bytes of disk under ``disk``, and what was timed under
@@ -115,11 +109,7 @@ def print_table(
 ) -> dict[str, Any]:
     """Print the estimates but those of presets larger than the teacher; return what was printed.
 
-    Args:
-        own: name of the student that was asked for, which is always printed.
-        students: shapes by name.
-        estimates: by name.
-        announce: called with each line.
+    The student that was asked for, ``own``, is always printed.
     """
     announce(
         f"{'student':<12} {'shape':>12} {'parameters':>13} {'of teacher':>11} {'smaller':>8} "
@@ -151,11 +141,11 @@ def disk_needed(
     """
     cache = None
     if settings.cached_teacher and inputs is not None:
-        from src.common.devices import weights_dtype
+        from src.common.devices import DTYPES
         from src.models.teacher_cache import needed_bytes
 
         tokens = sum(int(proteins.lengths.sum()) for proteins in inputs.parts.values())
-        cache = needed_bytes(tokens, shape.width, weights_dtype(inputs.precision))
+        cache = needed_bytes(tokens, shape.width, DTYPES[inputs.precision])
     return {
         "checkpoint": parameters * (WEIGHT_BYTES + OPTIMIZER_BYTES),
         "model": parameters * WEIGHT_BYTES,

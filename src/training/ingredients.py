@@ -13,7 +13,7 @@ import torch
 
 from src.common import processes
 from src.common.cli import say
-from src.common.devices import choose_device, choose_precision, weights_dtype
+from src.common.devices import DTYPES, choose_device, choose_precision
 from src.common.settings import TrainSettings
 from src.models.forward import require_packing
 from src.models.inspection import count_parameters
@@ -101,11 +101,7 @@ def gather(
 ) -> Ingredients:
     """Load the teacher in the run's precision, and tokenise the proteins.
 
-    Args:
-        settings: of the run.
-        device_name: ``auto``, ``cpu``, ``cuda``, ``cuda:N`` or ``mps``.
-        cache_dir: where tokenised proteins are kept.
-        shard_teacher: spread the teacher over the processes (:mod:`src.models.sharding`).
+    ``shard_teacher`` spreads the teacher over the processes (:mod:`src.models.sharding`).
 
     Raises:
         ValueError: the teacher, the tokenizer, the data or the device is missing or unusable.
@@ -137,7 +133,7 @@ def load_teacher(
     """Load a teacher in a run's precision; return it with its fingerprint."""
 
     def load(place: torch.device) -> tuple[PreTrainedModel, str]:
-        teacher = load_causal_lm(name, weights_dtype(precision), place)
+        teacher = load_causal_lm(name, DTYPES[precision], place)
         return teacher, model_fingerprint(teacher)
 
     return load_sharded(lambda: load(torch.device("cpu")), device) if sharded else load(device)

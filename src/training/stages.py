@@ -156,10 +156,7 @@ class Fitted:
 def train(settings: TrainSettings, output_dir: Path, **options: Any) -> dict[str, Any]:
     """Distil a student, leave a finished model directory and return the run's record.
 
-    Args:
-        settings: what to train.
-        output_dir: where; new, or holding the same run.
-        **options: those of :class:`RunOptions`.
+    ``output_dir`` is new, or holds the same run; options are those of :class:`RunOptions`.
 
     Raises:
         ValueError: anything that the user can mend.

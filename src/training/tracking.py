@@ -121,10 +121,7 @@ class Wandb(WandbCallback):
 class Tracking(TrainerCallback):
     """Reports a run's configuration to a tracker at its beginning and the outcome at its end.
 
-    Args:
-        tracker: ``wandb`` or ``tensorboard``.
-        folder: of the run, whose name the tracker's run has.
-        record: of the run.
+    The tracker is ``wandb`` or ``tensorboard``; its run is named like the run's folder.
     """
 
     def __init__(self, tracker: str, folder: Path, record: Mapping[str, Any]) -> None:

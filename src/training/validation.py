@@ -52,19 +52,11 @@ def plan_validation(
     """Return how often a run is validated by default: in at most 5 % of its time, 1 to 10 times.
 
     A token costs one unit for each parameter that it passes forwards, and two for each that it
-    passes backwards: 3 S + T in training and S + T in validation, for S parameters of the student
-    and T of the teacher. T counts as 0 where the teacher is not run. The plan follows from the
-    settings and the data alone, so a resumed run has the same one. Early stopping needs many
-    validations and always has ten.
-
-    Args:
-        settings: of the run.
-        parts: the proteins ``train`` and ``validation``.
-        max_length: tokens of a packed row.
-        student_parameters: of all students that are trained together.
-        teacher_parameters: 0 without a teacher.
-        steps: optimiser steps of the run.
-        rows_per_step: proteins or packed rows of a step, over all processes.
+    passes backwards: 3 S + T in training and S + T in validation, for S parameters of all students
+    that are trained together and T of the teacher. T counts as 0 where the teacher is not run. The
+    plan follows from the settings and the data alone, so a resumed run has the same one. Early
+    stopping needs many validations and always has ten. Packed rows have ``max_length`` tokens; a
+    step has ``rows_per_step`` proteins or packed rows over all processes.
     """
     packed = settings.batching == "packed"
     tokens_per_row = max_length if packed else float(np.mean(parts["train"].lengths))

@@ -290,6 +290,11 @@ def entries_in(name: str, raw: bytes) -> int | None:
     return len(filled)
 
 
+def accounted(report: Any) -> bool:
+    """Return whether each protein that was read is counted as kept or dropped."""
+    return report.read == report.kept + sum(entry["count"] for entry in report.dropped.values())
+
+
 def read_source(folder: Path, files: Files, name: str, tokenizer: Any) -> None:
     """Read a file of proteins as training does, and account for each of them."""
     from src.proteins.sources import ReadReport, read_entries
@@ -297,7 +302,7 @@ def read_source(folder: Path, files: Files, name: str, tokenizer: Any) -> None:
 
     report = ReadReport()
     entries = list(read_entries(folder / name, report=report, tokenizer=tokenizer))
-    if report.read != report.kept + report.dropped_count or len(entries) != report.kept:
+    if not accounted(report) or len(entries) != report.kept:
         raise Vanished(f"{report.as_dict()} with {len(entries)} proteins")
     expected = entries_in(name, files[name])
     if expected is not None and expected != report.read:
@@ -306,7 +311,7 @@ def read_source(folder: Path, files: Files, name: str, tokenizer: Any) -> None:
         return  # tokenising costs more than all the rest, so do it for a third of the cases
     store = tokenise(folder / name, None, tokenizer, 64, folder / "cache", quiet=True)
     of_store = store.report
-    if of_store.read != report.read or of_store.read != of_store.kept + of_store.dropped_count:
+    if of_store.read != report.read or not accounted(of_store):
         raise Vanished(f"the store's report: {of_store.as_dict()}")
     require_whole(store, [entry.residues for entry in entries])
 

@@ -15,7 +15,7 @@ import torch
 from src.common.settings import PRESETS, StudentSettings
 from src.evaluation.generation import GenerationSettings, sample_proteins
 from src.models.loading import build_student, load_causal_lm, student_config
-from src.proteins.layouts import prompt_layout
+from src.proteins.layouts import PROTGPT2
 from src.publishing.exports import (
     compare,
     ctranslate2_log_probs,
@@ -75,7 +75,7 @@ def _one_model(
     bench: Workbench, name: str, model: Any, folder: Path, found: dict[str, Any]
 ) -> None:
     tokenizer = bench.tokenizer
-    prompt = tokenizer(prompt_layout(), add_special_tokens=False)["input_ids"]
+    prompt = tokenizer(PROTGPT2.prompt(), add_special_tokens=False)["input_ids"]
     size = bench.scale.sampled_tokens
     if name == "hf_tiny":  # random weights do not end a protein
         size = min(size, LARGEST_TOKENS)

@@ -65,11 +65,6 @@ class _States(_Rows):
 def measure(cell: Cell, device_name: str = "cpu", precision: str = "fp32") -> dict[str, Any]:
     """Train two steps in this process, a short one and a full one, and return the peak memory.
 
-    Args:
-        cell: what to train.
-        device_name: where.
-        precision: as in scripts/train.py.
-
     Returns:
         ``peak_bytes``: of the GPU, or of the process on a CPU, of which ``base_bytes`` were there
         before the models.
@@ -78,7 +73,7 @@ def measure(cell: Cell, device_name: str = "cpu", precision: str = "fp32") -> di
     from transformers import GPT2Config, GPT2LMHeadModel, TrainingArguments
 
     from src.common.cli import quiet_libraries
-    from src.common.devices import choose_device, peak_memory, weights_dtype
+    from src.common.devices import DTYPES, choose_device, peak_memory
     from src.distillation import DistillationTrainer
     from src.models.loading import build_student, student_config
     from src.models.teacher_cache import CachedCollator
@@ -92,7 +87,7 @@ def measure(cell: Cell, device_name: str = "cpu", precision: str = "fp32") -> di
         shape["n_layer"] = 0  # what is kept of a teacher whose states are read: the head
     config = GPT2Config(**shape)
     teacher: Any = GPT2LMHeadModel(config)
-    teacher = teacher.to(device=device, dtype=weights_dtype(precision))
+    teacher = teacher.to(device=device, dtype=DTYPES[precision])
     student = build_student(student_config(PRESETS[cell.preset].student, config), 0)
     rows = _Rows(cell)
     # The optimiser's state must be there when the full batch comes, as in all steps but the first.

@@ -346,10 +346,6 @@ MEASURES: dict[str, Callable[[Workbench], dict[str, Any]]] = {
 def run_benchmark(bench: Workbench, only: Sequence[str] = SECTIONS) -> dict[str, Any]:
     """Run sections and return ratios, what they were made of, and what was checked.
 
-    Args:
-        bench: what to work on.
-        only: which sections.
-
     Returns:
         ``ratios`` by name, of what a plain way takes by what ours takes; the ``sections``; sizes,
         device and data.

@@ -152,18 +152,10 @@ def open_workbench(
     quick: bool = False,
     rounds: int | None = None,
     cache_dir: str | None = None,
-    announce: Callable[[str], None] = say,
 ) -> Workbench:
-    """Load proteins and the small teacher.
+    """Load proteins, held out where the source has such a part, and the small teacher.
 
-    Args:
-        device: where to measure.
-        data: proteins, held out where the source has such a part.
-        teacher_model: the small teacher and its tokenizer.
-        quick: tiny shapes.
-        rounds: of every section; None: what suits the device.
-        cache_dir: where tokenised proteins are kept.
-        announce: called with each line for a person.
+    ``quick`` takes tiny shapes; ``rounds`` are those of every section, None: what suits the device.
 
     Raises:
         ValueError: data or teacher cannot be had.
@@ -187,7 +179,7 @@ def open_workbench(
         max_proteins=PROTEINS,
         quiet=True,
     )
-    return Workbench(device, scale, proteins, tokenizer, teacher, quick, announce)
+    return Workbench(device, scale, proteins, tokenizer, teacher, quick)
 
 
 # Measuring -----------------------------------------------------------------------------------
