@@ -32,7 +32,12 @@ def build_parser() -> argparse.ArgumentParser:
     add("--input", type=Path, required=True, help="FASTA or another file of proteins")
     add("--layout", help=LAYOUT_HELP)
     add("--sequence_column", help="column of the residues in a table (default: a usual name)")
-    add("--layer", type=int, default=-1, help="0: input of the first block; n: output of the n-th")
+    add(
+        "--layer",
+        type=int,
+        default=-1,
+        help="0: input of the first block; n: output of the n-th, the last after the final norm",
+    )
     add("--per_residue", action="store_true", help="a vector for each residue, not mean and last")
 
     add = parser.add_argument_group("how").add_argument

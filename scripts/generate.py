@@ -68,7 +68,11 @@ def build_parser() -> argparse.ArgumentParser:
     add("--max_attempts", type=positive_int, help="give up after (default: 20 a protein, or 200)")
     add("--drop_repeats", action="store_true", help="discard proteins with tandem repeats")
     add("--distinct", action="store_true", help="keep the first of equal proteins")
-    add("--max_identity", type=share, help="discard proteins closer than this to one of --against")
+    add(
+        "--max_identity",
+        type=share,
+        help="discard proteins closer than this to one of --against (of the 10 likeliest)",
+    )
     add("--against", type=Path, help="known proteins: FASTA or another file of proteins")
 
     add = parser.add_argument_group("sampling").add_argument
@@ -95,7 +99,8 @@ def build_parser() -> argparse.ArgumentParser:
 
 def run(args: argparse.Namespace) -> dict:
     """Generate, score and write. Returns the counts."""
-    check_outputs(args.output, overwrite=args.overwrite)
+    inputs = (args.against, args.profiles)
+    check_outputs(args.output, overwrite=args.overwrite, inputs=inputs)
     if args.scorer and args.scorer == args.model:
         args.scorer = None
     from src.common.cli import quiet_libraries

@@ -95,7 +95,7 @@ def chosen_variants(args: argparse.Namespace, tag: str | None) -> tuple[Any, str
 def run(args: argparse.Namespace) -> dict:
     """Score, compare, write. Returns what was summary."""
     outputs = (args.output, args.correlations, args.heat_map)
-    inputs = [args.input] if args.input else []
+    inputs = [path for path in (args.input, args.wildtype, args.mutants) if path]
     check_outputs(*outputs, overwrite=args.overwrite, inputs=inputs)
     from src.common.cli import quiet_libraries
     from src.common.devices import choose_device

@@ -92,6 +92,11 @@ def test_the_comparison_is_that_of_two_distributions(tiny_tokenizer):
     assert found["nll"] - found["reference_nll"] == pytest.approx(np.mean(expected))
 
 
+def test_nothing_to_compare_is_one_line(tiny_tokenizer):
+    with pytest.raises(ValueError, match="no protein fits the model"):
+        x.compare(lambda ids: ids, lambda ids: ids, tiny_tokenizer, [])
+
+
 def test_a_stepwise_sample_follows_the_runtime(tiny_tokenizer):
     """A runtime that gives the next token of a text all the probability spells that text."""
     text = tiny_tokenizer("<|endoftext|>\nMKVLA\n<|endoftext|>")["input_ids"]

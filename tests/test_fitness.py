@@ -141,6 +141,13 @@ def test_mutants_of_a_wild_type_in_a_table(tmp_path):
     assert "mutants: numbered from 0" in found.report.notes
 
 
+def test_sequences_beside_mutants_of_a_wild_type_are_told(tmp_path):
+    (tmp_path / "a.csv").write_text("mutant,mutated_sequence\nM1A,WWWW\n")
+    found = fitness.read_variants(tmp_path / "a.csv", wild="MKVL")
+    assert found.residues == ["AKVL"]
+    assert any("'mutated_sequence' is not read" in note for note in found.report.notes)
+
+
 def test_mavedbs_table(tmp_path):
     (tmp_path / "a.csv").write_text(
         "# Accession: urn:mavedb:1\naccession,hgvs_nt,hgvs_pro,score\n"
@@ -303,6 +310,19 @@ def test_the_input_is_never_replaced(folder, capsys, flag):
     assert call(*given, *[word for pair in outputs.items() for word in pair]) == 2
     assert "dms.csv is an input: name another file" in capsys.readouterr().err
     assert (folder / "dms.csv").read_text() == before
+
+
+def test_a_wild_type_and_its_mutants_are_never_replaced(folder, capsys):
+    files = {"--wildtype": folder / "wild.fasta", "--mutants": folder / "list.txt"}
+    files["--wildtype"].write_text(">w\nMKVL\n")
+    files["--mutants"].write_text("K2A\n")
+    given = [word for pair in files.items() for word in pair]
+    for path in files.values():
+        before = path.read_text()
+        run = ["--model", folder / "student", *given, "--output", path, "--overwrite"]
+        assert call(*run) == 2
+        assert f"{path.name} is an input" in capsys.readouterr().err
+        assert path.read_text() == before
 
 
 def test_a_protein_that_the_tokenizer_does_not_know_has_no_score(folder, capsys):

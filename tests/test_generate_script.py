@@ -136,6 +136,12 @@ def test_nothing_is_overwritten_unasked(folder, capsys):
     assert run(folder, "--num_sequences", 1, "--overwrite") == 0
     assert (folder / "new.fasta").read_text().startswith(">")
     assert run(folder, name=".") == 2
+    against = folder / "new.fasta"
+    known = against.read_text()
+    options = ("--max_identity", 0.5, "--against", against, "--overwrite")
+    assert run(folder, "--num_sequences", 1, *options) == 2
+    assert "is an input" in capsys.readouterr().err
+    assert against.read_text() == known
 
 
 def test_too_few_are_told_and_none_is_an_error(folder, refusal, capsys):

@@ -43,9 +43,34 @@ def test_forms_of_a_mutant():
         "A4*",
         "Ala4Xyz",
         "p.Ala4Ter",
+        "A4C:A4D",
+        "p.[Ala4Cys;Ala4Asp]",
+        "del5K8E",
+        "insG1_K8E",
+        "A4del_K8E",
+        "A4delinsGG_K8E",
     ):
         with pytest.raises(ValueError, match="is no mutant"):
             parse_mutant(text)
+
+
+def test_a_name_may_look_like_a_deletion_and_a_residue_may_be_named_twice():
+    for prefix in ("model1_", "insulin_", "delta_", "chain2_"):
+        assert parse_mutant(f"{prefix}A4C") == [Substitution("A", 4, "C", prefix)]
+    assert len(parse_mutant("L_A4C:M_A4C")) == 2
+
+
+def test_a_numbering_that_fits_twice_is_told():
+    both = numbering([parse_mutant("A2G")], "MAAKLLE")
+    assert both.first == 1
+    assert "from 0 would fit as well" in str(both)
+    assert str(numbering([parse_mutant("K4G")], "MAAKLLE")) == "numbered from 1"
+    assert str(numbering([[]], "MAAKLLE")) == "numbered from 1"
+
+
+def test_a_list_with_a_header(tmp_path):
+    (tmp_path / "list.txt").write_text("mutant\nA4C\n")
+    assert read_mutants(str(tmp_path / "list.txt")) == ["A4C"]
 
 
 @pytest.mark.parametrize(("shift", "first"), [(0, 1), (-1, 0), (24, 25)])

@@ -29,7 +29,13 @@ from src.evaluation.mutants import Substitution, mutated, numbering, parse_mutan
 from src.evaluation.statistics import TAILS, Estimate, cluster_codes, cluster_weights
 from src.evaluation.variants import variant_nll, windowed_nll
 from src.models.loading import ProteinModel
-from src.proteins.columns import LEAST_PROTEIN, MUTANT_COLUMNS, is_missing, number_of
+from src.proteins.columns import (
+    LEAST_PROTEIN,
+    MUTANT_COLUMNS,
+    SEQUENCE_COLUMNS,
+    is_missing,
+    number_of,
+)
 from src.proteins.formats import TABLES, kind_of
 from src.proteins.layouts import tagged_as
 from src.proteins.readers import Record, tag_of_cell
@@ -147,6 +153,11 @@ def _read_table(
         report.column = table.columns[data]
     elif mutant is None:
         raise ValueError(f"--wildtype: {path} has no column {MUTANT_COLUMN!r} of mutants of it")
+    elif (unread := table.find(None, SEQUENCE_COLUMNS, "")) is not None:
+        report.note(
+            f"--wildtype: mutants are from column {table.columns[mutant]!r}, "
+            f"{table.columns[unread]!r} is not read"
+        )
     numbered = list(table.rows)
     rows = [row for _, row in numbered]
     places = [f"{path.name}:{number}" for number, _ in numbered]

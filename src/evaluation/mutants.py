@@ -8,6 +8,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
+from src.proteins.columns import MUTANT_COLUMNS
 from src.proteins.layouts import PROTEIN_LETTERS, STANDARD_RESIDUES
 from src.proteins.notation import CODES
 
@@ -18,6 +19,8 @@ _BARE = r"[A-Z]\d+[A-Z]"
 _CHAIN = re.compile(rf"{_BARE}(?:[_-]{_BARE})+")
 """Substitutions with ``_`` or ``-`` between them, which else may end a name before the first."""
 _HIDDEN = re.compile(rf"(?<![A-Za-z0-9]){_BARE}(?![A-Za-z0-9])")
+_INDEL = re.compile(r"(?<![A-Za-z])(?:del|ins|dup)[A-Z]?\d|\d(?:delins|del|ins|dup)(?![a-z])")
+"""An insertion or a deletion, which is no name before a substitution."""
 _SMALL = re.compile(r"[a-z]\d+[a-z]")
 _THREE = re.compile(r"(?:p\.)?(?P<wild>[A-Z][a-z]{2})(?P<number>\d+)(?P<new>[A-Z][a-z]{2}|=)$")
 _HGVS = re.compile(r"p\.[\[(](.*)[\])]")
@@ -37,12 +40,18 @@ class Substitution(NamedTuple):
 
 
 class Numbering(NamedTuple):
-    """Where a list's numbers begin: residue ``number`` is ``residues[number - first]``."""
+    """Where a list's numbers begin: residue ``number`` is ``residues[number - first]``.
+
+    ``ambiguous``: from 0 would fit as well.
+    """
 
     first: int
+    ambiguous: bool = False
 
     def __str__(self) -> str:
         """Return it as a person says it."""
+        if self.ambiguous:
+            return "numbered from 1, but from 0 would fit as well: compare one mutant's sequence"
         if self.first in (0, 1):
             return f"numbered from {self.first}"
         return f"numbered so that the first residue is {self.first}"
@@ -56,7 +65,7 @@ def parse_mutant(text: str) -> list[Substitution]:
     ``chainA_A12C``), which are kept as its prefix.
 
     Raises:
-        ValueError: a part is no substitution.
+        ValueError: a part is no substitution, or a residue is replaced by two others.
     """
     bare = _HGVS.sub(r"\1", text.strip())
     if bare.lower() in WILD_TYPE:
@@ -72,7 +81,7 @@ def parse_mutant(text: str) -> list[Substitution]:
             substitutions.append(Substitution(wild, int(three["number"]), new))
             continue
         one = _ONE.match(part)
-        hidden = one and _HIDDEN.search(one["prefix"])
+        hidden = one and (_HIDDEN.search(one["prefix"]) or _INDEL.search(one["prefix"]))
         if not one or hidden or not {one["wild"], one["new"]} <= PROTEIN_LETTERS:
             raise ValueError(
                 f"{text[:40]!r} is no mutant: write A12C, or A12C:D45E for several substitutions "
@@ -80,6 +89,13 @@ def parse_mutant(text: str) -> list[Substitution]:
             )
         wild, number, new = one["wild"], int(one["number"]), one["new"]
         substitutions.append(Substitution(wild, number, new, one["prefix"]))
+    placed: dict[int, str] = {}
+    for one in substitutions:
+        if placed.setdefault(one.number, one.new) != one.new:
+            raise ValueError(
+                f"{text[:40]!r} is no mutant: residue {one.number} becomes {placed[one.number]} "
+                f"and {one.new}"
+            )
     return substitutions
 
 
@@ -112,7 +128,7 @@ def numbering(mutants: Sequence[Sequence[Substitution]], residues: str) -> Numbe
     ]
     for usual in (1, 0):
         if usual in fitting:
-            return Numbering(usual)
+            return Numbering(usual, usual == 1 and 0 in fitting and bool(places))
     if len(fitting) == 1 and len(places) > 2:
         return Numbering(fitting[0])
     wrong = min(n for n, w in places.items() if not 1 <= n <= len(residues) or residues[n - 1] != w)
@@ -150,6 +166,8 @@ def read_mutants(given: str) -> list[str]:
     if os.path.isfile(given):  # False, too, where it is too long for a name
         lines = Path(given).read_text(encoding="utf-8-sig").splitlines()
         mutants = [line.strip() for line in lines if line.strip() and not line.startswith("#")]
+        if mutants and mutants[0].lower() in MUTANT_COLUMNS:  # of a table with one column
+            del mutants[0]
     else:
         mutants = [part.strip() for part in given.split(",") if part.strip()]
     if not mutants:

@@ -197,6 +197,8 @@ def compare(
         nll -= float(theirs[came].sum())
         reference_nll -= float(ours[came].sum())
         count += len(ids) - 1
+    if not count:
+        raise ValueError("--data: no protein fits the model, so nothing can be compared")
     return {
         "largest_difference": largest,
         "kl": kl / count,
