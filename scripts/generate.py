@@ -43,7 +43,9 @@ SHOWN_FAMILIES = 20
 
 def residue_range(text: str) -> tuple[int, int]:
     """Argparse type: two numbers of residues with a dash between them, or one for both."""
-    low, _, high = text.partition("-")
+    low, dash, high = text.partition("-")
+    if not low.isdecimal() or not (high if dash else low).isdecimal():
+        raise argparse.ArgumentTypeError(f"must be a range such as 80-120, got {text!r}")
     return positive_int(low), positive_int(high or low)
 
 

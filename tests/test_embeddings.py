@@ -118,6 +118,25 @@ def test_a_stopped_run_goes_on(folder, capsys, monkeypatch):
         )
 
 
+def test_a_stopped_run_goes_on_with_smaller_batches(folder, capsys, monkeypatch):
+    real, calls = e._arrays, []
+
+    def stops(*arguments):
+        calls.append(1)
+        if len(calls) == 2:
+            raise KeyboardInterrupt  # as when memory is short
+        return real(*arguments)
+
+    monkeypatch.setattr(e, "_arrays", stops)
+    assert run(folder, "a.npz") == 130
+    assert run(folder, "a.npz", "--batch_size", 1) == 0
+    assert "going on after 1 of 3 parts" in capsys.readouterr().out
+    assert run(folder, "b.npz") == 0
+    for key, values in np.load(folder / "b.npz").items():
+        if values.dtype.kind == "f":
+            np.testing.assert_allclose(np.load(folder / "a.npz")[key], values, atol=1e-5)
+
+
 @pytest.mark.slow
 def test_two_processes_share_the_proteins(folder):
     assert run(folder, "one.npz") == 0

@@ -162,6 +162,8 @@ def test_too_few_are_told_and_none_is_an_error(folder, refusal, capsys):
         (("--max_length", 99999), "the model's 256 positions hold at most"),
         (("--min_length", 9, "--max_length", 5), "--max_length 5 is below --min_length 9"),
         (("--length", "5-9", "--min_length", 3), "--length sets both"),
+        (("--length", "9-"), "must be a range such as 80-120, got '9-'"),
+        (("--length", "5:9"), "must be a range such as 80-120, got '5:9'"),
         (("--length", "9-5"), "--max_length 5 is below --min_length 9"),
         (("--max_identity", 0.5), "--max_identity and --against go together"),
         (("--ban_residues", "x"), "--ban_residues: 'x' is none of"),

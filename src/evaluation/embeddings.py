@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -133,7 +133,9 @@ def write_embeddings(
     check_layer(loaded.model, settings.layer)
     folder = path.with_name(f"{path.name}.parts")
     starts = range(0, len(proteins), PART)
-    wanted = json.loads(json.dumps({"settings": asdict(settings), "part": PART, **identity}))
+    # The batch size is left out: one who ran out of memory goes on with smaller batches.
+    kind = {"layer": settings.layer, "per_residue": settings.per_residue}
+    wanted = json.loads(json.dumps({"settings": kind, "part": PART, **identity}))
     if processes.is_first():
         manifest = folder / MANIFEST
         if manifest.exists() and read_json(manifest) != wanted:

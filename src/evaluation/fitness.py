@@ -22,7 +22,7 @@ from typing import Any
 import numpy as np
 
 from src.common import processes
-from src.common.cli import printable
+from src.common.cli import printable, progress
 from src.common.files import write_text
 from src.evaluation.likelihoods import score_proteins
 from src.evaluation.mutants import Substitution, mutated, numbering, parse_mutant
@@ -255,7 +255,9 @@ def score_columns(
             nll = variant_nll(loaded, wild, unique)
         if windows:
             long = np.flatnonzero(np.isnan(nll)).tolist()
-            sums = {i: windowed_nll(loaded, unique[i]).sum() for i in processes.mine(long)}
+            mine = processes.mine(long)
+            shown = progress(mine, len(mine), "scoring in windows", "proteins")
+            sums = {i: windowed_nll(loaded, unique[i]).sum() for i in shown}
             for part in processes.gathered(sums):
                 nll[list(part)] = list(part.values())
         nll = np.append(nll, math.nan)  # of an empty protein
