@@ -71,6 +71,9 @@ def test_a_numbering_that_fits_twice_is_told():
 def test_a_list_with_a_header(tmp_path):
     (tmp_path / "list.txt").write_text("mutant\nA4C\n")
     assert read_mutants(str(tmp_path / "list.txt")) == ["A4C"]
+    (tmp_path / "list.txt").write_bytes(b"\xff\xfe\x00")
+    with pytest.raises(ValueError, match=r"list.txt: is not text"):
+        read_mutants(str(tmp_path / "list.txt"))
 
 
 @pytest.mark.parametrize(("shift", "first"), [(0, 1), (-1, 0), (24, 25)])

@@ -161,13 +161,18 @@ def read_mutants(given: str) -> list[str]:
     """Return the mutants of a file with one on each line, or of a list with commas between them.
 
     Raises:
-        ValueError: there is none.
+        ValueError: there is none, or no such file, or it is not text.
     """
     if os.path.isfile(given):  # False, too, where it is too long for a name
-        lines = Path(given).read_text(encoding="utf-8-sig").splitlines()
+        try:
+            lines = Path(given).read_text(encoding="utf-8-sig").splitlines()
+        except UnicodeDecodeError:
+            raise ValueError(f"--mutants {given}: is not text") from None
         mutants = [line.strip() for line in lines if line.strip() and not line.startswith("#")]
         if mutants and mutants[0].lower() in MUTANT_COLUMNS:  # of a table with one column
             del mutants[0]
+    elif given.lower().endswith((".txt", ".csv", ".tsv", ".list")):
+        raise ValueError(f"--mutants {given}: there is no such file")
     else:
         mutants = [part.strip() for part in given.split(",") if part.strip()]
     if not mutants:
