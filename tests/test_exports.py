@@ -94,7 +94,7 @@ def test_the_comparison_is_that_of_two_distributions(tiny_tokenizer):
 
 def test_nothing_to_compare_is_one_line(tiny_tokenizer):
     with pytest.raises(ValueError, match="no protein fits the model"):
-        x.compare(lambda ids: ids, lambda ids: ids, tiny_tokenizer, [])
+        x.compare(lambda ids: np.zeros(0), lambda ids: np.zeros(0), tiny_tokenizer, [])
 
 
 def test_a_stepwise_sample_follows_the_runtime(tiny_tokenizer):
