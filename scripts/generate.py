@@ -43,10 +43,10 @@ SHOWN_FAMILIES = 20
 
 def residue_range(text: str) -> tuple[int, int]:
     """Argparse type: two numbers of residues with a dash between them, or one for both."""
-    low, dash, high = text.partition("-")
-    if not low.isdecimal() or not (high if dash else low).isdecimal():
+    ends = text.split("-")
+    if len(ends) > 2 or not all(map(str.isdecimal, ends)):
         raise argparse.ArgumentTypeError(f"must be a range such as 80-120, got {text!r}")
-    return positive_int(low), positive_int(high or low)
+    return positive_int(ends[0]), positive_int(ends[-1])
 
 
 def build_parser() -> argparse.ArgumentParser:

@@ -74,8 +74,10 @@ def chosen_variants(args: argparse.Namespace, tag: str | None) -> tuple[Any, str
         raise ValueError("--input holds what is scored: without --mutants and --scan")
     if args.heat_map and not args.scan:
         raise ValueError("--heat_map is of a scan: pass --scan")
-    if args.heat_map and args.heat_map.suffix.lower() not in (".png", ".pdf", ".svg"):
-        raise ValueError(f"--heat_map {args.heat_map}: must end in .png, .pdf or .svg")
+    if args.heat_map:
+        from src.publishing.plots import figure_kind
+
+        figure_kind(args.heat_map)
     if args.input:
         wild = f.wild_type(args.wildtype, tag) if args.wildtype else None
         columns = args.sequence_column, args.score_column
@@ -84,8 +86,6 @@ def chosen_variants(args: argparse.Namespace, tag: str | None) -> tuple[Any, str
         raise ValueError("--mutants and --scan: pass one of them")
     if not args.mutants and not args.scan:
         raise ValueError("--wildtype: of which mutants? pass --mutants or --scan")
-    if args.correlations:
-        raise ValueError("--correlations: needs --input with a column of measured fitness")
     wild = f.wild_type(args.wildtype, tag)
     if args.scan:
         scan = m.every_substitution(wild)

@@ -95,16 +95,22 @@ def test_files(folder, capsys):
         np.testing.assert_allclose(flat, vectors, atol=1e-5)
 
 
-def test_a_stopped_run_goes_on(folder, capsys, monkeypatch):
+def stopped_at(call, monkeypatch):
+    """Interrupt the part of that number; return the list of the parts that were begun."""
     real, calls = e._arrays, []
 
     def stops(*arguments):
         calls.append(1)
-        if len(calls) == 3:
+        if len(calls) == call:
             raise KeyboardInterrupt
         return real(*arguments)
 
     monkeypatch.setattr(e, "_arrays", stops)
+    return calls
+
+
+def test_a_stopped_run_goes_on(folder, capsys, monkeypatch):
+    calls = stopped_at(3, monkeypatch)
     assert run(folder, "a.npz") == 130
     assert run(folder, "a.npz", "--layer", 1) == 2
     assert "parts of other settings" in capsys.readouterr().err
@@ -119,15 +125,7 @@ def test_a_stopped_run_goes_on(folder, capsys, monkeypatch):
 
 
 def test_a_stopped_run_goes_on_with_smaller_batches(folder, capsys, monkeypatch):
-    real, calls = e._arrays, []
-
-    def stops(*arguments):
-        calls.append(1)
-        if len(calls) == 2:
-            raise KeyboardInterrupt  # as when memory is short
-        return real(*arguments)
-
-    monkeypatch.setattr(e, "_arrays", stops)
+    stopped_at(2, monkeypatch)  # as when memory is short
     assert run(folder, "a.npz") == 130
     assert run(folder, "a.npz", "--batch_size", 1) == 0
     assert "going on after 1 of 3 parts" in capsys.readouterr().out

@@ -416,7 +416,10 @@ def test_windows_score_what_does_not_fit(folder, capsys):
         (["--wildtype", WILD, "--mutants", "W2"], "'W2' is no mutant"),
         (["--wildtype", "M1", "--scan"], "neither a file nor residues"),
         (["--wildtype", WILD, "--mutants", "K2A", "--heat_map", "x.png"], "pass --scan"),
-        (["--wildtype", WILD, "--scan", "--heat_map", "x.xyz"], "must end in .png, .pdf or .svg"),
+        (
+            ["--wildtype", WILD, "--scan", "--heat_map", "x.xyz"],
+            "x.xyz: a figure ends in .png, .pdf or .svg",
+        ),
         (["--wildtype", WILD, "--scan", "--mutants", "K2A"], "pass one of them"),
         (["--wildtype", WILD, "--mutants", "list.txt"], "list.txt: there is no such file"),
         (["--wildtype", WILD, "--mutants", "K2A", "--correlations", "c.json"], "needs --input"),

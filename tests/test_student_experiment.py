@@ -143,13 +143,12 @@ def test_an_experiment_tunes_trains_and_goes_on(teacher, capsys, monkeypatch):
 
 
 def test_a_cached_teacher_counts_once(teacher, monkeypatch):
-    """The clock and the operations count the filling of the cache; the students are the same."""
+    """The operations count the filling of the cache; the students are the same."""
     for name in ("recommended", "cached"):
         monkeypatch.setitem(
             students.COMPARED, name, replace(students.COMPARED[name], rates=(1e-3,))
         )
     monkeypatch.setattr(students, "BEYOND", 0)
-    monkeypatch.setattr(students, "clock", lambda: 0.0)
     assert main(options(teacher, "--recipes", "recommended", "cached")) == 0
     online, cached = (
         json.loads((teacher / "results" / f"{name}-s05-steps20-seed1-lr0.001.json").read_text())

@@ -341,7 +341,7 @@ def require_comparable(variants: Variants, *scores: np.ndarray) -> None:
         ValueError: there are no measurements, or fewer than three variants with all of these.
     """
     if variants.measured is None:
-        raise ValueError("--correlations: --input has no measured fitness: --score_column?")
+        raise ValueError("--correlations: needs --input with measured fitness: --score_column?")
     _require_enough(int(comparable(variants.measured, *scores).sum()))
 
 

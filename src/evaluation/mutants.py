@@ -90,11 +90,10 @@ def parse_mutant(text: str) -> list[Substitution]:
         wild, number, new = one["wild"], int(one["number"]), one["new"]
         substitutions.append(Substitution(wild, number, new, one["prefix"]))
     placed: dict[int, str] = {}
-    for one in substitutions:
-        if placed.setdefault(one.number, one.new) != one.new:
+    for _, number, new, _ in substitutions:
+        if placed.setdefault(number, new) != new:
             raise ValueError(
-                f"{text[:40]!r} is no mutant: residue {one.number} becomes {placed[one.number]} "
-                f"and {one.new}"
+                f"{text[:40]!r} is no mutant: residue {number} becomes {placed[number]} and {new}"
             )
     return substitutions
 
@@ -128,7 +127,7 @@ def numbering(mutants: Sequence[Sequence[Substitution]], residues: str) -> Numbe
     ]
     for usual in (1, 0):
         if usual in fitting:
-            return Numbering(usual, usual == 1 and 0 in fitting and bool(places))
+            return Numbering(usual, ambiguous=bool(places) and {0, 1} <= {*fitting})
     if len(fitting) == 1 and len(places) > 2:
         return Numbering(fitting[0])
     wrong = min(n for n, w in places.items() if not 1 <= n <= len(residues) or residues[n - 1] != w)

@@ -10,7 +10,6 @@ it counts the seconds of the cores, which other programs do not change. A run wi
 
 from __future__ import annotations
 
-import shutil
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -23,7 +22,7 @@ import torch
 from transformers import TrainerCallback
 
 from src.common.cli import say
-from src.common.files import read_json, write_json
+from src.common.files import read_json, remove_folder, write_json
 from src.common.settings import OF_TEACHER, RECIPES, LossSettings, StudentSettings, TrainSettings
 from src.evaluation.scoring import EvaluationSettings, score_students
 from src.experiments.gkd import train_with_gkd
@@ -69,14 +68,18 @@ class Recipe:
 SOFT = LossSettings(temperature=1.0, alpha=0.0)
 CUT = {"init_from": OF_TEACHER}
 SMALL = {"batch_size": 4}
-RECOMMENDED = {**Recipe.named("recommended", ()).changes, **SMALL}
+RECOMMENDED = Recipe.named("recommended", (5e-4, 1e-3, 2e-3), **SMALL)
 COMPARED = {
     "published": Recipe.named("published", (1e-3, 2e-3, 4e-3)),
     "plain": Recipe(LossSettings(), {}, (1e-3, 2e-3, 4e-3)),
     "cut": Recipe(SOFT, CUT, (5e-4, 1e-3, 2e-3)),
     "small": Recipe(SOFT, {**CUT, **SMALL}, (5e-4, 1e-3, 2e-3)),
-    "recommended": Recipe(SOFT, RECOMMENDED, (5e-4, 1e-3, 2e-3)),
-    "cached": Recipe(SOFT, {**RECOMMENDED, "cached_teacher": True}, (), rate_of="recommended"),
+    "recommended": RECOMMENDED,
+    "cached": replace(
+        RECOMMENDED,
+        changes={**RECOMMENDED.changes, "cached_teacher": True},
+        rate_of="recommended",
+    ),
     "gkd": Recipe(LossSettings(), {**CUT, "batch_size": 8}, (5e-4, 1e-3, 2e-3), gkd=True),
 }
 """The published recipe and plain distillation, both from random weights; students cut from the
@@ -116,7 +119,7 @@ class Curve(TrainerCallback):
     ) -> None:
         """Measure the start, or set the clock to where a stopped run goes on."""
         self.points = [point for point in self.points if point["step"] <= state.global_step]
-        if state.global_step == 0:
+        if state.global_step == 0 or not self.points:
             self.points = []
             self.take(state, model)
             return
@@ -247,7 +250,8 @@ class Students:
                 callbacks=[curve],
                 teacher_cache=cache if settings.cached_teacher else None,
             )
-            shutil.rmtree(cache, ignore_errors=True)
+            if cache.exists():
+                remove_folder(cache)
         result = {
             "recipe": recipe, "shape": shape, "rate": rate, "steps": steps, "seed": seed,
             "model": str(self.work / name), "curve": curve.points,

@@ -249,11 +249,17 @@ def save_figure(figure: Figure, path: str | Path) -> None:
     Raises:
         ValueError: the ending is none of ``.png``, ``.pdf`` and ``.svg``.
     """
+    kind = figure_kind(path)
+    with matplotlib.rc_context(STYLE), atomic_write(path, "wb") as handle:
+        figure.savefig(handle, format=kind, metadata=UNDATED[kind])
+
+
+def figure_kind(path: str | Path) -> str:
+    """Return a figure's kind, by its ending. Raises ``ValueError`` where it cannot be drawn."""
     kind = Path(path).suffix[1:].lower()
     if kind not in UNDATED:
         raise ValueError(f"{path}: a figure ends in .png, .pdf or .svg")
-    with matplotlib.rc_context(STYLE), atomic_write(path, "wb") as handle:
-        figure.savefig(handle, format=kind, metadata=UNDATED[kind])
+    return kind
 
 
 def _font_parts(match: re.Match[str]) -> str:
