@@ -1,7 +1,8 @@
 #!/usr/bin/env python3
 r"""Generate proteins with a causal protein language model and write them as FASTA.
 
-Started by torchrun, the processes share the proteins; the file is that of one process.
+A run that was stopped goes on where it was. Started by torchrun, the processes share the proteins;
+the file is that of one process.
 
 Examples:
   python scripts/generate.py --model models/demo --num_sequences 100 --output new.fasta
@@ -15,6 +16,7 @@ Examples:
 from __future__ import annotations
 
 import argparse
+import re
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -49,6 +51,11 @@ def residue_range(text: str) -> tuple[int, int]:
     return positive_int(ends[0]), positive_int(ends[-1])
 
 
+def residues(text: str) -> str:
+    """Argparse type: letters of residues, in either case, perhaps with commas or blanks between."""
+    return re.sub(r"[\s,]", "", text).upper()
+
+
 def build_parser() -> argparse.ArgumentParser:
     """Return the parser of this script."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=HelpFormatter)
@@ -61,7 +68,13 @@ def build_parser() -> argparse.ArgumentParser:
     add("--length", type=residue_range, metavar="80-120", help="both, in one flag")
     add("--prompt", default="", help="first residues of every protein")
     add("--tag", default="", help="what the layout's tag says, such as an EC number")
-    add("--ban_residues", default="", metavar="C", help="residues that no protein holds")
+    add(
+        "--ban_residues",
+        type=residues,
+        default="",
+        metavar="C",
+        help="residues that no protein holds",
+    )
     add(
         "--allow_unfinished",
         action="store_true",
@@ -132,7 +145,9 @@ def run(args: argparse.Namespace) -> dict:
     scorer = loaded = ProteinModel.load(args.model, device, args.layout, say)
     if args.scorer:  # before the sampling: what is wrong with it shows at once
         scorer = ProteinModel.load(args.scorer, device, announce=say)
-    result = g.sample_proteins(*loaded, settings, filters, say, shared=True)
+    begun = g.Begun(args.output.with_name(f"{args.output.name}.begun"), loaded, settings, filters)
+    with names_full_disk(begun.path, "make space, or name another --output"):
+        result = g.sample_proteins(*loaded, settings, filters, say, True, begun)
     lost = result.tally.reasons
     say(f"{result.tally.attempts:,} attempts: {result.tally.kept:,} kept" + (lost and f", {lost}"))
     if len(result.proteins) < args.num_sequences:
@@ -143,10 +158,11 @@ def run(args: argparse.Namespace) -> dict:
         if not result.proteins:
             raise ValueError(f"{few} ({lost})")
         say(few)
-    say(
-        f"{len(result.proteins) / result.seconds:.1f} proteins/s, "
-        f"{result.tally.tokens / result.seconds:,.0f} tokens/s"
-    )
+    if sampled := len(result.proteins) - result.begun:
+        say(
+            f"{sampled / result.seconds:.1f} proteins/s, "
+            f"{result.tally.tokens / result.seconds:,.0f} tokens/s"
+        )
     values = g.perplexities(*scorer, result.proteins)
     if not processes.is_first():
         return {}
@@ -166,6 +182,7 @@ def run(args: argparse.Namespace) -> dict:
             args.output,
             g.fasta_records(scored, args.seed, names, loaded.layout.tag, families),
         )
+    begun.remove()
     say(f"written: {args.output}")
     return result.counts
 

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import errno
+import gzip
 import json
 
 import pytest
 import torch
 
 from scripts.generate import main
+from src.evaluation.generation import Begun
 from src.proteins.sources import read_proteins
 
 
@@ -166,7 +168,7 @@ def test_too_few_are_told_and_none_is_an_error(folder, refusal, capsys):
         (("--length", "5:9"), "must be a range such as 80-120, got '5:9'"),
         (("--length", "9-5"), "--max_length 5 is below --min_length 9"),
         (("--max_identity", 0.5), "--max_identity and --against go together"),
-        (("--ban_residues", "x"), "--ban_residues: 'x' is none of"),
+        (("--ban_residues", "4"), "--ban_residues: '4' is none of"),
         (("--scorer", "./nowhere"), "there is no such directory"),
         (("--device", "cuda"), "no CUDA device"),
         (("--device", "xpu"), "--device must be auto, cpu, cuda, cuda:N or mps, got 'xpu'"),
@@ -214,3 +216,64 @@ def test_help_is_quick_and_complete(capsys):
     assert stop.value.code == 0
     shown = capsys.readouterr().out
     assert all(flag in shown for flag in ("--rank_by_perplexity", "--scorer", "--allow_unfinished"))
+
+
+@pytest.mark.parametrize("options", [(), ("--distinct", "--drop_repeats", "--min_length", "9")])
+def test_a_stopped_run_goes_on_to_the_same_proteins(folder, options, capsys, monkeypatch):
+    wanted = ("--num_sequences", 30, *options)
+    assert run(folder, *wanted, name="whole.fasta") == 0
+    counts = capsys.readouterr().out.splitlines()
+    add = Begun.add
+
+    def stopping(self, protein, tally):
+        add(self, protein, tally)
+        if tally.kept % 11 == 0:
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(Begun, "add", stopping)
+    begun = folder / "new.fasta.begun"
+    for stopped in (11, 22):
+        assert run(folder, *wanted, "--batch_size", stopped) == 130
+        assert len(begun.read_text().splitlines()) == 1 + stopped
+        with begun.open("a") as handle:
+            handle.write('{"residues": "MK')  # killed while it wrote
+    assert not (folder / "new.fasta").exists()
+    assert run(folder, *wanted, "--seed", 1) == 2
+    assert "new.fasta.begun: proteins of a stopped run with another seed" in capsys.readouterr().err
+    assert run(folder, "--num_sequences", 7, *options, name="few.fasta") == 0
+    begun_again = begun.read_text()
+    capsys.readouterr()
+    assert run(folder, *wanted) == 0
+    shown = capsys.readouterr().out.splitlines()
+    assert any("going on after 22 proteins" in line for line in shown)
+    assert [s for s in shown if "attempts:" in s] == [s for s in counts if "attempts:" in s]
+    assert (folder / "new.fasta").read_text() == (folder / "whole.fasta").read_text()
+    assert not begun.exists()
+    begun.write_text(begun_again)  # fewer are wanted than there are
+    assert run(folder, "--num_sequences", 7, *options, "--overwrite") == 0
+    assert (folder / "new.fasta").read_text() == (folder / "few.fasta").read_text()
+
+
+def test_a_run_that_finds_nothing_leaves_nothing(folder):
+    assert run(folder, "--num_sequences", 1, "--min_length", 240, "--max_attempts", 2) == 2
+    assert not list(folder.glob("new.*"))
+
+
+def test_a_name_with_gz_is_packed_and_read_again(folder):
+    assert run(folder, "--num_sequences", 2) == 0
+    assert run(folder, "--num_sequences", 2, name="new.fasta.gz") == 0
+    assert (
+        gzip.decompress((folder / "new.fasta.gz").read_bytes()).decode()
+        == (folder / "new.fasta").read_text()
+    )
+    assert len(list(read_proteins(folder / "new.fasta.gz", keep_ambiguous=True))) == 2
+
+
+def test_residues_to_ban_as_people_write_them(folder):
+    files = ("C,W", "cw", "C W", "CWX")
+    for number, banned in enumerate(files):
+        name = f"{number}.fasta"
+        assert run(folder, "--num_sequences", 5, "--ban_residues", banned, name=name) == 0
+    texts = {(folder / f"{number}.fasta").read_text() for number in range(3)}
+    assert len(texts) == 1
+    assert "W" not in "".join(texts).split("\n", 1)[1]

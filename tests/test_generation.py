@@ -323,8 +323,8 @@ def test_banned_residues_never_come_though_tokens_hold_several(model, tokenizer)
     assert any("C" in token and len(token) > 1 for token in tokens)
     with pytest.raises(ValueError, match="--prompt holds C, which --ban_residues bans"):
         GenerationSettings(prompt="MC", ban_residues="CW")
-    with pytest.raises(ValueError, match="--ban_residues: 'c' is none of"):
-        sample_proteins(model, tokenizer, GenerationSettings(ban_residues="c"))
+    with pytest.raises(ValueError, match="--ban_residues: '-' is none of"):
+        sample_proteins(model, tokenizer, GenerationSettings(ban_residues="-"))
 
 
 def test_distinct_proteins_whatever_the_batch(model, tokenizer):

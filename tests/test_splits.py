@@ -12,8 +12,9 @@ from pathlib import Path
 
 import pytest
 
+from src.common.files import atomic_write
 from src.proteins import homology, splits
-from src.proteins.fasta import FastaRecord, fasta_text
+from src.proteins.fasta import FastaRecord, write_fasta
 from src.proteins.homology import (
     Hit,
     clusters_of_names,
@@ -26,7 +27,6 @@ from src.proteins.split_files import (
     check_split,
     read_named,
     record_lines,
-    write_packed,
     write_split,
 )
 from src.proteins.splits import (
@@ -248,7 +248,7 @@ def test_read_named(tmp_path):
 
 def test_packed_files_depend_on_their_text_alone(tmp_path):
     for name in ("one.gz", "two.gz"):
-        write_packed(tmp_path / name, (fasta_text(FastaRecord("a", "M" * 61)) for _ in range(2)))
+        write_fasta(tmp_path / name, [FastaRecord("a", "M" * 61)] * 2)
     one = (tmp_path / "one.gz").read_bytes()
     assert one == (tmp_path / "two.gz").read_bytes()
     assert gzip.decompress(one).decode() == f">a\n{'M' * 60}\nM\n" * 2
@@ -300,7 +300,9 @@ def test_altered_splits_are_noticed(made, tmp_path, damage):
     write_split(folder, proteins, split, settings)
     train, test = folder / "train.fasta.gz", folder / "test.fasta.gz"
     if damage == "protein":
-        write_packed(test, [gzip.decompress(test.read_bytes()).decode().replace("A", "C")])
+        text = gzip.decompress(test.read_bytes()).decode()
+        with atomic_write(test) as handle:
+            handle.write(text.replace("A", "C"))
     elif damage == "moved":
         shutil.copy(test, train)
     elif damage == "clusters":

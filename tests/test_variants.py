@@ -10,6 +10,7 @@ from src.evaluation import variants as v
 from src.evaluation.likelihoods import score_proteins
 from src.evaluation.mutants import every_substitution, mutated
 from src.models.loading import ProteinModel
+from src.proteins.encoding import Spelling, encode
 
 
 @pytest.mark.parametrize("rows", [1, 7, 64])
@@ -36,9 +37,16 @@ def test_a_wild_type_that_does_not_fit_is_no_obstacle(tiny_lm, tiny_tokenizer):
     np.testing.assert_allclose(found, expected)
 
 
-def test_values_of_tokens_by_residue():
-    values, sizes = np.array([1.0, 6.0, 2.0, 4.0, 8.0]), np.array([0, 3, 0, 1, 0])
-    np.testing.assert_allclose(v.by_residue(values, sizes), [3.0, 2.0, 4.0, 12.0])
+def test_shares_of_tokens_that_are_counted():
+    sizes = np.array([0, 3, 0, 2, 0])
+    expected = {
+        0: [1, 1, 1, 1, 1],
+        1: [0, 2 / 3, 1, 1, 1],
+        3: [0, 0, 0, 1, 1],
+        4: [0, 0, 0, 0.5, 1],
+    }
+    for skipped, shares in expected.items():
+        np.testing.assert_allclose(v.counted_shares(sizes, skipped), shares)
 
 
 def test_windows_count_every_residue_once():
@@ -57,24 +65,39 @@ def test_windows_count_every_residue_once():
 
 
 def test_windows_of_a_short_protein_are_the_protein(tiny_lm, tiny_tokenizer, random_proteins):
-    model = tiny_lm().double()
-    for protein in random_proteins(4, 5, 100):
-        values = v.windowed_nll(ProteinModel(model, tiny_tokenizer), protein)
-        assert values.shape == (len(protein),)
-        total = score_proteins(model, tiny_tokenizer, [protein]).nll[0]
-        assert values.sum() == pytest.approx(total, rel=1e-9)
+    loaded = ProteinModel(tiny_lm().double(), tiny_tokenizer)
+    proteins = random_proteins(4, 5, 100)
+    expected = score_proteins(*loaded, proteins).nll
+    np.testing.assert_allclose(v.windowed_nll(loaded, proteins), expected, rtol=1e-9)
+
+
+def test_windows_of_variants_are_those_of_each_alone(tiny_lm, tiny_tokenizer, random_proteins):
+    loaded = ProteinModel(tiny_lm(n_positions=140).double(), tiny_tokenizer)
+    (wild,) = random_proteins(1, 230, 230)
+    variants = [wild, *(mutated(wild, [s]) for s in every_substitution(wild)[::371])]
+    proteins = [*variants, wild[:130], *random_proteins(3, 100, 300)]
+    alone = [float(v.windowed_nll(loaded, [protein])[0]) for protein in proteins]
+    np.testing.assert_allclose(v.windowed_nll(loaded, proteins), alone, rtol=1e-9)
 
 
 def test_a_window_shows_a_residue_what_stands_before_it(tiny_lm, tiny_tokenizer, random_proteins):
-    """The counted half of the second window is that of the window scored alone."""
+    """Only the half of a second window that the first has not is counted."""
     model = tiny_lm(n_positions=140).double()
+    loaded = ProteinModel(model, tiny_tokenizer)
     (protein,) = random_proteins(1, 200, 200)
-    values = v.windowed_nll(ProteinModel(model, tiny_tokenizer), protein)
     assert [w[:2] for w in v.windows_of(200, 120)] == [(0, 120), (60, 180), (120, 200)]
-    alone = v.windowed_nll(ProteinModel(model, tiny_tokenizer), protein[120:])
-    np.testing.assert_allclose(values[180:], alone[60:])
-    ids = tiny_tokenizer("<|endoftext|>\n" + protein[:60] + "\n" + protein[60:120])["input_ids"]
-    with torch.no_grad():
-        logits = model(torch.tensor([ids])).logits[0, :-1]
-    nll = torch.nn.functional.cross_entropy(logits, torch.tensor(ids[1:]), reduction="sum")
-    assert values[:120].sum() == pytest.approx(float(nll))
+    texts = [protein[:120], protein[60:180], protein[120:]]
+    rows = encode(tiny_tokenizer, texts, [False, False, True])
+    total = 0.0
+    for number, ids in enumerate(rows):
+        with torch.no_grad():
+            logits = model(torch.tensor([ids])).logits[0, :-1]
+        nll = torch.nn.functional.cross_entropy(logits, torch.tensor(ids[1:]), reduction="none")
+        sizes = Spelling(tiny_tokenizer).sizes(ids)
+        at = 0  # the residue that a token begins at
+        for size, value in zip(sizes[1:].tolist(), nll.tolist(), strict=True):
+            residues = range(at, at + size) if size else [max(at - 1, 0)]
+            counted = [r for r in residues if number == 0 or r >= 60]
+            total += value * len(counted) / len(residues)
+            at += size
+    assert v.windowed_nll(loaded, [protein])[0] == pytest.approx(total, rel=1e-7)

@@ -5,7 +5,9 @@ from __future__ import annotations
 import contextlib
 import errno
 import glob
+import gzip
 import hashlib
+import io
 import json
 import os
 import re
@@ -32,7 +34,7 @@ def atomic_write(path: str | Path, mode: str = "w") -> Iterator[IO]:
     """Open a temporary file beside ``path``; at the end sync it and rename it to ``path``.
 
     Missing folders are made. ``mode`` is ``w`` or ``wb``. If the body raises, ``path`` stays as it
-    was.
+    was. Text for a file that is named .gz is packed.
     """
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -40,9 +42,15 @@ def atomic_write(path: str | Path, mode: str = "w") -> Iterator[IO]:
         prefix=f".{path.name}.", suffix=UNFINISHED_SUFFIX, dir=path.parent
     )
     try:
-        encoding = None if "b" in mode else "utf-8"
-        with os.fdopen(descriptor, mode, encoding=encoding) as handle:
-            yield handle
+        with os.fdopen(descriptor, "wb") as handle:
+            if "b" in mode:
+                yield handle
+            else:
+                packs = path.suffix == ".gz"
+                with gzipped(handle) if packs else contextlib.nullcontext(handle) as raw:
+                    text = io.TextIOWrapper(raw, encoding="utf-8", newline="")  # type: ignore[arg-type]
+                    yield text
+                    text.detach()
             handle.flush()
             os.fsync(handle.fileno())
         # mkstemp makes private files; ours get the usual permissions.
@@ -54,6 +62,11 @@ def atomic_write(path: str | Path, mode: str = "w") -> Iterator[IO]:
         with contextlib.suppress(FileNotFoundError):
             os.unlink(name)
         raise
+
+
+def gzipped(raw: IO[bytes]) -> gzip.GzipFile:
+    """Return a file that packs into ``raw``; the bytes depend on the content: no time, no name."""
+    return gzip.GzipFile(filename="", mode="wb", compresslevel=9, fileobj=raw, mtime=0)
 
 
 @contextlib.contextmanager
@@ -216,14 +229,14 @@ def read_json(path: str | Path, max_bytes: int = MAX_JSON_BYTES) -> Any:
     return value
 
 
-def read_json_lines(path: str | Path) -> list[dict[str, Any]]:
+def read_json_lines(path: str | Path, max_bytes: int = MAX_JSON_BYTES) -> list[dict[str, Any]]:
     """Return the JSON objects of a file, one a line, without an unfinished last line.
 
     Raises:
         ValueError: the file cannot be read or is too large, or a line before the last is no object.
     """
     try:
-        raw = _read_bounded(path, MAX_JSON_BYTES)
+        raw = _read_bounded(path, max_bytes)
     except (OSError, ValueError) as error:
         raise ValueError(f"{path}: cannot be read ({_reason(error)})") from None
     records, lines = [], raw.splitlines()

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from src.evaluation.composition import repeat_share
 from src.proteins.encoding import token_letters
-from src.proteins.layouts import STANDARD_RESIDUES
+from src.proteins.layouts import PROTEIN_LETTERS, STANDARD_RESIDUES
 from src.proteins.relatives import Relatives
 
 SEEN = "sampled before"
@@ -51,12 +51,13 @@ def banned_tokens(tokenizer: Any, residues: str, vocabulary: int) -> Tensor:
     A protein whose every token avoids them has none of them, however many residues a token holds.
 
     Raises:
-        ValueError: a letter is no standard residue, or no residue is left.
+        ValueError: a letter is no residue, or no standard residue is left.
     """
-    wrong = sorted(set(residues) - set(STANDARD_RESIDUES))
+    wrong = sorted(set(residues) - PROTEIN_LETTERS)
     if wrong:
-        raise ValueError(f"--ban_residues: {wrong[0]!r} is none of {STANDARD_RESIDUES}")
-    if set(residues) == set(STANDARD_RESIDUES):
+        letters = "".join(sorted(PROTEIN_LETTERS))
+        raise ValueError(f"--ban_residues: {wrong[0]!r} is none of {letters}")
+    if set(residues) >= set(STANDARD_RESIDUES):
         raise ValueError("--ban_residues: leaves no residue")
     banned = torch.zeros(vocabulary, dtype=torch.bool)
     for token, letters in enumerate(token_letters(tokenizer)[:vocabulary] if residues else ()):

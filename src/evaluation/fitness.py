@@ -21,8 +21,7 @@ from typing import Any
 
 import numpy as np
 
-from src.common import processes
-from src.common.cli import printable, progress
+from src.common.cli import printable
 from src.common.files import write_text
 from src.evaluation.likelihoods import score_proteins
 from src.evaluation.mutants import Substitution, mutated, numbering, parse_mutant
@@ -254,12 +253,8 @@ def score_columns(
         else:
             nll = variant_nll(loaded, wild, unique)
         if windows:
-            long = np.flatnonzero(np.isnan(nll)).tolist()
-            mine = processes.mine(long)
-            shown = progress(mine, len(mine), "scoring in windows", "proteins")
-            sums = {i: windowed_nll(loaded, unique[i]).sum() for i in shown}
-            for part in processes.gathered(sums):
-                nll[list(part)] = list(part.values())
+            long = np.flatnonzero(np.isnan(nll))
+            nll[long] = windowed_nll(loaded, [unique[i] for i in long])
         nll = np.append(nll, math.nan)  # of an empty protein
         columns[f"{prefix}log_likelihood"] = -nll[back]
         columns[f"{prefix}log_likelihood_per_residue"] = -nll[back] / sizes

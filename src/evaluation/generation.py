@@ -10,27 +10,34 @@ the attempts: they exchange the outcomes.
 
 from __future__ import annotations
 
+import hashlib
+import json
 import math
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 
 from src.common import processes
 from src.common.cli import progress, unheard
+from src.common.files import atomic_write, read_json_lines
 from src.evaluation.filters import SEEN, Filters
 from src.evaluation.likelihoods import score_proteins
 from src.evaluation.sampler import LEAST_ATTEMPTS, GeneratedProtein, GenerationSettings, Sampler
+from src.models.loading import ProteinModel, model_fingerprint
 from src.proteins.fasta import FastaRecord
+from src.proteins.layouts import TaggedProtein
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 PRIOR_ATTEMPTS = 8
 """Good attempts assumed before any is known, when guessing how many must be begun."""
+MOST_BEGUN_BYTES = 1 << 32
 STEPS_APART = 16
 """Tokens of each protein between two exchanges between the processes."""
 
@@ -60,12 +67,17 @@ class Tally:
 
 @dataclass
 class GenerationResult:
-    """The sampled proteins in the order of their attempts, counts, seconds and settings."""
+    """The sampled proteins in the order of their attempts, counts, seconds and settings.
+
+    The first ``begun`` of the proteins are from a run that was stopped; seconds and tokens are
+    those of the others.
+    """
 
     proteins: list[GeneratedProtein]
     tally: Tally
     seconds: float
     settings: GenerationSettings
+    begun: int = 0
 
     @property
     def sequences(self) -> list[str]:
@@ -86,22 +98,98 @@ def sample_proteins(
     filters: Filters | None = None,
     announce: Callable[[str], None] = unheard,
     shared: bool = False,
+    begun: Begun | None = None,
 ) -> GenerationResult:
     """Sample proteins until there are as many as wanted, with progress: :func:`sample`.
+
+    Proteins are written to ``begun`` as they come, and those that it has are not sampled again.
 
     Returns:
         The proteins: fewer than wanted where the attempts allowed did not suffice.
     """
     settings = (settings or GenerationSettings()).suited(tokenizer)
     started = time.monotonic()
+    proteins: list[GeneratedProtein] = []
     tally = Tally()
+    if begun is not None:
+        proteins, tally = processes.agreed(lambda: begun.read(settings.num_sequences))
+        if proteins:
+            announce(f"{begun.path}: going on after {len(proteins):,} proteins")
 
     def description() -> str:
         return f"sampling ({tally.reasons})" if tally.discarded else "sampling"
 
-    sampled = sample(model, tokenizer, settings, filters, announce, tally, shared)
-    proteins = list(progress(sampled, settings.num_sequences, description, "proteins"))
-    return GenerationResult(proteins, tally, time.monotonic() - started, settings)
+    had = len(proteins)
+    sampled = sample(model, tokenizer, settings, filters, announce, tally, shared, proteins)
+    for protein in progress(sampled, settings.num_sequences - had, description, "proteins"):
+        proteins.append(protein)
+        if begun is not None and processes.is_first():
+            begun.add(protein, tally)
+    return GenerationResult(proteins, tally, time.monotonic() - started, settings, had)
+
+
+class Begun:
+    """The proteins of a call of :func:`sample_proteins` so far, in a file: a line of JSON for each.
+
+    The first line says what decides the proteins: the model, what is asked of them, and the seed,
+    and not how many are wanted and how many are sampled at a time.
+    """
+
+    def __init__(
+        self, path: Path, loaded: ProteinModel, settings: GenerationSettings, filters: Filters
+    ) -> None:
+        self.path = path
+        self._lines: list[dict[str, Any]] = []
+        self._written = False
+        asked = asdict(settings)
+        for name in ("num_sequences", "max_attempts", "batch_size"):
+            del asked[name]
+        against = hashlib.sha256("\n".join(filters.against).encode()).hexdigest()
+        self.identity = {
+            **asked,
+            "drop_repeats": filters.drop_repeats,
+            "distinct": filters.distinct,
+            "max_identity": filters.max_identity,
+            "against": against,
+            "layout": loaded.layout.template,
+            "model": model_fingerprint(loaded.model),
+        }
+
+    def read(self, wanted: int) -> tuple[list[GeneratedProtein], Tally]:
+        """Return the first of the proteins, and the tally with the last of them.
+
+        Raises:
+            ValueError: they were sampled otherwise.
+        """
+        lines = read_json_lines(self.path, MOST_BEGUN_BYTES) if self.path.exists() else []
+        if lines and lines[0] != self.identity:
+            other = [key for key in self.identity if lines[0].get(key) != self.identity[key]]
+            raise ValueError(
+                f"{self.path}: proteins of a stopped run with another {', '.join(other)}: delete "
+                "it, or pass what that run was given"
+            )
+        self._lines, tag = lines[1:], self.identity["tag"]
+        proteins = []
+        for line in self._lines[:wanted]:
+            residues = TaggedProtein(line["residues"], tag) if tag else line["residues"]
+            proteins.append(GeneratedProtein(residues, line["whole"], line["attempt"]))
+        if not proteins:
+            return [], Tally()
+        discarded = Counter(self._lines[len(proteins) - 1]["discarded"])
+        return proteins, Tally(proteins[-1].attempt + 1, len(proteins), discarded)
+
+    def add(self, protein: GeneratedProtein, tally: Tally) -> None:
+        """Write a protein, so that it outlives this process."""
+        if not self._written:  # anew: the last line may be cut
+            with atomic_write(self.path) as handle:
+                handle.writelines(json.dumps(x) + "\n" for x in [self.identity, *self._lines])
+            self._written = True
+        with self.path.open("a", encoding="utf-8") as handle:
+            handle.write(json.dumps({**asdict(protein), "discarded": tally.discarded}) + "\n")
+
+    def remove(self) -> None:
+        """Remove the file: the proteins are where they belong."""
+        self.path.unlink(missing_ok=True)
 
 
 @torch.inference_mode()
@@ -113,6 +201,7 @@ def sample(
     announce: Callable[[str], None] = unheard,
     tally: Tally | None = None,
     shared: bool = False,
+    begun: Sequence[GeneratedProtein] = (),
 ) -> Iterator[GeneratedProtein]:
     """Yield sampled proteins in the order of their attempts, until there are as many as wanted.
 
@@ -126,6 +215,8 @@ def sample(
         tally: kept up to date.
         shared: all processes call this together and take every protein; each samples a share of
             the attempts.
+        begun: proteins that an earlier call gave until it was stopped; ``tally`` is its tally. The
+            others are yielded.
 
     Raises:
         ValueError: tokenizer and model do not fit, prompt or lengths do not fit the model's
@@ -137,8 +228,8 @@ def sample(
     training = model.training
     model.eval()
     try:
-        sampler = Sampler(model, tokenizer, settings, shared)
-        yield from _in_order(sampler, filters, announce, tally, shared)
+        sampler = Sampler(model, tokenizer, settings, shared, tally.attempts)
+        yield from _in_order(sampler, filters, announce, tally, shared, begun)
     finally:
         model.train(training)
 
@@ -149,16 +240,18 @@ def _in_order(
     announce: Callable[[str], None],
     tally: Tally,
     shared: bool,
+    begun: Sequence[GeneratedProtein],
 ) -> Iterator[GeneratedProtein]:
     """Yield the good proteins in the order of attempts, the same in all processes."""
     settings = sampler.settings
     wanted, limit = settings.num_sequences, settings.attempts_allowed
     waiting: dict[int, GeneratedProtein | str] = {}  # outcomes behind an attempt under way
-    good: dict[int, str] = {}  # residues of good attempts
-    likely: set[str | int] = set()  # good attempts, or distinct sequences
-    seen: set[str] = set()
-    settled, notice = 0, LEAST_ATTEMPTS // 2
-    while tally.attempts < settings.attempts_allowed:
+    good = {p.attempt: p.residues for p in begun}  # residues of good attempts
+    # good attempts, or distinct sequences
+    likely: set[str | int] = {p.residues if filters.distinct else p.attempt for p in begun}
+    seen = {p.residues for p in begun}
+    settled, notice = tally.attempts, LEAST_ATTEMPTS // 2
+    while tally.kept < wanted and tally.attempts < settings.attempts_allowed:
         missing = limit  # all before the last that is needed
         if len(likely) < wanted:
             # Attempts under way are assumed to succeed as often as finished ones.

@@ -211,7 +211,9 @@ class Sampler:
         tokenizer: Any,
         settings: GenerationSettings,
         shared: bool = False,
+        first: int = 0,
     ) -> None:
+        """Take attempts from ``first`` on, in turn with the other processes where ``shared``."""
         settings = settings.suited(tokenizer)
         self.tokenizer, self.settings, self.device = tokenizer, settings, model.device
         self.layout, self.end = layout_of(tokenizer), stop_token(tokenizer)
@@ -238,7 +240,8 @@ class Sampler:
             self.room * max(self.residues_of) + len(settings.prompt)
         )
         # Attempts of this process: the next to begin, and the steps between them.
-        self.next, self.stride = (processes.rank(), processes.count()) if shared else (0, 1)
+        rank, self.stride = (processes.rank(), processes.count()) if shared else (0, 1)
+        self.next = first + (rank - first) % self.stride
         self.tokens = 0
         self.rows: list[Row] = []
         self.decoder = Decoder(model, torch.tensor(self.prompt, device=self.device), self.room)

@@ -24,7 +24,6 @@ from transformers.cache_utils import DynamicLayer
 
 from src.common import processes
 from src.common.cli import progress
-from src.evaluation.likelihoods import score_proteins
 from src.models.decoding import cache_argument
 from src.models.forward import accepts, stated_positions
 from src.models.loading import ProteinModel
@@ -52,59 +51,72 @@ def variant_nll(loaded: ProteinModel, wild: str, variants: Sequence[str]) -> np.
     Returns:
         NaN where a variant does not fit the model.
     """
-    model = loaded.model
-    (reference, *others), takes = loaded.rows([wild, *variants])
-    limit = stated_positions(model.config) or len(reference)
-    cache = _cache(model)
-    if len(reference) > limit or cache is None or not others:
-        return score_proteins(*loaded, variants, shared=True).nll
-    shared = np.array([_shared(reference, row) for row in others])  # tokens, at least one
-    fits = np.flatnonzero(takes[1:])
-    sums = np.zeros(len(others))
+    rows, takes = loaded.rows([wild, *variants])
+    fits = np.flatnonzero(takes)
+    nll = np.full(len(rows), np.nan)
+    nll[fits] = _sums(loaded.model, [rows[i] for i in fits], [np.ones(len(rows[i])) for i in fits])
+    return nll[1:]
+
+
+def _sums(
+    model: PreTrainedModel, rows: Sequence[np.ndarray], weights: Sequence[np.ndarray]
+) -> np.ndarray:
+    """Return Σ_t w_t · -log p(token t | those before) of each row, ``(P,)``, in all processes.
+
+    Args:
+        model: a causal language model.
+        rows: ``(T,)`` tokens of each, resembling the first row.
+        weights: ``(T,)`` of each row's tokens; the first, which nothing predicts, has none.
+    """
+    sums = np.zeros(len(rows))
     training = model.training
     model.eval()
     try:
         with torch.inference_mode():
-            _fill(model, cache, reference, others, shared, fits, sums)
+            _fill(model, rows, weights, sums)
     finally:
         model.train(training)
-    nll = np.full(len(others), np.nan)
-    nll[fits] = np.sum(processes.gathered(sums), axis=0)[fits]
-    return nll
+    return np.sum(processes.gathered(sums), axis=0)
 
 
 def _fill(
     model: PreTrainedModel,
-    cache: DynamicCache,
-    reference: np.ndarray,
-    others: Sequence[np.ndarray],
-    shared: np.ndarray,
-    fits: np.ndarray,
-    nll: np.ndarray,
+    rows: Sequence[np.ndarray],
+    weights: Sequence[np.ndarray],
+    sums: np.ndarray,
 ) -> None:
-    """Write the NLL of this process's share of the variants that fit into ``nll``."""
-    ids = torch.as_tensor(reference, device=model.device)[None]
-    logits = model(input_ids=ids, use_cache=True, **{cache_argument(model): cache}).logits[0, :-1]
-    values = F.cross_entropy(logits.float(), ids[0, 1:], reduction="none").double().cpu().numpy()
-    before = np.concatenate([[0.0], np.cumsum(values)])  # (T,): NLL of the tokens up to each
-    kept: Any = cache.layers
-    layers = [(layer.keys, layer.values) for layer in kept]
+    """Write the sums of this process's share of the rows into ``sums``."""
+    cache = _cache(model) if len(rows) > 1 else None
+    shared, layers, before = np.zeros(len(rows), dtype=np.int64), [], np.zeros(1)
+    if cache is not None:
+        shared = np.array([_shared(rows[0], row) for row in rows])  # tokens, at least one
+        ids = torch.as_tensor(rows[0], device=model.device)[None]
+        logits = model(input_ids=ids, use_cache=True, **{cache_argument(model): cache}).logits
+        values = _losses(logits[:, :-1], ids[:, 1:])[0].cpu().numpy() * weights[0][1:]
+        before = np.concatenate([[0.0], np.cumsum(values)])  # (T,): of the tokens up to each
+        kept: Any = cache.layers
+        layers = [(layer.keys, layer.values) for layer in kept]
+    lengths = np.array([len(row) for row in rows]) - np.maximum(shared - 1, 0)
     # Those that differ late first: rows of a batch share what the earliest of them shares.
-    order = fits[np.argsort(-shared[fits], kind="stable")]
-    rest = np.array([len(row) for row in others]) - shared + 1
+    order = np.lexsort((lengths, -shared))
     tokens = max(1, min(BATCH_TOKENS, BATCH_LOGITS // int(model.config.vocab_size)))
-    batches = processes.mine(cut_batches(rest, order, BATCH_ROWS, tokens))
+    batches = processes.mine(cut_batches(lengths, order, BATCH_ROWS, tokens))
     for batch in progress(batches, len(batches), "scoring", "batches"):
-        start = int(shared[batch].min()) - 1  # tokens whose keys and values are reused
-        inputs, mask = padded([others[i][start:] for i in batch])
-        inputs, mask = inputs.to(model.device), mask.to(model.device)
-        logits = _after(model, layers, start, inputs)[:, :-1]
-        values = F.cross_entropy(
-            logits.reshape(-1, logits.shape[-1]).float(), inputs[:, 1:].reshape(-1),
-            reduction="none",
-        ).view(len(batch), -1)  # fmt: skip
-        sums = (values.double() * mask[:, 1:]).sum(1).cpu().numpy()
-        nll[batch] = before[start] + sums
+        start = max(0, int(shared[batch].min()) - 1)  # tokens whose keys and values are reused
+        inputs, _ = padded([rows[i][start:] for i in batch])
+        counted = np.zeros(inputs.shape)
+        for place, i in enumerate(batch):
+            counted[place, : len(rows[i]) - start] = weights[i][start:]
+        inputs = inputs.to(model.device)
+        values = _losses(_after(model, layers, start, inputs)[:, :-1], inputs[:, 1:])
+        sums[batch] = before[start] + (values.cpu().numpy() * counted[:, 1:]).sum(1)
+
+
+def _losses(logits: Tensor, targets: Tensor) -> Tensor:
+    """Return -log p of targets ``(B, T)`` under logits ``(B, T, V)``, in float64."""
+    flat = logits.reshape(-1, logits.shape[-1]).float()
+    losses = F.cross_entropy(flat, targets.reshape(-1), reduction="none")
+    return losses.double().view(targets.shape)
 
 
 def _after(
@@ -116,7 +128,8 @@ def _after(
     """
     rows, length = inputs.shape
     if start == 0:
-        return model(input_ids=inputs, use_cache=False).logits
+        without = {"use_cache": False} if accepts(model, "use_cache") else {}
+        return model(input_ids=inputs, **without).logits
     cache = DynamicCache(config=model.config)
     empty: Any = cache.layers
     for layer, (keys, values) in zip(empty, layers, strict=True):
@@ -165,38 +178,55 @@ def windows_of(length: int, window: int) -> list[tuple[int, int, int]]:
     return [(s, min(s + window, length), s + step if s else 0) for s in starts]
 
 
-def windowed_nll(loaded: ProteinModel, residues: str) -> np.ndarray:
-    """Return the NLL of each residue of a protein of any length, ``(L,)`` in nats.
+def windowed_nll(loaded: ProteinModel, proteins: Sequence[str]) -> np.ndarray:
+    """Return -log p of proteins of any length, window by window, ``(P,)`` in nats.
 
     A token's NLL is shared equally by its residues; that of a token without residues (a line break,
-    the end) belongs to the residue before it, and before the first to that.
+    the end) belongs to the residue before it, and before the first to that. Windows that proteins
+    share are scored once, and those at one place as variants of each other. All processes call this
+    together.
+
+    Returns:
+        NaN where the tokens do not spell a protein.
 
     Raises:
-        ValueError: the model's positions hold no window, or the tokens do not spell the protein.
+        ValueError: the model's positions hold no window.
     """
     model, tokenizer = loaded
     window = window_residues(stated_positions(model.config) or WINDOW_TOKENS)
-    nll = np.zeros(len(residues))
     spelling = Spelling(tokenizer)
-    for start, stop, first in windows_of(len(residues), window):
-        text = residues[start:stop]
-        (ids,) = encode(tokenizer, [text], [stop == len(residues)])
-        if not spelling.spells(ids, text):
-            raise ValueError("the tokenizer does not know all residues of a protein")
-        row = torch.tensor([ids], device=model.device)
-        with torch.inference_mode():
-            logits = model(input_ids=row, use_cache=False).logits[0, :-1].float()
-        values = F.cross_entropy(logits, row[0, 1:], reduction="none").double().cpu().numpy()
-        nll[first:stop] = by_residue(values, spelling.sizes(ids)[1:])[first - start :]
+    nll = np.zeros(len(proteins))
+    cut = [windows_of(len(protein), window) for protein in proteins]
+    for number in range(max(map(len, cut), default=0)):
+        texts: dict[tuple[str, str, bool], list[int]] = {}  # the proteins that have each
+        for i, (protein, windows) in enumerate(zip(proteins, cut, strict=True)):
+            if number < len(windows):
+                start, stop, first = windows[number]
+                text, ends = protein[start:stop], stop == len(protein)
+                texts.setdefault((text, getattr(text, "tag", ""), ends), []).append(i)
+        rows, weights, owners = [], [], []
+        ids = encode(tokenizer, [text for text, *_ in texts], [ends for *_, ends in texts])
+        for row, ((text, *_), owned) in zip(ids, texts.items(), strict=True):
+            if not spelling.spells(row, text):
+                nll[owned] = np.nan
+                continue
+            rows.append(np.asarray(row))
+            skipped = window // 2 if number else 0
+            weights.append(counted_shares(spelling.sizes(row), skipped))
+            owners.append(owned)
+        if rows:
+            for value, owned in zip(_sums(model, rows, weights), owners, strict=True):
+                nll[owned] += value
     return nll
 
 
-def by_residue(values: np.ndarray, sizes: np.ndarray) -> np.ndarray:
-    """Share the values ``(T,)`` of tokens among their residues, ``sizes`` of each: ``(L,)``.
+def counted_shares(sizes: np.ndarray, skipped: int) -> np.ndarray:
+    """Return of each token, ``(T,)``, the share that belongs to residues behind ``skipped`` others.
 
-    The value of a token without residues goes to the residue before it, or else to the first.
+    Tokens have ``sizes`` residues. One without any belongs to the residue before it, or else to the
+    first.
     """
-    shared = np.repeat(values / np.maximum(sizes, 1), sizes)
-    before = np.maximum(np.cumsum(sizes) - 1, 0)
-    np.add.at(shared, before[sizes == 0], values[sizes == 0])
-    return shared
+    stops = np.cumsum(sizes)
+    counted = np.minimum(np.maximum(stops - skipped, 0), sizes)
+    last = np.maximum(stops - 1, 0)
+    return np.where(sizes > 0, counted / np.maximum(sizes, 1), last >= skipped)

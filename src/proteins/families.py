@@ -7,7 +7,6 @@ close relatives, which measures how well the model has learnt the families thems
 
 from __future__ import annotations
 
-import gzip
 import random
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -17,7 +16,7 @@ from pathlib import Path
 import numpy as np
 
 from src.common.cli import unheard
-from src.common.files import write_text
+from src.common.files import gzipped, write_text
 from src.proteins.homology import alignments
 from src.proteins.readers import guarded_lines
 from src.proteins.reading import ReadReport
@@ -352,7 +351,7 @@ def write_profiles(
     with (
         open_profiles(search.profiles) as file,
         (folder / "families.hmm.gz").open("wb") as raw,
-        gzip.GzipFile(filename="", mode="wb", fileobj=raw, mtime=0) as packed,
+        gzipped(raw) as packed,
     ):
         for profile in file:
             if profile_key(profile) in kept:

@@ -6,9 +6,7 @@ settings, counts, hashes and the leakage report.
 
 from __future__ import annotations
 
-import gzip
-import os
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -16,10 +14,12 @@ from typing import Any
 from src.common.cli import printable
 from src.common.files import (
     atomic_folder,
+    atomic_write,
     is_plain_name,
     read_json,
     remove_temporaries_of,
     write_json,
+    write_text,
 )
 from src.proteins.fasta import FastaRecord, fasta_text
 from src.proteins.homology import CLUSTERS_HEADER, read_clusters
@@ -63,18 +63,6 @@ def require_free(folder: Path) -> None:
     """Raise ``ValueError`` if ``folder`` is a file, or a directory that is not empty."""
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise ValueError(f"{folder}: is there already and not empty: choose another --output")
-
-
-def write_packed(path: Path, text: Iterable[str]) -> None:
-    """Write gzip whose bytes depend on the text alone: the header has no time and no name."""
-    with (
-        path.open("wb") as raw,
-        gzip.GzipFile(filename="", mode="wb", compresslevel=9, fileobj=raw, mtime=0) as packed,
-    ):
-        for line in text:
-            packed.write(line.encode())
-    with path.open("rb") as handle:
-        os.fsync(handle.fileno())
 
 
 def _describe_parts(
@@ -143,11 +131,11 @@ def write_split(
     remove_temporaries_of(folder)
     with atomic_folder(folder) as work:
         for part, names in parts.items():
-            entries = (_fasta_entry(n, proteins[n], split) for n in names)
-            write_packed(work / f"{part}.fasta.gz", entries)
+            with atomic_write(work / f"{part}.fasta.gz") as handle:
+                handle.writelines(_fasta_entry(n, proteins[n], split) for n in names)
         members = sorted({name for names in parts.values() for name in names})
         rows = ["\t".join(CLUSTERS_HEADER)] + [f"{n}\t{split.clusters[n]}" for n in members]
-        write_packed(work / CLUSTERS_FILE, (f"{row}\n" for row in rows))
+        write_text(work / CLUSTERS_FILE, "".join(f"{row}\n" for row in rows))
         write_json(work / SPLIT_FILE, record)
         check_split(work)
     return record
