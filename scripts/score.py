@@ -101,6 +101,8 @@ def chosen_variants(args: argparse.Namespace, tag: str | None) -> tuple[Any, str
 def run(args: argparse.Namespace) -> dict:
     """Score, compare, write. Returns what was summary."""
     outputs = (args.output, args.correlations, args.heat_map)
+    if args.output.suffix in (".parquet", ".xlsx", ".npz"):
+        raise ValueError(f"--output {args.output}: is written as CSV: name it .csv or .csv.gz")
     inputs = [path for path in (args.input, args.wildtype, args.mutants) if path]
     check_outputs(*outputs, overwrite=args.overwrite, inputs=inputs)
     from src.common.cli import quiet_libraries
@@ -123,6 +125,7 @@ def run(args: argparse.Namespace) -> dict:
     if args.correlations:
         f.require_comparable(variants)
     kinds = ("log_likelihood", "log_likelihood_per_residue")
+    long = "" if args.windows else " (--windows scores long ones)"
     f.check_columns(variants, [prefix + kind for prefix in names for kind in kinds])
     device = choose_device(args.device)
     models = {
@@ -133,18 +136,18 @@ def run(args: argparse.Namespace) -> dict:
     if not processes.is_first():
         return {}
     columns = of_models(scores, kinds[1])
+    scored = f.comparable(*columns.values())
+    if not any(scored):
+        raise ValueError(f"nothing to write: all proteins {NOT_TAKEN}" + long)
     if args.correlations:  # before anything is written
         f.require_comparable(variants, *columns.values())
     f.write_scores(args.output, variants, scores)
     empty = variants.residues.count("")
     if empty:
         say(f"{empty:,} rows have no usable sequence, see above: their scores are empty")
-    lost = int(sum(~f.comparable(*columns.values()))) - empty
+    lost = int(sum(~scored)) - empty
     if lost:
-        say(
-            f"{lost:,} proteins {NOT_TAKEN}: their scores are empty"
-            + ("" if args.windows else " (--windows scores long ones)")
-        )
+        say(f"{lost:,} proteins {NOT_TAKEN}: their scores are empty{long}")
     say(f.which_suits(variants.residues))
     if args.heat_map:
         from src.evaluation.mutants import every_substitution

@@ -400,8 +400,17 @@ def test_lengths_that_differ_are_told(folder, capsys):
 def test_windows_score_what_does_not_fit(folder, capsys):
     (folder / "long.fasta").write_text(f">a\n{WILD * 20}\n")
     given = ["--model", folder / "student", "--input", folder / "long.fasta"]
-    assert call(*given, "--output", folder / "o.csv") == 0
-    assert "--windows scores long ones" in capsys.readouterr().out
+    assert call(*given, "--output", folder / "o.csv") == 2
+    assert "--windows scores long ones" in capsys.readouterr().err
+    assert not (folder / "o.csv").exists()
+    (folder / "both.fasta").write_text(f">a\n{WILD * 20}\n>b\n{WILD}\n")
+    both = [*given[:3], folder / "both.fasta"]
+    assert call(*both, "--output", folder / "o.csv") == 0
+    assert "1 proteins are longer" in capsys.readouterr().out
+    assert [bool(row["log_likelihood"]) for row in csv.DictReader((folder / "o.csv").open())] == [
+        False,
+        True,
+    ]
     assert call(*given, "--output", folder / "w.csv", "--windows") == 0
     (row,) = csv.DictReader((folder / "w.csv").open())
     assert float(row["log_likelihood_per_residue"]) < 0
@@ -421,6 +430,7 @@ def test_windows_score_what_does_not_fit(folder, capsys):
             "x.xyz: a figure ends in .png, .pdf or .svg",
         ),
         (["--wildtype", WILD, "--scan", "--mutants", "K2A"], "pass one of them"),
+        (["--wildtype", WILD, "--scan", "--output", "s.parquet"], "name it .csv or .csv.gz"),
         (["--wildtype", WILD, "--mutants", "list.txt"], "list.txt: there is no such file"),
         (["--wildtype", WILD, "--mutants", "K2A", "--correlations", "c.json"], "needs --input"),
     ],
