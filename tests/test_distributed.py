@@ -11,8 +11,11 @@ import pytest
 import torch
 from small_runs import history
 
+from scripts import generate
 from src.common.files import sha256_file
+from src.evaluation.generation import Begun
 from src.trainer.checkpoints import checkpoints_of, read_tensors
+from tests.two_processes import SERVED, SERVING
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -104,7 +107,19 @@ def test_a_bad_number_in_one_process_stops_both(tmp_path):
 
 
 @pytest.mark.slow
-def test_two_processes_sample_and_score_what_one_does(tmp_path, random_proteins):
+def test_two_processes_sample_and_score_what_one_does(tmp_path, random_proteins, monkeypatch):
+    """The two go on with a sampling that was stopped in one."""
+    add = Begun.add
+
+    def stopping(self, protein, tally):
+        add(self, protein, tally)
+        if tally.kept == 5:
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(Begun, "add", stopping)
+    sampled = SERVED.format(folder=tmp_path / "sampled-2") + SERVING["sampled"][1]
+    assert generate.main(sampled.split()) == 130
+    assert len((tmp_path / "sampled-2.begun").read_text().splitlines()) == 6
     proteins = [*random_proteins(30, 20, 200), *random_proteins(2, 1500, 1600)]
     text = "".join(f">p{i}\n{residues}\n" for i, residues in enumerate(proteins))
     (tmp_path / "in.fasta").write_text(text)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import pickle
 from typing import Any
 
 import numpy as np
@@ -281,6 +282,11 @@ def test_every_protein_is_scored_under_its_own_tag(enzymes, tmp_path, capsys):
     ]) == 0  # fmt: skip
     mutant = -score_proteins(model, tokenizer, [TaggedProtein("MKVLT", "3.2.1.17")]).nll[0]
     assert float(scan.read_text().splitlines()[1].split(",")[2]) == pytest.approx(mutant, abs=1e-5)
+
+
+def test_a_protein_keeps_its_tag_on_the_way_to_another_process():
+    copied = pickle.loads(pickle.dumps(TaggedProtein("MK", "1.2")))
+    assert (copied, copied.tag) == ("MK", "1.2")
 
 
 def test_samples_have_a_tag_and_say_it(enzymes, tmp_path, capsys):

@@ -55,6 +55,10 @@ class TaggedProtein(str):
         protein.tag = tag
         return protein
 
+    def __getnewargs__(self) -> tuple[str, str]:  # type: ignore[override]
+        """Return what a copy is made from in another process."""
+        return str(self), self.tag
+
     def __getitem__(self, index: Any) -> TaggedProtein:
         """Return a part, which has the same tag."""
         return TaggedProtein(super().__getitem__(index), self.tag)
