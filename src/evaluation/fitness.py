@@ -252,8 +252,8 @@ def score_columns(
             nll = score_proteins(*loaded, unique, batch_size=batch_size, shared=True).nll
         else:
             nll = variant_nll(loaded, wild, unique)
-        if windows:
-            long = np.flatnonzero(np.isnan(nll))
+        long = np.flatnonzero(np.isnan(nll))
+        if windows and len(long):
             nll[long] = windowed_nll(loaded, [unique[i] for i in long])
         nll = np.append(nll, math.nan)  # of an empty protein
         columns[f"{prefix}log_likelihood"] = -nll[back]

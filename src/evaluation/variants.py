@@ -201,7 +201,7 @@ def windowed_nll(loaded: ProteinModel, proteins: Sequence[str]) -> np.ndarray:
         texts: dict[tuple[str, str, bool], list[int]] = {}  # the proteins that have each
         for i, (protein, windows) in enumerate(zip(proteins, cut, strict=True)):
             if number < len(windows):
-                start, stop, first = windows[number]
+                start, stop, _ = windows[number]
                 text, ends = protein[start:stop], stop == len(protein)
                 texts.setdefault((text, getattr(text, "tag", ""), ends), []).append(i)
         rows, weights, owners = [], [], []
