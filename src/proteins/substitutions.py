@@ -9,6 +9,7 @@ distillation).
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 
@@ -28,7 +29,7 @@ def substitution_probabilities(frequencies: np.ndarray) -> np.ndarray:
     """
     from Bio.Align import substitution_matrices
 
-    matrix = substitution_matrices.load("BLOSUM62")
+    matrix: Any = substitution_matrices.load("BLOSUM62")
     scores = np.array([[matrix[a][b] for b in STANDARD_RESIDUES] for a in STANDARD_RESIDUES])
     weights = frequencies * 2.0 ** (scores / 2)
     np.fill_diagonal(weights, 0)
