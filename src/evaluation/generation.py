@@ -17,6 +17,7 @@ import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
+from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -139,18 +140,23 @@ class Begun:
         self, path: Path, loaded: ProteinModel, settings: GenerationSettings, filters: Filters
     ) -> None:
         self.path = path
+        self._given = loaded, settings, filters
         self._lines: list[dict[str, Any]] = []
         self._written = False
+
+    @cached_property
+    def identity(self) -> dict[str, Any]:
+        """The first line. Weights are hashed for it, once and in the first process alone."""
+        loaded, settings, filters = self._given
         asked = asdict(settings)
         for name in ("num_sequences", "max_attempts", "batch_size"):
             del asked[name]
-        against = hashlib.sha256("\n".join(filters.against).encode()).hexdigest()
-        self.identity = {
+        return {
             **asked,
             "drop_repeats": filters.drop_repeats,
             "distinct": filters.distinct,
             "max_identity": filters.max_identity,
-            "against": against,
+            "against": hashlib.sha256("\n".join(filters.against).encode()).hexdigest(),
             "layout": loaded.layout.template,
             "model": model_fingerprint(loaded.model),
         }
@@ -168,7 +174,7 @@ class Begun:
                 f"{self.path}: proteins of a stopped run with another {', '.join(other)}: delete "
                 "it, or pass what that run was given"
             )
-        self._lines, tag = lines[1:], self.identity["tag"]
+        self._lines, tag = lines[1:], self._given[1].tag
         proteins = []
         for line in self._lines[:wanted]:
             residues = TaggedProtein(line["residues"], tag) if tag else line["residues"]

@@ -198,20 +198,20 @@ def windowed_nll(loaded: ProteinModel, proteins: Sequence[str]) -> np.ndarray:
     nll = np.zeros(len(proteins))
     cut = [windows_of(len(protein), window) for protein in proteins]
     for number in range(max(map(len, cut), default=0)):
-        texts: dict[tuple[str, str, bool], list[int]] = {}  # the proteins that have each
+        texts: dict[tuple[str, str, bool, int], list[int]] = {}  # the proteins that have each
         for i, (protein, windows) in enumerate(zip(proteins, cut, strict=True)):
             if number < len(windows):
-                start, stop, _ = windows[number]
+                start, stop, first = windows[number]
                 text, ends = protein[start:stop], stop == len(protein)
-                texts.setdefault((text, getattr(text, "tag", ""), ends), []).append(i)
+                key = text, getattr(text, "tag", ""), ends, first - start
+                texts.setdefault(key, []).append(i)
         rows, weights, owners = [], [], []
-        ids = encode(tokenizer, [text for text, *_ in texts], [ends for *_, ends in texts])
-        for row, ((text, *_), owned) in zip(ids, texts.items(), strict=True):
+        ids = encode(tokenizer, [key[0] for key in texts], [key[2] for key in texts])
+        for row, ((text, _, _, skipped), owned) in zip(ids, texts.items(), strict=True):
             if not spelling.spells(row, text):
                 nll[owned] = np.nan
                 continue
             rows.append(np.asarray(row))
-            skipped = window // 2 if number else 0
             weights.append(counted_shares(spelling.sizes(row), skipped))
             owners.append(owned)
         if rows:
