@@ -26,7 +26,7 @@ from src.trainer.states import as_json, random_states, restore_random_states
 
 @pytest.mark.parametrize(
     ("stop_after", "workers", "packed"),
-    [(0, 0, False), (2, 0, False), (4, 2, True), (6, 0, False), (6, 0, True)],
+    [(0, 0, False), (4, 2, True), (6, 0, False)],
 )
 def test_a_resumed_run_ends_in_the_same_bits(tiny_lm, tmp_path, stop_after, workers, packed):
     options = {"packed": packed, "dataloader_num_workers": workers}

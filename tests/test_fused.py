@@ -156,7 +156,7 @@ def names_for(settings: LossSettings) -> tuple[str, ...]:
     return ("loss", "hard") if settings.alpha == 1.0 else PARTS
 
 
-@pytest.mark.parametrize("seed", range(120))
+@pytest.mark.parametrize("seed", range(60))
 def test_equals_the_plain_loss_in_float64(seed):
     batch, settings = random_batch(seed), random_settings(seed)
     mine, plain = batch.student(settings), batch.student(settings)
@@ -167,7 +167,7 @@ def test_equals_the_plain_loss_in_float64(seed):
     assert_same(gradients(ours, mine), gradients(theirs, plain), 1e-9, 1e-13)
 
 
-@pytest.mark.parametrize("seed", range(60))
+@pytest.mark.parametrize("seed", range(20))
 def test_equals_the_plain_loss_in_float32(seed):
     batch = random_batch(seed, torch.float32)
     settings = random_settings(seed)
@@ -181,7 +181,7 @@ def test_equals_the_plain_loss_in_float32(seed):
     assert_same(gradients(ours, mine), expected, 2e-5, 1e-6)
 
 
-@pytest.mark.parametrize("seed", range(20))
+@pytest.mark.parametrize("seed", range(8))
 def test_half_precision_products_are_summed_in_float32(seed):
     """bfloat16 inputs: only the logits and the products with dz are rounded, never the sums."""
     batch = random_batch(seed, torch.float32)
@@ -206,7 +206,7 @@ def test_half_precision_products_are_summed_in_float32(seed):
 
 
 @pytest.mark.parametrize("divergence", DIVERGENCES)
-@pytest.mark.parametrize("seed", range(3))
+@pytest.mark.parametrize("seed", range(2))
 def test_gradcheck(divergence, seed):
     batch = random_batch(100 + seed, vocabulary=5)
     for name in ("hidden", "labels", "mask", "segments"):
@@ -224,7 +224,7 @@ def test_gradcheck(divergence, seed):
     assert torch.autograd.gradcheck(loss, leaves)
 
 
-@pytest.mark.parametrize("seed", range(12))
+@pytest.mark.parametrize("seed", range(4))
 def test_students_that_share_a_pass_get_the_bits_of_students_alone(seed):
     batch = random_batch(seed, torch.float32, vocabulary=37)
     kinds = [random_settings(seed * 10 + k) for k in range(4)]

@@ -139,7 +139,7 @@ def reference_loss(student, teacher, labels, mask, segments, settings: LossSetti
     return {"loss": loss, "hard": hard, "soft": soft}
 
 
-@pytest.mark.parametrize("seed", range(120))
+@pytest.mark.parametrize("seed", range(60))
 def test_loss_equals_float64_reference(seed):
     student, teacher, labels, mask, segments = random_batch(seed, packed=seed % 3 == 0)
     settings = random_settings(seed)
@@ -151,7 +151,7 @@ def test_loss_equals_float64_reference(seed):
         assert getattr(ours, name).item() == pytest.approx(theirs[name], rel=1e-9, abs=1e-12)
 
 
-@pytest.mark.parametrize("seed", range(12))
+@pytest.mark.parametrize("seed", range(4))
 def test_float32_is_close_to_float64(seed):
     student, teacher, labels, mask, segments = random_batch(seed)
     settings = random_settings(seed)
@@ -172,7 +172,7 @@ def test_half_precision_logits_are_summed_in_float32(dtype):
     assert torch.equal(half, same)
 
 
-@pytest.mark.parametrize("seed", range(8))
+@pytest.mark.parametrize("seed", range(2))
 @pytest.mark.parametrize("kind", DIVERGENCES)
 def test_gradcheck(seed, kind):
     student, teacher, labels, mask, segments = random_batch(seed + 40, packed=seed % 2 == 0)
@@ -186,7 +186,7 @@ def test_gradcheck(seed, kind):
     )
 
 
-@pytest.mark.parametrize("seed", range(10))
+@pytest.mark.parametrize("seed", range(4))
 def test_closed_form_gradient(seed):
     """dz = α (softmax(z) - onehot)/N + (1 - α) T w (q - p̄)/N: the formula of the fused loss."""
     student, teacher, labels, mask, segments = random_batch(seed + 7)

@@ -185,6 +185,7 @@ def test_the_batches_of_gkd_hold_prompts():
     assert batch["prompt_attention_mask"].tolist() == [[1], [1]]
 
 
+@pytest.mark.slow
 def test_gkd_trains_from_the_cut_student(teacher, capsys, monkeypatch):
     pytest.importorskip("trl")
     monkeypatch.setattr(students, "BEYOND", 0)

@@ -163,12 +163,14 @@ def test_user_errors_are_one_line(arguments, message, refusal, monkeypatch, tmp_
     assert not (tmp_path / "run").exists()
 
 
-def tiny_run(teacher, proteins, output, cache, *more: str) -> int:
+def tiny_run(teacher, proteins, output, cache, *more: str, check: bool = False) -> int:
+    """Train; without ``check`` the bundled teacher is not judged first, which takes seconds."""
     return script.main(
         f"--teacher_model {teacher} --data {proteins} --output_dir {output} --cache_dir {cache} "
         "--n_layer 1 --n_head 2 --n_embd 16 --max_steps 6 --batch_size 4 --eval_steps 3 "
         "--save_steps 2 --validation_proteins 8 --train_size_prop 0.01 --dropout 0.1 "
         "--use_uncertainty_weighting --use_calibration_smoothing --device cpu".split()
+        + ["--skip_teacher_check"] * (not check)
         + list(more)
     )
 
@@ -177,13 +179,17 @@ def tiny_run(teacher, proteins, output, cache, *more: str) -> int:
 def train(small_teacher_dir, proteins_dir, tmp_path_factory):
     """Return a function that trains in a directory with the small teacher and one cache."""
     cache = tmp_path_factory.mktemp("cache")
-    return lambda run, *more: tiny_run(small_teacher_dir, proteins_dir, run, cache, *more)
+
+    def train(run, *more: str, check: bool = False) -> int:
+        return tiny_run(small_teacher_dir, proteins_dir, run, cache, *more, check=check)
+
+    return train
 
 
 @pytest.fixture(scope="module")
 def finished(train, tmp_path_factory) -> Path:
     run = tmp_path_factory.mktemp("train") / "run"
-    assert train(run) == 0
+    assert train(run, check=True) == 0
     return run
 
 
