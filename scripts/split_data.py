@@ -49,7 +49,6 @@ def build_parser() -> argparse.ArgumentParser:
     add_data_flags(add, "files: FASTA, text, CSV, Excel, parquet and others", required=True)
     add("--output", type=Path, required=True, help="directory to make")
     add("--seed", type=natural, default=0, help="seed of the draw of clusters and samples")
-    add("--keep_ambiguous", action="store_true", help="keep proteins with B, J, O, U, X or Z")
     add("--within_families", action="store_true", help="hold out members of each family")
     group = parser.add_argument_group("split by homology")
     add = group.add_argument
@@ -91,7 +90,7 @@ def run(args: argparse.Namespace) -> dict:
         raise ValueError(
             "--within_families: --data must be one FASTA file, with family=NAME in its headers"
         )
-    proteins, report = read_named(args.data, args.keep_ambiguous, args.sequence_column)
+    proteins, report = read_named(args.data, args.sequence_column)
     for line in report.lines():
         say(line)
     if args.within_families:
@@ -118,7 +117,7 @@ def named(args: argparse.Namespace, source: str) -> dict[str, str]:
     """Return the residues of each name of another source than ``--data``, and say what was read."""
     from src.proteins.split_files import read_named
 
-    proteins, report = read_named(source, args.keep_ambiguous, args.sequence_column)
+    proteins, report = read_named(source, args.sequence_column)
     for line in report.lines():
         say(line)
     return proteins
@@ -174,7 +173,8 @@ def within_families(args: argparse.Namespace, proteins: dict[str, str]) -> tuple
         say(f"searching {len(proteins):,} proteins with the profiles of {args.profiles}")
         scores = search.best(proteins)
         chosen = f.described_families(proteins, family_of, scores, args.least_score)
-        proteins = {name: p for name, p in proteins.items() if family_of[name] in set(chosen)}
+        wanted = set(chosen)
+        proteins = {name: p for name, p in proteins.items() if family_of[name] in wanted}
         family_of = {name: family_of[name] for name in proteins}
         say(f"{len(chosen)} families score {args.least_score} nats per residue or more")
     split = f.split_within_families(proteins, family_of, settings, say)

@@ -235,6 +235,13 @@ def test_dropped_and_counted(tmp_path, text, reason):
     assert any("dropped 1: " + reason in line for line in report.lines())
 
 
+def test_a_comment_of_another_width_is_counted_and_a_column_may_be_called_data(tmp_path):
+    path = write(tmp_path / "a.csv", f"data_id,sequence\n# made by, hand, today\na,{A}\n")
+    found, report = read(path)
+    assert found == [A]
+    assert counts(report.fixed) == {formats.COMMENTS: 1}
+
+
 def test_ambiguous_residues_are_kept_when_asked(tmp_path):
     path = write(tmp_path / "a.txt", "MKXV\nMBZJOU\nMK*XV")
     found, report = read(path, keep_ambiguous=True)
@@ -443,6 +450,10 @@ def test_hub_rows_are_streamed(monkeypatch, tiny_tokenizer):
     with pytest.raises(ValueError, match="row 3: the stream broke 1 times .the line went dead"):
         next(stream)
     ids = tiny_tokenizer([layout(A), layout(B)])["input_ids"]
+    unnamed = [{"id": None, "sequence": A}, {"id": "b", "sequence": B}]
+    fake.load_dataset = lambda *a, **k: unnamed
+    names = [p.name for p in read_proteins("owner/proteins", split="train")]
+    assert names == ["row_1", "b"]
     fake.load_dataset = lambda *a, **k: [{"input_ids": row} for row in ids]
     found, _ = read("owner/proteins", split="train", tokenizer=tiny_tokenizer)  # type: ignore[arg-type]
     assert found == [A, B]
@@ -963,10 +974,18 @@ def test_a_stream_that_breaks_goes_on_at_its_row(monkeypatch, capsys):
 def test_few_proteins_still_give_validation_proteins():
     for count, least in ((3, 0), (4, 1), (9, 1), (10, 2), (100, 2)):
         hashes = np.array([sequence_hash(str(i)) for i in range(count)], np.uint64)
-        aside = held_out(hashes, 1e-9, 1)
+        aside = held_out(hashes, 1e-9, 1, 500)
         assert aside.sum() == least
-        assert (held_out(hashes[::-1], 1e-9, 1) == aside[::-1]).all()
-        assert (held_out(hashes, 0.5, 1) >= aside).all()
+        assert (held_out(hashes[::-1], 1e-9, 1, 500) == aside[::-1]).all()
+        assert (held_out(hashes, 0.5, 1, 500) >= aside).all()
+
+
+def test_no_more_proteins_are_set_aside_than_are_measured():
+    hashes = np.array([sequence_hash(str(i)) for i in range(1000)], np.uint64)
+    some, all_of_share = (held_out(hashes, 0.1, 1, most) for most in (30, 500))
+    assert some.sum() == 30
+    assert 60 < all_of_share.sum() < 140
+    assert (all_of_share >= some).all()
 
 
 def test_numbers_beside_residues_are_found_in_time_that_grows_with_the_line():

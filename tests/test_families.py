@@ -43,7 +43,7 @@ def members(count: int, size: int, seed: int = 0) -> tuple[dict[str, str], dict[
 def made_up_search(monkeypatch):
     """Neighbours by number are relatives, instead of MMseqs2: m0 and m1, m2 and m3 ..."""
 
-    def neighbours(proteins, queries, targets, settings):
+    def neighbours(proteins, queries, targets, settings, most=1000):
         pair = {
             name: (name.rstrip("0123456789"), int(name.split("m")[-1]) // 2) for name in proteins
         }
@@ -264,8 +264,9 @@ def test_the_script_splits_within_families(tmp_path, monkeypatch, capsys):
     table = [line.split("\t") for line in (folder / "families.tsv").read_text().splitlines()]
     assert table[0] == ["family", *record["parts"], "profile", "score_per_residue"]
     assert [row[-2] for row in table[1:5]] == ["P0", "P1", "P2", "P3"]
+    assert [row[-2:] for row in table[5:]] == [["-", "0.000"]] * 2  # no profile hits a new family
     with open_profiles(folder / "families.hmm.gz") as file:
-        assert {profile_key(profile) for profile in file} == {row[-2] for row in table[1:]}
+        assert {profile_key(profile) for profile in file} == {"P0", "P1", "P2", "P3"}
 
 
 def profile_of(residues: str, name: str) -> bytes:

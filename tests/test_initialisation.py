@@ -139,5 +139,7 @@ def test_layers_span_the_model():
 def test_a_student_cannot_grow(tiny_lm):
     with pytest.raises(ValueError, match="n_layer is 2, the student's 3"):
         cut(tiny_lm(2), tiny_lm(3), proteins())
+    with pytest.raises(ValueError, match="n_inner is 40, the student's 64"):
+        cut(tiny_lm(n_inner=40), tiny_lm(), proteins())
     with pytest.raises(ValueError, match="same vocabulary"):
         cut(tiny_lm(), tiny_lm(vocab_size=32), proteins())

@@ -144,6 +144,12 @@ def test_a_path_is_the_same_however_it_is_spelt_and_wherever_a_run_goes_on(tmp_p
     for folder in (project / "models", project / "data", elsewhere / "data"):
         folder.mkdir(parents=True)
     monkeypatch.chdir(project)
+    several = run_of(
+        project / "models" / "several", settings={"tokenizer": "models", "data": "data,models"}
+    )
+    for data, tokenizer in (("./data,models", "./models"), (f"data/,{project}/models", "models")):
+        now = {"tokenizer": tokenizer, "data": data}
+        assert claim_folder(several, now, resume=True) == "resume"
     run = run_of(project / "models" / "run", settings={"data": "data", "seed": 1})
     for spelling in ("data", "./data/", "models/../data", str(project / "data")):
         assert claim_folder(run, {"data": spelling, "seed": 1}, resume=True) == "resume"

@@ -33,7 +33,7 @@ NAMES = (
     ("settings", "data"),
 )
 """Entries of a record that name a model or data, which evaluation opens."""
-PATHS = ("teacher_model", "data", "init_from")
+PATHS = ("teacher_model", "data", "init_from", "tokenizer")
 """Settings that may be paths; they are equal if they lead to the same file."""
 LONGEST_NAME = 500
 PACKAGES = ("torch", "transformers", "tokenizers", "accelerate", "datasets", "numpy", "safetensors")
@@ -182,9 +182,14 @@ def claim_folder(
 
 
 def _place(name: str, base: str) -> str:
-    """Return the real path of a name seen from ``base``; the name itself if no file is there."""
+    """Return the real path of a name seen from ``base``; the name itself if no file is there.
+
+    Of several names with commas between them, those of each.
+    """
     path = os.path.realpath(os.path.join(base, os.path.expanduser(name)))
-    return path if os.path.exists(path) else name
+    if os.path.exists(path):
+        return path
+    return ",".join(_place(part, base) for part in name.split(",")) if "," in name else name
 
 
 def provenance() -> dict[str, Any]:

@@ -34,9 +34,12 @@ RIDGE = 1e-3
 
 
 def check_can_shrink(large: Any, small: Any) -> None:
-    """Raise ``ValueError`` unless ``small`` is nowhere larger and has the same vocabulary."""
-    for name in ("n_layer", "n_head", "n_embd", "vocab_size", "n_positions"):
-        have, want = getattr(large, name), getattr(small, name)
+    """Raise ``ValueError`` unless ``small`` is nowhere larger, with the vocabulary of ``large``."""
+    for name in ("n_layer", "n_head", "n_embd", "vocab_size", "n_positions", "n_inner"):
+        have, want = (
+            (getattr(c, name) or 4 * c.n_embd) if name == "n_inner" else getattr(c, name)
+            for c in (large, small)
+        )
         if want > have or (name == "vocab_size" and want != have):
             raise ValueError(
                 f"--init_from: its {name} is {have}, the student's {want}: a student can be cut "

@@ -166,7 +166,9 @@ def split_within_families(
     queries = [name for names in drawn.values() for name in names]
     announce(f"searching the relatives of {len(queries):,} proteins among {len(proteins):,}")
     relatives: dict[str, set[str]] = defaultdict(set)
-    for hit in alignments(proteins, queries, list(proteins), search):
+    # Of a large family all relatives count: the others would stay in train.
+    most = max(1000, *(len(names) for names in members.values()))
+    for hit in alignments(proteins, queries, list(proteins), search, most):
         if hit.identity >= settings.identity and hit.coverage >= settings.coverage:
             relatives[hit.query].add(hit.target)
     parts: dict[str, list[str]] = {"train": [], "validation": [], "test": []}
@@ -317,8 +319,8 @@ def write_profiles(
 
     The directory must exist. A family's profile is the one with the highest sum of scores over its
     members. The table ``families.tsv`` has, for each family, its proteins in each part, its
-    profile, and the mean log-odds score in nats per residue. ``families.hmm.gz`` has the profiles
-    as they were.
+    profile (``-`` where none hits a member), and the mean log-odds score in nats per residue.
+    ``families.hmm.gz`` has the profiles as they were.
 
     Returns:
         The number of profiles written.
@@ -336,7 +338,9 @@ def write_profiles(
     lines = ["\t".join(["family", *split.parts, "profile", "score_per_residue"])]
     for family in sorted(rows):
         sums = {key: float(values[rows[family]].sum()) for key, values in scores.items()}
-        key = max(sums, key=lambda k: sums[k])
+        key = max(sums, key=lambda k: sums[k], default="-")
+        score = sums.get(key, 0.0)
+        key = key if score > 0 else "-"
         kept.add(key)
         counts = Counter(part_of[names[row]] for row in rows[family])
         residues = sum(len(proteins[names[row]]) for row in rows[family])
@@ -344,7 +348,7 @@ def write_profiles(
             family,
             *(counts[part] for part in split.parts),
             key,
-            f"{sums[key] / residues:.3f}",
+            f"{score / residues:.3f}",
         ]
         lines.append("\t".join(map(str, fields)))
     write_text(folder / "families.tsv", "\n".join(lines) + "\n")
@@ -356,4 +360,4 @@ def write_profiles(
         for profile in file:
             if profile_key(profile) in kept:
                 profile.write(packed)
-    return len(kept)
+    return len(kept - {"-"})

@@ -62,7 +62,6 @@ FOREIGN = {
     **dict.fromkeys(
         (b"#NEXUS", b"MUSCLE (", b"T-COFFEE"), "an alignment: save its sequences as FASTA"
     ),
-    b"data_": "a structure in mmCIF: save its sequences as FASTA",
     b"HMMER3/": "a profile HMM: give the proteins themselves, as FASTA",
     b"ARROW1": "an Arrow file: save it as parquet (datasets: to_parquet)",
     b"{\\rtf": "rich text of a word processor: save it as plain text",
@@ -70,6 +69,7 @@ FOREIGN = {
 }
 FOREIGN_LINES = {
     re.compile(rb"#\d+,[\d,]+\s"): "an alignment of joined chains: give that of each chain",
+    re.compile(rb"data_[^\s,;|]*\s*\n"): "a structure in mmCIF: save its sequences as FASTA",
     re.compile(rb"ID   \S.*;"): "a record of UniProt or EMBL: save its proteins as FASTA",
 }
 """First lines of files that are not read: of ColabFold's alignment of a complex, the chains'

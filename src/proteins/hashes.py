@@ -86,15 +86,18 @@ def hashes_of(texts: Sequence[str]) -> np.ndarray:
     return np.array([sequence_hash(text) for text in texts], dtype=np.uint64)
 
 
-def held_out(hashes: np.ndarray, share: float, seed: int) -> np.ndarray:
+def held_out(hashes: np.ndarray, share: float, seed: int, most: int) -> np.ndarray:
     """Return which proteins are set aside, ``(proteins,)`` bool: a share, but enough to measure on.
 
-    They are those of :func:`chosen`, and of few proteins the next ones in its order, so that there
-    are at least one of four proteins and two of ten.
+    They are those of :func:`chosen`, of few proteins the next ones in its order, so that there are
+    at least one of four proteins and two of ten, and of many the first ``most`` in its order, so
+    that none is kept from training which nothing is measured on.
     """
     aside = chosen(hashes, share, seed)
     least = 2 if len(hashes) >= 10 else int(len(hashes) >= 4)
-    if aside.sum() < least:
+    count = min(max(int(aside.sum()), least), most)
+    if aside.sum() != count:
         rank = _mixed(np.asarray(hashes, np.uint64) ^ _mixed(np.array([seed], np.uint64)))
-        aside[np.argsort(rank, kind="stable")[:least]] = True
+        aside[:] = False
+        aside[np.argsort(rank, kind="stable")[:count]] = True
     return aside

@@ -155,8 +155,11 @@ def alignments(
     queries: Sequence[str],
     targets: Sequence[str],
     settings: SearchSettings,
+    most: int = 1000,
 ) -> list[Hit]:
     """Return every local alignment of a query with a target, of any coverage.
+
+    Of a query with more relatives than ``most``, those of the ``most`` likeliest.
 
     Pairs in which one has fewer than 30 residues, which MMseqs2 hardly sees, are compared exactly
     as well (:func:`src.proteins.peptides.peptide_hits`).
@@ -176,7 +179,7 @@ def alignments(
         _run_mmseqs(
             ["easy-search", work / "queries.fasta", work / "targets.fasta"]
             + [work / "hits.tsv", work / "tmp", "-s", str(settings.search_sensitivity)]
-            + ["-e", str(settings.search_evalue), "--max-seqs", "1000"]
+            + ["-e", str(settings.search_evalue), "--max-seqs", str(most)]
             + ["--alignment-mode", "3", "--format-output", "query,target,fident,qcov"]
         )
         with (work / "hits.tsv").open() as handle:

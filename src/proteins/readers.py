@@ -351,7 +351,7 @@ def hub_records(
     report.column = keys[data]
     for number, row in enumerate(_steady(rows, chain([first], stream), f"{source} {split}"), 1):
         place = f"{source} {split} row {number}"
-        name = f"row_{number}" if title is None else str(row[keys[title]])
+        name = title is not None and str(row[keys[title]] or "") or f"row_{number}"
         cell = row[keys[data]]
         if kind == "input_ids":
             if len(cell or ()) > MAX_ROW_TOKENS:

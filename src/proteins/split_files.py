@@ -37,7 +37,7 @@ LEAKAGE_COUNTS = ("proteins", "identity_30", "identity_50", "any_hit")
 
 
 def read_named(
-    source: str | Path, keep_ambiguous: bool = False, sequence_column: str | None = None
+    source: str | Path, sequence_column: str | None = None
 ) -> tuple[dict[str, str], ReadReport]:
     """Return the residues for each name, in the order of the file, and the report of reading.
 
@@ -47,9 +47,7 @@ def read_named(
     Raises:
         ValueError: the source is broken.
     """
-    listed, report = read_distinct_names(
-        source, keep_ambiguous=keep_ambiguous, sequence_column=sequence_column
-    )
+    listed, report = read_distinct_names(source, sequence_column=sequence_column)
     proteins = {protein.name: protein.residues for protein in listed}
     repeated = report.kept - len(proteins)
     if repeated:

@@ -27,6 +27,7 @@ from src.proteins.columns import (
     no_sequence_column,
 )
 from src.proteins.formats import (
+    COMMENTS,
     EXCEL,
     JSON_LINES,
     PARQUET,
@@ -199,6 +200,7 @@ def _checked(
             continue
         if len(row) != len(columns):
             if row[0].startswith("#"):
+                report.fix(COMMENTS, f"{path.name}:{number}")
                 continue
             quoted = DIVIDERS.get(divider, "divider")
             raise ValueError(

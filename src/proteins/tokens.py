@@ -98,7 +98,6 @@ def tokenise(
     seed: int = 0,
     long_proteins: str = "cut",
     max_proteins: int | None = None,
-    keep_ambiguous: bool = False,
     sequence_column: str | None = None,
     quiet: bool = False,
 ) -> TokenisedProteins:
@@ -118,7 +117,6 @@ def tokenise(
         long_proteins: ``cut`` keeps the first ``max_length`` tokens of a longer protein (training),
             ``drop`` leaves it out (evaluation, where every protein must be whole).
         max_proteins: stop reading after this number of kept proteins.
-        keep_ambiguous: keep proteins with B, J, O, U, X or Z.
         sequence_column: of a table; None: a usual one.
         quiet: print nothing.
 
@@ -144,7 +142,7 @@ def tokenise(
         "seed": seed if proportion < 1 else None,
         "long_proteins": long_proteins,
         "max_proteins": max_proteins,
-        "keep_ambiguous": keep_ambiguous,
+        "keep_ambiguous": False,  # kept, so that stores made with it are found
         "sequence_column": sequence_column,
     }
     key = hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()[:32]
@@ -160,7 +158,6 @@ def tokenise(
             split=split,
             report=report,
             tokenizer=tokenizer,
-            keep_ambiguous=keep_ambiguous,
             sequence_column=sequence_column,
         )
         _build(temporary, entries, report, tokenizer, settings, quiet)

@@ -30,6 +30,7 @@ from src.models.teacher_cache import TeacherCache, capture
 from src.proteins.batching import PackedDataset
 from src.proteins.hashes import held_out
 from src.proteins.layouts import layout_of, set_layout
+from src.proteins.locations import on_hub
 from src.proteins.sources import has_split
 from src.proteins.tokens import TokenisedProteins, tokenise
 
@@ -148,8 +149,8 @@ def load_parts(
     """Return the tokenised training and validation proteins.
 
     Validation proteins are the source's own validation part where it has one. Otherwise a hash of
-    the sequence sets a share of the proteins aside, the same ones whatever ``train_size_prop``.
-    Early stopping sets more aside, among them the same ones.
+    the sequence sets a share of the proteins aside, at most ``validation_proteins``. Early stopping
+    sets more aside, among them the same ones.
 
     Raises:
         ValueError: the source is missing or broken, or nothing is left to train on.
@@ -169,10 +170,12 @@ def load_parts(
         **options,
     )
     if separate:
+        if on_hub(settings.data):  # the part may have millions
+            options["max_proteins"] = settings.validation_proteins
         validation = tokenise(settings.data, "validation", tokenizer, max_length, **options)
     else:
         share = HELD_OUT_SHARE if settings.early_stopping is None else DECIDING_SHARE
-        aside = held_out(train.hashes, share, settings.data_seed + 1)
+        aside = held_out(train.hashes, share, settings.data_seed + 1, settings.validation_proteins)
         validation = train.subset(np.flatnonzero(aside))
         train = train.subset(np.flatnonzero(~aside))
     validation = validation.subset(np.arange(min(len(validation), settings.validation_proteins)))
