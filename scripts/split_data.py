@@ -149,6 +149,8 @@ def by_homology(args: argparse.Namespace, proteins: dict[str, str]) -> tuple:
     from src.proteins.homology import clusters_of_names, read_clusters
     from src.proteins.splits import SplitSettings, split_by_homology
 
+    if args.spare_factor < 1:
+        raise ValueError(f"--spare_factor must be at least 1, got {args.spare_factor}")
     settings = SplitSettings(**{f.name: getattr(args, f.name) for f in fields(SplitSettings)})
     clusters = None
     if args.clusters:

@@ -133,11 +133,10 @@ def proteins_dir() -> Path:
 def profiles(tmp_path, random_proteins):
     """Write an HMM file of one family, without and with gathering thresholds."""
     pyhmmer = pytest.importorskip("pyhmmer")
-    from src.proteins import relatives
 
     protein = random_proteins(1, 90, 90, seed=9)[0]
     alphabet = pyhmmer.easel.Alphabet.amino()
-    sequence = relatives.named_sequence("family", protein).digitize(alphabet)
+    sequence = pyhmmer.easel.TextSequence(name="family", sequence=protein).digitize(alphabet)
     builder = pyhmmer.plan7.Builder(alphabet)
     hmm, _, _ = builder.build(sequence, pyhmmer.plan7.Background(alphabet))
     with (tmp_path / "plain.hmm").open("wb") as handle:

@@ -186,21 +186,6 @@ def test_profiles_search_each_protein_once(monkeypatch):
     assert searched == [["MK", "M", "MKV"], ["MKVL"]]
 
 
-@pytest.mark.parametrize(
-    ("name", "value"),
-    [
-        ("identity", 0.0),
-        ("coverage", 1.1),
-        ("largest_share", 0),
-        ("largest_neighbourhood", 2),
-        ("test_per_family", -1),
-    ],
-)
-def test_settings_check_themselves(name, value):
-    with pytest.raises(ValueError, match=f"--{name}"):
-        FamilySplitSettings(**{name: value})
-
-
 def fasta(path, proteins, families):
     path.write_text("".join(f">{n} family={families[n]} x\n{p}\n" for n, p in proteins.items()))
     return path

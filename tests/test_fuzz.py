@@ -18,7 +18,7 @@ from src.common.cli import one_line, printable
 from src.common.files import is_plain_name, read_json
 from src.evaluation.results import summary_lines, write_results
 from src.proteins.homology import read_clusters
-from src.proteins.sources import read_entries
+from src.proteins.sources import read_proteins
 from tests.stress import fuzz
 from tests.test_results import good
 
@@ -151,7 +151,7 @@ def output_within(code: str, limit_bytes: int) -> str:
 LIMITED = """
 import pathlib, resource, sys
 sys.path.insert(0, sys.argv[1])
-from src.proteins.sources import read_entries
+from src.proteins.sources import read_proteins
 import src.evaluation.results, src.proteins.homology
 pages = int(open("/proc/self/statm").read().split()[0])
 limit = pages * resource.getpagesize() + int(sys.argv[2])
@@ -178,7 +178,7 @@ def test_a_line_of_a_gigabyte(tmp_path, name):
     reader = {
         "a.json": "src.evaluation.results.read_results",
         "a.tsv.gz": "lambda p: src.proteins.homology.read_clusters(pathlib.Path(p))",
-    }.get(name, "lambda p: len(list(read_entries(p)))")
+    }.get(name, "lambda p: len(list(read_proteins(p)))")
     started = time.monotonic()
     line = output_within(f"refusal_of({reader}, {str(path)!r})", 400 << 20)
     assert name in line
@@ -193,7 +193,7 @@ def test_a_line_of_a_gigabyte_of_residues(tmp_path):
         handle.write(b">a\n")
         for _ in range(1024):
             handle.write(b"ACDEFGHI" * (1 << 17))
-    line = output_within(f"refusal_of(lambda: len(list(read_entries({str(path)!r}))))", 100 << 20)
+    line = output_within(f"refusal_of(lambda: len(list(read_proteins({str(path)!r}))))", 100 << 20)
     assert "a.fasta:2: the line is longer than" in line
 
 
@@ -210,7 +210,7 @@ def test_a_packed_bomb(tmp_path, name, piece):
     path = tmp_path / name
     path.write_bytes(gzip.compress(piece * ((40 << 20) // len(piece))))
     assert path.stat().st_size < 400_000
-    read = read_clusters if name == "c.tsv.gz" else lambda path: list(read_entries(path))
+    read = read_clusters if name == "c.tsv.gz" else lambda path: list(read_proteins(path))
     with pytest.raises(ValueError, match="bomb") as caught:
         read(path)
     assert name in str(caught.value)

@@ -42,7 +42,7 @@ from src.proteins.layouts import (
     stop_token,
     tag_in,
 )
-from src.proteins.sources import read_entries
+from src.proteins.sources import read_proteins
 from src.proteins.tokens import tokenise
 
 LETTERS = [*"ABCDEFGHIKLMNOPQRSTUVWXYZ"]
@@ -299,7 +299,7 @@ def test_samples_have_a_tag_and_say_it(enzymes, tmp_path, capsys):
     assert generate.main([*words, "--tag", "1.?"]) == 2
     assert "--tag 1.?: the tokenizer does not know it" in capsys.readouterr().err
     assert generate.main([*words, "--tag", "1.1.1.B1"]) == 0
-    read = list(read_entries(out, tag="EC", keep_ambiguous=True))
+    read = list(read_proteins(out, tag="EC", keep_ambiguous=True))
     assert {entry.residues.tag for entry in read} == {"1.1.1.B1"}  # type: ignore[attr-defined]
     headers = [line for line in out.read_text().splitlines() if line.startswith(">")]
     costs = [float(h.split("perplexity_per_residue=")[1].split()[0]) for h in headers]

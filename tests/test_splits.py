@@ -165,22 +165,6 @@ def test_clusters_of_other_proteins(no_hits):
         split_by_homology(families(2, 3), SplitSettings(), {"x": "x"})
 
 
-@pytest.mark.parametrize(
-    ("name", "value"),
-    [
-        ("cluster_identity", 0.0),
-        ("cluster_coverage", 1.1),
-        ("leak_identity", -0.1),
-        ("spare_factor", 0.5),
-        ("test_proteins", -1),
-        ("in_family_proteins", -1),
-    ],
-)
-def test_settings_check_themselves(name, value):
-    with pytest.raises(ValueError, match=f"--{name}"):
-        SplitSettings(**{name: value})
-
-
 def test_samples_are_nested_and_keep_the_order():
     names = [f"n{i}" for i in range(500)]
     random.Random(0).shuffle(names)

@@ -29,6 +29,7 @@ from src.models.forward import accepts
 from src.models.loading import NOT_TAKEN, ProteinModel
 from src.proteins.batching import padded
 from src.proteins.encoding import Spelling
+from src.proteins.sources import Protein
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -109,7 +110,7 @@ def pooled(vectors: np.ndarray) -> dict[str, np.ndarray]:
 def write_embeddings(
     path: Path,
     loaded: ProteinModel,
-    proteins: Sequence[tuple[str, str]],
+    proteins: Sequence[Protein],
     settings: EmbeddingSettings,
     identity: Mapping[str, Any],
     say: Callable[[str], None],
@@ -161,14 +162,14 @@ def write_embeddings(
 
 
 def _arrays(
-    loaded: ProteinModel, entries: Sequence[tuple[str, str]], settings: EmbeddingSettings
+    loaded: ProteinModel, entries: Sequence[Protein], settings: EmbeddingSettings
 ) -> dict[str, np.ndarray]:
-    residues = [residues for _, residues in entries]
+    residues = [entry.residues for entry in entries]
     values: list[Any] = [None] * len(entries)
     for index, vectors in residue_embeddings(loaded, residues, settings):
         values[index] = vectors if settings.per_residue else pooled(vectors)
     arrays = {
-        "names": np.array([name for name, _ in entries]),
+        "names": np.array([entry.name for entry in entries]),
         "residues": np.array([len(r) for r in residues]),
     }
     if settings.per_residue:

@@ -42,7 +42,7 @@ from src.proteins.reading import ReadReport
 from src.proteins.sources import (
     clean,
     read_distinct_names,
-    read_entries,
+    read_proteins,
     require_proteins,
     usable,
 )
@@ -303,7 +303,7 @@ def wild_type(given: str, tag: str | None = None) -> str:
         ValueError: they are neither, or the file holds several proteins.
     """
     if os.path.isfile(given):  # False, too, where it is too long for a name
-        proteins = {p.residues for p in read_entries(given, keep_ambiguous=True, tag=tag)}
+        proteins = {p.residues for p in read_proteins(given, keep_ambiguous=True, tag=tag)}
         if len(proteins) != 1:
             raise ValueError(
                 f"--wildtype {given}: holds {len(proteins)} proteins, and not one (over several "

@@ -32,7 +32,7 @@ from src.common.files import (
     remove_unfinished,
     write_json,
 )
-from src.common.manifest import first_fault, is_record
+from src.common.manifest import first_fault, is_record, signature
 from src.common.runs import locked
 from src.loss.fused import teacher_statistics
 from src.models.forward import final_hidden_states, head_form, output_head, states_shape
@@ -108,15 +108,17 @@ class TeacherCache:
             self.width = manifest["width"]
             self.dtype = DTYPES[manifest["dtype"]]
             self.shards: list[dict[str, Any]] = manifest["shards"]
-            problem = shards_problem(self.shards, self.width, self.dtype)
-        except (KeyError, TypeError, AttributeError) as error:
-            problem = one_line(error)[:100]
-        if problem:
+            # Caches of before 2026-11-28 have no check.
+            altered = manifest.get("check", signature(manifest)) != signature(manifest)
+            self.starts = np.array([shard["first"] for shard in self.shards])
+            self.proteins = self.shards[-1]["first"] + len(self.shards[-1]["lengths"])
+            plain = all(is_record(shard["files"]) for shard in self.shards)
+        except (KeyError, TypeError, AttributeError, IndexError) as error:
             raise BrokenCacheError(
-                f"{self.folder}: the cache's manifest is broken ({problem}); {ADVICE}"
-            )
-        self.starts = np.array([shard["first"] for shard in self.shards])
-        self.proteins = self.shards[-1]["first"] + len(self.shards[-1]["lengths"])
+                f"{self.folder}: the cache's manifest is broken ({one_line(error)[:100]}); {ADVICE}"
+            ) from None
+        if altered or not plain:
+            raise BrokenCacheError(f"{self.folder}: the cache's manifest was altered; {ADVICE}")
         self._maps: dict[int, tuple[np.ndarray, np.ndarray, np.ndarray]] = {}
         for shard in self.shards:
             self._require_whole(shard, hashes=False)
@@ -166,34 +168,6 @@ class TeacherCache:
                 np.cumsum([0, *shard["lengths"]]),
             )
         return self._maps[number]
-
-
-def shards_problem(shards: Any, width: Any, dtype: torch.dtype) -> str | None:
-    """Return what is wrong with the shards of a manifest, or None.
-
-    File names must stay inside the cache's directory, and sizes must follow from the lengths.
-    Raises ``KeyError`` or ``TypeError`` for values that are no record of shards.
-    """
-    if not isinstance(width, int) or not 0 < width < 1 << 24:
-        return "width"
-    if not isinstance(shards, list) or not shards:
-        return "it names no shard"
-    first = 0
-    for number, shard in enumerate(shards):
-        lengths, files = shard["lengths"], shard["files"]
-        if type(shard["first"]) is not int or shard["first"] != first or not lengths:
-            return f"shard {number} does not follow the one before"
-        if not all(type(length) is int and 0 < length < 1 << 32 for length in lengths):
-            return f"lengths of shard {number}"
-        tokens = sum(lengths)
-        sizes = [tokens * width * dtype.itemsize, tokens * 4 * len(STATISTICS)]
-        if not is_record(files) or len(files) != len(sizes):
-            return f"files of shard {number}"
-        for entry, size_ in zip(files.values(), sizes, strict=True):
-            if entry["bytes"] != size_:
-                return f"sizes of shard {number}"
-        first += len(lengths)
-    return None
 
 
 @dataclass(frozen=True)
@@ -257,18 +231,16 @@ class _Job:
 
     def write_manifest(self, shards: list[dict[str, Any] | None]) -> None:
         """Write the manifest, which makes the cache complete."""
-        write_json(
-            self.manifest,
-            {
-                "format": FORMAT,
-                "teacher": self.teacher,
-                "data": self.data,
-                "dtype": _name_of(self.dtype),
-                "width": self.width,
-                "figures": STATISTICS,
-                "shards": shards,
-            },
-        )
+        manifest: dict[str, Any] = {
+            "format": FORMAT,
+            "teacher": self.teacher,
+            "data": self.data,
+            "dtype": _name_of(self.dtype),
+            "width": self.width,
+            "figures": STATISTICS,
+            "shards": shards,
+        }
+        write_json(self.manifest, {**manifest, "check": signature(manifest)})
 
 
 def _name_of(dtype: torch.dtype) -> str:

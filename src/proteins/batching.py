@@ -289,16 +289,3 @@ class PackingCollator:
                 start = end
             batch["position_ids"][number, start:] = torch.arange(self.row_tokens - start)
         return batch
-
-
-def padding_share(lengths: np.ndarray, batch_size: int, by_length: bool) -> float:
-    """Return the share of a padded epoch's tokens that is padding, in [0, 1)."""
-    if not len(lengths):
-        return 0.0
-    if by_length:
-        order = length_grouped_order(lengths, batch_size, 0, 0)
-    else:
-        order = np.random.default_rng(0).permutation(len(lengths))
-    batches = cut_batches(lengths, order, rows=batch_size)
-    tokens = sum(int(lengths[batch].max()) * len(batch) for batch in batches)
-    return 1.0 - float(lengths.sum()) / tokens

@@ -45,15 +45,6 @@ class FamilySplitSettings:
     candidates_per_family: int = 72
     """Members drawn to hold out; most have too many relatives, or relatives held out already."""
 
-    def __post_init__(self) -> None:
-        """Check every setting. Raises ``ValueError``."""
-        for name in ("identity", "coverage", "largest_share", "largest_neighbourhood"):
-            if not 0 < getattr(self, name) <= 1:
-                raise ValueError(f"--{name} must be in (0, 1], got {getattr(self, name)}")
-        for name in ("validation_per_family", "test_per_family"):
-            if getattr(self, name) < 0:
-                raise ValueError(f"--{name} must not be negative, got {getattr(self, name)}")
-
 
 def read_families(path: str | Path, names: Mapping[str, str]) -> dict[str, str]:
     """Return the families of ``names`` in a FASTA file, gzipped or not: ``family=NAME`` in headers.

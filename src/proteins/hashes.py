@@ -16,12 +16,6 @@ def sequence_hash(residues: str) -> int:
     return int.from_bytes(hashlib.blake2b(residues.encode(), digest_size=8).digest(), "little")
 
 
-def require_share(proportion: float) -> None:
-    """Raise ValueError if a share is outside (0, 1]."""
-    if not 0 < proportion <= 1:
-        raise ValueError(f"--train_size_prop must be above 0 and at most 1, got {proportion}")
-
-
 def chosen(hashes: np.ndarray, proportion: float, seed: int = 0) -> np.ndarray:
     """Return which proteins belong to a share, ``(proteins,)`` bool, by a seeded hash.
 
@@ -36,7 +30,8 @@ def chosen(hashes: np.ndarray, proportion: float, seed: int = 0) -> np.ndarray:
     Raises:
         ValueError: the share is outside (0, 1].
     """
-    require_share(proportion)
+    if not 0 < proportion <= 1:
+        raise ValueError(f"--train_size_prop must be above 0 and at most 1, got {proportion}")
     hashes = np.asarray(hashes, dtype=np.uint64)
     if proportion == 1:
         return np.ones(len(hashes), dtype=bool)

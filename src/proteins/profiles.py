@@ -17,9 +17,7 @@ import numpy as np
 from src.common.files import atomic_write
 from src.proteins.relatives import (
     check_profiles,
-    named_sequence,
     open_profiles,
-    text_of,
     word_sets,
 )
 
@@ -48,7 +46,10 @@ def align_family(members: Sequence[str]) -> Any:
     pyhmmer = require_pyhmmer()
     alphabet = pyhmmer.easel.Alphabet.amino()
     background = pyhmmer.plan7.Background(alphabet)
-    digital = [named_sequence(str(i), m).digitize(alphabet) for i, m in enumerate(members)]
+    digital = [
+        pyhmmer.easel.TextSequence(name=str(i), sequence=m).digitize(alphabet)
+        for i, m in enumerate(members)
+    ]
     block = pyhmmer.easel.DigitalSequenceBlock(alphabet, digital)
     words = word_sets(members)
     sizes = np.asarray(words.sum(1)).ravel()
@@ -57,17 +58,9 @@ def align_family(members: Sequence[str]) -> Any:
     alignment = None
     for _ in range(ROUNDS):
         alignment = pyhmmer.hmmalign(profile, block, trim=False).digitize(alphabet)
-        _name(alignment, "family")
+        alignment.name = "family"
         profile, _, _ = pyhmmer.plan7.Builder(alphabet).build_msa(alignment, background)
     return alignment
-
-
-def _name(thing: Any, name: str) -> None:
-    """Name an alignment or a profile; older versions want bytes."""
-    try:
-        thing.name = name
-    except TypeError:
-        thing.name = name.encode()
 
 
 def profile_of(alignment: Any, name: str, effective_number: str = "entropy") -> Any:
@@ -79,7 +72,7 @@ def profile_of(alignment: Any, name: str, effective_number: str = "entropy") -> 
     alphabet = alignment.alphabet
     builder = pyhmmer.plan7.Builder(alphabet, effective_number=effective_number)
     profile, _, _ = builder.build_msa(alignment, pyhmmer.plan7.Background(alphabet))
-    _name(profile, name)
+    profile.name = name
     return profile
 
 
@@ -105,7 +98,11 @@ def profile_bits(profiles: Sequence[Any], proteins: Sequence[str]) -> np.ndarray
     """
     pyhmmer = require_pyhmmer()
     alphabet = pyhmmer.easel.Alphabet.amino()
-    digital = [named_sequence(str(i), p).digitize(alphabet) for i, p in enumerate(proteins) if p]
+    digital = [
+        pyhmmer.easel.TextSequence(name=str(i), sequence=p).digitize(alphabet)
+        for i, p in enumerate(proteins)
+        if p
+    ]
     block = pyhmmer.easel.DigitalSequenceBlock(alphabet, digital)
     off = {
         "F1": 1.0,
@@ -121,7 +118,7 @@ def profile_bits(profiles: Sequence[Any], proteins: Sequence[str]) -> np.ndarray
     bits = np.full(len(proteins), np.nan)
     for profile in profiles:
         for hit in pipeline.search_hmm(profile, block) if len(block) else ():
-            place = int(text_of(hit.name))
+            place = int(hit.name)
             bits[place] = np.fmax(bits[place], hit.pre_score)
         pipeline.clear()
     return bits

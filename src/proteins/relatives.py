@@ -258,7 +258,11 @@ def _searched(
     import pyhmmer
 
     alphabet = pyhmmer.easel.Alphabet.amino()
-    digital = [named_sequence(str(i), p).digitize(alphabet) for i, p in enumerate(proteins) if p]
+    digital = [
+        pyhmmer.easel.TextSequence(name=str(i), sequence=p).digitize(alphabet)
+        for i, p in enumerate(proteins)
+        if p
+    ]
     block: Any = pyhmmer.easel.DigitalSequenceBlock(alphabet, digital)
     options: dict[str, Any] = {"bit_cutoffs": "gathering"} if gathering else {"E": EVALUE}
     if len(block):
@@ -266,17 +270,17 @@ def _searched(
             # hmmsearch is much faster than hmmscan; Z makes its E-values hmmscan's.
             for hits in pyhmmer.hmmsearch(file, block, cpus=1, Z=count, **options):
                 good = (h for h in hits if h.included or h.reported)
-                yield hits.query, {int(text_of(h.name)): h.score for h in good}
+                yield hits.query, {int(h.name): h.score for h in good}
 
 
 def profile_key(profile: Any) -> str:
     """Return a profile's accession, or its name where it has none."""
-    return text_of(profile.accession or profile.name)
+    return profile.accession or profile.name
 
 
 def full_name(profile: Any) -> str:
     """Return a profile's accession and name, such as ``PF00829.24 Ribosomal_L21p``."""
-    return " ".join(text_of(part) for part in (profile.accession, profile.name) if part)
+    return " ".join(part for part in (profile.accession, profile.name) if part)
 
 
 @contextmanager
@@ -287,18 +291,3 @@ def open_profiles(profiles: str | Path) -> Iterator[Any]:
     opened: Any = gzip.open if Path(profiles).suffix == ".gz" else open
     with opened(profiles, "rb") as raw, pyhmmer.plan7.HMMFile(raw) as file:
         yield file
-
-
-def named_sequence(name: str, residues: str) -> Any:
-    """Return a sequence for pyhmmer; older versions want names as bytes."""
-    from pyhmmer.easel import TextSequence
-
-    try:
-        return TextSequence(name=name, sequence=residues)
-    except TypeError:
-        return TextSequence(name=name.encode(), sequence=residues)  # type: ignore[arg-type]
-
-
-def text_of(name: str | bytes) -> str:
-    """Return a name of pyhmmer; older versions give bytes."""
-    return name.decode() if isinstance(name, bytes) else name

@@ -1,46 +1,10 @@
-r"""Reads and cleans proteins from files or the hub one at a time, and reports every change.
+"""Reads and cleans proteins from files or the hub one at a time, and reports every change.
 
-Sources of the flag ``--data``:
-
-- a directory of parts: ``train``, ``validation`` (or ``val``, ``valid``, ``dev``), ``test`` as any
-  of the files below; parquet also in pieces (``train-00000-of-00004.parquet``);
-- files, also several or a pattern (``'parts/*.fasta.gz'``): FASTA and a3m; plain text with one
-  protein a line, or with end-of-text markers between proteins; tables as CSV, TSV, JSON lines,
-  Excel or parquet; all but the last two also gzipped. A file of another name is recognised by its
-  first lines; a zip or tar archive with one such file (not Excel or parquet) is read as that file;
-- a data set on the hub: ``owner/name``, read as a stream.
-
-Tables (:mod:`src.proteins.tables`) hold one protein a row in a column ``sequence`` or another usual
-one, ``text`` (residues, or ProtGPT2's layout), or ``input_ids`` (tokens); any other column is named
-by ``--sequence_column``. A row of tokens is cut into proteins at its end-of-text markers. A first
-piece without a marker before it is dropped, because its beginning is missing; a last piece without
-a marker after it is a protein cut short. Rows are never joined.
-
-Faults of an input are fixed, dropped or refused. ``ReadReport`` counts the first two kinds and
-keeps the first place of each:
-
-==================================================  ==============================================
-fixed                                               lower case; ``*`` at the end; white space;
-                                                    alignment gaps ``-`` and ``.``; three-letter
-                                                    codes; ``Ac-`` and ``-NH2``; comment lines;
-                                                    line numbers; CRLF line ends; UTF-16; a
-                                                    byte-order mark (not counted)
-dropped                                             no residues (or ``NA``); ``*`` inside; ambiguous
-                                                    residues (B J O U X Z, unless kept) and runs of
-                                                    X; nucleic acids; a protein over 100,000
-                                                    characters; anything else that is no residue;
-                                                    a duplicate (by ``tokenise``); a protein without
-                                                    its beginning (tokens)
-refused, with file and line                         empty file; nothing usable; mostly nucleic
-                                                    acids; text before the first header; NUL bytes;
-                                                    carriage returns inside a line; a table's line
-                                                    over 1 MiB; archives of several; broken gzip;
-                                                    a gzip that unpacks to over 200 times its size,
-                                                    and parquet likewise; broken CSV or parquet;
-                                                    a row with more or fewer cells than the header;
-                                                    columns that are missing or there twice
-==================================================  ==============================================
-
+docs/DATA.md says what a source may be, and which of its faults are fixed, dropped or refused.
+``ReadReport`` counts what is fixed and dropped, with the first place of each. A row of tokens is
+cut into proteins at its end-of-text markers: a piece without a marker before it is dropped, because
+its beginning is missing; one without a marker after it is a protein cut short. Rows are never
+joined.
 Memory depends on the longest line or the rows read together, not on the size of a file.
 """
 
@@ -73,11 +37,10 @@ from src.proteins.reading import ReadReport
 
 __all__ = [
     "Protein",
-    "SourceProtein",
     "has_split",
     "local_files",
     "on_hub",
-    "read_entries",
+    "read_proteins",
     "read_proteins",
 ]
 
@@ -112,14 +75,7 @@ _LETTERS = (STANDARD_RESIDUES + AMBIGUOUS_RESIDUES).encode()
 
 
 class Protein(NamedTuple):
-    """A protein: its name and its residues, one upper-case letter each."""
-
-    name: str
-    residues: str
-
-
-class SourceProtein(NamedTuple):
-    """A protein, with token ids if the source is tokenised.
+    """A protein: name and residues, one upper-case letter each; token ids if the source has them.
 
     ``whole`` is False if the tokens end before the protein does; ``title`` is the whole header.
     """
@@ -229,7 +185,7 @@ def require_proteins(report: ReadReport, enough: int = 1) -> None:
     raise ValueError(f"{report.source}: none of its {report.read:,} proteins is usable ({reasons})")
 
 
-def read_entries(
+def read_proteins(
     source: str | Path,
     *,
     split: str | None = None,
@@ -238,11 +194,23 @@ def read_entries(
     keep_ambiguous: bool = False,
     sequence_column: str | None = None,
     tag: str | None = None,
-) -> Iterator[SourceProtein]:
-    """Yield the proteins of a source, with their tokens if the source has them.
+) -> Iterator[Protein]:
+    """Yield the proteins of a source one by one, cleaned, with their tokens if the source has them.
 
-    Arguments and errors are those of :func:`read_proteins`; without a tokenizer, ``tag`` is the key
-    or column of what a layout asks for.
+    Args:
+        source: directory of parts, file, several files or hub id (docs/DATA.md).
+        split: the part; required for a directory. For files ``train`` or None.
+        report: filled while reading; complete after the last protein.
+        tokenizer: decodes the residues if the source holds tokens.
+        keep_ambiguous: keep proteins with B, J, O, U, X or Z.
+        sequence_column: column of residues where the source is a table; None: a usual one.
+        tag: key or column of what a layout asks for; with a tokenizer its own.
+
+    Yields:
+        Proteins, in the order of the source, duplicates included.
+
+    Raises:
+        ValueError: the source is missing, broken or without a usable protein.
     """
     report = ReadReport() if report is None else report
     report.source = str(source) if split is None else f"{source} ({split})"
@@ -253,7 +221,7 @@ def read_entries(
             continue
         residues = usable(record, report, keep_ambiguous, tag)
         if residues is not None:
-            yield SourceProtein(clean_name(record.name), residues, title=record.title)
+            yield Protein(clean_name(record.name), residues, title=record.title)
         if report.read == FIRST_LOOK:
             require_proteins(report, FIRST_LOOK)
     require_proteins(report)
@@ -303,57 +271,20 @@ def usable(
     return residues
 
 
-def read_proteins(
-    source: str | Path,
-    *,
-    split: str | None = None,
-    report: ReadReport | None = None,
-    tokenizer: Any = None,
-    keep_ambiguous: bool = False,
-    sequence_column: str | None = None,
-) -> Iterator[Protein]:
-    """Yield the proteins of a source one by one, cleaned.
-
-    Args:
-        source: directory of parts, file, several files or hub id (see the top of this module).
-        split: the part; required for a directory. For files ``train`` or None.
-        report: filled while reading; complete after the last protein.
-        tokenizer: decodes the residues if the source holds tokens.
-        keep_ambiguous: keep proteins with B, J, O, U, X or Z.
-        sequence_column: column of residues where the source is a table; None: a usual one.
-
-    Yields:
-        Proteins, in the order of the source, duplicates included.
-
-    Raises:
-        ValueError: the source is missing, broken or without a usable protein.
-    """
-    for entry in read_entries(
-        source,
-        split=split,
-        report=report,
-        tokenizer=tokenizer,
-        keep_ambiguous=keep_ambiguous,
-        sequence_column=sequence_column,
-    ):
-        yield Protein(entry.name, entry.residues)
-
-
 def read_distinct_names(source: str | Path, **options: Any) -> tuple[list[Protein], ReadReport]:
     """Return all proteins of a file, different ones under different names, and the report.
 
     A name that another protein has already is replaced by the whole header, or gets a number.
-    Options and errors are those of :func:`read_entries`.
+    Options and errors are those of :func:`read_proteins`.
     """
     report = ReadReport()
     residues_of_name: dict[str, str] = {}
     other_names: dict[tuple[str, str], str] = {}
     numbers: Counter[str] = Counter()
     proteins = []
-    for entry in read_entries(source, report=report, **options):
-        name, residues = entry.name, entry.residues
+    for name, residues, _, _, title in read_proteins(source, report=report, **options):
         if residues_of_name.setdefault(name, residues) != residues:
-            title = clean_name(entry.title or name)
+            title = clean_name(title or name)
             name = other_names.get((title, residues), title)
             while residues_of_name.setdefault(name, residues) != residues:
                 numbers[title] += 1
@@ -391,7 +322,7 @@ def token_pieces(ids: np.ndarray, marker: int) -> list[tuple[np.ndarray, bool, b
 
 def _token_entries(
     record: Record, report: ReadReport, tokenizer: Any, keep_ambiguous: bool, source: str
-) -> Iterator[SourceProtein]:
+) -> Iterator[Protein]:
     if tokenizer is None:
         raise ValueError(f"{source}: holds tokens, not proteins: a tokenizer is needed to read it")
     assert record.ids is not None
@@ -433,4 +364,4 @@ def _token_entries(
         ends = np.array([marker])
         kept = np.concatenate([ends, piece, ends] if whole else [ends, piece]).astype(np.int64)
         name = record.name if len(pieces) == 1 else f"{record.name}_{number}"
-        yield SourceProtein(clean_name(name), residues, kept, whole)
+        yield Protein(clean_name(name), residues, kept, whole)

@@ -206,7 +206,7 @@ def check_split(folder: Path) -> dict[str, Any]:
     parts: dict[str, list[str]] = {}
     for part in record["parts"]:
         parts[part] = []
-        for name, residues in read_proteins(folder / f"{part}.fasta.gz"):
+        for name, residues, *_ in read_proteins(folder / f"{part}.fasta.gz"):
             if name in proteins:
                 raise ValueError(f"{folder}: {name} is there twice")
             proteins[name] = residues

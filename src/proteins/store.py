@@ -23,9 +23,8 @@ from typing import Any
 
 import numpy as np
 
-from src.common.cli import one_line
 from src.common.files import read_json
-from src.common.manifest import first_fault, is_record, signature
+from src.common.manifest import first_fault, signature
 from src.proteins.reading import ReadReport
 
 FORMAT = "protein-lm-distill tokens"
@@ -187,42 +186,12 @@ def open_store(folder: Path, thorough: bool | None = None) -> TokenisedProteins:
         )
     if manifest.get("check") != signature(manifest):
         raise ValueError(f"{folder / MANIFEST}: was altered")
-    try:
-        _require_consistent(manifest)
-    except (KeyError, TypeError, AttributeError, OverflowError, ValueError) as error:
-        raise ValueError(f"{folder / MANIFEST}: is broken ({one_line(error)[:100]})") from None
     sizes = sum(entry["bytes"] for entry in manifest["files"].values())
     if thorough is None:
         thorough = sizes <= CHECKED_BYTES
     if fault := first_fault(folder, manifest["files"], hashes=thorough):
         raise ValueError(fault)
     return TokenisedProteins(folder, manifest)
-
-
-def _require_consistent(manifest: dict[str, Any]) -> None:
-    """Raise ``ValueError``, or another error, if a manifest's counts and sizes do not agree."""
-    proteins, tokens = manifest["proteins"], manifest["tokens"]
-    dtype = np.dtype(manifest["dtype"])
-    if dtype.str not in ("<u2", "<u4"):
-        raise ValueError(f"dtype {dtype.str}")
-    sizes = {name: entry["bytes"] for name, entry in manifest["files"].items()}
-    wanted = {
-        "tokens.bin": tokens * dtype.itemsize,
-        "offsets.bin": (proteins + 1) * 8,
-        "residues.bin": proteins * 4,
-        "hashes.bin": proteins * 8,
-        "name_offsets.bin": (proteins + 1) * 8,
-    }
-    wrong = [name for name, size in wanted.items() if sizes[name] != size]
-    if wrong or set(sizes) != {*wanted, "names.bin", "letters.json"}:
-        raise ValueError(f"the size of {wrong[0]}" if wrong else "its files are others")
-    if not all(isinstance(count, int) and count > 0 for count in (proteins, tokens)):
-        raise ValueError("it counts nothing")
-    if not is_record(manifest["files"]):
-        raise ValueError("a size or hash is missing")
-    ReadReport.from_dict(manifest["report"])
-    if not isinstance(manifest["fingerprint"], str):
-        raise ValueError("the fingerprint is missing")
 
 
 class StoreWriter:

@@ -29,16 +29,16 @@ from src.common.files import (
 )
 from src.common.manifest import file_entry, signature
 from src.proteins.encoding import Spelling, encode, require_layout, tokenizer_fingerprint
-from src.proteins.hashes import SeenHashes, chosen, hashes_of, require_share
+from src.proteins.hashes import SeenHashes, chosen, hashes_of
 from src.proteins.reading import ReadReport
 from src.proteins.sources import (
     CUT_IN_SOURCE,
     DUPLICATE,
     SAME_NAMES,
-    SourceProtein,
+    Protein,
     clean_name,
     local_files,
-    read_entries,
+    read_proteins,
 )
 from src.proteins.store import (
     ARRAYS,
@@ -55,7 +55,6 @@ BATCH_RESIDUES = 1 << 18
 """Most residues tokenised together: a tokenizer needs some hundred bytes of memory a token."""
 SMALL_BYTES = 1 << 26
 """Smaller sources are identified by their content, larger ones by path, size and time."""
-LONG_PROTEINS = ("cut", "drop")
 BEYOND = "beyond --max_proteins"
 UNKNOWN_RESIDUES = "residues, or a tag, that the tokenizer does not know"
 
@@ -126,11 +125,6 @@ def tokenise(
     """
     if max_length < 4:
         raise ValueError(f"--max_length must be at least 4 tokens, got {max_length}")
-    if long_proteins not in LONG_PROTEINS:
-        raise ValueError(f"long_proteins must be cut or drop, got {long_proteins!r}")
-    if max_proteins is not None and max_proteins < 1:
-        raise ValueError(f"--max_proteins must be at least 1, got {max_proteins}")
-    require_share(proportion)
     require_layout(tokenizer)
     settings = {
         "format_version": FORMAT_VERSION,
@@ -153,7 +147,7 @@ def tokenise(
 
     def build(temporary: Path) -> None:
         report = ReadReport()
-        entries = read_entries(
+        entries = read_proteins(
             source,
             split=split,
             report=report,
@@ -205,7 +199,7 @@ def _only_builder(folder: Path, announce: Callable[[str], None]) -> Iterator[Non
 
 def _build(
     folder: Path,
-    entries: Iterator[SourceProtein],
+    entries: Iterator[Protein],
     report: ReadReport,
     tokenizer: Any,
     settings: dict[str, Any],
@@ -250,8 +244,8 @@ def _build(
     write_json(folder / MANIFEST, manifest)
 
 
-def _batches(entries: Iterator[SourceProtein]) -> Iterator[list[SourceProtein]]:
-    batch: list[SourceProtein] = []
+def _batches(entries: Iterator[Protein]) -> Iterator[list[Protein]]:
+    batch: list[Protein] = []
     residues = 0
     for entry in entries:
         batch.append(entry)
@@ -267,7 +261,7 @@ def _append_batch(
     writer: StoreWriter,
     seen: SeenHashes,
     named: SeenHashes,
-    batch: list[SourceProtein],
+    batch: list[Protein],
     report: ReadReport,
     tokenizer: Any,
     spelling: Spelling,
@@ -328,25 +322,16 @@ def _nothing_left(report: ReadReport, settings: dict[str, Any]) -> str:
 # Summary
 
 
-def data_summary(proteins: TokenisedProteins, batch_size: int, title: str) -> list[str]:
-    """Return lines that describe proteins: counts, lengths, and the share of padding in batches."""
-    from src.proteins.batching import padding_share
-
+def data_summary(proteins: TokenisedProteins, title: str) -> list[str]:
+    """Return lines that describe proteins: counts and lengths."""
     lengths, residues = proteins.lengths, proteins.residues
     total, tokens = int(residues.sum(dtype=np.int64)), int(lengths.sum(dtype=np.int64))
-    # A sample bounds the time.
-    sample = lengths
-    if len(sample) > 100_000:
-        sample = sample[np.random.default_rng(0).choice(len(sample), 100_000, replace=False)]
-    random, grouped = (padding_share(sample, batch_size, by_length=b) for b in (False, True))
     return [
         *proteins.report.lines(),
         f"{title}: {len(proteins):,} proteins, {total:,} residues, {tokens:,} tokens "
         f"({total / tokens:.2f} residues a token)",
         f"  residues a protein: {_quartiles(residues)}",
         f"  tokens a protein:   {_quartiles(lengths)}",
-        f"  padding in batches of {batch_size}: {random:.1%} in random order, {grouped:.1%} with "
-        "similar lengths together",
     ]
 
 

@@ -60,7 +60,7 @@ def plan(
         from src.proteins.tokens import data_summary
         from src.training.ingredients import training_rows
 
-        for line in data_summary(inputs.parts["train"], settings.batch_size, "training"):
+        for line in data_summary(inputs.parts["train"], "training"):
             announce(line)
         rows = training_rows(settings, inputs.parts["train"], inputs.max_length)
     if teacher_parameters:

@@ -261,7 +261,7 @@ def build(settings: TrainSettings, run: RunOptions, claimed: Claim, inputs: Ingr
         steps,
         validation,
     )
-    for line in data_summary(inputs.parts["train"], settings.batch_size, "training"):
+    for line in data_summary(inputs.parts["train"], "training"):
         run.announce(line)
     run.announce(models_line(settings, student, teacher_parameters))
     several = f", {processes.count()} processes" if processes.count() > 1 else ""

@@ -297,11 +297,11 @@ def accounted(report: Any) -> bool:
 
 def read_source(folder: Path, files: Files, name: str, tokenizer: Any) -> None:
     """Read a file of proteins as training does, and account for each of them."""
-    from src.proteins.sources import ReadReport, read_entries
+    from src.proteins.sources import ReadReport, read_proteins
     from src.proteins.tokens import tokenise
 
     report = ReadReport()
-    entries = list(read_entries(folder / name, report=report, tokenizer=tokenizer))
+    entries = list(read_proteins(folder / name, report=report, tokenizer=tokenizer))
     if not accounted(report) or len(entries) != report.kept:
         raise Vanished(f"{report.as_dict()} with {len(entries)} proteins")
     expected = entries_in(name, files[name])
