@@ -6,6 +6,7 @@ the head as :func:`src.models.forward.output_head` has it; the model's own is on
 
 from __future__ import annotations
 
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -37,6 +38,7 @@ from src.models.loading import (
 )
 from src.models.teacher_cache import capture
 from src.proteins.tokenizer import train_tokenizer
+from src.trainer.adapter import TrainerAdapter
 from tests.conftest import make_proteins
 
 VOCABULARY = 40
@@ -179,6 +181,22 @@ def rows(*lengths: int) -> tuple[torch.Tensor, torch.Tensor]:
     ids = torch.randint(3, VOCABULARY, shape, generator=generator)
     mask = (torch.arange(shape[1]) < torch.tensor(lengths)[:, None]).long()
     return ids.masked_fill(mask == 0, 0), mask
+
+
+@pytest.mark.parametrize("name", ARCHITECTURES)
+def test_a_checkpoint_gives_back_every_weight(name, tmp_path):
+    """Also where transformers saves weights under other names, as GPT-NeoX's head."""
+    model = build(name)
+    trainer: Any = SimpleNamespace(
+        model=model, accelerator=SimpleNamespace(unwrap_model=lambda m: m), processing_class=None
+    )
+    before = {key: value.clone() for key, value in model.state_dict().items()}
+    TrainerAdapter.write_model(trainer, tmp_path, as_trained=True)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(1.0)
+    TrainerAdapter.read_model(trainer, tmp_path)
+    assert all(torch.equal(value, before[key]) for key, value in model.state_dict().items())
 
 
 @pytest.mark.parametrize("name", ARCHITECTURES)

@@ -307,19 +307,23 @@ def test_another_family_is_refused(tmp_path, family_file, model_dir, monkeypatch
         fr.prepare(run)
 
 
-def test_tuning_keeps_the_run_of_the_lowest_validation_loss(tmp_path, family_file, model_dir):
+def test_tuning_keeps_the_run_of_the_lowest_validation_loss(
+    tmp_path, family_file, model_dir, monkeypatch
+):
     fit = s.FitSettings(
         learning_rates=(1e-4, 3e-2), epochs=1, least_steps=6, evaluate_each=3, batch_size=4
     )
-    run = small_run(family_file, model_dir, tmp_path / "out", adaptation=fit, scratch=False)
+    monkeypatch.chdir(tmp_path)  # records name their data from where they lie
+    run = small_run(Path(family_file.name), model_dir, Path("out"), adaptation=fit, scratch=False)
     family = fr.prepare(run)
     record = fr.adapt_model(run, family)
-    sweep = json.loads((tmp_path / "out" / "adapted-rates" / "sweep.json").read_text())
+    sweep = json.loads((tmp_path / "out" / "adapted-rates.json").read_text())
     assert set(sweep) == {"0.0001", "0.03"}
     best = min(sweep, key=lambda rate: sweep[rate])
     assert record["settings"]["learning_rate"] == float(best)
     assert s.final_loss(record) == sweep[best]
     assert fr.adapt_model(run, family) == record
+    assert [p.name for p in (tmp_path / "out").glob("adapted-*")] == ["adapted-rates.json"]
 
 
 def test_a_split_directory_is_taken_as_it_is(tmp_path, random_proteins, model_dir):

@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 
 from src.common.cli import say
-from src.common.files import write_json
+from src.common.files import remove_folder, write_json
 from src.common.runs import (
     FINISHED,
     RUN_FILE,
@@ -175,8 +175,11 @@ def fit_best(
 ) -> dict[str, Any]:
     """Train with each learning rate, and keep the run of the lowest validation loss in ``folder``.
 
+    The runs lie beside it until it is chosen: a record names its data from where it lies.
+    ``NAME-rates.json`` has the validation loss of each rate.
+
     Returns:
-        The record of that run, with ``sweep``: validation loss by learning rate.
+        The record of the run that is kept.
     """
 
     def fit(rate: float, place: Path) -> dict[str, Any]:
@@ -188,19 +191,21 @@ def fit_best(
     rates = settings.learning_rates
     if len(rates) == 1:
         return fit(rates[0], folder)
-    tuning = folder.parent / f"{folder.name}-rates"
     if (folder / RUN_FILE).is_file():  # chosen before
         done = float(read_run(folder)["settings"]["learning_rate"])
         return fit(done if done in rates else rates[0], folder)
+    places = {rate: folder.with_name(f"{folder.name}-{rate:.1e}") for rate in rates}
     losses = {}
-    for rate in rates:
+    for rate, place in places.items():
         announce(f"{folder.name}: learning rate {rate:g}")
-        losses[rate] = final_loss(fit(rate, tuning / f"{rate:.1e}"))
+        losses[rate] = final_loss(fit(rate, place))
     best = min(losses, key=lambda rate: losses[rate])
     sweep = {f"{rate:g}": loss for rate, loss in losses.items()}
-    write_json(tuning / "sweep.json", sweep)
+    write_json(folder.with_name(f"{folder.name}-rates.json"), sweep)
     announce(f"{folder.name}: learning rate {best:g} has the lowest validation loss of {sweep}")
-    (tuning / f"{best:.1e}").rename(folder)
+    places.pop(best).rename(folder)
+    for place in places.values():
+        remove_folder(place)
     return fit(best, folder)
 
 

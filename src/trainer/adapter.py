@@ -202,17 +202,32 @@ class TrainerAdapter(Trainer):
         if self.args.push_to_hub and not _internal_call:
             self.push_to_hub(commit_message="Model save", revision=self.args.hub_revision)
 
-    def write_model(self, folder: Path) -> None:
-        """Write the model and its tokenizer, without the Trainer's pickled arguments."""
-        self.accelerator.unwrap_model(self.model).save_pretrained(folder)  # type: ignore[union-attr, operator]
+    def write_model(self, folder: Path, as_trained: bool = False) -> None:
+        """Write the model and its tokenizer, without the Trainer's pickled arguments.
+
+        With ``as_trained`` weights have the names of the modules, for :meth:`read_model`; published
+        files of some classes (GPT-NeoX, mixtures of experts) name and split them otherwise.
+        """
+        self.accelerator.unwrap_model(self.model).save_pretrained(  # type: ignore[union-attr, operator]
+            folder, save_original_format=not as_trained
+        )
         if self.processing_class is not None:
             self.processing_class.save_pretrained(folder)  # type: ignore[union-attr]
 
     def read_model(self, folder: Path) -> None:
-        """Load the weights that :meth:`write_model` wrote."""
+        """Load the weights that :meth:`write_model` wrote ``as_trained``.
+
+        Raises:
+            ValueError: the model has no place for a weight.
+        """
         model: Any = self.accelerator.unwrap_model(self.model)
         for path in sorted(folder.glob("model*.safetensors")):
-            model.load_state_dict(read_tensors(path), strict=False)  # a tied head is left out
+            found = model.load_state_dict(read_tensors(path), strict=False)  # a tied head is absent
+            if found.unexpected_keys:
+                raise ValueError(
+                    f"{path}: the model has no {found.unexpected_keys[0]}: this checkpoint is of an "
+                    "older version, which lost such weights: train again in another --output_dir"
+                )
 
     def load_weights(self, step: int) -> None:
         """Load the weights of a step's checkpoint.

@@ -105,7 +105,7 @@ def save_evidence(
                 others[f"{number}.{key}"] = repr(value)[:1000]
     if trainer.args.should_save:
         folder.mkdir(parents=True)
-        trainer.write_model(folder)
+        trainer.write_model(folder, as_trained=True)
     trainer.wait_for_all()
     rank = trainer.args.process_index
     save_file(contents, folder / f"step-{rank}.safetensors", {"plain": as_json(plain)})

@@ -98,7 +98,7 @@ def write_states(trainer: TrainerAdapter, folder: Path, owed: dict[str, bool] | 
     """
     trainer.store_flos()
     if trainer.args.should_save:
-        trainer.write_model(folder)
+        trainer.write_model(folder, as_trained=True)
     crash_point("checkpoint:after_weights")
     interval, progress = trainer.progress()
     write_process_file(folder / PROCESS_FILE.format(trainer.args.process_index), interval)

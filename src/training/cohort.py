@@ -182,7 +182,7 @@ class CohortTrainer(DistillationTrainer):
             logs["loss"] = logs["loss"] / len(self.members)
         super().log(logs, start_time)
 
-    def write_model(self, folder: Path) -> None:
+    def write_model(self, folder: Path, as_trained: bool = False) -> None:
         """Write all students to one file."""
         tensors = {
             f"{number}.{name}": parameter.detach().cpu().contiguous()
