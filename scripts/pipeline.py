@@ -159,7 +159,9 @@ def preset_stages(args: argparse.Namespace, name: str) -> list[Stage]:
         if args.references:
             reference = result_file(args, "hf", f"{size}_old")
             student = PUBLISHED_STUDENTS[preset]
-            same = ("--data", settings.data, "--teacher_model", settings.teacher_model)
+            same = ["--data", settings.data, "--teacher_model", settings.teacher_model]
+            if settings.sequence_column:
+                same += ["--sequence_column", settings.sequence_column]
             compare = command("compare.py", output, "--reference", reference)
             references += [
                 evaluation(f"evaluate the published {size}", student, reference, *same),

@@ -229,6 +229,12 @@ def test_missing_cells_alone_are_run_and_come_out_the_same(
         assert (folder / "results" / name).read_bytes() == raw
 
 
+def test_cells_of_fewer_proteins_are_not_taken_for_others(finished, one, world, tmp_path):
+    shutil.copytree(finished / "results", tmp_path / "results")
+    with pytest.raises(ValueError, match="holds a cell of other settings"):
+        job(one, tmp_path, world, max_proteins=5).run()
+
+
 def test_a_part_of_a_grid_leaves_the_rows_of_the_rest(finished, one, world, tmp_path):
     shutil.copytree(finished / "results", tmp_path / "results")
     part = replace(one, rates=(2e-2,), arms={"both": one.arms["both"]})

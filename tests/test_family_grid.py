@@ -88,6 +88,10 @@ def test_the_experiment_is_tuned_run_and_resumed(grid, monkeypatch):
     assert grid.plan(cells) == ["0 of 4 cells to run, 0.0 hours (from finished cells)"]
     monkeypatch.setattr(g.FamilyGrid, "_measure", None)
     grid.run(cells)
+    teacher, random, specialist = grid.starts
+    other = replace(grid, starts=(replace(random, name="teacher"), random, specialist))
+    with pytest.raises(ValueError, match=r"starts.json: teacher was another model"):
+        other.run(cells)
     rows = grid.write_table()
     assert len(rows) == len(tuning) + 4
     shutil.rmtree(grid.results / "cells")

@@ -490,6 +490,12 @@ def test_records_and_names_of_runs(changes, suffix):
     assert default_run_name(settings).endswith(f".uniprot{suffix}")
 
 
+def test_the_hard_loss_alone_needs_no_means_of_the_teacher():
+    weighted = LossSettings(use_uncertainty_weighting=True, weighting="mean_one")
+    assert weighted.needs_batch_means
+    assert not dataclasses.replace(weighted, alpha=1.0).needs_batch_means
+
+
 @pytest.mark.parametrize(
     ("changes", "message"),
     [

@@ -139,6 +139,8 @@ def test_an_experiment_tunes_trains_and_goes_on(teacher, capsys, monkeypatch):
     before = {path: path.read_bytes() for path in (teacher / "results").iterdir()}
     assert main([*wanted, "--summary"]) == 0
     assert "== " not in capsys.readouterr().out
+    assert main([*wanted, "--summary", "--data", str(teacher / "other")]) == 2
+    assert "was made with other settings (data)" in capsys.readouterr().err
     assert {path: path.read_bytes() for path in (teacher / "results").iterdir()} == before
 
 

@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import errno
 import json
+import os
 import pickle
 import shutil
+import time
+from concurrent.futures import ThreadPoolExecutor
 from types import SimpleNamespace
 
 import numpy as np
@@ -40,8 +43,8 @@ def quiet(line: str) -> None:
     """Say nothing."""
 
 
-def captured(teacher, folder, proteins=None, **options) -> TeacherCache:
-    return capture(teacher, proteins or Proteins(), folder, announce=quiet, **options)
+def captured(teacher, folder, proteins=None, announce=quiet, **options) -> TeacherCache:
+    return capture(teacher, proteins or Proteins(), folder, announce=announce, **options)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -218,13 +221,18 @@ def test_capturing_again_mends_what_is_broken_and_only_that(teacher, tmp_path, m
     assert "its manifest is made again" in lines[0]
 
 
-def test_a_cache_in_use_names_its_own_flag(teacher, tmp_path):
+def test_a_cache_that_another_process_fills_is_waited_for(teacher, tmp_path):
     folder = captured(teacher, tmp_path).folder
     (folder / "manifest.json").unlink()
-    with locked(folder), pytest.raises(ValueError, match="choose another --teacher_cache"):
-        captured(teacher, tmp_path)
-    with locked(folder), pytest.raises(ValueError, match="choose another --work"):
-        captured(teacher, tmp_path, flag="--work")
+    lines: list[str] = []
+    with ThreadPoolExecutor() as pool:
+        with locked(folder):
+            waiting = pool.submit(captured, teacher, tmp_path, announce=lines.append)
+            while not lines:
+                time.sleep(0.01)
+            assert not waiting.done()
+        assert waiting.result().proteins
+    assert lines[0].startswith(f"waiting for {folder}, in use by process {os.getpid()}")
 
 
 def test_a_full_disk_is_named_with_a_way_out(teacher, tmp_path, monkeypatch):

@@ -8,7 +8,7 @@ import re
 import subprocess
 import sys
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from importlib import metadata
 from pathlib import Path
@@ -47,11 +47,14 @@ class InUseError(ValueError):
 
 
 @contextmanager
-def locked(folder: Path, flag: str = "--output_dir") -> Iterator[None]:
+def locked(
+    folder: Path, flag: str = "--output_dir", announce: Callable[[str], None] | None = None
+) -> Iterator[None]:
     """Lock a directory, which is made if missing, for this process.
 
     The system frees the lock when the process ends, even if it is killed. Forked data workers do
-    not inherit it. The message names ``flag``, which chooses another directory.
+    not inherit it. The message names ``flag``, which chooses another directory. With ``announce``,
+    which is called with a line, a directory in use is waited for.
 
     Raises:
         InUseError: another process has locked it.
@@ -66,9 +69,12 @@ def locked(folder: Path, flag: str = "--output_dir") -> Iterator[None]:
         lock.acquire(timeout=0)
     except Timeout:
         holder = path.read_text(encoding="utf-8").strip() or "another process"
-        raise InUseError(
-            f"{folder} is in use by {holder}: wait for it, or choose another {flag}"
-        ) from None
+        if announce is None:
+            raise InUseError(
+                f"{folder} is in use by {holder}: wait for it, or choose another {flag}"
+            ) from None
+        announce(f"waiting for {folder}, in use by {holder}")
+        lock.acquire(poll_interval=1)
     try:
         path.write_text(f"process {os.getpid()} on {platform.node()}", encoding="utf-8")
         yield
@@ -157,15 +163,9 @@ def claim_folder(
     if not is_begun(folder, RUN_FILE, flag):
         return "new"
     record = read_run(folder)
-    before = relative_paths(record["settings"])
-    now = relative_paths(settings)
     directory = record.get("directory")
     began_in = os.path.join(folder, directory) if isinstance(directory, str) else os.curdir
-    for name in PATHS:
-        for recorded, base in ((before, began_in), (now, os.curdir)):
-            if isinstance(recorded.get(name), str):
-                recorded[name] = _place(recorded[name], base)
-    changed = changed_settings(before, now)
+    changed = changes_of_run(record["settings"], settings, began_in)
     if changed:
         names = printable(", ".join(changed[:20]))[:300]
         raise ValueError(
@@ -179,6 +179,21 @@ def claim_folder(
             f"or choose another {flag}"
         )
     return "resume"
+
+
+def changes_of_run(
+    recorded: Mapping[str, Any], settings: Mapping[str, Any], began_in: str = os.curdir
+) -> list[str]:
+    """Return the names of settings that differ from those of a run that began in a directory.
+
+    Paths are equal that lead to the same file.
+    """
+    before, now = relative_paths(recorded), relative_paths(settings)
+    for name in PATHS:
+        for values, base in ((before, began_in), (now, os.curdir)):
+            if isinstance(values.get(name), str):
+                values[name] = _place(values[name], base)
+    return changed_settings(before, now)
 
 
 def _place(name: str, base: str) -> str:

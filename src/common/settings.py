@@ -171,7 +171,7 @@ class LossSettings:
     @property
     def needs_batch_means(self) -> bool:
         """Whether a weight or an ε refers to a mean over the optimiser step."""
-        return self.needs_weight_mean or self.needs_uncertainty_mean
+        return self.alpha < 1 and (self.needs_weight_mean or self.needs_uncertainty_mean)
 
 
 @dataclass(frozen=True)

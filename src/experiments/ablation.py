@@ -115,7 +115,9 @@ class GridRun:
         results = read_cell(self.results, self.grid.file_of(cell))
         if results is None:
             return False
-        if lookup(results, "settings.key") != settings_key(self.grid.settings(cell)):
+        made = results["settings"]
+        key, count = made.get("key"), made.get("max_proteins", self.max_proteins)
+        if (key, count) != (settings_key(self.grid.settings(cell)), self.max_proteins):
             raise ValueError(
                 f"{self.file_of(cell)} holds a cell of other settings: choose another --results, "
                 "or move it away"
@@ -163,15 +165,16 @@ class GridRun:
         for name, cells in self.groups():
             if all(self.done(cell) for cell in cells):
                 continue
-            try:
-                with locked(self.work / name):
-                    started = time.monotonic()
-                    self._remove_leftovers(name, cells)
-                    self._run_group(name, cells)
-                    self._seconds.append(time.monotonic() - started)
-            except InUseError:
-                say(f"{name}: skipped, because another process is running it")
-                continue
+            with contextlib.ExitStack() as held:
+                try:
+                    held.enter_context(locked(self.work / name))
+                except InUseError:
+                    say(f"{name}: skipped, because another process is running it")
+                    continue
+                started = time.monotonic()
+                self._remove_leftovers(name, cells)
+                self._run_group(name, cells)
+                self._seconds.append(time.monotonic() - started)
             say(self.status_lines()[0])
         return {"cells": len(self.cells), "done": sum(self.done(cell) for cell in self.cells)}
 
@@ -376,6 +379,7 @@ class GridRun:
                 **asdict(cell),
                 "split": self.grid.split,
                 "train": as_recorded(settings),
+                "max_proteins": self.max_proteins,
             }
             results["training"] = {
                 "curve": curve_of(trainer.state.log_history, cell.name),

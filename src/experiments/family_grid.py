@@ -13,6 +13,7 @@ import shutil
 import time
 from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import asdict, dataclass, fields, replace
 from functools import cached_property
 from itertools import groupby
@@ -29,7 +30,7 @@ from src.evaluation.composition import distinct_share
 from src.evaluation.per_protein import write_per_protein
 from src.experiments import candidates as c
 from src.experiments import specialist as s
-from src.models.loading import ProteinModel
+from src.models.loading import ProteinModel, load_causal_lm, model_fingerprint
 from src.proteins import profiles as p
 from src.proteins.families import read_families
 from src.proteins.family_split import FamilySettings, family_hits_of, split_family
@@ -39,7 +40,8 @@ from src.proteins.sources import Protein
 from src.proteins.split_files import SPLIT_FILE, read_named, write_split
 from src.trainer.interruption import stops_on_signals
 
-PROFILE, RATES_FILE, TABLE = "profile", "rates.json", "specialists.parquet"
+PROFILE, TABLE = "profile", "specialists.parquet"
+RATES_FILE, STARTS_FILE = "rates.json", "starts.json"
 TUNING_FAMILIES, TUNING_DRAW = 3, 1000
 """Families drawn for tuning, and the number of a draw of members that is used for nothing else."""
 BEYOND = 2
@@ -260,8 +262,10 @@ class FamilyGrid:
         """Run every cell that has no file; groups that another process runs are skipped.
 
         Raises:
-            ValueError: an input is missing, or rates are to be tuned first.
+            ValueError: an input is missing, rates are to be tuned first, or a starting point is
+                another model than that of the finished cells.
         """
+        self._record_starts()
         if any(cell.rate is None for cell in cells):
             self.tuned_rates()
         for group, members in groupby(cells, lambda cell: cell.group):
@@ -269,19 +273,38 @@ class FamilyGrid:
             if not left:
                 continue
             folder = self.work / group
-            try:
-                with locked(folder, "--work"):
-                    for cell in left:
-                        if self.is_finished(cell):  # another process was quicker
-                            continue
-                        self.announce(f"== {cell.key}")
-                        started = time.monotonic()
-                        record = self._measure(cell, folder)
-                        record["seconds"] = time.monotonic() - started
-                        write_json(self.file_of(cell), {**asdict(cell), **record})
-                    shutil.rmtree(folder)
-            except InUseError:
-                self.announce(f"{group}: another process is running it")
+            with ExitStack() as held:
+                try:
+                    held.enter_context(locked(folder, "--work"))
+                except InUseError:
+                    self.announce(f"{group}: another process is running it")
+                    continue
+                for cell in left:
+                    if self.is_finished(cell):  # another process was quicker
+                        continue
+                    self.announce(f"== {cell.key}")
+                    started = time.monotonic()
+                    record = self._measure(cell, folder)
+                    record["seconds"] = time.monotonic() - started
+                    write_json(self.file_of(cell), {**asdict(cell), **record})
+                shutil.rmtree(folder)
+
+    def _record_starts(self) -> None:
+        """Write which models the starting points are; a cell's file has their names alone."""
+        path = self.results / STARTS_FILE
+        known = read_json(path) if path.is_file() else {}
+        for start in self.starts:
+            what = {
+                "model": model_fingerprint(load_causal_lm(start.model)),
+                "random": start.random,
+                "student": start.student and asdict(start.student),
+            }
+            if known.setdefault(start.name, what) != what:
+                raise ValueError(
+                    f"{path}: {start.name} was another model: give it another name, or choose "
+                    "another --results"
+                )
+        write_json(path, known)
 
     def tuned_rates(self) -> dict[str, float]:
         """Return the chosen rate by ``START N``. Raises ``ValueError`` if some are not chosen."""
@@ -323,7 +346,7 @@ class FamilyGrid:
     def _data(self, cell: Cell, folder: Path) -> Path:
         """Return the group's data: N members drawn, and the family's held-out members."""
         split = self.work / "splits" / cell.family
-        with locked(split.parent / f"{cell.family}-lock", "--work"):
+        with locked(split.parent / f"{cell.family}-lock", "--work", self.announce):
             if not (split / SPLIT_FILE).is_file():
                 members = self.proteins[cell.family]
                 made = split_family(members, family_hits_of(members), FamilySettings())

@@ -246,11 +246,13 @@ def sweep_of_run(
     ):  # fmt: skip
         if getattr(settings, other) != getattr(DEFAULTS, other):
             raise ValueError(f"--{other}: not in a sweep, whose students are trained together")
+    if settings.student is None:
+        raise ValueError("--init_from: a sweep trains GPT-2 students, and this model is none")
     return Grid(
         f"sweep_{name}",
         f"{name} around a run of scripts/train.py; the best is chosen on validation",
         sweep_arms(name, settings.loss, values),
-        {size: settings.shape},
+        {size: settings.student},
         (settings.seed,),
         rates=(settings.learning_rate,),
         shared=settings,

@@ -23,7 +23,15 @@ from transformers import TrainerCallback
 
 from src.common.cli import say
 from src.common.files import read_json, remove_folder, write_json
-from src.common.settings import OF_TEACHER, RECIPES, LossSettings, StudentSettings, TrainSettings
+from src.common.runs import changes_of_run
+from src.common.settings import (
+    OF_TEACHER,
+    RECIPES,
+    LossSettings,
+    StudentSettings,
+    TrainSettings,
+    as_recorded,
+)
 from src.evaluation.scoring import EvaluationSettings, score_students
 from src.experiments.gkd import train_with_gkd
 from src.models.initialisation import CALIBRATION_TOKENS
@@ -221,12 +229,19 @@ class Students:
         """Train a student, unless it was trained; return the content of its file.
 
         Raises:
-            ValueError: it was not trained, with ``only_read``.
+            ValueError: it was not trained, with ``only_read``; or it was, with other settings.
         """
         name = f"{recipe}-{shape}-steps{steps}-seed{seed}-lr{rate:g}"
         path = self.results / f"{name}.json"
+        settings = self.settings(recipe, shape, rate, steps, seed)
         if path.exists():
-            return read_json(path)
+            result = read_json(path)
+            if changed := changes_of_run(result["settings"], as_recorded(settings)):
+                raise ValueError(
+                    f"{path}: was made with other settings ({', '.join(changed)}): choose another "
+                    "--results"
+                )
+            return result
         if self.only_read:
             raise ValueError(f"{path}: there is no such run; leave out --summary to make it")
         say(f"== {name}")
@@ -234,7 +249,6 @@ class Students:
         steps_of_points = np.unique(np.geomspace(max(1, own // 100), own, POINTS).astype(int))
         self.work.mkdir(parents=True, exist_ok=True)
         curve = Curve(steps_of_points.tolist(), self.divergence, self.work / f"{name}.curve.json")
-        settings = self.settings(recipe, shape, rate, steps, seed)
         if self.recipes[recipe].gkd:
             curve.points = []  # a stopped run of TRL's begins again
             record = train_with_gkd(

@@ -293,7 +293,10 @@ def capture(
         announce(f"teacher cache found in {folder}")
         return existing
     advice = f"make space and give the same command again, or choose another {flag}"
-    with names_full_disk(folder, advice), processes.first_holds(lambda: locked(folder, flag)):
+    with (
+        names_full_disk(folder, advice),
+        processes.first_holds(lambda: locked(folder, flag, announce)),
+    ):
         shards = processes.agreed(lambda: job.records(broken, announce))
         missing = [number for number, record in enumerate(shards) if record is None]
         _require_space(job, missing, announce, flag)

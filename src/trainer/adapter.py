@@ -10,6 +10,7 @@ under "Hooks".
 
 from __future__ import annotations
 
+import time
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -42,6 +43,7 @@ class TrainerAdapter(Trainer):
 
     def __init__(self, *args: Any, skip_loss_spikes: float | None = None, **kwargs: Any) -> None:
         self.spikes = SpikeGuard(skip_loss_spikes)
+        self.seconds_before, self.began = 0.0, 0.0
         self.interval = LogInterval()
         self.guard = StepGuard(self)
         self.micro_batch = (0, 0)
@@ -68,6 +70,7 @@ class TrainerAdapter(Trainer):
         self._resumed_from = Path(resume_from_checkpoint) if resume_from_checkpoint else None
         self.guard.restart()
         self.interval.restart()
+        self.seconds_before, self.began = 0.0, time.monotonic()
         advice = self.checkpoints.advice()
         with interruption.deferred(), names_full_disk(self.checkpoints.run, advice):
             try:
@@ -183,8 +186,13 @@ class TrainerAdapter(Trainer):
             "last_logged": self._globalstep_last_logged,
             "spikes": self.spikes.state(),
             "tally": self.interval.state(),
+            "runtime": self.seconds(),
         }
         return tensors, plain
+
+    def seconds(self) -> float:
+        """Return how long the run has trained, with what was kept of stopped sessions."""
+        return self.seconds_before + time.monotonic() - self.began
 
     def set_progress(self, tensors: dict[str, Tensor], plain: dict[str, Any]) -> None:
         """Set what :meth:`progress` returned."""
@@ -225,8 +233,8 @@ class TrainerAdapter(Trainer):
             found = model.load_state_dict(read_tensors(path), strict=False)  # a tied head is absent
             if found.unexpected_keys:
                 raise ValueError(
-                    f"{path}: the model has no {found.unexpected_keys[0]}: this checkpoint is of an "
-                    "older version, which lost such weights: train again in another --output_dir"
+                    f"{path}: the model has no {found.unexpected_keys[0]}: an older version wrote "
+                    "this checkpoint, and lost such weights: train again in another --output_dir"
                 )
 
     def load_weights(self, step: int) -> None:

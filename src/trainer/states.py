@@ -157,6 +157,7 @@ def read_states(trainer: TrainerAdapter, folder: Path) -> dict[str, bool] | None
         trainer.set_progress(intervals[rank], state["trainer"])
     else:
         trainer.set_progress(merged(intervals, rank), state["trainer"])
+    trainer.seconds_before = state["trainer"].get("runtime", 0.0)
     return state["owed"]
 
 

@@ -23,6 +23,7 @@ from src.models.loading import (
     student_config,
 )
 from src.models.lora import add_lora
+from src.models.sharding import is_sharded
 from src.models.teacher_cache import CachedCollator, TeacherCache
 from src.proteins.batching import PackedDataset, PackingCollator, PaddingCollator, ProteinDataset
 from src.proteins.tokens import TokenisedProteins
@@ -153,9 +154,14 @@ def build_trainer(
     callbacks = [MetricsFile(Path(str(arguments.output_dir))), ConsoleProgress()]
     if settings.early_stopping is not None:
         callbacks.append(EarlyStopping(settings.early_stopping))
+    teacher = inputs.teacher
+    if teacher is not None and settings.loss.alpha == 1.0:
+        if not is_sharded(teacher):
+            teacher.cpu()  # no step asks it: the device is the model's
+        teacher = None
     trainer = DistillationTrainer(
         model=student,
-        teacher_model=inputs.teacher,
+        teacher_model=teacher,
         **asdict(settings.loss),
         loss_impl=settings.loss_impl,
         skip_loss_spikes=settings.skip_loss_spikes,

@@ -87,7 +87,9 @@ def plan(
         )
     announce(f"output: {output_dir}")
     result["disk"] = disk_needed(settings, parameters, shape, inputs)
-    for line in disk_lines(result["disk"], output_dir, teacher_cache):
+    for line in disk_lines(
+        result["disk"], output_dir, teacher_cache, settings.early_stopping is not None
+    ):
         announce(line)
     if inputs is None:
         announce("time: unknown, because teacher or data are not on this machine")
@@ -154,7 +156,10 @@ def disk_needed(
 
 
 def disk_lines(
-    disk: dict[str, int | None], output_dir: Path, teacher_cache: Path | None
+    disk: dict[str, int | None],
+    output_dir: Path,
+    teacher_cache: Path | None,
+    early_stopping: bool = False,
 ) -> list[str]:
     """Return the lines that say what a run needs of the disk, and what is free there."""
     from src.training.assembly import CHECKPOINTS_KEPT
@@ -162,10 +167,11 @@ def disk_lines(
     checkpoint, model, cache = disk["checkpoint"], disk["model"], disk["teacher_cache"]
     assert checkpoint is not None
     assert model is not None
-    # A new checkpoint is whole before the oldest is removed.
-    total = (CHECKPOINTS_KEPT + 1) * checkpoint + model
+    # A new checkpoint is whole before the oldest is removed; each kept one may have another best.
+    kept = CHECKPOINTS_KEPT * (2 if early_stopping else 1)
+    total = (kept + 1) * checkpoint + model
     lines = [
-        f"disk: {size(total)} ({CHECKPOINTS_KEPT} checkpoints kept and one being written, each "
+        f"disk: {size(total)} ({kept} checkpoints kept and one being written, each "
         f"{size(checkpoint)} of weights and optimiser state, and the model of {size(model)}); "
         f"{size(free_space(output_dir))} free"
     ]

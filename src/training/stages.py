@@ -355,14 +355,13 @@ def fit(
 
 
 def train_from(checkpoint: Path | None, trainer: DistillationTrainer) -> float:
-    """Train from a checkpoint, or from the start without one; return the seconds."""
+    """Train from a checkpoint or the start; return the seconds, those of stopped sessions too."""
     device = trainer.args.device
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
-    started = time.monotonic()
     with explain_lack_of_memory(trainer.args.train_batch_size):
         trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
-    return time.monotonic() - started
+    return trainer.seconds()
 
 
 def begin_record(
