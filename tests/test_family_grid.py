@@ -135,7 +135,7 @@ def test_a_dry_run_lists_cells_and_hours_and_makes_nothing(grid, capsys):
     assert main([str(flag) for flag in flags]) == 0
     shown = capsys.readouterr().out
     assert "F-n10-d0: 2 cells (profile, teacher)" in shown
-    assert "12 of 12 cells to run, 0.1 hours (guessed, at most)" in shown
+    assert "12 of 12 cells to run, hours not known until one is finished" in shown
     assert not grid.results.exists()
 
 

@@ -9,7 +9,6 @@ that it runs.
 from __future__ import annotations
 
 import contextlib
-import time
 from collections.abc import Mapping, Sequence
 from copy import deepcopy
 from dataclasses import asdict
@@ -21,7 +20,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 
-from src.common.cli import duration, quiet_libraries, say
+from src.common.cli import quiet_libraries, say
 from src.common.files import (
     read_json,
     remove_temporaries_of,
@@ -41,7 +40,6 @@ from src.experiments.cells import cell_files, pack, read_cell
 from src.experiments.grids import Cell, Grid, read_rates, settings_key
 from src.models.inspection import count_parameters
 from src.models.loading import load_causal_lm, model_fingerprint
-from src.models.sizes import total_steps
 from src.models.teacher_cache import TeacherCache
 from src.proteins.sources import has_split, on_hub, read_proteins
 from src.proteins.tokens import TokenisedProteins, tokenise
@@ -55,9 +53,8 @@ from src.training.assembly import (
     remove_default_output,
 )
 from src.training.cohort import CohortTrainer, Member
-from src.training.ingredients import Ingredients, capture_parts, gather, training_rows
+from src.training.ingredients import Ingredients, capture_parts, gather, planned
 from src.training.stages import train_from
-from src.training.validation import plan_validation
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -98,7 +95,6 @@ class GridRun:
         tuned = read_rates(results)["rates"] if grid.tuned else None
         self.cells = self.grid.cells(tuned)
         self._caches: dict[str, TeacherCache] = {}
-        self._seconds: list[float] = []
 
     # Files on disk -----------------------------------------------------------------------------
 
@@ -131,19 +127,13 @@ class GridRun:
         return [(name, list(cells)) for name, cells in groupby(ordered, group_of)]
 
     def status_lines(self) -> list[str]:
-        """Return how many cells are done, in all and by group, and the time that remains."""
+        """Return how many cells are done, in all and by group."""
         lines = []
-        left = 0
         for name, cells in self.groups():
             done = sum(self.done(cell) for cell in cells)
-            left += done < len(cells)
             lines.append(f"  {name:<20} {done:>3} of {len(cells)} cells")
         total = sum(self.done(cell) for cell in self.cells)
-        line = f"{self.grid.name}: {total} of {len(self.cells)} cells done"
-        if left and self._seconds:
-            mean = sum(self._seconds) / len(self._seconds)
-            line += f", about {duration(mean * left)} left for one process"
-        return [line, *lines]
+        return [f"{self.grid.name}: {total} of {len(self.cells)} cells done", *lines]
 
     # Running ------------------------------------------------------------------------------------
 
@@ -171,10 +161,8 @@ class GridRun:
                 except InUseError:
                     say(f"{name}: skipped, because another process is running it")
                     continue
-                started = time.monotonic()
                 self._remove_leftovers(name, cells)
                 self._run_group(name, cells)
-                self._seconds.append(time.monotonic() - started)
             say(self.status_lines()[0])
         return {"cells": len(self.cells), "done": sum(self.done(cell) for cell in self.cells)}
 
@@ -275,18 +263,8 @@ class GridRun:
             if key not in starts:
                 starts[key] = initial_student(s, inputs.model_shape, inputs.parts["train"])
             members.append(Member(cell.name, deepcopy(starts[key]), s.loss, s.learning_rate))
-        rows = training_rows(shared, inputs.parts["train"], inputs.max_length)
-        steps = total_steps(shared, rows)
-        assert steps is not None
-        validation = plan_validation(
-            settings[0],
-            inputs.parts,
-            inputs.max_length,
-            sum(count_parameters(member.model) for member in members),
-            inputs.teacher_parameters,
-            steps,
-            shared.batch_size * shared.gradient_accumulation_steps,
-        )
+        parameters = sum(count_parameters(member.model) for member in members)
+        steps, _, validation = planned(settings[0], inputs, parameters)
         arguments = build_arguments(
             settings[0],
             folder,

@@ -12,7 +12,7 @@ import random
 import shutil
 import time
 from collections import defaultdict
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass, fields, replace
 from functools import cached_property
@@ -48,8 +48,6 @@ BEYOND = 2
 """Rates tried beyond an end of the range, where the best one lies there."""
 DISTILLED = 400
 """Samples of the adapted teacher that a specialist is distilled on, beside the members."""
-FLOPS = 2e10
-"""Operations a second of two cores, for the estimate before the first cell is finished."""
 
 
 @dataclass(frozen=True)
@@ -226,34 +224,27 @@ class FamilyGrid:
     # Before the run -----------------------------------------------------------------------------
 
     def plan(self, cells: Sequence[Cell]) -> list[str]:
-        """Return a line for each group with its open cells, and the hours that they take."""
+        """Return a line for each group with its open cells, and the hours that they take.
+
+        Hours are counted for the starts that have a finished cell.
+        """
         spent: dict[str, list[float]] = defaultdict(list)
         for cell in cells:
             if record := self.record_of(cell):
                 spent[cell.start].append(record["seconds"])
-        sizes = {start.name: s.parameters_of(start.model) for start in self.starts}
         seconds, lines = 0.0, []
         for group, members in groupby(cells, lambda cell: cell.group):
             left = [cell for cell in members if not self.is_finished(cell)]
             for cell in left:
                 known = spent[cell.start]
-                seconds += sum(known) / len(known) if known else self._guess(cell, sizes)
+                seconds += sum(known) / len(known) if known else 0.0
             if left:
                 names = sorted({cell.start for cell in left})
                 lines.append(f"  {group}: {len(left)} cells ({', '.join(names)})")
         left = sum(not self.is_finished(cell) for cell in cells)
-        measured = "from finished cells" if any(spent.values()) else "guessed, at most"
-        return [
-            *lines,
-            f"{left:,} of {len(cells):,} cells to run, {seconds / 3600:.1f} hours ({measured})",
-        ]
-
-    def _guess(self, cell: Cell, sizes: Mapping[str, int]) -> float:
-        if cell.start == PROFILE:
-            return 10.0
-        length = np.mean([len(q) for q in self.proteins[cell.family].values()])
-        steps = self.fit.train_settings(cell.members, 1e-3).max_steps
-        return float(6 * sizes[cell.start] * length * self.fit.batch_size * steps / FLOPS) + 20
+        hours = f"{seconds / 3600:.1f} hours (from finished cells)"
+        hours = hours if any(spent.values()) else "hours not known until one is finished"
+        return [*lines, f"{left:,} of {len(cells):,} cells to run, {hours}"]
 
     # Running ------------------------------------------------------------------------------------
 

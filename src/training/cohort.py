@@ -21,7 +21,6 @@ from torch import Tensor, nn
 from src.common.settings import LossSettings
 from src.distillation import DistillationTrainer
 from src.loss.chunks import OutputHead
-from src.loss.reference import LossParts
 from src.models.forward import final_hidden_states, output_head
 from src.trainer.checkpoints import read_tensors
 
@@ -74,9 +73,8 @@ class CohortTrainer(DistillationTrainer):
         teacher_model: the teacher of all.
         **kwargs: everything that :class:`DistillationTrainer` takes but the loss and the model.
 
-    Raises:
-        ValueError: no members, two of one name, vocabularies that differ, the reference loss or
-            Muon, which are for one student only.
+    Members have names of their own, and one vocabulary; the loss is the fused one, the optimiser
+    AdamW.
     """
 
     def __init__(
@@ -85,15 +83,6 @@ class CohortTrainer(DistillationTrainer):
         teacher_model: PreTrainedModel | None = None,
         **kwargs: Any,
     ) -> None:
-        names = [member.name for member in members]
-        if not names or len(set(names)) < len(names):
-            raise ValueError("a cohort needs students, each with a name of its own")
-        if kwargs.get("loss_impl", "fused") != "fused":
-            raise ValueError("several students share the fused loss: loss_impl must be 'fused'")
-        if kwargs.get("optimizer", "adamw") != "adamw":
-            raise ValueError("several students are trained with AdamW: optimizer must be 'adamw'")
-        if len({member.model.config.vocab_size for member in members}) > 1:
-            raise ValueError("the students of a cohort need one vocabulary")
         self.members = list(members)
         self._norms: list[Tensor] = []
         cohort = Cohort([member.model for member in members])
@@ -105,8 +94,6 @@ class CohortTrainer(DistillationTrainer):
             alpha=1.0 if teacher_model is None else 0.0,
             **kwargs,
         )
-        if teacher_model is None and any(member.loss.alpha < 1.0 for member in members):
-            raise ValueError("teacher_model is needed unless alpha is 1 (hard loss alone)")
 
     @property
     def all_settings(self) -> list[LossSettings]:
@@ -127,10 +114,6 @@ class CohortTrainer(DistillationTrainer):
             self.in_product_dtype(hidden, output_head(member.model))
             for hidden, member in zip(states, self.members, strict=True)
         ]
-
-    def reference_parts(self, *arguments: Any) -> tuple[list[LossParts], Any]:
-        """Raise ``ValueError``: there is no single student whose outputs could be returned."""
-        raise ValueError("a cohort has no outputs to return: ask each student for its own")
 
     def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
         """Return the Trainer's optimiser with groups of each student's own."""

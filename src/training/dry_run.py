@@ -257,31 +257,18 @@ def local_inputs(
 def time_steps(settings: TrainSettings, inputs: Ingredients) -> Timing:
     """Train a few steps in a temporary directory and return their time; nothing is kept."""
     from src.models.inspection import count_parameters
-    from src.models.sizes import total_steps
     from src.trainer.callbacks import ConsoleProgress, MetricsFile
     from src.training.assembly import build_arguments, build_trainer, initial_student
-    from src.training.ingredients import training_rows
+    from src.training.ingredients import planned
     from src.training.timing import (
         TIMED_STEPS,
         WARM_UP_STEPS,
         StepTimer,
         explain_lack_of_memory,
     )
-    from src.training.validation import plan_validation
 
     student = initial_student(settings, inputs.model_shape, inputs.parts["train"])
-    rows = training_rows(settings, inputs.parts["train"], inputs.max_length)
-    steps = total_steps(settings, rows)
-    assert steps is not None
-    validation = plan_validation(
-        settings,
-        inputs.parts,
-        inputs.max_length,
-        count_parameters(student),
-        inputs.teacher_parameters,
-        steps,
-        settings.batch_size * settings.gradient_accumulation_steps,
-    )
+    steps, _, validation = planned(settings, inputs, count_parameters(student))
     timings: list[Timing] = []
     with tempfile.TemporaryDirectory() as folder:
         arguments = build_arguments(

@@ -26,6 +26,7 @@ from src.models.loading import (
 )
 from src.models.recognition import settle_layout
 from src.models.sharding import load_sharded
+from src.models.sizes import total_steps
 from src.models.teacher_cache import TeacherCache, capture
 from src.proteins.batching import PackedDataset
 from src.proteins.hashes import held_out
@@ -33,6 +34,7 @@ from src.proteins.layouts import layout_of, set_layout
 from src.proteins.locations import on_hub
 from src.proteins.sources import has_split
 from src.proteins.tokens import TokenisedProteins, tokenise
+from src.training.validation import ValidationPlan, plan_validation
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -194,6 +196,33 @@ def training_rows(settings: TrainSettings, train: TokenisedProteins, max_length:
     if settings.batching == "packed":
         return len(PackedDataset(train, max_length, settings.data_seed))
     return len(train)
+
+
+def planned(
+    settings: TrainSettings,
+    inputs: Ingredients,
+    parameters: int,
+    processes_of_run: int = 1,
+    rows_per_step: int | None = None,
+) -> tuple[int, int, ValidationPlan]:
+    """Return the steps of a run, the rows of its epoch, and its plan of validation.
+
+    ``parameters`` are those of all students; a step's rows are those of all processes.
+    """
+    rows = training_rows(settings, inputs.parts["train"], inputs.max_length)
+    steps = total_steps(settings, rows, processes_of_run)
+    assert steps is not None
+    rows_per_step = rows_per_step or settings.batch_size * settings.gradient_accumulation_steps
+    plan = plan_validation(
+        settings,
+        inputs.parts,
+        inputs.max_length,
+        parameters,
+        inputs.teacher_parameters,
+        steps,
+        rows_per_step,
+    )
+    return steps, rows, plan
 
 
 def capture_parts(

@@ -38,7 +38,6 @@ from src.models.forward import keep_head_alone
 from src.models.inspection import count_parameters
 from src.models.loading import model_fingerprint
 from src.models.lora import merge_lora
-from src.models.sizes import total_steps
 from src.models.teacher_cache import TeacherCache
 from src.proteins.tokens import data_summary
 from src.trainer.checkpoints import newest_valid
@@ -50,11 +49,11 @@ from src.training.ingredients import (
     capture_parts,
     describe_data,
     gather,
-    training_rows,
+    planned,
 )
 from src.training.timing import SHORTEST_RUN, StepTimer, explain_lack_of_memory, print_beside_bar
 from src.training.tracking import Tracking, open_tracker, require_tracker
-from src.training.validation import ValidationPlan, plan_validation
+from src.training.validation import ValidationPlan
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, TrainerCallback
@@ -239,19 +238,10 @@ def build(settings: TrainSettings, run: RunOptions, claimed: Claim, inputs: Ingr
         ValueError: the student cannot be made, or the teacher or its cache is unusable.
     """
     student = initial_student(settings, inputs.model_shape, inputs.parts["train"])
-    rows = training_rows(settings, inputs.parts["train"], inputs.max_length)
-    steps = total_steps(settings, rows, claimed.processes)
-    assert steps is not None
     rows_per_step = settings.batch_size * claimed.accumulation * processes.count()
     parameters, teacher_parameters = count_parameters(student), inputs.teacher_parameters
-    validation = plan_validation(
-        settings,
-        inputs.parts,
-        inputs.max_length,
-        parameters,
-        teacher_parameters,
-        steps,
-        rows_per_step,
+    steps, rows, validation = planned(
+        settings, inputs, parameters, claimed.processes, rows_per_step
     )
     built = Built(
         student,
