@@ -19,4 +19,4 @@ if [ $# -eq 0 ]; then
     .venv/bin/python tests/stress/crash.py --kills 20 --stops 5 --seed 1
 fi
 echo "== pytest"
-.venv/bin/python -m pytest -n 2 --dist loadfile "$@"
+.venv/bin/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder "$@"

@@ -53,6 +53,20 @@ def write_parts(folder: Path, parts: dict[str, list[str]]) -> None:
         (folder / f"{part}.fasta.gz").write_bytes(gzip.compress(text.encode()))
 
 
+LONG = (
+    "specialist", "student_experiment", "ablation", "distributed", "train_script", "fuzz",
+    "signals", "data", "security", "secrets", "early_stopping", "pipeline", "checkpoints", "fused",
+    "kernels", "generation", "evaluation", "cohort", "hub", "comparison", "cli",
+)  # fmt: skip
+"""Files that take longest, which two processes must not begin last."""
+
+
+def pytest_collection_modifyitems(items) -> None:
+    """Run long files first; the order within a file stays."""
+    place = {f"test_{name}.py": number for number, name in enumerate(LONG)}
+    items.sort(key=lambda item: place.get(item.path.name, len(LONG)))
+
+
 @pytest.fixture
 def refusal(capsys) -> Callable[[int | Callable[[], int]], str]:
     """Return a function that checks a script's refusal and returns its one line.

@@ -355,14 +355,20 @@ def llama_dir(folder, tokenizer, **more):
     return folder
 
 
-def test_a_llama_is_adapted_and_its_specialist_is_a_gpt2(
-    tmp_path, family_file, tiny_tokenizer, monkeypatch
+def test_a_llama_of_another_layout_keeps_it_and_its_specialist_is_a_gpt2(
+    tmp_path, family_file, monkeypatch
 ):
+    from src.proteins.layouts import layout_of
+    from tests.test_layouts import loaded
+
     monkeypatch.setattr(fr, "SPEED_SAMPLES", 2)
     folder = tmp_path / "out"
+    tokenizer = loaded("progen", tmp_path / "llama")
     judgement = fr.run_family(
-        small_run(family_file, llama_dir(tmp_path / "llama", tiny_tokenizer), folder)
+        small_run(family_file, llama_dir(tmp_path / "llama", tokenizer), folder)
     )
+    for name in ("adapted", "random", "specialist"):
+        assert layout_of(load_tokenizer(folder / name)) == layout_of(tokenizer)
     classes = {n: config_of(folder / n).model_type for n in ("adapted", "random", "specialist")}
     assert classes == {"adapted": "llama", "random": "llama", "specialist": "gpt2"}
     sizes = {n: m["parameters"] for n, m in judgement["models"].items()}
@@ -370,22 +376,6 @@ def test_a_llama_is_adapted_and_its_specialist_is_a_gpt2(
     prints = {n: model_fingerprint(load_causal_lm(folder / n)) for n in ("adapted", "random")}
     assert len({*prints.values(), model_fingerprint(load_causal_lm(tmp_path / "llama"))}) == 3
     assert set(judgement["held_out"]["nats"]) >= {s.START, s.ADAPTED, s.SCRATCH, s.SPECIALIST}
-
-
-@pytest.mark.parametrize("kind", ["plain", "progen"])
-def test_a_model_of_another_layout_keeps_it_in_every_stage(
-    kind, tmp_path, family_file, monkeypatch
-):
-    from src.proteins.layouts import layout_of
-    from tests.test_layouts import loaded, model_of
-
-    monkeypatch.setattr(fr, "SPEED_SAMPLES", 2)
-    tokenizer = loaded(kind, tmp_path / "model")
-    model_of(tokenizer).save_pretrained(tmp_path / "model")
-    folder = tmp_path / "out"
-    fr.run_family(small_run(family_file, tmp_path / "model", folder))
-    for name in ("adapted", "random", "specialist"):
-        assert layout_of(load_tokenizer(folder / name)) == layout_of(tokenizer)
 
 
 def test_a_layout_with_tags_is_refused_before_anything_is_made(tmp_path, family_file):

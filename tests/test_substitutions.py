@@ -8,7 +8,10 @@ import pytest
 from src.proteins.layouts import STANDARD_RESIDUES
 from src.proteins.sources import read_proteins
 from src.proteins.substitutions import mutated_copies, substitution_probabilities
+from tests.conftest import write_parts
 from tools.mutate_proteins import main
+
+PARTS = ("train", "validation", "test")
 
 
 def test_probabilities_are_those_of_blosum62():
@@ -44,18 +47,20 @@ def test_copies_have_the_rates_and_residues_of_the_model(random_proteins):
     assert copies == mutated_copies(proteins, 0.1, 0.4, np.random.default_rng(0))
 
 
-def test_the_tool_adds_copies_and_keeps_the_other_parts(proteins_dir, tmp_path, capsys):
+def test_the_tool_adds_copies_and_keeps_the_other_parts(random_proteins, tmp_path, capsys):
+    parts = {part: random_proteins(20, 40, 90, seed=i) for i, part in enumerate(PARTS)}
+    write_parts(data := tmp_path / "data", parts)
     out = tmp_path / "mutated"
-    given = ["--data", str(proteins_dir), "--output", str(out)]
+    given = ["--data", str(data), "--output", str(out)]
     assert main([*given, "--copies", "2", "--most", "0.2"]) == 0
-    before = list(read_proteins(proteins_dir / "train.fasta.gz", keep_ambiguous=True))
+    before = list(read_proteins(data / "train.fasta.gz", keep_ambiguous=True))
     after = list(read_proteins(out / "train.fasta.gz", keep_ambiguous=True))
     assert after[: len(before)] == before
     assert [len(p.residues) for p in after] == [len(p.residues) for p in before] * 3
     assert len({p.name for p in after}) == len(after)
     for part in ("validation", "test"):
         name = f"{part}.fasta.gz"
-        assert (out / name).read_bytes() == (proteins_dir / name).read_bytes()
+        assert (out / name).read_bytes() == (data / name).read_bytes()
     assert f"{len(after):,} training proteins" in capsys.readouterr().out
     assert main(given) == 2
     assert "not empty" in capsys.readouterr().err
