@@ -8,7 +8,6 @@ from typing import Any
 
 import numpy as np
 import pytest
-import torch
 from small_runs import Tokens
 from transformers import TrainingArguments
 
@@ -16,7 +15,6 @@ from src.common.settings import LossSettings, StudentSettings
 from src.distillation import DistillationTrainer
 from src.models.loading import build_student, model_fingerprint, student_config
 from src.proteins.batching import PackedDataset, PackingCollator, PaddingCollator, ProteinDataset
-from src.trainer.checkpoints import newest_valid
 from src.training.cohort import CohortTrainer, Member
 
 ARMS = {
@@ -113,46 +111,6 @@ def test_each_student_ends_in_the_bits_of_training_it_alone(
             for key in ("hard_loss", "soft_loss", "mean_weight", "mean_epsilon", "grad_norm"):
                 if ARMS[member.name].alpha < 1 or key != "teacher_entropy":
                     assert mine[key] == pytest.approx(theirs[key], rel=1e-12), key
-
-
-def test_the_reference_loss_agrees(parts, tmp_path):
-    student, options = parts
-    together = cohort(student, options(False), tmp_path / "all")
-    together.train()
-    member = together.members[1]
-    plain = alone(
-        member.name,
-        student(member.name, 0.0),
-        {**options(False), "loss_impl": "reference"},
-        tmp_path / "plain",
-    )
-    for ours, theirs in zip(member.model.parameters(), plain.model.parameters(), strict=True):  # type: ignore[union-attr]
-        assert torch.allclose(ours, theirs, atol=1e-4)
-
-
-@pytest.mark.parametrize("dropout", [0.0, 0.1])
-def test_a_resumed_cohort_ends_in_the_same_bits(parts, tmp_path, dropout):
-    student, options = parts
-    whole = cohort(student, options(False), tmp_path / "whole", dropout)
-    whole.train()
-    cut = cohort(student, options(False), tmp_path / "cut", dropout)
-    step = cut.training_step
-
-    class Stop(Exception):
-        pass
-
-    def stopping(*rest, **more):
-        if cut.state.global_step == 4:
-            raise Stop
-        return step(*rest, **more)
-
-    cut.training_step = stopping  # type: ignore[method-assign]
-    with pytest.raises(Stop):
-        cut.train()
-    resumed = cohort(student, options(False), tmp_path / "cut", dropout)
-    resumed.train(resume_from_checkpoint=str(newest_valid(tmp_path / "cut")))
-    for one, other in zip(whole.members, resumed.members, strict=True):
-        assert model_fingerprint(one.model) == model_fingerprint(other.model)
 
 
 def test_evaluation_gives_each_student_its_own_figures(parts, tmp_path):
