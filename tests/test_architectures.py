@@ -224,9 +224,10 @@ def test_a_head_of_another_kind_is_run_for_its_logits(tiny_lm, capsys):
         torch.testing.assert_close(ours[0], model(ids[:1]).logits[0], rtol=1e-5, atol=1e-3)
 
 
-@pytest.mark.parametrize("name", ["gemma2", "cohere2", "modernbert-decoder"])
+@pytest.mark.parametrize("name", ["gpt2", "gemma2", "cohere2", "modernbert-decoder"])
 def test_gradients_are_those_of_the_models_own_logits(name):
     teacher, student = build(name), build(name)
+    assert student.get_output_embeddings().weight is student.get_input_embeddings().weight
     with torch.no_grad():
         for parameter in student.parameters():
             parameter.add_(0.05 * torch.randn_like(parameter))
