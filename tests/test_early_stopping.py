@@ -12,7 +12,7 @@ from small_runs import history, make_trainer, resume, timeless
 from transformers import TrainerCallback
 
 from src.common.files import sha256_file
-from src.common.settings import TrainSettings, as_recorded, default_run_name
+from src.common.settings import TrainSettings
 from src.models.loading import model_fingerprint
 from src.trainer.callbacks import read_metrics
 from src.trainer.checkpoints import checkpoints_of
@@ -198,17 +198,6 @@ def test_without_it_nothing_is_noted(tiny_lm, tmp_path):
     state = json.loads((tmp_path / "checkpoint-3" / "trainer_state.json").read_text())
     assert state["best_global_step"] is None
     assert history(tmp_path / "checkpoint-3")
-
-
-def test_the_setting_checks_itself_and_names_its_run():
-    with pytest.raises(ValueError, match="--early_stopping must be at least 1"):
-        TrainSettings(early_stopping=0)
-    assert default_run_name(TrainSettings(early_stopping=4)).endswith("uniprot-stop4")
-
-
-def test_records_made_before_are_of_the_same_settings():
-    assert "early_stopping" not in as_recorded(TrainSettings())
-    assert as_recorded(TrainSettings(early_stopping=2))["early_stopping"] == 2
 
 
 def test_more_proteins_decide_than_watch(tmp_path, tiny_tokenizer, random_proteins):
