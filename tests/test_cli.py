@@ -99,6 +99,7 @@ def test_many_a_second_are_a_rate(monkeypatch, capsys):
         ("scripts/pipeline.py --help", "--sweep"),
         ("tools/upload_to_hf.py --help", "--dry_run"),
         ("tools/benchmark/run.py --help", "--quick"),
+        ("tools/write_cli_docs.py --check", "up to date"),
         (
             f"scripts/compare.py {ROOT}/results/students/recommended_1500.json "
             f"--reference {ROOT}/results/students/published_1500.json",

@@ -10,7 +10,7 @@ import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from src.models import decoding
-from src.models.decoding import Decoder, is_plain_gpt2, sampling_room
+from src.models.decoding import Decoder, is_plain_gpt2
 
 
 def llama():
@@ -129,16 +129,3 @@ def test_what_is_not_gpt2_itself_runs_in_transformers(tiny_lm):
     assert is_plain_gpt2(model)
     model.transformer.h[0].mlp.c_fc = torch.nn.Linear(16, 64)  # as an adapter would
     assert not is_plain_gpt2(model)
-
-
-def test_rows_end_where_a_window_of_attention_would_slide():
-    from transformers import MambaConfig, MambaForCausalLM, MistralConfig, MistralForCausalLM
-
-    config = MistralConfig(
-        vocab_size=64, hidden_size=16, intermediate_size=32, num_hidden_layers=1,
-        num_attention_heads=2, num_key_value_heads=2, sliding_window=8,
-    )  # fmt: skip
-    assert sampling_room(MistralForCausalLM(config), 100) == 8
-    config = MambaConfig(vocab_size=64, hidden_size=16, num_hidden_layers=1)
-    with pytest.raises(ValueError, match="proteins cannot be sampled from it"):
-        sampling_room(MambaForCausalLM(config), 100)

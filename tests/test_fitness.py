@@ -9,14 +9,13 @@ from typing import Any
 
 import numpy as np
 import pytest
-import torch
 from scipy import stats
 
 from scripts import score as script
 from src.evaluation import fitness
+from src.evaluation.likelihoods import score_proteins
 from src.evaluation.mutants import read_mutants
 from src.models.loading import ProteinModel
-from src.proteins.encoding import encode
 
 WILD = "MKTAYIAKQRQISFVKSHFSRQLEERLGLIEVQ"
 TABLE = """mutant,mutated_sequence,DMS_score,DMS_score_bin
@@ -160,18 +159,15 @@ def test_mavedbs_table(tmp_path):
     assert found.clusters == ["2", "1:2", "row 2", "row 3"]
 
 
-def test_scores_equal_a_plain_pass(tiny_lm, tiny_tokenizer, random_proteins):
-    model = tiny_lm()
+def test_each_protein_gets_its_own_score(tiny_lm, tiny_tokenizer, random_proteins):
+    """The last one is longer than the model's positions."""
+    model = ProteinModel(tiny_lm(), tiny_tokenizer)
     proteins = [*random_proteins(5), "MK", "MK", "A" * 1000]
-    found = fitness.score_columns({"": ProteinModel(model, tiny_tokenizer)}, proteins, batch_size=3)
-    for i, protein in enumerate(proteins[:-1]):
-        ids = torch.tensor(encode(tiny_tokenizer, [protein]))
-        with torch.no_grad():
-            logits = model(ids).logits[0, :-1]
-        nll = float(torch.nn.functional.cross_entropy(logits, ids[0, 1:], reduction="sum"))
-        assert found["log_likelihood"][i] == pytest.approx(-nll, rel=1e-5)
-        assert found["log_likelihood_per_residue"][i] == pytest.approx(-nll / len(protein))
-    assert math.isnan(found["log_likelihood"][-1])  # longer than the model's positions
+    found = fitness.score_columns({"": model}, proteins, batch_size=3)
+    alone = [-score_proteins(*model, [protein]).nll[0] for protein in proteins]
+    assert found["log_likelihood"] == pytest.approx(alone, rel=1e-5, nan_ok=True)
+    each = [score / len(protein) for score, protein in zip(alone, proteins, strict=True)]
+    assert found["log_likelihood_per_residue"] == pytest.approx(each, rel=1e-5, nan_ok=True)
 
 
 @pytest.mark.parametrize("ties", [False, True])

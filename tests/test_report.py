@@ -14,8 +14,7 @@ import pytest
 from scripts import report as script
 from src.evaluation.results import REQUIRED
 from src.publishing import report
-from src.publishing.pages import short_name
-from src.publishing.report import build_report, command_line
+from src.publishing.report import build_report
 from src.trainer.callbacks import read_metrics
 from tests.finished_run import finished  # noqa: F401 - a fixture
 from tests.spoiling import refusals
@@ -349,14 +348,3 @@ def test_a_killed_runs_last_line_is_left_out_and_a_diverged_run_is_shown(folders
         assert read_metrics(folders / "run") == [{"step": 1, "hard_loss": 2.0}]
     path.write_text('{"step": 1, "hard_loss": NaN, "soft_loss": Infinity}\n')
     assert "Learning curves" not in Page(build_report(folders / "run")).text
-
-
-def test_names_lose_the_directories_of_this_machine():
-    assert short_name("/home/me/models/x") == "x"
-    assert short_name("nferruz/ProtGPT2") == "nferruz/ProtGPT2"
-    assert short_name(None) == ""
-    assert short_name("../../x/alice/home/models/v2") == "v2"
-    assert command_line(["a.py", "--x", "/tmp/y/z", "two words"]) == "a.py --x z 'two words'"
-    token = "hf" + "_" + "a1" * 17
-    typed = ["a.py", "--cache_dir=/home/alice/c/d", "../../../home/alice/data/p", f"--k={token}"]
-    assert command_line(typed) == "a.py --cache_dir=d p --k=(secret)"

@@ -64,14 +64,6 @@ def test_directories_of_others_are_left_out_of_what_made_it(tmp_path):
     assert found["settings"] == {"key": "0" * 64, "train": {"data": "p.fasta"}}
 
 
-def test_the_keys_that_the_commands_read_are_where_they_look(tmp_path):
-    write_results(tmp_path / "r.json", good())
-    data = json.loads((tmp_path / "r.json").read_text())
-    assert data["perplexity_ratio"] == 1.5
-    assert data["kl_divergence"] == 0.2
-    assert data["student_ece"]["ece"] == 0.03
-
-
 def test_a_file_is_not_overwritten_without_leave(tmp_path):
     path = tmp_path / "r.json"
     path.write_text("precious")
