@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import re
 from dataclasses import asdict, replace
-from pathlib import Path
 
 import pytest
 from huggingface_hub import ModelCard
@@ -248,11 +247,6 @@ def test_citations_are_whole_bibtex_entries():
     assert entries.count("{") == entries.count("}")
     assert "10.1038/s41467-022-32007-7" in entries
     assert "protein-lm-distill" in entries
-
-
-def test_the_template_is_part_of_the_project():
-    assert m.TEMPLATE.is_file()
-    assert m.TEMPLATE.parent == Path(m.__file__).parent / "templates"
 
 
 def test_sampling_advice_suits_the_tokens():

@@ -87,13 +87,6 @@ def test_pickles_beside_safetensors_are_not_read(model_folder, proof):
     load_tokenizer(model_folder)
 
 
-def test_a_hub_model_without_safetensors_runs_no_code_either(proof, tmp_path):
-    """The one way to a pickle is PyTorch's loader that knows tensors only."""
-    torch.save({"weight": Payload(proof)}, tmp_path / "pytorch_model.bin")
-    with pytest.raises(pickle.UnpicklingError):
-        torch.load(tmp_path / "pytorch_model.bin", weights_only=True)
-
-
 CODE = "open({!r}, 'w')\nclass Model: pass\nclass Config: pass\nclass Tokenizer: pass\n"
 
 
