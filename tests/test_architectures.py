@@ -40,10 +40,9 @@ from src.proteins.tokenizer import train_tokenizer
 from tests.conftest import make_proteins
 
 VOCABULARY = 40
+HIDDEN = {"vocab_size": VOCABULARY, "hidden_size": 32, "num_hidden_layers": 2}
 COMMON = {
-    "vocab_size": VOCABULARY,
-    "hidden_size": 32,
-    "num_hidden_layers": 2,
+    **HIDDEN,
     "num_attention_heads": 4,
     "num_key_value_heads": 2,
     "intermediate_size": 48,
@@ -64,27 +63,18 @@ ARCHITECTURES: dict[str, dict] = {
     "ctrl": {**GPT, "dff": 48},
     "openai-gpt": GPT,
     "gpt_neo": {
-        "vocab_size": VOCABULARY,
-        "hidden_size": 32,
-        "num_layers": 2,
+        **HIDDEN,
         "num_heads": 4,
         "attention_types": [[["global", "local"], 1]],
         "max_position_embeddings": 64,
         "window_size": 16,
     },
     "mpt": {**D_MODEL, "n_layers": 2, "n_heads": 4, "max_seq_len": 64},
-    "bloom": {"vocab_size": VOCABULARY, "hidden_size": 32, "n_layer": 2, "n_head": 4},
-    "rwkv": {"vocab_size": VOCABULARY, "hidden_size": 32, "num_hidden_layers": 2},
-    "mamba": {
-        "vocab_size": VOCABULARY,
-        "hidden_size": 32,
-        "num_hidden_layers": 2,
-        "state_size": 8,
-    },
+    "bloom": {**HIDDEN, "n_head": 4},
+    "rwkv": HIDDEN,
+    "mamba": {**HIDDEN, "state_size": 8},
     "mamba2": {
-        "vocab_size": VOCABULARY,
-        "hidden_size": 32,
-        "num_hidden_layers": 2,
+        **HIDDEN,
         "state_size": 8,
         "num_heads": 8,
         "head_dim": 8,
