@@ -93,7 +93,7 @@ def tiny_tokenizer():
     return train_tokenizer(make_proteins(200, seed=1), TINY_VOCABULARY, n_positions=256)
 
 
-@pytest.fixture
+@pytest.fixture(scope="session")
 def tiny_lm():
     import torch
     from transformers import GPT2Config, GPT2LMHeadModel
@@ -117,6 +117,44 @@ def tiny_lm():
         ).eval()
 
     return build
+
+
+@pytest.fixture(scope="session")
+def tiny_llama():
+    """As ``tiny_lm``: rotary positions, and fewer heads of keys than of queries."""
+    import torch
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    def build(**config):
+        torch.manual_seed(0)
+        settings = {
+            "vocab_size": TINY_VOCABULARY,
+            "max_position_embeddings": 256,
+            "hidden_size": 16,
+            "intermediate_size": 32,
+            "num_hidden_layers": 2,
+            "num_attention_heads": 4,
+            "num_key_value_heads": 2,
+            "bos_token_id": 0,
+            "eos_token_id": 0,
+            "pad_token_id": 0,
+            "initializer_range": 0.4,
+        }
+        return LlamaForCausalLM(LlamaConfig(**(settings | config))).eval()
+
+    return build
+
+
+@pytest.fixture(scope="session")
+def saved_model(tiny_lm, tiny_tokenizer):
+    """Return a function that writes a model, or a ``tiny_lm``, with the tiny tokenizer."""
+
+    def save(folder: Path, model=None) -> Path:
+        (model or tiny_lm()).save_pretrained(folder)
+        tiny_tokenizer.save_pretrained(folder)
+        return folder
+
+    return save
 
 
 @pytest.fixture(scope="session")

@@ -28,19 +28,10 @@ ROOT = Path(__file__).resolve().parents[1]
 
 
 @pytest.fixture(scope="module")
-def world(tmp_path_factory, tiny_tokenizer):
+def world(tmp_path_factory, tiny_lm, saved_model):
     """A teacher and proteins as directories."""
-    import torch
-    from transformers import GPT2Config, GPT2LMHeadModel
-
     folder = tmp_path_factory.mktemp("world")
-    torch.manual_seed(0)
-    config = GPT2Config(
-        vocab_size=64, n_positions=256, n_embd=24, n_layer=2, n_head=2, bos_token_id=0,
-        eos_token_id=0, resid_pdrop=0.0, embd_pdrop=0.0, attn_pdrop=0.0, initializer_range=0.3,
-    )  # fmt: skip
-    GPT2LMHeadModel(config).save_pretrained(folder / "teacher")
-    tiny_tokenizer.save_pretrained(folder / "teacher")
+    saved_model(folder / "teacher", tiny_lm(n_embd=24, initializer_range=0.3))
     counts = {"train": 60, "validation": 12, "test": 16}
     parts = {p: make_proteins(n, 20, 60, i) for i, (p, n) in enumerate(counts.items())}
     write_parts(folder / "proteins", parts)

@@ -38,19 +38,8 @@ BEGIN, END = f"<!-- {report.SECTION} -->", f"<!-- /{report.SECTION} -->"
 
 
 @pytest.fixture(scope="module")
-def teacher_dir(tmp_path_factory, tiny_tokenizer):
-    from transformers import GPT2Config, GPT2LMHeadModel
-
-    folder = tmp_path_factory.mktemp("teacher")
-    torch.manual_seed(0)
-    end = tiny_tokenizer.eos_token_id
-    config = GPT2Config(
-        vocab_size=len(tiny_tokenizer), n_positions=64, n_layer=1, n_head=2, n_embd=16,
-        bos_token_id=end, eos_token_id=end,
-    )  # fmt: skip
-    GPT2LMHeadModel(config).save_pretrained(folder)
-    tiny_tokenizer.save_pretrained(folder)
-    return folder
+def teacher_dir(tmp_path_factory, tiny_lm, saved_model):
+    return saved_model(tmp_path_factory.mktemp("teacher"), tiny_lm(n_layer=1, n_positions=64))
 
 
 @pytest.fixture(scope="module")

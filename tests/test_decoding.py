@@ -7,28 +7,17 @@ import random
 
 import pytest
 import torch
-from transformers import LlamaConfig, LlamaForCausalLM
 
 from src.models import decoding
 from src.models.decoding import Decoder, is_plain_gpt2
 
 
-def llama():
-    torch.manual_seed(0)
-    config = LlamaConfig(
-        vocab_size=64, hidden_size=16, intermediate_size=32, num_hidden_layers=2,
-        num_attention_heads=4, num_key_value_heads=2, max_position_embeddings=256,
-        initializer_range=0.4,
-    )  # fmt: skip
-    return LlamaForCausalLM(config).eval()
-
-
 @pytest.mark.parametrize(
     "kind", ["gpt2", "gpt2 of transformers", "llama", "scaled", "relu", "parts of the head"]
 )
-def test_logits_are_those_of_a_whole_pass(tiny_lm, monkeypatch, kind):
+def test_logits_are_those_of_a_whole_pass(tiny_lm, tiny_llama, monkeypatch, kind):
     if kind == "llama":
-        model = llama()
+        model = tiny_llama()
     elif kind == "scaled":
         model = tiny_lm(scale_attn_by_inverse_layer_idx=True, scale_attn_weights=False, n_inner=24)
     else:
@@ -66,8 +55,8 @@ def test_logits_are_those_of_a_whole_pass(tiny_lm, monkeypatch, kind):
 
 @pytest.mark.parametrize("prompt", [[0, 5, 9], [0]])
 @pytest.mark.parametrize("kind", ["gpt2", "llama"])
-def test_rows_of_many_lengths_attend_in_groups(tiny_lm, monkeypatch, kind, prompt):
-    model = (llama() if kind == "llama" else tiny_lm()).double()
+def test_rows_of_many_lengths_attend_in_groups(tiny_lm, tiny_llama, monkeypatch, kind, prompt):
+    model = (tiny_llama() if kind == "llama" else tiny_lm()).double()
     # as many groups as there are blocks
     monkeypatch.setattr(decoding, "CPU_GROUPS", (2, 1))
     chance = random.Random(0)

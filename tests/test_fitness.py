@@ -226,10 +226,9 @@ def test_the_interval_covers_and_duplicates_do_not_narrow_it():
 
 
 @pytest.fixture
-def folder(tmp_path, tiny_lm, tiny_tokenizer):
+def folder(tmp_path, tiny_lm, saved_model):
     for name, seed in (("student", 0), ("teacher", 1)):
-        tiny_lm(seed=seed).save_pretrained(tmp_path / name)
-        tiny_tokenizer.save_pretrained(tmp_path / name)
+        saved_model(tmp_path / name, tiny_lm(seed=seed))
     rng = np.random.default_rng(0)
     lines = ["mutant,mutated_sequence,DMS_score"]
     for i in range(len(WILD)):

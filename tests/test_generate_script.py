@@ -15,11 +15,9 @@ from src.proteins.sources import read_proteins
 
 
 @pytest.fixture
-def folder(tiny_lm, tiny_tokenizer, tmp_path):
+def folder(tiny_lm, saved_model, tmp_path):
     """Write a model that ends proteins often enough."""
-    model = tiny_lm(n_embd=24, seed=4, initializer_range=0.1)
-    model.save_pretrained(tmp_path / "model")
-    tiny_tokenizer.save_pretrained(tmp_path / "model")
+    saved_model(tmp_path / "model", tiny_lm(n_embd=24, seed=4, initializer_range=0.1))
     return tmp_path
 
 
@@ -65,9 +63,8 @@ def test_a_full_disk_is_named_with_a_way_out(folder, capsys, monkeypatch):
     assert f"{folder / 'new.fasta'}: no space left on the disk; make space, or name" in said
 
 
-def test_ranking_by_another_model(folder, tiny_lm, tiny_tokenizer):
-    tiny_lm(seed=9).save_pretrained(folder / "judge")
-    tiny_tokenizer.save_pretrained(folder / "judge")
+def test_ranking_by_another_model(folder, tiny_lm, saved_model):
+    saved_model(folder / "judge", tiny_lm(seed=9))
     options = ("--num_sequences", 6, "--rank_by_perplexity")
     assert run(folder, *options) == 0
     assert run(folder, *options, "--scorer", folder / "judge", name="judged.fasta") == 0

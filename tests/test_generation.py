@@ -368,17 +368,9 @@ def test_padding_columns_of_the_vocabulary_are_never_sampled(tiny_lm, tokenizer)
     assert len(sample_proteins(padded, tokenizer, settings).proteins) == 4
 
 
-def test_other_architectures(tokenizer):
+def test_other_architectures(tokenizer, tiny_llama):
     """Rotary positions and fewer key heads than heads: nothing here is GPT-2's own."""
-    from transformers import LlamaConfig, LlamaForCausalLM
-
-    torch.manual_seed(0)
-    config = LlamaConfig(
-        vocab_size=64, hidden_size=16, intermediate_size=32, num_hidden_layers=2,
-        num_attention_heads=4, num_key_value_heads=2, max_position_embeddings=60, bos_token_id=0,
-        eos_token_id=0, pad_token_id=0, initializer_range=0.4,
-    )  # fmt: skip
-    llama = LlamaForCausalLM(config).double().eval()
+    llama = tiny_llama(max_position_embeddings=60).double()
     found = [
         sample_proteins(
             llama, tokenizer, GenerationSettings(num_sequences=6, whole_only=False, batch_size=b)

@@ -543,21 +543,15 @@ def test_names_that_no_repository_can_have(name, student, refusal):
 
 
 @pytest.fixture
-def of_another_class(student) -> Path:
+def of_another_class(student, tiny_llama) -> Path:
     """A Llama of another layout, as `train.py --init_from LLAMA` leaves it."""
-    from transformers import LlamaConfig, LlamaForCausalLM
-
     from src.models.loading import load_tokenizer, model_fingerprint
     from src.proteins.layouts import set_layout, spelt_out
 
     tokenizer = load_tokenizer(student)
     set_layout(tokenizer, spelt_out("plain", tokenizer))
     tokenizer.save_pretrained(student)
-    config = LlamaConfig(
-        vocab_size=len(tokenizer), hidden_size=32, intermediate_size=32, num_hidden_layers=2,
-        num_attention_heads=2, max_position_embeddings=256, bos_token_id=0, eos_token_id=0,
-    )  # fmt: skip
-    model = LlamaForCausalLM(config)
+    model = tiny_llama()
     model.save_pretrained(student)
     run = json.loads((student / "run.json").read_text())
     run["student"]["fingerprint"] = model_fingerprint(model)

@@ -7,7 +7,6 @@ from typing import Any
 
 import pytest
 import torch
-from transformers import LlamaConfig, LlamaForCausalLM
 
 from src.distillation import DistillationTrainer
 from src.trainer.optimizers import ADAMW_BETAS, block_matrices, muon_with_adamw
@@ -16,12 +15,8 @@ RATES = {"learning_rate": 0.02, "other_learning_rate": 0.003, "weight_decay": 0.
 
 
 @pytest.fixture(params=["gpt2", "llama"])
-def model(request, tiny_lm) -> Any:
-    if request.param == "gpt2":
-        return tiny_lm()
-    torch.manual_seed(0)
-    shape: dict[str, Any] = {"num_hidden_layers": 2, "num_attention_heads": 2, "hidden_size": 16}
-    return LlamaForCausalLM(LlamaConfig(vocab_size=64, intermediate_size=24, **shape))
+def model(request, tiny_lm, tiny_llama) -> Any:
+    return {"gpt2": tiny_lm, "llama": tiny_llama}[request.param]()
 
 
 def test_matrices_inside_the_blocks_go_to_muon_and_the_rest_to_adamw(model):

@@ -432,16 +432,12 @@ def test_parameter_formula_equals_the_models():
         assert gpt2_parameters(s.n_layer, s.n_embd, 777, 99) == expected
 
 
-def test_a_model_of_another_class_is_fine_tuned_as_it_is(tmp_path, tiny_tokenizer, random_proteins):
-    from transformers import AutoConfig, LlamaConfig, LlamaForCausalLM
+def test_a_model_of_another_class_is_fine_tuned_as_it_is(
+    tmp_path, tiny_llama, saved_model, random_proteins
+):
+    from transformers import AutoConfig
 
-    folder, data = tmp_path / "llama", tmp_path / "family.fasta"
-    config = LlamaConfig(
-        vocab_size=len(tiny_tokenizer), hidden_size=16, intermediate_size=32,
-        num_hidden_layers=2, num_attention_heads=2, max_position_embeddings=128,
-    )  # fmt: skip
-    LlamaForCausalLM(config).save_pretrained(folder)
-    tiny_tokenizer.save_pretrained(folder)
+    folder, data = saved_model(tmp_path / "llama", tiny_llama()), tmp_path / "family.fasta"
     data.write_text("".join(f">{i}\n{p}\n" for i, p in enumerate(random_proteins(30, 20, 40))))
     wanted = [
         "--alpha", "1", "--init_from", str(folder), "--data", str(data), "--train_size_prop", "1",
