@@ -157,6 +157,21 @@ def saved_model(tiny_lm, tiny_tokenizer):
     return save
 
 
+@pytest.fixture(scope="module")
+def undisturbed(tmp_path_factory, tiny_lm):
+    """Return a function that makes a Trainer and trains it, once for each choice of options."""
+    trained = {}
+
+    def train(make, **options):
+        key = f"{make.__name__} {options}"
+        if key not in trained:
+            trained[key] = make(tiny_lm, tmp_path_factory.mktemp("whole"), **options)
+            trained[key].train()
+        return trained[key]
+
+    return train
+
+
 @pytest.fixture(scope="session")
 def small_teacher_dir() -> Path:
     return ROOT / "data" / "small_teacher"

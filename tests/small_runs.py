@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import json
+import os
+import signal
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from transformers import TrainingArguments
+from transformers import TrainerCallback, TrainingArguments
 
 from src.common.files import sha256_file
 from src.distillation import DistillationTrainer
@@ -30,6 +33,29 @@ class Tokens:
 
     def __getitem__(self, index: int) -> np.ndarray:
         return self.rows[index]
+
+
+class At(TrainerCallback):
+    """Does something at the n-th event of a kind."""
+
+    def __init__(self, event: str, count: int, act: Callable[[], Any]) -> None:
+        self.left, self.act = count, act
+        setattr(self, event, self.happen)
+
+    def happen(self, *arguments, **options) -> None:
+        self.left -= 1
+        if self.left == 0:
+            self.act()
+
+
+def interrupt() -> None:
+    """End a training at once, as a kill does."""
+    raise KeyboardInterrupt
+
+
+def signal_at(event: str, count: int, number: int = signal.SIGTERM) -> At:
+    """Return a callback that sends this process a signal at the n-th event of a kind."""
+    return At(event, count, lambda: os.kill(os.getpid(), number))
 
 
 def make_trainer(tiny_lm, folder, packed=False, dropout=0.1, loss=None, **overrides) -> Any:

@@ -3,12 +3,10 @@
 from __future__ import annotations
 
 import json
-import os
-import signal
 from pathlib import Path
 
 import pytest
-from small_runs import history, make_trainer, resume, timeless
+from small_runs import history, make_trainer, resume, signal_at, timeless
 from transformers import TrainerCallback
 
 from src.common.files import sha256_file
@@ -114,33 +112,6 @@ def test_patience_decides(tiny_lm, tmp_path):
     assert trainer.state.best_global_step == 7
 
 
-@pytest.fixture(scope="module")
-def undisturbed(tmp_path_factory):
-    done = {}
-
-    def build(tiny_lm, **options):
-        key = str(options)
-        if key not in done:
-            done[key] = stopping_trainer(tiny_lm, tmp_path_factory.mktemp("whole"), **options)
-            done[key].train()
-        return done[key]
-
-    return build
-
-
-class SignalAt(TrainerCallback):
-    """Sends SIGTERM at the n-th event of a kind."""
-
-    def __init__(self, event: str, at: int):
-        self.left = at
-        setattr(self, event, self.count)
-
-    def count(self, *arguments, **options):
-        self.left -= 1
-        if self.left == 0:
-            os.kill(os.getpid(), signal.SIGTERM)
-
-
 # A validation has three batches: 18 of them before the one of step 6 that ends the training.
 @pytest.mark.parametrize("accumulation", [1, 2])
 @pytest.mark.parametrize(
@@ -158,12 +129,12 @@ def test_interrupted_and_resumed_it_stops_at_the_same_step(
 ):
     options = {"gradient_accumulation_steps": accumulation, "per_device_eval_batch_size": 8}
     cut = stopping_trainer(tiny_lm, tmp_path, **options)
-    cut.add_callback(SignalAt(event, at))
+    cut.add_callback(signal_at(event, at))
     with pytest.raises(SystemExit):
         stops_on_signals(cut.train)()
     assert names(tmp_path)[0] == f"checkpoint-{step}"
     resumed = resume(stopping_trainer(tiny_lm, tmp_path, **options))
-    assert_same_end(undisturbed(tiny_lm, **options), resumed)
+    assert_same_end(undisturbed(stopping_trainer, **options), resumed)
 
 
 @pytest.mark.parametrize("save_steps", [3, 4])
@@ -171,7 +142,7 @@ def test_killed_after_the_stop_it_makes_no_further_step(tiny_lm, tmp_path, undis
     """Nothing but checkpoints is left of a run that was killed between its stop and its end."""
     stopping_trainer(tiny_lm, tmp_path, save_steps=save_steps).train()
     resumed = resume(stopping_trainer(tiny_lm, tmp_path, save_steps=save_steps))
-    assert_same_end(undisturbed(tiny_lm, save_steps=save_steps), resumed)
+    assert_same_end(undisturbed(stopping_trainer, save_steps=save_steps), resumed)
 
 
 def test_an_older_checkpoint_keeps_its_best_too(tiny_lm, tmp_path):
