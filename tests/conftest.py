@@ -6,6 +6,7 @@ import gzip
 import os
 import random
 import shutil
+import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -35,6 +36,19 @@ def _has_mmseqs() -> bool:
 
 
 needs_mmseqs = pytest.mark.skipif(not _has_mmseqs(), reason="needs MMseqs2")
+
+
+def run_python(*arguments, cwd=ROOT, **variables: str | None) -> subprocess.CompletedProcess[str]:
+    """Run Python in a process of its own; a variable that is None is not in its environment."""
+    environment = {k: v for k, v in (os.environ | variables).items() if v is not None}
+    return subprocess.run(
+        [sys.executable, *map(str, arguments)],
+        cwd=cwd,
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=900,
+    )
 
 
 def make_proteins(count: int, low: int = 20, high: int = 120, seed: int = 0) -> list[str]:

@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import importlib.util
 import json
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 import torch
 
 from src.common.settings import StudentSettings
+from tests.conftest import run_python
 from tools.benchmark import report
 from tools.benchmark import run as script
 from tools.benchmark import sections as b
@@ -215,10 +214,11 @@ def test_wrong_input_is_one_line(tmp_path, teacher_dir, refusal, arguments, mess
 def test_the_quick_benchmark_runs_through(tmp_path, teacher_dir, fasta):
     """With the processes that measure memory, which import the script anew."""
     output = tmp_path / "r.json"
-    command = [sys.executable, "tools/benchmark/run.py", "--quick", "--only", "loss", "--device"]
+    command = ["tools/benchmark/run.py", "--quick", "--only", "loss", "--device"]
     command += ["cpu", "--data", str(fasta), "--teacher_model", str(teacher_dir)]
     command += ["--output", str(output), "--cache_dir", str(tmp_path)]
-    subprocess.run(command, cwd=ROOT, check=True, timeout=600)
+    done = run_python(*command)
+    assert done.returncode == 0, done.stderr
     assert {"loss_memory", "loss_time_fp32", "loss_time_bf16"} <= set(
         report.read_benchmark(output)["ratios"]
     )

@@ -4,8 +4,6 @@ import csv
 import itertools
 import json
 import math
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +17,7 @@ from src.evaluation.results import write_results
 from src.evaluation.statistics import cluster_bootstrap
 from src.publishing import comparison as c
 from src.publishing import verdicts as v
+from tests.conftest import run_python
 
 
 def results(
@@ -467,9 +466,7 @@ for name, path in models.items():
     except FileNotFoundError:
         print(f'{name:<12} {"---":>10} {"---":>10} {"---":>10}')
 """
-    done = subprocess.run(
-        [sys.executable, "-c", snippet], cwd=files, capture_output=True, text=True, check=True
-    )
+    done = run_python("-c", snippet, cwd=files)
     assert [line.split()[-3:] for line in done.stdout.splitlines()] == [
         ["1.50", "0.2000", "0.0500"],
         ["1.50", "0.2000", "nan"],

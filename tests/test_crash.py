@@ -3,12 +3,10 @@
 from __future__ import annotations
 
 import json
-import os
 import signal
-import subprocess
-import sys
 from pathlib import Path
 
+from tests.conftest import run_python
 from tests.stress import crash
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -60,12 +58,7 @@ def test_points_end_the_process_and_cost_nothing_otherwise():
         "    crash_point('other'); crash_point('here'); print(i, flush=True)\n"
     )
     for wanted, lines in (("here", 0), ("here#3", 2), ("nowhere", 5), (None, 5)):
-        environment = {k: v for k, v in os.environ.items() if k != crash.VARIABLE}
-        if wanted:
-            environment[crash.VARIABLE] = wanted
-        done = subprocess.run(
-            [sys.executable, "-c", code], cwd=ROOT, env=environment, capture_output=True, text=True
-        )
+        done = run_python("-c", code, **{crash.VARIABLE: wanted})
         assert len(done.stdout.split()) == lines
         assert done.returncode == (0 if lines == 5 else -signal.SIGKILL)
 

@@ -6,8 +6,6 @@ import gzip
 import json
 import os
 import signal
-import subprocess
-import sys
 import time
 from pathlib import Path
 
@@ -19,6 +17,7 @@ from src.common.files import is_plain_name, read_json
 from src.evaluation.results import summary_lines, write_results
 from src.proteins.homology import read_clusters
 from src.proteins.sources import read_entries
+from tests.conftest import run_python
 from tests.stress import fuzz
 from tests.test_results import good
 
@@ -108,9 +107,8 @@ def test_every_kind_of_fault_is_seen(reader, fault, tmp_path):
 def test_hostile_files_are_read_or_refused_with_a_line(tmp_path, formats):
     """Run the tool in a process of its own: a fork of this one would inherit its threads."""
     output = tmp_path / "fuzz.json"
-    command = [sys.executable, "tests/stress/fuzz.py", "--cases", "120", "--seed", "11"]
-    command += ["--output", str(output)]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+    command = ["tests/stress/fuzz.py", "--cases", "120", "--seed", "11", "--output"]
+    done = run_python(*command, output)
     assert done.returncode == 0, done.stdout + done.stderr
     record = json.loads(output.read_text())
     assert (record["cases"], record["faults"]) == (120, 0)
@@ -137,24 +135,17 @@ def test_the_tool_fails_where_a_reader_does_and_keeps_the_case(monkeypatch, caps
 
 def output_within(code: str, limit_bytes: int) -> str:
     """Run code in a process that may not grow by more than a limit, and return its output."""
-    done = subprocess.run(
-        [sys.executable, "-c", f"{LIMITED}\n{code}", str(ROOT), str(limit_bytes)],
-        capture_output=True,
-        text=True,
-        check=False,
-        timeout=300,
-    )
+    done = run_python("-c", f"{LIMITED}\n{code}", limit_bytes)
     assert done.returncode == 0, done.stderr
     return done.stdout.strip()
 
 
 LIMITED = """
 import pathlib, resource, sys
-sys.path.insert(0, sys.argv[1])
 from src.proteins.sources import read_entries
 import src.evaluation.results, src.proteins.homology
 pages = int(open("/proc/self/statm").read().split()[0])
-limit = pages * resource.getpagesize() + int(sys.argv[2])
+limit = pages * resource.getpagesize() + int(sys.argv[1])
 resource.setrlimit(resource.RLIMIT_AS, (limit, limit))
 def refusal_of(action, *arguments):
     try:

@@ -21,7 +21,7 @@ from scripts import pipeline as script
 from src.common.runs import locked, write_run
 from src.evaluation.results import write_results
 from src.experiments import pipeline as p
-from tests.conftest import write_parts
+from tests.conftest import run_python, write_parts
 from tests.test_comparison import results
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -573,11 +573,9 @@ done
     assert len(runs) == 2, done.stderr
     assert runs[0].startswith("protgpt2-distilled-t1.0-a0.5-l4-h4-e256-p0.1-lr1e-03.uniprot")
 
-    sweep = [sys.executable, "scripts/pipeline.py", "--sweep", "temperature", "--values", "1", "2"]
-    sweep += ["--device", "cpu", "--", *small.replace(" --device cpu", "").split()]
-    swept = subprocess.run(
-        sweep, cwd=workplace, capture_output=True, text=True, timeout=600, check=False
-    )
+    sweep = ["--sweep", "temperature", "--values", "1", "2", "--device", "cpu", "--"]
+    sweep += small.replace(" --device cpu", "").split()
+    swept = run_python("scripts/pipeline.py", *sweep, cwd=workplace)
     assert swept.returncode == 0, swept.stdout[-2000:] + swept.stderr
     assert "best on validation at tiny: temperature" in swept.stdout
     record = json.loads((workplace / "results/sweep_temperature/learning_rates.json").read_text())

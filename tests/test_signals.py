@@ -17,6 +17,7 @@ from transformers import TrainerCallback
 from src.trainer import interruption
 from src.trainer.checkpoints import checkpoints_of, fault_of, newest_valid
 from src.trainer.interruption import stops_on_signals
+from tests.conftest import run_python
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -102,9 +103,7 @@ def test_workers_end_with_their_parent_and_with_nobody_else():
         "next(again)\n"
         "sys.exit(143)\n"
     )
-    done = subprocess.run(
-        [sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=60
-    )
+    done = run_python("-c", code)
     assert done.stdout == "999\n"
     assert done.returncode == 143, done.stderr
 

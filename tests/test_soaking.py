@@ -6,12 +6,11 @@ import json
 import mmap
 import os
 import random
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 
+from tests.conftest import run_python
 from tests.stress import soak
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -118,13 +117,13 @@ def test_a_soak_that_is_interrupted_or_fails_says_so_and_keeps_its_samples(tmp_p
 @pytest.mark.slow
 def test_a_short_soak_ends_alike_in_every_turn(tmp_path):
     path = tmp_path / "soak.json"
-    command = [sys.executable, "tests/stress/soak.py", "--minutes", "1.5", "--record", str(path)]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    command = ["tests/stress/soak.py", "--minutes", "1.5", "--record", path]
+    done = run_python(*command)
     assert done.returncode == 0, done.stdout + done.stderr
     record = json.loads(path.read_text())
     assert record["ended_early"] is None
     assert record["cycles"] >= 4
     assert record["unlike"] == []
-    again = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    again = run_python(*command)
     assert again.returncode == 2
     assert "--overwrite" in again.stderr
