@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from small_runs import Tokens
+from small_runs import Tokens, arguments
 from transformers import TrainingArguments
 
 from src.common.settings import LossSettings, StudentSettings
@@ -29,15 +29,10 @@ RATES = dict(zip(ARMS, (1e-2, 3e-3, 1e-2, 2e-2, 1e-2, 5e-3), strict=True))
 WIDTHS = dict(zip(ARMS, (16, 16, 24, 16, 32, 16), strict=True))
 
 
-def arguments(folder, **overrides) -> TrainingArguments:
+def six_steps(folder, **overrides) -> TrainingArguments:
     settings = {
-        "output_dir": str(folder),
-        "use_cpu": True,
-        "report_to": "none",
-        "disable_tqdm": True,
         "save_strategy": "steps",
         "save_steps": 3,
-        "remove_unused_columns": False,
         "per_device_train_batch_size": 4,
         "gradient_accumulation_steps": 2,
         "max_steps": 6,
@@ -49,7 +44,7 @@ def arguments(folder, **overrides) -> TrainingArguments:
         "optim": "adamw_torch",
         "seed": 5,
     }
-    return TrainingArguments(**{**settings, **overrides})
+    return arguments(folder, **(settings | overrides))
 
 
 @pytest.fixture
@@ -74,7 +69,7 @@ def parts(tiny_lm):
 
 
 def alone(arm, student, options, folder, **overrides):
-    args = arguments(folder, **{"learning_rate": RATES[arm], **overrides})
+    args = six_steps(folder, **{"learning_rate": RATES[arm], **overrides})
     trainer = DistillationTrainer(model=student, **vars(ARMS[arm]), args=args, **options)
     trainer.train()
     return trainer
@@ -86,7 +81,7 @@ def students_of(record: Any) -> Any:
 
 def cohort(student, options, folder, dropout=0.0, **overrides):
     members = [Member(arm, student(arm, dropout), ARMS[arm], RATES[arm]) for arm in ARMS]
-    return CohortTrainer(members, args=arguments(folder, **overrides), **options)
+    return CohortTrainer(members, args=six_steps(folder, **overrides), **options)
 
 
 @pytest.mark.parametrize(
@@ -119,7 +114,7 @@ def test_evaluation_gives_each_student_its_own_figures(parts, tmp_path):
     found = together.evaluate()
     students: Any = found["eval_students"]
     for member in together.members:
-        args = arguments(tmp_path / member.name)
+        args = six_steps(tmp_path / member.name)
         single = DistillationTrainer(
             model=student(member.name, 0.0), **vars(member.loss), args=args, **options(False)
         ).evaluate()
@@ -134,7 +129,7 @@ def test_cohorts_that_make_no_sense_are_refused(parts, tiny_lm, tmp_path):
     student, options = parts
     one = Member("a", student("baseline", 0.0), LossSettings(), 1e-3)
     other = Member("b", tiny_lm(vocab_size=32), LossSettings(), 1e-3)
-    args = arguments(tmp_path / "x")
+    args = six_steps(tmp_path / "x")
     with pytest.raises(ValueError, match="a name of its own"):
         CohortTrainer([one, one], args=args, **options(False))
     with pytest.raises(ValueError, match="one vocabulary"):
