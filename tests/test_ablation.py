@@ -23,6 +23,7 @@ from src.experiments.ablation import GridRun, tuned_rates
 from src.experiments.grids import ARMS, GRIDS, PUBLISHED, RATES_FILE, Cell, Grid, settings_key
 from src.models.loading import load_causal_lm, model_fingerprint
 from tests.conftest import make_proteins, write_parts
+from tests.spoiling import refusals
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -329,6 +330,12 @@ def test_learning_rates_are_chosen_on_validation(finished, grid, world, tmp_path
     cells = job(confirm, tmp_path, world).cells
     assert len(cells) == 12
     assert all(c.learning_rate == chosen["rates"][c.size][c.arm] for c in cells)
+    path = tmp_path / "spoiled" / "results" / RATES_FILE
+    path.parent.mkdir(parents=True)
+    messages = refusals(chosen, path, lambda: job(confirm, tmp_path / "spoiled", world), of_each=4)
+    assert messages
+    unlike = [m for m in messages if not m.startswith(f"{path}: ") or "choose again" not in m]
+    assert all("needs a tuned learning rate" in message for message in unlike), unlike
     with pytest.raises(ValueError, match="needs a tuned learning rate for both at s"):
         confirm.cells({"s": {"baseline": 1e-3}})
 
@@ -422,25 +429,3 @@ def test_the_script(grid, world, tmp_path, capsys, refusal):
     assert script.main([*arguments, "--status"]) == 0
     assert "2 of 2 cells done" in capsys.readouterr().out
     assert read_json(tmp_path / "work" / "s27-seed42" / "group.json")["members"]
-
-
-@pytest.mark.parametrize(
-    ("content", "message"),
-    [
-        ({}, "rates is missing"),
-        ([1], "must be an object"),
-        ({"rates": {"s27": "x"}, "best_arm": {}}, "rates.s27 must be an object"),
-        ({"rates": {"s27": {"both": -1}}, "best_arm": {}}, "rates.s27.both must be"),
-        ({"rates": {"s27": {"both": 1e400}}, "best_arm": {}}, "not a finite number"),
-        ({"rates": {}, "best_arm": {"s27": 3}}, "best_arm.s27 must be text"),
-    ],
-)
-def test_learning_rates_that_are_none_are_refused_with_their_file(
-    tmp_path, refusal, content, message
-):
-    path = tmp_path / RATES_FILE
-    path.write_text(json.dumps(content))
-    arguments = ["--grid", "synergy", "--results", str(tmp_path), "--work", str(tmp_path / "work")]
-    error = refusal(script.main([*arguments, "--status"]))
-    assert f"{path}: {message}" in error or message == "not a finite number" in error
-    assert "choose again (scripts/ablation.py --grid NAME --choose)" in error

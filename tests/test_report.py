@@ -258,7 +258,7 @@ def undrawn(monkeypatch):
     monkeypatch.setattr(report, "make_drawing", lambda draw, name, text: report.Drawing("", text))
 
 
-@pytest.mark.parametrize("of_each", [2, pytest.param(7, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("of_each", [3, pytest.param(10, marks=pytest.mark.slow)])
 def test_a_run_with_anything_wrong_is_shown_or_refused(finished, tmp_path, undrawn, of_each):  # noqa: F811
     record = json.loads((finished / "student" / "run.json").read_text())
     stopped = {"best_step": 1, "best_eval_loss": 1.0, "last_step": 2, "reason": "no improvement"}
@@ -266,7 +266,7 @@ def test_a_run_with_anything_wrong_is_shown_or_refused(finished, tmp_path, undra
     check_spoiled(record, tmp_path / "run.json", of_each, tmp_path)
 
 
-@pytest.mark.parametrize("of_each", [1, pytest.param(7, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("of_each", [1, pytest.param(10, marks=pytest.mark.slow)])
 def test_results_with_anything_wrong_are_shown_or_refused(tmp_path, undrawn, of_each):
     path = tmp_path / "results.json"
     check_spoiled(measured(), path, of_each, None, path)
@@ -280,24 +280,6 @@ def test_what_is_drawn_with_anything_wrong_is_drawn_or_refused(tmp_path, monkeyp
     drawn = {"student_ece": calibration([500, 200]), "teacher_ece": None, "generation": sets}
     required = {key: RESULTS[key] for key in REQUIRED}
     check_spoiled({"schema_version": 1, **required, **drawn}, path, 3, None, path)
-
-
-@pytest.mark.parametrize(
-    ("change", "key"),
-    [
-        ({"data": {"validation": "x"}}, "data.validation must be an object"),
-        ({"peak_memory_bytes": "x"}, "peak_memory_bytes must be a number"),
-        ({"command": "x"}, "command must be a list"),
-        ({"teacher": {"parameters": -1}}, "teacher.parameters must be above 0"),
-        ({"settings": {"loss": {"alpha": []}}}, "settings.loss.alpha must be a number"),
-        ({"train_seconds": float("inf")}, "train_seconds is not a finite number"),
-    ],
-)
-def test_what_is_wrong_in_a_run_is_named(folders, capsys, change, key):
-    path = folders / "run" / "run.json"
-    path.write_text(json.dumps(RUN | change))
-    assert script.main(["--run", str(folders / "run"), "-o", str(folders / "r.html")]) == 2
-    assert f"{path}: {key}" in capsys.readouterr().err
 
 
 def test_the_first_results_files_need_not_count_everything(folders):
