@@ -262,8 +262,6 @@ def test_the_script_scores_both_models(folder, capsys):
     assert found["spearman"]["teacher"] == pytest.approx(expected, abs=1e-6)
     assert found["clusters"] == 33
     assert found["intervals"]["spearman.difference"][0] < found["spearman"]["difference"]
-    assert call(*arguments) == 2
-    assert "--overwrite" in capsys.readouterr().err
 
 
 def test_user_errors_are_one_line(folder, refusal):
@@ -295,29 +293,6 @@ def test_too_few_for_a_correlation_that_nobody_asked_for(folder, capsys):
     assert call(*given, "--output", folder / "o.csv") == 0
     assert "no correlation: fewer than 3 variants" in capsys.readouterr().out
     assert (folder / "o.csv").read_text().count("\n") == 3
-
-
-@pytest.mark.parametrize("flag", ["--output", "--correlations"])
-def test_the_input_is_never_replaced(folder, capsys, flag):
-    before = (folder / "dms.csv").read_text()
-    outputs = {"--output": folder / "o.csv", flag: folder / "student" / ".." / "dms.csv"}
-    given = ["--model", folder / "student", "--input", folder / "dms.csv", "--overwrite"]
-    assert call(*given, *[word for pair in outputs.items() for word in pair]) == 2
-    assert "dms.csv is an input: name another file" in capsys.readouterr().err
-    assert (folder / "dms.csv").read_text() == before
-
-
-def test_a_wild_type_and_its_mutants_are_never_replaced(folder, capsys):
-    files = {"--wildtype": folder / "wild.fasta", "--mutants": folder / "list.txt"}
-    files["--wildtype"].write_text(">w\nMKVL\n")
-    files["--mutants"].write_text("K2A\n")
-    given = [word for pair in files.items() for word in pair]
-    for path in files.values():
-        before = path.read_text()
-        run = ["--model", folder / "student", *given, "--output", path, "--overwrite"]
-        assert call(*run) == 2
-        assert f"{path.name} is an input" in capsys.readouterr().err
-        assert path.read_text() == before
 
 
 def test_a_protein_that_the_tokenizer_does_not_know_has_no_score(folder, capsys):

