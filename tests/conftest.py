@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import gzip
 import os
 import random
@@ -87,6 +88,16 @@ def refusal(capsys) -> Callable[[int | Callable[[], int]], str]:
         return error
 
     return line
+
+
+@pytest.fixture
+def full_disk(monkeypatch) -> Callable[[str], None]:
+    """Return a function after which what it names raises the error of a full disk."""
+
+    def full(*_):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    return lambda name: monkeypatch.setattr(name, full)
 
 
 @pytest.fixture(autouse=True)

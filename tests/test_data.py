@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import csv
-import errno
 import gzip
 import io
 import itertools
@@ -629,11 +628,8 @@ def test_a_damaged_store_is_built_anew(capsys, damage, stored):
     assert [again.sequence(i) for i in range(2)] == [A, B]
 
 
-def test_a_full_disk_is_named_with_a_way_out(tmp_path, random_proteins, stored, monkeypatch):
-    def full(*_):
-        raise OSError(errno.ENOSPC, "No space left on device")
-
-    monkeypatch.setattr("src.proteins.tokens._build", full)
+def test_a_full_disk_is_named_with_a_way_out(tmp_path, random_proteins, stored, full_disk):
+    full_disk("src.proteins.tokens._build")
     with pytest.raises(ValueError, match=r"cache: no space left on the disk.*--cache_dir"):
         stored(fasta(random_proteins(3)))
     assert [p.name for p in (tmp_path / "cache").iterdir() if p.is_dir()] == []

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import errno
 import gzip
 import json
 
@@ -53,11 +52,8 @@ def test_a_run(folder, capsys):
     assert (folder / "again.fasta").read_text() == (folder / "new.fasta").read_text()
 
 
-def test_a_full_disk_is_named_with_a_way_out(folder, capsys, monkeypatch):
-    def full(*_):
-        raise OSError(errno.ENOSPC, "No space left on device")
-
-    monkeypatch.setattr("src.proteins.fasta.write_fasta", full)
+def test_a_full_disk_is_named_with_a_way_out(folder, capsys, full_disk):
+    full_disk("src.proteins.fasta.write_fasta")
     assert run(folder, "--num_sequences", 1) == 2
     said = capsys.readouterr().err
     assert f"{folder / 'new.fasta'}: no space left on the disk; make space, or name" in said

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import errno
 import gzip
 import json
 import re
@@ -235,11 +234,8 @@ def test_a_finished_run_is_not_run_again(finished, train, capsys):
     assert (finished / "run.json").stat().st_mtime_ns == before
 
 
-def test_a_disk_that_is_full_at_the_start_is_named(tmp_path, train, capsys, monkeypatch):
-    def full(*_):
-        raise OSError(errno.ENOSPC, "No space left on device")
-
-    monkeypatch.setattr("src.training.stages.locked", full)
+def test_a_disk_that_is_full_at_the_start_is_named(tmp_path, train, capsys, full_disk):
+    full_disk("src.training.stages.locked")
     assert train(tmp_path / "run") == 2
     assert f"{tmp_path}/run: no space left on the disk; make space" in capsys.readouterr().err
 
