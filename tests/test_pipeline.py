@@ -286,13 +286,16 @@ def test_results_are_known_though_their_paths_were_shortened(evaluated, tmp_path
         p.evaluation_state(output, {**asked, "data": str(theirs / "others")}, model)
 
 
-def test_an_evaluation_by_hand_counts(evaluated):
-    """The owner types ./models/x and no --per_protein."""
+def test_half_an_evaluation_is_made_again_and_one_by_hand_counts(evaluated):
+    """By hand the owner types ./models/x and no --per_protein."""
     model, output, arguments = evaluated
+    output.with_suffix(".parquet").unlink()
+    assert p.evaluation_state(output, arguments, model) == "replace"
+    output.unlink()
+    assert p.evaluation_state(output, arguments, model) == "new"
     typed = {**arguments, "student_model": f"./{model}", "output": "./x.json", "per_protein": None}
     run_record = {"arguments": typed, "student": {"fingerprint": "w"}}
-    write_results(output, results(run=run_record), overwrite=True)
-    output.with_suffix(".parquet").unlink()
+    write_results(output, results(run=run_record))
     assert p.evaluation_state(output, arguments, model) == "finished"
 
 
@@ -304,14 +307,6 @@ def test_a_published_student_is_known_by_its_name(evaluated):
     assert p.evaluation_state(output, made, tiny) == "finished"
     with pytest.raises(ValueError, match="student_model"):
         p.evaluation_state(output, {**made, "student_model": small}, small)
-
-
-def test_half_an_evaluation_is_made_again(evaluated):
-    model, output, arguments = evaluated
-    output.with_suffix(".parquet").unlink()
-    assert p.evaluation_state(output, arguments, model) == "replace"
-    output.unlink()
-    assert p.evaluation_state(output, arguments, model) == "new"
 
 
 @pytest.mark.parametrize(

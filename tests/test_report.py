@@ -172,13 +172,10 @@ def test_a_fine_tuned_model_is_not_called_distilled(folders):
     assert "stopped after step 8: no improvement" in text
 
 
-def test_a_run_alone_says_how_to_measure_it(folders):
+def test_a_run_or_results_alone_make_a_page(folders):
     text = Page(build_report(folders / "run")).text
     assert "Not measured yet" in text
     assert "scripts/evaluate.py --student_model" in text
-
-
-def test_results_alone(folders):
     text = Page(build_report(None, folders / "results.json")).text
     assert text.startswith("models/demo: report")
     assert "1.250" in text
@@ -191,6 +188,8 @@ def test_the_first_results_files_are_reported_too(folders):
     text = Page(build_report(None, folders / "old.json")).text
     assert "18.950" in text
     assert "These results have no intervals" in text
+    (folders / "old.json").write_text('{"perplexity_ratio": 18.95, "data": {"proteins": 12}}')
+    assert "12 held-out proteins. Intervals" in Page(build_report(None, folders / "old.json")).text
 
 
 def test_sequences_of_a_file_are_shown(folders):
@@ -278,12 +277,6 @@ def test_what_is_drawn_with_anything_wrong_is_drawn_or_refused(tmp_path, monkeyp
     drawn = {"student_ece": calibration([500, 200]), "teacher_ece": None, "generation": sets}
     required = {key: RESULTS[key] for key in REQUIRED}
     check_spoiled({"schema_version": 1, **required, **drawn}, path, 3, None, path)
-
-
-def test_the_first_results_files_need_not_count_everything(folders):
-    old = {"perplexity_ratio": 18.95, "data": {"proteins": 12}}
-    (folders / "old.json").write_text(json.dumps(old))
-    assert "12 held-out proteins. Intervals" in Page(build_report(None, folders / "old.json")).text
 
 
 @pytest.mark.parametrize(
