@@ -9,7 +9,7 @@ import random
 import shutil
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
 import pytest
@@ -39,9 +39,12 @@ def _has_mmseqs() -> bool:
 needs_mmseqs = pytest.mark.skipif(not _has_mmseqs(), reason="needs MMseqs2")
 
 
-def run_python(*arguments, cwd=ROOT, **variables: str | None) -> subprocess.CompletedProcess[str]:
+def run_python(
+    *arguments, cwd: Path = ROOT, variables: Mapping[str, str | None] | None = None
+) -> subprocess.CompletedProcess[str]:
     """Run Python in a process of its own; a variable that is None is not in its environment."""
-    environment = {k: v for k, v in (os.environ | variables).items() if v is not None}
+    wanted = {**os.environ, **(variables or {})}
+    environment = {name: value for name, value in wanted.items() if value is not None}
     return subprocess.run(
         [sys.executable, *map(str, arguments)],
         cwd=cwd,

@@ -34,7 +34,7 @@ raise SystemExit(run_script(run, argparse.ArgumentParser, []))
 
 def huge_kilobytes(**variables: str) -> int:
     """Return how much memory in huge pages a script holds that allocates 128 MB."""
-    return int(run_python("-c", SCRIPT, **({HUGE_PAGES: None} | variables)).stdout)
+    return int(run_python("-c", SCRIPT, variables={HUGE_PAGES: None, **variables}).stdout)
 
 
 @pytest.mark.skipif(

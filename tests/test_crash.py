@@ -58,7 +58,7 @@ def test_points_end_the_process_and_cost_nothing_otherwise():
         "    crash_point('other'); crash_point('here'); print(i, flush=True)\n"
     )
     for wanted, lines in (("here", 0), ("here#3", 2), ("nowhere", 5), (None, 5)):
-        done = run_python("-c", code, **{crash.VARIABLE: wanted})
+        done = run_python("-c", code, variables={crash.VARIABLE: wanted})
         assert len(done.stdout.split()) == lines
         assert done.returncode == (0 if lines == 5 else -signal.SIGKILL)
 

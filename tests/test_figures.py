@@ -128,6 +128,7 @@ def test_sizes_that_were_not_analysed_alike_are_refused(tmp_path):
 def test_a_cell_with_anything_wrong_is_read_or_refused_with_its_file(tmp_path):
     name = "baseline-s27-seed1-lr0.002.json"
     cell = read_cell(CLAIM / "cut-1200", name)
+    assert cell is not None
     messages = refusals(cell, tmp_path / name, lambda: figures.read_cells(tmp_path), 2, share=0.5)
     assert len(messages) > 20
     assert all(f"{name}: " in message for message in messages), messages

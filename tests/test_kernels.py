@@ -276,7 +276,7 @@ for kernel, fixed in ((kernels._losses, LOSSES), (kernels._statistics, {})):
 @pytest.mark.parametrize("kind", range(5))
 def test_they_compile_for_a_gpu_that_is_not_there(kind):
     """Down to machine code, and with wide loads although 50,257 is odd: one logit is read alone."""
-    done = run_python("-c", COMPILE, kind, TRITON_INTERPRET=None)
+    done = run_python("-c", COMPILE, kind, variables={"TRITON_INTERPRET": None})
     assert done.returncode == 0, done.stderr[-2000:]
     losses, statistics = (tuple(map(int, line.split())) for line in done.stdout.splitlines())
     assert losses[0] == 1
