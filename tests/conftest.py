@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import errno
 import gzip
 import os
 import random
 import shutil
+import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
 import pytest
@@ -35,6 +37,22 @@ def _has_mmseqs() -> bool:
 
 
 needs_mmseqs = pytest.mark.skipif(not _has_mmseqs(), reason="needs MMseqs2")
+
+
+def run_python(
+    *arguments, cwd: Path = ROOT, variables: Mapping[str, str | None] | None = None
+) -> subprocess.CompletedProcess[str]:
+    """Run Python in a process of its own; a variable that is None is not in its environment."""
+    wanted = {**os.environ, **(variables or {})}
+    environment = {name: value for name, value in wanted.items() if value is not None}
+    return subprocess.run(
+        [sys.executable, *map(str, arguments)],
+        cwd=cwd,
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=900,
+    )
 
 
 def make_proteins(count: int, low: int = 20, high: int = 120, seed: int = 0) -> list[str]:
@@ -89,6 +107,16 @@ def refusal(capsys) -> Callable[[int | Callable[[], int]], str]:
     return line
 
 
+@pytest.fixture
+def full_disk(monkeypatch) -> Callable[[str], None]:
+    """Return a function after which what it names raises the error of a full disk."""
+
+    def full(*_):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    return lambda name: monkeypatch.setattr(name, full)
+
+
 @pytest.fixture(autouse=True)
 def launcher_precision(monkeypatch):
     """Undo what a run in another precision leaves in the environment for accelerate."""
@@ -107,7 +135,7 @@ def tiny_tokenizer():
     return train_tokenizer(make_proteins(200, seed=1), TINY_VOCABULARY, n_positions=256)
 
 
-@pytest.fixture
+@pytest.fixture(scope="session")
 def tiny_lm():
     import torch
     from transformers import GPT2Config, GPT2LMHeadModel
@@ -131,6 +159,59 @@ def tiny_lm():
         ).eval()
 
     return build
+
+
+@pytest.fixture(scope="session")
+def tiny_llama():
+    """As ``tiny_lm``: rotary positions, and fewer heads of keys than of queries."""
+    import torch
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    def build(**config):
+        torch.manual_seed(0)
+        settings = {
+            "vocab_size": TINY_VOCABULARY,
+            "max_position_embeddings": 256,
+            "hidden_size": 16,
+            "intermediate_size": 32,
+            "num_hidden_layers": 2,
+            "num_attention_heads": 4,
+            "num_key_value_heads": 2,
+            "bos_token_id": 0,
+            "eos_token_id": 0,
+            "pad_token_id": 0,
+            "initializer_range": 0.4,
+        }
+        return LlamaForCausalLM(LlamaConfig(**(settings | config))).eval()
+
+    return build
+
+
+@pytest.fixture(scope="session")
+def saved_model(tiny_lm, tiny_tokenizer):
+    """Return a function that writes a model, or a ``tiny_lm``, with the tiny tokenizer."""
+
+    def save(folder: Path, model=None) -> Path:
+        (model or tiny_lm()).save_pretrained(folder)
+        tiny_tokenizer.save_pretrained(folder)
+        return folder
+
+    return save
+
+
+@pytest.fixture(scope="module")
+def undisturbed(tmp_path_factory, tiny_lm):
+    """Return a function that makes a Trainer and trains it, once for each choice of options."""
+    trained = {}
+
+    def train(make, **options):
+        key = f"{make.__name__} {options}"
+        if key not in trained:
+            trained[key] = make(tiny_lm, tmp_path_factory.mktemp("whole"), **options)
+            trained[key].train()
+        return trained[key]
+
+    return train
 
 
 @pytest.fixture(scope="session")

@@ -6,36 +6,17 @@ from pathlib import Path
 
 import pytest
 
-from tests.conftest import TINY_VOCABULARY, make_proteins
-
-
-def make_teacher(folder: Path, tokenizer) -> Path:
-    import torch
-    from transformers import GPT2Config, GPT2LMHeadModel
-
-    torch.manual_seed(0)
-    config = GPT2Config(
-        vocab_size=TINY_VOCABULARY,
-        n_positions=256,
-        n_layer=2,
-        n_head=2,
-        n_embd=32,
-        bos_token_id=0,
-        eos_token_id=0,
-    )
-    GPT2LMHeadModel(config).save_pretrained(folder)
-    tokenizer.save_pretrained(folder)
-    return folder
+from tests.conftest import make_proteins
 
 
 @pytest.fixture(scope="session")
-def finished(tmp_path_factory, tiny_tokenizer) -> Path:
+def finished(tmp_path_factory, tiny_lm, saved_model) -> Path:
     """A folder with ``teacher``, ``proteins.fasta`` and the finished run ``student``."""
     from src.common.settings import StudentSettings, TrainSettings
     from src.training.stages import train
 
     folder = tmp_path_factory.mktemp("finished")
-    make_teacher(folder / "teacher", tiny_tokenizer)
+    saved_model(folder / "teacher", tiny_lm(n_embd=32, initializer_range=0.02))
     proteins = make_proteins(200, seed=3)
     (folder / "proteins.fasta").write_text("".join(f">p{i}\n{p}\n" for i, p in enumerate(proteins)))
     settings = TrainSettings(

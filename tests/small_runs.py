@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import json
+import os
+import signal
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from transformers import TrainingArguments
+from transformers import TrainerCallback, TrainingArguments
 
 from src.common.files import sha256_file
 from src.distillation import DistillationTrainer
@@ -32,21 +35,51 @@ class Tokens:
         return self.rows[index]
 
 
+class At(TrainerCallback):
+    """Does something at the n-th event of a kind."""
+
+    def __init__(self, event: str, count: int, act: Callable[[], Any]) -> None:
+        self.left, self.act = count, act
+        setattr(self, event, self.happen)
+
+    def happen(self, *arguments, **options) -> None:
+        self.left -= 1
+        if self.left == 0:
+            self.act()
+
+
+def interrupt() -> None:
+    """End a training at once, as a kill does."""
+    raise KeyboardInterrupt
+
+
+def signal_at(event: str, count: int, number: int = signal.SIGTERM) -> At:
+    """Return a callback that sends this process a signal at the n-th event of a kind."""
+    return At(event, count, lambda: os.kill(os.getpid(), number))
+
+
+def arguments(folder, **more) -> TrainingArguments:
+    """Return arguments of a training on the CPU that shows and reports nothing."""
+    return TrainingArguments(
+        output_dir=str(folder),
+        use_cpu=True,
+        report_to="none",
+        disable_tqdm=True,
+        remove_unused_columns=False,
+        **more,
+    )
+
+
 def make_trainer(tiny_lm, folder, packed=False, dropout=0.1, loss=None, **overrides) -> Any:
     """Return a Trainer whose log, validation and checkpoints fall on different steps."""
     pdrop = {"resid_pdrop": dropout, "embd_pdrop": dropout, "attn_pdrop": dropout}
     student = tiny_lm(seed=1, **pdrop)
     settings: dict[str, Any] = {
-        "output_dir": str(folder),
-        "use_cpu": True,
-        "report_to": "none",
-        "disable_tqdm": True,
         "save_strategy": "steps",
         "save_steps": 2,
         "save_total_limit": None,
         "eval_strategy": "steps",
         "eval_steps": 3,
-        "remove_unused_columns": False,
         "per_device_train_batch_size": 2,
         "gradient_accumulation_steps": 2,
         "max_steps": 9,
@@ -61,7 +94,7 @@ def make_trainer(tiny_lm, folder, packed=False, dropout=0.1, loss=None, **overri
         model=student,
         teacher_model=tiny_lm(n_layer=3, n_embd=24, seed=2),
         **{"use_uncertainty_weighting": True, "use_calibration_smoothing": True, **(loss or {})},
-        args=TrainingArguments(**{**settings, **overrides}),
+        args=arguments(folder, **(settings | overrides)),
         train_dataset=dataset,
         eval_dataset=dataset,
         data_collator=PackingCollator(0, 64) if packed else PaddingCollator(0),

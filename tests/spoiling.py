@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-WRONG = (None, "x", [], {}, -1, 10**30)
+WRONG = (None, "x", [], {}, -1, 10**30, 10**400, "a\0b", "\ud800")
 """Beside being missing, what a value of a broken record may be."""
 
 
@@ -43,7 +43,7 @@ def refusals(
 ) -> list[str]:
     """Spoil every place of a record in some ways, read each, and return what was refused why.
 
-    ``of_each`` is how many of a place's seven ways are tried, ``share`` that of the places, drawn.
+    ``of_each`` is how many of a place's ways are tried, ``share`` that of the places, drawn.
     Each spoiled record is written to ``path``; whatever ``read`` raises but ``ValueError`` passes
     through.
     """

@@ -23,24 +23,16 @@ from src.experiments.ablation import GridRun, tuned_rates
 from src.experiments.grids import ARMS, GRIDS, PUBLISHED, RATES_FILE, Cell, Grid, settings_key
 from src.models.loading import load_causal_lm, model_fingerprint
 from tests.conftest import make_proteins, write_parts
+from tests.spoiling import refusals
 
 ROOT = Path(__file__).resolve().parents[1]
 
 
 @pytest.fixture(scope="module")
-def world(tmp_path_factory, tiny_tokenizer):
+def world(tmp_path_factory, tiny_lm, saved_model):
     """A teacher and proteins as directories."""
-    import torch
-    from transformers import GPT2Config, GPT2LMHeadModel
-
     folder = tmp_path_factory.mktemp("world")
-    torch.manual_seed(0)
-    config = GPT2Config(
-        vocab_size=64, n_positions=256, n_embd=24, n_layer=2, n_head=2, bos_token_id=0,
-        eos_token_id=0, resid_pdrop=0.0, embd_pdrop=0.0, attn_pdrop=0.0, initializer_range=0.3,
-    )  # fmt: skip
-    GPT2LMHeadModel(config).save_pretrained(folder / "teacher")
-    tiny_tokenizer.save_pretrained(folder / "teacher")
+    saved_model(folder / "teacher", tiny_lm(n_embd=24, initializer_range=0.3))
     counts = {"train": 60, "validation": 12, "test": 16}
     parts = {p: make_proteins(n, 20, 60, i) for i, (p, n) in enumerate(counts.items())}
     write_parts(folder / "proteins", parts)
@@ -344,6 +336,12 @@ def test_learning_rates_are_chosen_on_validation(finished, grid, world, tmp_path
     cells = job(confirm, tmp_path, world).cells
     assert len(cells) == 12
     assert all(c.learning_rate == chosen["rates"][c.size][c.arm] for c in cells)
+    path = tmp_path / "spoiled" / "results" / RATES_FILE
+    path.parent.mkdir(parents=True)
+    messages = refusals(chosen, path, lambda: job(confirm, tmp_path / "spoiled", world), of_each=4)
+    assert messages
+    unlike = [m for m in messages if not m.startswith(f"{path}: ") or "choose again" not in m]
+    assert all("needs a tuned learning rate" in message for message in unlike), unlike
     with pytest.raises(ValueError, match="needs a tuned learning rate for both at s"):
         confirm.cells({"s": {"baseline": 1e-3}})
 
@@ -437,25 +435,3 @@ def test_the_script(grid, world, tmp_path, capsys, refusal):
     assert script.main([*arguments, "--status"]) == 0
     assert "2 of 2 cells done" in capsys.readouterr().out
     assert read_json(tmp_path / "work" / "s27-seed42" / "group.json")["members"]
-
-
-@pytest.mark.parametrize(
-    ("content", "message"),
-    [
-        ({}, "rates is missing"),
-        ([1], "must be an object"),
-        ({"rates": {"s27": "x"}, "best_arm": {}}, "rates.s27 must be an object"),
-        ({"rates": {"s27": {"both": -1}}, "best_arm": {}}, "rates.s27.both must be"),
-        ({"rates": {"s27": {"both": 1e400}}, "best_arm": {}}, "not a finite number"),
-        ({"rates": {}, "best_arm": {"s27": 3}}, "best_arm.s27 must be text"),
-    ],
-)
-def test_learning_rates_that_are_none_are_refused_with_their_file(
-    tmp_path, refusal, content, message
-):
-    path = tmp_path / RATES_FILE
-    path.write_text(json.dumps(content))
-    arguments = ["--grid", "synergy", "--results", str(tmp_path), "--work", str(tmp_path / "work")]
-    error = refusal(script.main([*arguments, "--status"]))
-    assert f"{path}: {message}" in error or message == "not a finite number" in error
-    assert "choose again (scripts/ablation.py --grid NAME --choose)" in error

@@ -42,10 +42,9 @@ from src.trainer.adapter import TrainerAdapter
 from tests.conftest import make_proteins
 
 VOCABULARY = 40
+HIDDEN = {"vocab_size": VOCABULARY, "hidden_size": 32, "num_hidden_layers": 2}
 COMMON = {
-    "vocab_size": VOCABULARY,
-    "hidden_size": 32,
-    "num_hidden_layers": 2,
+    **HIDDEN,
     "num_attention_heads": 4,
     "num_key_value_heads": 2,
     "intermediate_size": 48,
@@ -66,27 +65,18 @@ ARCHITECTURES: dict[str, dict] = {
     "ctrl": {**GPT, "dff": 48},
     "openai-gpt": GPT,
     "gpt_neo": {
-        "vocab_size": VOCABULARY,
-        "hidden_size": 32,
-        "num_layers": 2,
+        **HIDDEN,
         "num_heads": 4,
         "attention_types": [[["global", "local"], 1]],
         "max_position_embeddings": 64,
         "window_size": 16,
     },
     "mpt": {**D_MODEL, "n_layers": 2, "n_heads": 4, "max_seq_len": 64},
-    "bloom": {"vocab_size": VOCABULARY, "hidden_size": 32, "n_layer": 2, "n_head": 4},
-    "rwkv": {"vocab_size": VOCABULARY, "hidden_size": 32, "num_hidden_layers": 2},
-    "mamba": {
-        "vocab_size": VOCABULARY,
-        "hidden_size": 32,
-        "num_hidden_layers": 2,
-        "state_size": 8,
-    },
+    "bloom": {**HIDDEN, "n_head": 4},
+    "rwkv": HIDDEN,
+    "mamba": {**HIDDEN, "state_size": 8},
     "mamba2": {
-        "vocab_size": VOCABULARY,
-        "hidden_size": 32,
-        "num_hidden_layers": 2,
+        **HIDDEN,
         "state_size": 8,
         "num_heads": 8,
         "head_dim": 8,
@@ -242,9 +232,10 @@ def test_a_head_of_another_kind_is_run_for_its_logits(tiny_lm, capsys):
         torch.testing.assert_close(ours[0], model(ids[:1]).logits[0], rtol=1e-5, atol=1e-3)
 
 
-@pytest.mark.parametrize("name", ["gemma2", "cohere2", "modernbert-decoder"])
+@pytest.mark.parametrize("name", ["gpt2", "gemma2", "cohere2", "modernbert-decoder"])
 def test_gradients_are_those_of_the_models_own_logits(name):
     teacher, student = build(name), build(name)
+    assert student.get_output_embeddings().weight is student.get_input_embeddings().weight
     with torch.no_grad():
         for parameter in student.parameters():
             parameter.add_(0.05 * torch.randn_like(parameter))

@@ -2,23 +2,20 @@
 
 from __future__ import annotations
 
-import dataclasses
 import importlib.util
 import json
-import subprocess
-import sys
-import time
 from pathlib import Path
 
 import pytest
 import torch
 
-from src.common.settings import LossSettings, StudentSettings
+from src.common.settings import StudentSettings
+from tests.conftest import run_python
 from tools.benchmark import report
 from tools.benchmark import run as script
 from tools.benchmark import sections as b
 from tools.benchmark import workbench as w
-from tools.benchmark.loss import LossBench, LossCase, loss_peak, relative_difference
+from tools.benchmark.loss import LossBench, LossCase, loss_peak
 
 ROOT = Path(__file__).resolve().parents[1]
 TINY = w.Scale(
@@ -35,29 +32,13 @@ TINY = w.Scale(
     evaluated=5,
 )
 
+NEEDS_TRL = pytest.mark.skipif(not importlib.util.find_spec("trl"), reason="needs trl")
 BEGIN, END = f"<!-- {report.SECTION} -->", f"<!-- /{report.SECTION} -->"
 
 
-def case(settings: LossSettings | None = None, **changes) -> LossCase:
-    labels = (tuple(range(20)), tuple(range(5, 17)))
-    plain = LossCase(labels, 8, 12, 64, "float32", settings or LossSettings(), "cpu", 1)
-    return dataclasses.replace(plain, **changes)
-
-
 @pytest.fixture(scope="module")
-def teacher_dir(tmp_path_factory, tiny_tokenizer):
-    from transformers import GPT2Config, GPT2LMHeadModel
-
-    folder = tmp_path_factory.mktemp("teacher")
-    torch.manual_seed(0)
-    end = tiny_tokenizer.eos_token_id
-    config = GPT2Config(
-        vocab_size=len(tiny_tokenizer), n_positions=64, n_layer=1, n_head=2, n_embd=16,
-        bos_token_id=end, eos_token_id=end,
-    )  # fmt: skip
-    GPT2LMHeadModel(config).save_pretrained(folder)
-    tiny_tokenizer.save_pretrained(folder)
-    return folder
+def teacher_dir(tmp_path_factory, tiny_lm, saved_model):
+    return saved_model(tmp_path_factory.mktemp("teacher"), tiny_lm(n_layer=1, n_positions=64))
 
 
 @pytest.fixture(scope="module")
@@ -78,33 +59,6 @@ def bench(teacher_dir, fasta, tmp_path):
     return bench
 
 
-def test_rounds_are_interleaved_and_every_other_one_goes_backwards():
-    order: list[str] = []
-    sides = {name: lambda name=name: order.append(name) for name in "abc"}
-    seconds = w.interleave(sides, 3)
-    assert "".join(order) == "abc" + "abc" + "cba" + "abc"
-    assert {name: len(each) for name, each in seconds.items()} == {"a": 3, "b": 3, "c": 3}
-
-
-def test_times_are_those_of_the_sides_and_by_the_work_they_did():
-    amounts = {"quick": 1.0, "slow": 0.0}
-
-    def slow() -> None:
-        time.sleep(0.05)
-        amounts["slow"] = 5.0
-
-    seconds = w.interleave({"quick": lambda: None, "slow": slow}, 2, warm=False, amounts=amounts)
-    assert all(0.01 <= each < 0.1 for each in seconds["slow"])
-    assert all(each < 0.01 for each in seconds["quick"])
-
-
-def test_a_ratio_is_the_median_over_rounds_and_keeps_them():
-    found = w.ratio([4.0, 9.0, 8.0], [2.0, 3.0, 8.0])
-    assert (found["ratio"], found["lowest"], found["highest"]) == (2.0, 1.0, 3.0)
-    assert found["reference"] == [4.0, 9.0, 8.0]
-    assert found["ours"] == [2.0, 3.0, 8.0]
-
-
 def test_sides_that_differ_are_not_timed(bench, monkeypatch):
     w.require_same("x", {"loss": 1e-6}, 1e-5)
     for wrong in (1e-4, float("nan")):
@@ -115,47 +69,24 @@ def test_sides_that_differ_are_not_timed(bench, monkeypatch):
         b.loss_section(bench)
 
 
-def test_relative_difference():
-    one = torch.tensor([3.0, 4.0])
-    assert relative_difference(one, one) == 0
-    assert relative_difference(one * 1.5, one) == pytest.approx(0.5)
-
-
-@pytest.mark.parametrize("settings", [LossSettings(), w.ENHANCED])
-def test_the_ways_of_a_loss_agree(settings):
-    losses = LossBench(case(settings))
-    found = losses.differences("fused", "reference")
-    assert len(found) == 3
-    assert max(found.values()) < 1e-5
-
-
-@pytest.mark.skipif(not importlib.util.find_spec("liger_kernel"), reason="needs liger-kernel")
-def test_ligers_loss_is_ours_without_weights_and_smoothing():
-    found = LossBench(case(LossSettings(alpha=0.3))).differences("fused", "liger")
-    assert max(found.values()) < 1e-5
-
-
 @pytest.mark.slow
 def test_the_plain_loss_holds_its_logits_and_ours_does_not():
     """512 positions of 20,011 tokens: one tensor of float32 logits is 41 MB."""
     labels = tuple(tuple(range(128)) for _ in range(4))
-    large = case(w.ENHANCED, labels=labels, vocabulary=20_011)
+    large = LossCase(labels, 8, 12, 20_011, "float32", w.ENHANCED, "cpu", 1)
     logits = 512 * 20_011 * 4
     plain = loss_peak(large, "reference")["bytes"]
     assert plain > 5 * logits
     assert 0 < loss_peak(large, "fused")["bytes"] < plain
 
 
-def test_proteins_of_a_batch_nearly_fill_it(bench):
-    lengths = sorted(bench.proteins.lengths.tolist())
-    fitting = [length for length in lengths if length <= lengths[-4]]
-    assert sorted(bench.rows(3, lengths[-4]).lengths.tolist()) == fitting[-3:]
-    assert len(fitting) < len(lengths)
-    with pytest.raises(ValueError, match="give more"):
-        bench.rows(2, 1)
-
-
-@pytest.mark.parametrize("section", ["step", "students", "generation", "evaluation"])
+@pytest.mark.parametrize(
+    "section",
+    [
+        *("step", "students", "generation", "evaluation"),
+        pytest.param("trl", marks=[NEEDS_TRL, pytest.mark.slow]),
+    ],
+)
 def test_a_section_checks_and_measures(bench, section):
     results = b.run_benchmark(bench, [section])
     assert set(results["ratios"]) <= set(report.FIGURES)
@@ -170,18 +101,6 @@ def test_a_section_checks_and_measures(bench, section):
         assert set(results["ratios"]) == {
             f"{kind}_step_{name}" for kind in ("online", "cached") for name, _ in TINY.students
         }
-
-
-def test_steps_in_bfloat16_agree(bench):
-    bench.scale = dataclasses.replace(TINY, precision="bf16")
-    results = b.run_benchmark(bench, ["step"])
-    assert results["ratios"]["cached_step_4l512"] > 0
-
-
-@pytest.mark.skipif(not importlib.util.find_spec("trl"), reason="needs trl")
-@pytest.mark.slow
-def test_trls_loss_is_ours(bench):
-    assert b.run_benchmark(bench, ["trl"])["ratios"]["trl_step"] > 0
 
 
 @pytest.mark.parametrize(("section", "package"), [("trl", "trl"), ("liger", "liger_kernel")])
@@ -295,10 +214,11 @@ def test_wrong_input_is_one_line(tmp_path, teacher_dir, refusal, arguments, mess
 def test_the_quick_benchmark_runs_through(tmp_path, teacher_dir, fasta):
     """With the processes that measure memory, which import the script anew."""
     output = tmp_path / "r.json"
-    command = [sys.executable, "tools/benchmark/run.py", "--quick", "--only", "loss", "--device"]
+    command = ["tools/benchmark/run.py", "--quick", "--only", "loss", "--device"]
     command += ["cpu", "--data", str(fasta), "--teacher_model", str(teacher_dir)]
     command += ["--output", str(output), "--cache_dir", str(tmp_path)]
-    subprocess.run(command, cwd=ROOT, check=True, timeout=600)
+    done = run_python(*command)
+    assert done.returncode == 0, done.stderr
     assert {"loss_memory", "loss_time_fp32", "loss_time_bf16"} <= set(
         report.read_benchmark(output)["ratios"]
     )

@@ -1,4 +1,4 @@
-"""The experiment's figures draw what they were given, and its tables say it."""
+"""Means over seeds and pooled calibration are drawn, and tables escape what would be read."""
 
 from __future__ import annotations
 
@@ -7,49 +7,6 @@ import pytest
 
 from src.common import tables
 from src.experiments import charts
-
-
-def entry(estimate: float, half: float = 0.01) -> dict:
-    return {"estimate": estimate, "interval": [estimate - half, estimate + half]}
-
-
-def size_record(shift: float = 0.0) -> dict:
-    """A record of analysis.json with four arms and two seeds."""
-    means = {"baseline": 2.9, "uncertainty": 2.92, "calibration": 2.93 + shift, "both": 2.88}
-    arms = {arm: entry(y) | {"by_seed": [y - 0.002, y + 0.002]} for arm, y in means.items()}
-    against = {a: {"nats": entry(y - 2.9)} for a, y in means.items() if a != "baseline"}
-    contrasts = {"U": 0.02, "C": 0.03 + shift, "B": -0.02, "I": -0.07 - shift}
-    return {
-        "arms": arms,
-        "against": {"baseline": against},
-        "designs": {
-            "published": {
-                "arms": list(means),
-                "contrasts": {key: entry(value) for key, value in contrasts.items()},
-            }
-        },
-    }
-
-
-def test_effects_show_estimates_intervals_and_seeds():
-    figure = charts.effects_figure({"a": size_record(), "b": size_record(0.1)}, 0.02)
-    upper, _, lower, _ = figure.axes
-    points = np.concatenate([np.asarray(line.get_xydata()) for line in upper.lines])
-    for value in (0.02, 0.03, -0.02):
-        assert np.isclose(points[:, 0], value).any()
-    names = [label.get_text() for label in upper.get_yticklabels()]
-    assert names == ["uncertainty", "calibration", "both"]
-    drawn = np.concatenate([np.asarray(line.get_xydata()) for line in lower.lines])
-    assert np.isclose(drawn[:, 0], -0.07).any()
-    # Arms share their seeds' spread, so that it cancels in every contrast.
-    assert "interaction (I)" in [label.get_text() for label in lower.get_yticklabels()]
-
-
-def test_effects_without_the_design_and_without_anything():
-    record = size_record() | {"designs": {}}
-    assert len(charts.effects_figure({"a": record}, 0.02).axes) == 1
-    with pytest.raises(ValueError, match="no analysis"):
-        charts.effects_figure({}, 0.02)
 
 
 def test_curves_are_means_over_seeds():

@@ -10,7 +10,7 @@ import subprocess
 import numpy as np
 import pytest
 import torch
-from small_runs import assert_same_bits, make_trainer, resume
+from small_runs import At, assert_same_bits, interrupt, make_trainer, resume
 from transformers import TrainerCallback
 
 from src.common.files import remove_temporaries_of, remove_unfinished
@@ -28,33 +28,21 @@ from src.trainer.states import as_json, random_states, restore_random_states
     ("stop_after", "workers", "packed"),
     [(0, 0, False), (4, 2, True), (6, 0, False)],
 )
-def test_a_resumed_run_ends_in_the_same_bits(tiny_lm, tmp_path, stop_after, workers, packed):
+def test_a_resumed_run_ends_in_the_same_bits(
+    tiny_lm, tmp_path, undisturbed, stop_after, workers, packed
+):
     options = {"packed": packed, "dataloader_num_workers": workers}
-    whole = make_trainer(tiny_lm, tmp_path / "whole", **options)
-    whole.train()
-    cut = make_trainer(tiny_lm, tmp_path / "cut", **options)
-
-    class Stop(Exception):
-        pass
-
-    step = cut.training_step
-
-    def stopping_step(*arguments, **options):
-        # In the middle of accumulation, some steps after the checkpoint.
-        if cut.state.global_step == stop_after + 1:
-            raise Stop
-        return step(*arguments, **options)
-
-    cut.training_step = stopping_step
-    with pytest.raises(Stop):
+    cut = make_trainer(tiny_lm, tmp_path, **options)
+    # A step after the checkpoint, and in the next one.
+    cut.add_callback(At("on_step_begin", stop_after + 2, interrupt))
+    with pytest.raises(KeyboardInterrupt):
         cut.train()
     # Whatever the process did meanwhile must not matter.
     torch.rand(5)
     random.random()
     np.random.rand(3)
-    resumed = make_trainer(tiny_lm, tmp_path / "cut", **options)
-    resume(resumed)
-    assert_same_bits(whole, resumed)
+    resumed = resume(make_trainer(tiny_lm, tmp_path, **options))
+    assert_same_bits(undisturbed(make_trainer, **options), resumed)
 
 
 def test_old_checkpoints_go_and_no_pickle_is_written(tiny_lm, tmp_path):
@@ -106,16 +94,15 @@ def test_random_states_round_trip_through_json():
     assert first == (torch.rand(3).tolist(), random.random(), np.random.rand(3).tolist())
 
 
-def test_a_run_killed_after_its_last_checkpoint_makes_no_further_step(tiny_lm, tmp_path):
+def test_a_run_killed_after_its_last_checkpoint_makes_no_further_step(
+    tiny_lm, tmp_path, undisturbed
+):
     # Ten steps would be the end of an epoch; nine is the middle of one, where the Trainer of the
     # library would go on.
-    whole = make_trainer(tiny_lm, tmp_path / "whole")
-    whole.train()
-    again = resume(make_trainer(tiny_lm, tmp_path / "whole"))
+    make_trainer(tiny_lm, tmp_path).train()
+    again = resume(make_trainer(tiny_lm, tmp_path))
     assert again.state.global_step == 9
-    other = make_trainer(tiny_lm, tmp_path / "other")
-    other.train()
-    assert_same_bits(again, other)
+    assert_same_bits(again, undisturbed(make_trainer))
 
 
 class End(TrainerCallback):
@@ -155,20 +142,9 @@ def test_a_checkpoint_of_a_step_can_be_made_again(tiny_lm, tmp_path):
     assert kept == {"checkpoint-2", "checkpoint-2.broken-1", "checkpoint-2.broken-2"}
 
 
-class Die(TrainerCallback):
-    """Ends the process, as it were, when a step is over."""
-
-    def __init__(self, step: int):
-        self.step = step
-
-    def on_step_end(self, args, state, control, **kwargs):
-        if state.global_step == self.step:
-            raise KeyboardInterrupt
-
-
-def killed(trainer, step: int):
-    """Train, or go on, to the end of a step."""
-    trainer.add_callback(Die(step))
+def killed(trainer):
+    """Train, or go on, for three steps."""
+    trainer.add_callback(At("on_step_end", 3, interrupt))
     with pytest.raises(KeyboardInterrupt):
         resume(trainer)
 
@@ -182,12 +158,12 @@ def test_a_checkpoint_is_kept_beside_broken_ones_of_any_step(tiny_lm, tmp_path):
     assert names(checkpoints_of(tmp_path)) == ["checkpoint-9", "checkpoint-8"]
     for folder in checkpoints_of(tmp_path):
         damaged(folder, "truncated")
-    killed(make_trainer(tiny_lm, tmp_path, save_total_limit=2), 3)
+    killed(make_trainer(tiny_lm, tmp_path, save_total_limit=2))
     assert newest_valid(tmp_path, lambda line: None) == tmp_path / "checkpoint-2"
     # A broken one of an earlier step does not push a whole one out either.
     shutil.copytree(tmp_path / "checkpoint-2", tmp_path / "checkpoint-3")
     damaged(tmp_path / "checkpoint-3", "altered")
-    killed(make_trainer(tiny_lm, tmp_path, save_total_limit=2), 5)
+    killed(make_trainer(tiny_lm, tmp_path, save_total_limit=2))
     assert newest_valid(tmp_path, lambda line: None) == tmp_path / "checkpoint-4"
     assert fault_of(tmp_path / "checkpoint-2") is None
     resume(make_trainer(tiny_lm, tmp_path, save_total_limit=2))
@@ -198,7 +174,7 @@ def test_a_checkpoint_is_kept_beside_broken_ones_of_any_step(tiny_lm, tmp_path):
 
 def test_of_a_link_to_a_checkpoint_the_link_alone_goes(tiny_lm, tmp_path):
     run, disk = tmp_path / "run", tmp_path / "other disk"
-    killed(make_trainer(tiny_lm, run, save_total_limit=2), 3)
+    killed(make_trainer(tiny_lm, run, save_total_limit=2))
     shutil.move(run / "checkpoint-2", disk)
     (run / "checkpoint-2").symlink_to(disk)
     resume(make_trainer(tiny_lm, run, save_total_limit=2))
@@ -209,9 +185,7 @@ def test_of_a_link_to_a_checkpoint_the_link_alone_goes(tiny_lm, tmp_path):
     assert fault_of(disk) is None
 
 
-def test_a_full_disk_leaves_the_last_checkpoint_and_a_clear_line(tiny_lm, tmp_path, small_disk):
-    whole = make_trainer(tiny_lm, tmp_path / "whole")
-    whole.train()
+def test_a_full_disk_leaves_the_last_checkpoint_and_a_clear_line(tiny_lm, undisturbed, small_disk):
     run = small_disk / "run"
     fill = small_disk / "other data"
     trainer = make_trainer(tiny_lm, run)
@@ -230,7 +204,7 @@ def test_a_full_disk_leaves_the_last_checkpoint_and_a_clear_line(tiny_lm, tmp_pa
     assert all(fault_of(path) is None for path in checkpoints_of(run))
     assert not list(run.glob("*.unfinished"))
     fill.unlink()
-    assert_same_bits(whole, resume(make_trainer(tiny_lm, run)))
+    assert_same_bits(undisturbed(make_trainer), resume(make_trainer(tiny_lm, run)))
 
 
 @pytest.fixture

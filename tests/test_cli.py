@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import os
-import subprocess
 import sys
 from pathlib import Path
 
@@ -12,6 +10,7 @@ import pytest
 
 from src.common import cli
 from src.common.cli import HUGE_PAGES
+from tests.conftest import run_python
 
 ROOT = Path(__file__).parents[1]
 SWITCH = Path("/sys/kernel/mm/transparent_hugepage/enabled")
@@ -35,16 +34,7 @@ raise SystemExit(run_script(run, argparse.ArgumentParser, []))
 
 def huge_kilobytes(**variables: str) -> int:
     """Return how much memory in huge pages a script holds that allocates 128 MB."""
-    environment = {k: v for k, v in os.environ.items() if k != HUGE_PAGES} | variables
-    done = subprocess.run(
-        [sys.executable, "-c", SCRIPT],
-        env=environment,
-        cwd=ROOT,
-        capture_output=True,
-        text=True,
-        check=True,
-    )
-    return int(done.stdout)
+    return int(run_python("-c", SCRIPT, variables={HUGE_PAGES: None, **variables}).stdout)
 
 
 @pytest.mark.skipif(
@@ -99,6 +89,7 @@ def test_many_a_second_are_a_rate(monkeypatch, capsys):
         ("scripts/pipeline.py --help", "--sweep"),
         ("tools/upload_to_hf.py --help", "--dry_run"),
         ("tools/benchmark/run.py --help", "--quick"),
+        ("tools/write_cli_docs.py --check", "up to date"),
         (
             f"scripts/compare.py {ROOT}/results/students/recommended_1500.json "
             f"--reference {ROOT}/results/students/published_1500.json",
@@ -117,9 +108,7 @@ def test_help_plans_and_comparisons_are_quick_and_need_no_torch(typed, wanted, t
         "except SystemExit as stop: assert not stop.code, stop.code\n"
         f"assert not set({heavy}) & set(sys.modules)"
     )
-    done = subprocess.run(
-        [sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True
-    )
+    done = run_python("-c", code, cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     assert wanted in done.stdout
     assert not list(tmp_path.iterdir())
@@ -135,9 +124,7 @@ def test_help_plans_and_comparisons_are_quick_and_need_no_torch(typed, wanted, t
 )
 def test_without_the_packages_one_line_says_so(typed):
     """As where a new shell has not activated the environment: -S hides its packages."""
-    done = subprocess.run(
-        [sys.executable, "-S", *typed.split()], cwd=ROOT, capture_output=True, text=True
-    )
+    done = run_python("-S", *typed.split())
     assert done.returncode == 2
     assert done.stderr.count("\n") == 1
     assert "is not installed for" in done.stderr

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import csv
-import errno
 import gzip
 import io
 import itertools
@@ -34,6 +33,7 @@ from src.proteins.sources import SAME_NAMES, has_split, read_proteins
 from src.proteins.tokens import TokenisedProteins, data_summary, open_store, tokenise
 
 A, B, C = "MKVLAAGIT", "MSTNPKPQRKTKRNTNRRPQDVKFPGG", "MAAAK"
+HEAVY = A + B
 
 
 def write(path: Path, content: str | bytes) -> Path:
@@ -310,6 +310,16 @@ REFUSED = {
     "CSV with two names": ("a.csv", b"id,id,sequence\na,b,MKT\n", "2 columns are named 'id'"),
     "CSV with an open quote": ("a.csv", b'sequence\n"MKV\nMK\n', r"a\.csv:3: broken CSV"),
     "CSV of tokens": ("a.csv", b"input_ids\n1\n", "use parquet"),
+    "two chains in a line": ("a.txt", f"{HEAVY} {B}\n".encode(), "2 words in a line"),
+    "proteins beside text": ("a.csv", f"protein,text\n{HEAVY},membrane protein\n".encode(),
+                             "--sequence_column protein"),
+    "proteins beside types": (
+        "a.csv", f"construct,aa,type\nc0,{HEAVY},wildtype\nc1,{B},mutant\n".encode(),
+        "--sequence_column .aa"),
+    "mmCIF": ("a.cif", b"data_1UBQ\n#\n", "in mmCIF"),
+    "PDB": ("a.pdb", b"REMARK 1\nATOM\n", "a PDB structure"),
+    "JSON of other keys": ("a.json", json.dumps([{"primary": HEAVY}]).encode(),
+                           "--sequence_column .primary"),
     "parquet of nothing": ("a.parquet", b"PAR1rubbishPAR1", "broken parquet"),
     "parquet by name": ("a.parquet", b"hello", "broken parquet"),
 }  # fmt: skip
@@ -640,11 +650,8 @@ def test_a_damaged_store_is_built_anew(capsys, damage, stored):
     assert [again.sequence(i) for i in range(2)] == [A, B]
 
 
-def test_a_full_disk_is_named_with_a_way_out(tmp_path, random_proteins, stored, monkeypatch):
-    def full(*_):
-        raise OSError(errno.ENOSPC, "No space left on device")
-
-    monkeypatch.setattr("src.proteins.tokens._build", full)
+def test_a_full_disk_is_named_with_a_way_out(tmp_path, random_proteins, stored, full_disk):
+    full_disk("src.proteins.tokens._build")
     with pytest.raises(ValueError, match=r"cache: no space left on the disk.*--cache_dir"):
         stored(fasta(random_proteins(3)))
     assert [p.name for p in (tmp_path / "cache").iterdir() if p.is_dir()] == []
@@ -868,6 +875,19 @@ LONG = "MKVLAAGITMSTNPKPQRKTKRN"
          ["MKVLG", "MKV", "ACDEF"]),
         ("a.pir", f">P1;x\nPEPTIDE\n{A}\n{B}*\n>P1;y\n\n{B}*\n>P1;z\n{A}\n", [A + B, B, A]),
         ("a.csv", f'"{{""Run"": ""X""}}"\nsequence,sequence_alignment_aa\nATG,{A}\n', [A]),
+        # cat a.csv b.csv, and write.table of R
+        ("a.csv", f"name,sequence\nx,{HEAVY}\nname,sequence\ny,{B}\n", [HEAVY, B]),
+        ("a.tsv", f"sequence\tscore\n1\t{HEAVY}\t0.5\n2\t{B}\t0.1\n", [HEAVY, B]),
+        ("a.tsv", f'name\tsequence\n"Foo" protein\t{HEAVY}\nb\t{B}\n', [HEAVY, B]),
+        ("a.csv", f'name, sequence\nx, "{HEAVY}"\n', [HEAVY]),
+        ("a.csv", "# a comment\n" * 25 + f"name,sequence\nx,{HEAVY}\n", [HEAVY]),
+        ("a.fasta", f" >x\n{HEAVY}\n >y\n{B}\n", [HEAVY, B]),
+        ("a.fasta", f">A1;B some words\n{HEAVY}*\n>b\n{B}*\n", [HEAVY, B]),  # no PIR
+        ("a.txt", f"{HEAVY} active\n{B} inactive\n", [HEAVY, B]),
+        ("a.txt", f"KKLLKKLLKK active\n{B}\n", ["KKLLKKLLKK", B]),
+        ("a.fasta", ">a\nMET GLN MSE VAL\n>b\nGLY HIE LYS HID TRP\n", ["MQMV", "GHKHW"]),
+        ("a.fasta", ">a\nACE ALA GLN ALA NME\n>b\nAla-Gln\n", ["AQA", "AQ"]),
+        ("a.fasta", ">a\nGIGAVLKV-COOH\n", ["GIGAVLKV"]),
     ],
 )  # fmt: skip
 def test_files_as_people_bring_them(tmp_path, name, text, expected):
@@ -879,6 +899,13 @@ def test_files_as_people_bring_them(tmp_path, name, text, expected):
             path = tmp_path / name
             path.write_bytes(text.encode(encoding))
             assert read(path)[0] == expected
+
+
+def test_words_in_the_place_of_residues_are_dropped(tmp_path):
+    cells = f"name,sequence\nx,unknown\ny,Missing\nz,TBD\nw,{HEAVY}\n"
+    lines = f"Melittin\n{HEAVY}\nMagainin\n{B}\n"
+    assert read(write(tmp_path / "a.csv", cells))[0] == [HEAVY]
+    assert read(write(tmp_path / "a.txt", lines))[0] == [HEAVY, B]
 
 
 def test_a_named_column_is_read(tmp_path):
@@ -898,8 +925,11 @@ def test_excel(tmp_path):
     book = openpyxl.Workbook()
     for row in (["My assay"], [], ["Name", "Sequence", "Score"], ["x", A, 0.5], [None, B, None]):
         book.active.append(row)
+    book.create_sheet("notes").append(["Read me"])
     book.save(tmp_path / "a.xlsx")
-    assert read(tmp_path / "a.xlsx")[0] == [A, B]
+    found, report = read(tmp_path / "a.xlsx")
+    assert found == [A, B]
+    assert "of 2 sheets this one: Sheet" in report.notes
     (tmp_path / "b.xlsx").write_bytes((tmp_path / "a.xlsx").read_bytes()[:-300])
     with pytest.raises(ValueError, match=r"b\.xlsx: broken Excel file"):
         read(tmp_path / "b.xlsx")
@@ -1093,32 +1123,6 @@ def test_titles_of_pir_are_no_residues(tmp_path):
 
 # What else people bring
 
-HEAVY = A + B
-
-
-@pytest.mark.parametrize(
-    ("name", "text", "expected"),
-    [
-        # cat a.csv b.csv, and write.table of R
-        ("a.csv", f"name,sequence\nx,{HEAVY}\nname,sequence\ny,{B}\n", [HEAVY, B]),
-        ("a.tsv", f"sequence\tscore\n1\t{HEAVY}\t0.5\n2\t{B}\t0.1\n", [HEAVY, B]),
-        ("a.tsv", f'name\tsequence\n"Foo" protein\t{HEAVY}\nb\t{B}\n', [HEAVY, B]),
-        ("a.csv", f'name, sequence\nx, "{HEAVY}"\n', [HEAVY]),
-        ("a.csv", "# a comment\n" * 25 + f"name,sequence\nx,{HEAVY}\n", [HEAVY]),
-        ("a.csv", f"name,sequence\nx,unknown\ny,Missing\nz,TBD\nw,{HEAVY}\n", [HEAVY]),
-        ("a.fasta", f" >x\n{HEAVY}\n >y\n{B}\n", [HEAVY, B]),
-        ("a.fasta", f">A1;B some words\n{HEAVY}*\n>b\n{B}*\n", [HEAVY, B]),  # no PIR
-        ("a.txt", f"{HEAVY} active\n{B} inactive\n", [HEAVY, B]),
-        ("a.txt", f"KKLLKKLLKK active\n{B}\n", ["KKLLKKLLKK", B]),
-        ("a.txt", f"Melittin\n{HEAVY}\nMagainin\n{B}\n", [HEAVY, B]),
-        ("a.fasta", ">a\nMET GLN MSE VAL\n>b\nGLY HIE LYS HID TRP\n", ["MQMV", "GHKHW"]),
-        ("a.fasta", ">a\nACE ALA GLN ALA NME\n>b\nAla-Gln\n", ["AQA", "AQ"]),
-        ("a.fasta", ">a\nGIGAVLKV-COOH\n", ["GIGAVLKV"]),
-    ],
-)  # fmt: skip
-def test_more_files_as_people_bring_them(tmp_path, name, text, expected):
-    assert read(write(tmp_path / name, text))[0] == expected
-
 
 @pytest.mark.parametrize(
     "text",
@@ -1130,26 +1134,6 @@ def test_codes_that_are_no_known_residues_are_no_letters_either(tmp_path, text):
     assert counts(report.dropped) == {notation.OTHER_CODES: 1}
 
 
-@pytest.mark.parametrize(
-    ("name", "content", "message"),
-    [
-        ("a.txt", f"{HEAVY} {B}\n", "2 words in a line"),  # a heavy and a light chain
-        ("a.csv", f"protein,text\n{HEAVY},membrane protein\n", "--sequence_column protein"),
-        (
-            "a.csv",
-            f"construct,aa,type\nc0,{HEAVY},wildtype\nc1,{B},mutant\n",
-            "--sequence_column .aa",
-        ),
-        ("a.cif", "data_1UBQ\n#\n", "in mmCIF"),
-        ("a.pdb", "REMARK 1\nATOM\n", "a PDB structure"),
-        ("a.json", json.dumps([{"primary": HEAVY}]), "--sequence_column .primary"),
-    ],
-)
-def test_more_files_are_refused_with_the_way_out(tmp_path, name, content, message):
-    with pytest.raises(ValueError, match=message):
-        read(write(tmp_path / name, content))
-
-
 def test_json_keys_that_come_late_are_read_or_named(tmp_path, monkeypatch):
     rows = [json.dumps({"sequence": A + "MKVL"[i % 4] * i}) for i in range(25)]
     rows.append(json.dumps({"sequence": B, "name": "lys"}))
@@ -1159,19 +1143,6 @@ def test_json_keys_that_come_late_are_read_or_named(tmp_path, monkeypatch):
     found, report = read(path)
     assert len(found) == 26
     assert report.noticed[table_rows.LATE_KEYS]["count"] == 1
-
-
-def test_the_sheet_with_the_proteins_is_read(tmp_path):
-    openpyxl = pytest.importorskip("openpyxl")
-    book = openpyxl.Workbook()
-    book.active.append(["Read me first"])
-    data = book.create_sheet("data")
-    data.append(["Name", "Sequence"])
-    data.append(["x", HEAVY])
-    book.save(tmp_path / "a.xlsx")
-    found, report = read(tmp_path / "a.xlsx")
-    assert found == [HEAVY]
-    assert "of 2 sheets this one: data" in report.notes
 
 
 def test_a_word_document_is_called_so(tmp_path):

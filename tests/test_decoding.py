@@ -7,28 +7,17 @@ import random
 
 import pytest
 import torch
-from transformers import LlamaConfig, LlamaForCausalLM
 
 from src.models import decoding
-from src.models.decoding import Decoder, is_plain_gpt2, sampling_room
-
-
-def llama():
-    torch.manual_seed(0)
-    config = LlamaConfig(
-        vocab_size=64, hidden_size=16, intermediate_size=32, num_hidden_layers=2,
-        num_attention_heads=4, num_key_value_heads=2, max_position_embeddings=256,
-        initializer_range=0.4,
-    )  # fmt: skip
-    return LlamaForCausalLM(config).eval()
+from src.models.decoding import Decoder, is_plain_gpt2
 
 
 @pytest.mark.parametrize(
     "kind", ["gpt2", "gpt2 of transformers", "llama", "scaled", "relu", "parts of the head"]
 )
-def test_logits_are_those_of_a_whole_pass(tiny_lm, monkeypatch, kind):
+def test_logits_are_those_of_a_whole_pass(tiny_lm, tiny_llama, monkeypatch, kind):
     if kind == "llama":
-        model = llama()
+        model = tiny_llama()
     elif kind == "scaled":
         model = tiny_lm(scale_attn_by_inverse_layer_idx=True, scale_attn_weights=False, n_inner=24)
     else:
@@ -66,8 +55,8 @@ def test_logits_are_those_of_a_whole_pass(tiny_lm, monkeypatch, kind):
 
 @pytest.mark.parametrize("prompt", [[0, 5, 9], [0]])
 @pytest.mark.parametrize("kind", ["gpt2", "llama"])
-def test_rows_of_many_lengths_attend_in_groups(tiny_lm, monkeypatch, kind, prompt):
-    model = (llama() if kind == "llama" else tiny_lm()).double()
+def test_rows_of_many_lengths_attend_in_groups(tiny_lm, tiny_llama, monkeypatch, kind, prompt):
+    model = (tiny_llama() if kind == "llama" else tiny_lm()).double()
     # as many groups as there are blocks
     monkeypatch.setattr(decoding, "CPU_GROUPS", (2, 1))
     chance = random.Random(0)
@@ -129,16 +118,3 @@ def test_what_is_not_gpt2_itself_runs_in_transformers(tiny_lm):
     assert is_plain_gpt2(model)
     model.transformer.h[0].mlp.c_fc = torch.nn.Linear(16, 64)  # as an adapter would
     assert not is_plain_gpt2(model)
-
-
-def test_rows_end_where_a_window_of_attention_would_slide():
-    from transformers import MambaConfig, MambaForCausalLM, MistralConfig, MistralForCausalLM
-
-    config = MistralConfig(
-        vocab_size=64, hidden_size=16, intermediate_size=32, num_hidden_layers=1,
-        num_attention_heads=2, num_key_value_heads=2, sliding_window=8,
-    )  # fmt: skip
-    assert sampling_room(MistralForCausalLM(config), 100) == 8
-    config = MambaConfig(vocab_size=64, hidden_size=16, num_hidden_layers=1)
-    with pytest.raises(ValueError, match="proteins cannot be sampled from it"):
-        sampling_room(MambaForCausalLM(config), 100)

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from small_runs import Tokens
+from small_runs import Tokens, arguments
 from torch.utils.data import Dataset
 from transformers import TrainingArguments
 
@@ -21,14 +21,9 @@ from src.proteins.batching import PackedDataset, PackingCollator, PaddingCollato
 BOTH: dict[str, Any] = {"use_uncertainty_weighting": True, "use_calibration_smoothing": True}
 
 
-def arguments(folder, **overrides) -> TrainingArguments:
+def one_step(folder, **overrides) -> TrainingArguments:
     settings = {
-        "output_dir": str(folder),
-        "use_cpu": True,
-        "report_to": "none",
-        "disable_tqdm": True,
         "save_strategy": "no",
-        "remove_unused_columns": False,
         "per_device_train_batch_size": 8,
         "max_steps": 1,
         "logging_steps": 1,
@@ -36,7 +31,7 @@ def arguments(folder, **overrides) -> TrainingArguments:
         "max_grad_norm": 0.0,
         "lr_scheduler_type": "constant",
     }
-    return TrainingArguments(**{**settings, **overrides})
+    return arguments(folder, **(settings | overrides))
 
 
 @pytest.fixture
@@ -59,7 +54,7 @@ def trainer(models, tmp_path):
         student, teacher = models(dtype)
         dataset = ProteinDataset(tokens or Tokens())
         settings = {
-            "args": args or arguments(tmp_path / "run"),
+            "args": args or one_step(tmp_path / "run"),
             "train_dataset": dataset,
             "eval_dataset": dataset,
             "data_collator": PaddingCollator(0),
@@ -110,7 +105,7 @@ def test_eight_at_once_equal_eight_accumulated(trainer, tmp_path, impl, weightin
         run = tmp_path / f"run{rows}"
         batches = {"per_device_train_batch_size": rows, "gradient_accumulation_steps": accumulate}
         losses = {"loss_impl": impl, "weighting": weighting, "smoothing": "matched", **BOTH}
-        args = arguments(run, optim="sgd", **batches)
+        args = one_step(run, optim="sgd", **batches)
         ours = trainer(torch.float64, args=args, tokens=Tokens(8), **losses)
         ours.train()
         weights.append(torch.cat([p.detach().flatten() for p in ours.model.parameters()]))
@@ -178,7 +173,7 @@ def test_rows_without_anything_to_learn_change_nothing(trainer):
 def test_bfloat16_autocast_is_close_to_float32(trainer, tmp_path, impl):
     losses = []
     for bf16 in (False, True):
-        ours = trainer(args=arguments(tmp_path / f"{bf16}", bf16=bf16), loss_impl=impl, **BOTH)
+        ours = trainer(args=one_step(tmp_path / f"{bf16}", bf16=bf16), loss_impl=impl, **BOTH)
         losses.append(ours.evaluate()["eval_loss"])
         ours.train()
         assert all(p.isfinite().all() for p in ours.model.parameters())
@@ -189,7 +184,7 @@ def test_bfloat16_autocast_is_close_to_float32(trainer, tmp_path, impl):
 def test_evaluation_counts_every_position_once(trainer, tmp_path, impl):
     results = []
     for rows in (16, 3):
-        args = arguments(tmp_path / f"eval{rows}", per_device_eval_batch_size=rows)
+        args = one_step(tmp_path / f"eval{rows}", per_device_eval_batch_size=rows)
         ours = trainer(torch.float64, args=args, loss_impl=impl, alpha=0.3, **BOTH)
         results.append(ours.evaluate())
     for name in ("loss", "hard_loss", "soft_loss", "mean_weight", "mean_epsilon"):
@@ -201,7 +196,7 @@ def test_evaluation_counts_every_position_once(trainer, tmp_path, impl):
 
 def test_training_logs_the_parts_of_the_loss(trainer, tmp_path):
     batches = {"per_device_train_batch_size": 2, "gradient_accumulation_steps": 2}
-    args = arguments(tmp_path / "logs", max_steps=4, logging_steps=2, max_grad_norm=1.0, **batches)
+    args = one_step(tmp_path / "logs", max_steps=4, logging_steps=2, max_grad_norm=1.0, **batches)
     ours = trainer(args=args, temperature=3.0, alpha=0.25, **BOTH)
     ours.train()
     records = [r for r in ours.state.log_history if "loss" in r]
@@ -217,7 +212,7 @@ def test_training_logs_the_parts_of_the_loss(trainer, tmp_path):
 
 
 def test_checkpoints_hold_no_teacher(trainer, tmp_path):
-    args = arguments(tmp_path / "saved", save_strategy="steps", save_steps=1)
+    args = one_step(tmp_path / "saved", save_strategy="steps", save_steps=1)
     ours = trainer(args=args)
     before = model_fingerprint(ours.teacher_model)
     ours.train()
@@ -256,7 +251,7 @@ def test_a_plain_dataset_and_collator_work_too(trainer, tiny_tokenizer):
 
 def test_hard_loss_alone_needs_no_teacher(models, tmp_path):
     student, _ = models()
-    ours = DistillationTrainer(model=student, alpha=1.0, args=arguments(tmp_path / "hard"))
+    ours = DistillationTrainer(model=student, alpha=1.0, args=one_step(tmp_path / "hard"))
     batch = padded(Tokens())
     loss = ours.compute_loss(student, batch)
     expected = student(**batch).loss
@@ -265,7 +260,7 @@ def test_hard_loss_alone_needs_no_teacher(models, tmp_path):
 
 def test_mismatches_are_refused(models, tiny_lm, tmp_path):
     student, teacher = models()
-    args = arguments(tmp_path / "refused")
+    args = one_step(tmp_path / "refused")
     for options, message in (
         ({"teacher_model": tiny_lm(vocab_size=65)}, "one tokenizer"),
         ({}, "teacher_model is needed"),

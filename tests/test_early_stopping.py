@@ -3,22 +3,25 @@
 from __future__ import annotations
 
 import json
-import os
-import signal
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
+import numpy as np
 import pytest
-from small_runs import history, make_trainer, resume, timeless
+from small_runs import Tokens, history, make_trainer, resume, signal_at, timeless
 from transformers import TrainerCallback
 
 from src.common.files import sha256_file
-from src.common.settings import TrainSettings, as_recorded, default_run_name
+from src.common.settings import LossSettings, TrainSettings, derived_steps
 from src.models.loading import model_fingerprint
+from src.proteins.batching import PaddingCollator, ProteinDataset
 from src.trainer.callbacks import read_metrics
 from src.trainer.checkpoints import checkpoints_of
 from src.trainer.early_stopping import EarlyStopping, outcome, outcome_line, validation_standing
 from src.trainer.interruption import stops_on_signals
 from src.training.ingredients import load_parts
+from src.training.validation import BatchCollator, BatchedDataset, plan_validation
 from tests.test_train_script import tiny_run
 
 LOSSES = {1: 5.0, 2: 4.0, 3: 3.0, 4: 3.5, 5: 3.0, 6: 3.7, 7: 1.0, 8: 1.0, 9: 1.0}
@@ -114,33 +117,6 @@ def test_patience_decides(tiny_lm, tmp_path):
     assert trainer.state.best_global_step == 7
 
 
-@pytest.fixture(scope="module")
-def undisturbed(tmp_path_factory):
-    done = {}
-
-    def build(tiny_lm, **options):
-        key = str(options)
-        if key not in done:
-            done[key] = stopping_trainer(tiny_lm, tmp_path_factory.mktemp("whole"), **options)
-            done[key].train()
-        return done[key]
-
-    return build
-
-
-class SignalAt(TrainerCallback):
-    """Sends SIGTERM at the n-th event of a kind."""
-
-    def __init__(self, event: str, at: int):
-        self.left = at
-        setattr(self, event, self.count)
-
-    def count(self, *arguments, **options):
-        self.left -= 1
-        if self.left == 0:
-            os.kill(os.getpid(), signal.SIGTERM)
-
-
 # A validation has three batches: 18 of them before the one of step 6 that ends the training.
 @pytest.mark.parametrize(
     ("event", "at", "step"),
@@ -157,12 +133,12 @@ def test_interrupted_and_resumed_it_stops_at_the_same_step(
 ):
     options = {"gradient_accumulation_steps": 2, "per_device_eval_batch_size": 8}
     cut = stopping_trainer(tiny_lm, tmp_path, **options)
-    cut.add_callback(SignalAt(event, at))
+    cut.add_callback(signal_at(event, at))
     with pytest.raises(SystemExit):
         stops_on_signals(cut.train)()
     assert names(tmp_path)[0] == f"checkpoint-{step}"
     resumed = resume(stopping_trainer(tiny_lm, tmp_path, **options))
-    assert_same_end(undisturbed(tiny_lm, **options), resumed)
+    assert_same_end(undisturbed(stopping_trainer, **options), resumed)
 
 
 @pytest.mark.parametrize("save_steps", [3, 4])
@@ -170,7 +146,7 @@ def test_killed_after_the_stop_it_makes_no_further_step(tiny_lm, tmp_path, undis
     """Nothing but checkpoints is left of a run that was killed between its stop and its end."""
     stopping_trainer(tiny_lm, tmp_path, save_steps=save_steps).train()
     resumed = resume(stopping_trainer(tiny_lm, tmp_path, save_steps=save_steps))
-    assert_same_end(undisturbed(tiny_lm, save_steps=save_steps), resumed)
+    assert_same_end(undisturbed(stopping_trainer, save_steps=save_steps), resumed)
 
 
 def test_an_older_checkpoint_keeps_its_best_too(tiny_lm, tmp_path):
@@ -197,17 +173,6 @@ def test_without_it_nothing_is_noted(tiny_lm, tmp_path):
     state = json.loads((tmp_path / "checkpoint-3" / "trainer_state.json").read_text())
     assert state["best_global_step"] is None
     assert history(tmp_path / "checkpoint-3")
-
-
-def test_the_setting_checks_itself_and_names_its_run():
-    with pytest.raises(ValueError, match="--early_stopping must be at least 1"):
-        TrainSettings(early_stopping=0)
-    assert default_run_name(TrainSettings(early_stopping=4)).endswith("uniprot-stop4")
-
-
-def test_records_made_before_are_of_the_same_settings():
-    assert "early_stopping" not in as_recorded(TrainSettings())
-    assert as_recorded(TrainSettings(early_stopping=2))["early_stopping"] == 2
 
 
 def test_more_proteins_decide_than_watch(tmp_path, tiny_tokenizer, random_proteins):
@@ -241,3 +206,59 @@ def test_a_run_of_the_script_keeps_the_best_weights(
     best = run / f"checkpoint-{found['best_step']}"
     assert sha256_file(run / "model.safetensors") == sha256_file(best / "model.safetensors")
     assert outcome_line(found) in capsys.readouterr().out
+
+
+# How often a run is validated, in which batches, and that the value stays the same
+
+
+def planned(steps: int, student: int = 100, teacher: int = 0, tokens: int = 1000, **changes: Any):
+    parts: Any = {
+        "train": SimpleNamespace(lengths=np.array([80, 120])),
+        "validation": SimpleNamespace(lengths=np.full(tokens // 100, 100)),
+    }
+    settings = TrainSettings(loss=LossSettings(alpha=1.0 if not teacher else 0.5), **changes)
+    return plan_validation(settings, parts, 512, student, teacher, steps, rows_per_step=10)
+
+
+def test_validation_takes_at_most_five_percent_of_the_time():
+    """1,000 tokens a step: a validation of 1,000 costs a third of a step, more with a teacher."""
+    assert planned(60).evaluations == 9
+    assert planned(60).cost == pytest.approx(1 / 180)
+    assert planned(60).share <= 0.05
+    assert planned(60, teacher=900).cost == pytest.approx(1000 / 1200 / 60)
+    assert planned(60, teacher=900).evaluations == 3
+    assert planned(60, teacher=900, cached_teacher=True).evaluations == 9
+    assert [planned(steps).evaluations for steps in (1, 5, 10_000)] == [1, 1, 10]
+    assert planned(60, tokens=9000).evaluations == 1
+    packed = planned(60, batching="packed")
+    assert packed.cost == pytest.approx(1 / 180 * 100 / 512)
+
+
+def test_what_is_asked_for_wins_and_early_stopping_keeps_ten():
+    assert planned(60, eval_steps=7).evaluations == 9
+    assert derived_steps(TrainSettings(eval_steps=7), 60, 3)["eval_steps"] == 7
+    assert planned(5, early_stopping=3).evaluations == 10
+    assert derived_steps(TrainSettings(), 60, 3)["eval_steps"] == 20
+
+
+def test_batches_hold_every_row_once_and_keep_to_their_tokens():
+    tokens = Tokens(50)
+    rows = ProteinDataset(tokens)
+    data = BatchedDataset(rows, rows.lengths, 64)
+    assert sorted(np.concatenate(data.batches).tolist()) == list(range(50))
+    assert all(len(rows.lengths[b]) * rows.lengths[b].max() <= 64 for b in data.batches)
+    collate = BatchCollator(PaddingCollator(0))
+    batches = [collate([data[i]]) for i in range(len(data))]
+    assert sum(int(batch["attention_mask"].sum()) for batch in batches) == tokens.lengths.sum()
+
+
+def test_the_validation_loss_is_that_of_any_batches(tiny_lm, tmp_path):
+    trainer = make_trainer(tiny_lm, tmp_path, per_device_eval_batch_size=3)
+    usual = trainer.evaluate()
+    rows = trainer.eval_dataset
+    trainer.eval_dataset = BatchedDataset(rows, rows.lengths, 100)
+    trainer.data_collator = BatchCollator(trainer.data_collator)
+    trainer.args.per_device_eval_batch_size = 1
+    batched = trainer.evaluate()
+    for name in ("eval_loss", "eval_hard_loss", "eval_soft_loss", "eval_teacher_entropy"):
+        assert batched[name] == pytest.approx(usual[name], rel=1e-6), name

@@ -58,10 +58,9 @@ def test_a_padded_batch_equals_single_proteins(tiny_lm, tiny_tokenizer, random_p
 
 
 @pytest.fixture
-def folder(tmp_path, tiny_lm, tiny_tokenizer, random_proteins, monkeypatch):
+def folder(tmp_path, saved_model, random_proteins, monkeypatch):
     monkeypatch.setattr(e, "PART", 4)
-    tiny_lm().save_pretrained(tmp_path / "model")
-    tiny_tokenizer.save_pretrained(tmp_path / "model")
+    saved_model(tmp_path / "model")
     proteins = [*random_proteins(10, 20, 90), "A" * 3000]
     text = "".join(f">p{i}\n{residues}\n" for i, residues in enumerate(proteins))
     (tmp_path / "in.fasta").write_text(text)

@@ -21,9 +21,8 @@ def needs(runtime):
 
 
 @pytest.fixture
-def folder(tmp_path, tiny_lm, tiny_tokenizer, random_proteins):
-    tiny_lm(vocab_size=70).save_pretrained(tmp_path / "model")
-    tiny_tokenizer.save_pretrained(tmp_path / "model")
+def folder(tmp_path, tiny_lm, saved_model, random_proteins):
+    saved_model(tmp_path / "model", tiny_lm(vocab_size=70))
     text = "".join(f">p{i}\n{p}\n" for i, p in enumerate(random_proteins(6, 20, 90)))
     (tmp_path / "in.fasta").write_text(text)
     return tmp_path

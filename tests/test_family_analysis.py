@@ -11,11 +11,11 @@ import numpy as np
 import pytest
 from scipy import stats
 
-from src.evaluation.statistics import Estimate, mean_interval
+from src.evaluation.statistics import mean_interval
 from src.experiments import family_analysis as f
 from src.experiments.charts import families_figure
 from src.experiments.family_grid import TABLE, read_rows
-from src.experiments.synergy import HOLDS, INCONCLUSIVE, REFUTED, part_verdict
+from src.experiments.synergy import HOLDS, INCONCLUSIVE, REFUTED
 
 ROOT = Path(__file__).resolve().parents[1]
 MEMBERS, FAMILIES, DRAWS = (10, 100), 12, 2
@@ -137,22 +137,6 @@ def test_points_are_contrasts_with_the_teacher():
     assert families_figure(panels, "members").axes[0].get_xlabel() == "members"
     with pytest.raises(ValueError, match="no cells"):
         families_figure({"a": {}}, "members")
-
-
-@pytest.mark.parametrize(
-    ("estimate", "sign", "margin", "wanted"),
-    [
-        (Estimate(-0.5, -0.6, -0.4, 0.05), -1, 0.02, HOLDS),
-        (Estimate(-0.5, -0.6, -0.4, 0.05), 1, 0.02, REFUTED),
-        (Estimate(-0.5, -0.6, -0.4, 0.05), 0, None, HOLDS),
-        (Estimate(0.5, -0.6, 1.4, 0.5), 0, None, INCONCLUSIVE),
-        (Estimate(-0.01, -0.012, -0.008, 0.001), -1, 0.02, REFUTED),
-        (Estimate(-0.01, -0.012, -0.008, 0.001), -1, None, HOLDS),
-        (Estimate(-0.1, -0.3, 0.1, 0.1), -1, 0.02, INCONCLUSIVE),
-    ],
-)
-def test_verdict(estimate, sign, margin, wanted):
-    assert part_verdict(estimate, sign, margin) == wanted
 
 
 def test_holm_takes_back_what_one_of_many_shows():

@@ -23,9 +23,8 @@ from tools.family_experiment import build_parser, main, starts
 
 
 @pytest.fixture
-def grid(tmp_path, tiny_lm, tiny_tokenizer, monkeypatch):
-    tiny_lm(initializer_range=0.02).save_pretrained(tmp_path / "model")
-    tiny_tokenizer.save_pretrained(tmp_path / "model")
+def grid(tmp_path, tiny_lm, saved_model, monkeypatch):
+    saved_model(tmp_path / "model", tiny_lm(initializer_range=0.02))
     members = mutants((RESIDUES * 3)[:50], 16, 0.2, 5)
     text = "".join(f">p{i} family=F\n{m}\n" for i, m in enumerate(members))
     (tmp_path / "new.fasta").write_text(text)

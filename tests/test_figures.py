@@ -112,18 +112,7 @@ def test_an_analysis_with_anything_wrong_is_shown_or_refused(tmp_path):
     assert all(m.startswith(f"{path}: ") and m.endswith("again") for m in messages), messages
     assert len(messages) > 100
     messages = refusals(record, path, lambda: list(figures.effects(tmp_path)), 1, share=0.05)
-    assert all(m.startswith(f"{path}: ") for m in messages), messages
-
-
-@pytest.mark.parametrize("content", [{}, [], {"sizes": {"s27": {}}}, {"sizes": {"s27": 3}}])
-def test_what_is_no_analysis_is_refused_with_its_file(tmp_path, refusal, content):
-    path, _ = analysed(tmp_path)
-    path.write_text(json.dumps(content))
-    error = refusal(
-        script.main(["--results", str(tmp_path), "--output", str(tmp_path / "figures")])
-    )
-    assert f"{path}: " in error
-    assert "run scripts/analyse_ablation.py again" in error
+    assert all("scripts/analyse_ablation.py" in m for m in messages), messages
 
 
 def test_sizes_that_were_not_analysed_alike_are_refused(tmp_path):
@@ -136,19 +125,14 @@ def test_sizes_that_were_not_analysed_alike_are_refused(tmp_path):
         list(figures.effects(tmp_path))
 
 
-@pytest.mark.parametrize(
-    ("change", "message"),
-    [
-        ({"training": {}}, "training.curve is missing"),
-        ({"training": {"curve": [{"step": "x"}]}}, r"training.curve\[0\].step must be a number"),
-        ({"student_ece": {"ece": 0.1}}, "student_ece.reliability is missing"),
-        ({"share_of_teacher": None}, "share_of_teacher must be a number"),
-    ],
-)
-def test_a_cell_that_lacks_what_is_drawn_is_refused_with_its_file(tmp_path, change, message):
+def test_a_cell_with_anything_wrong_is_read_or_refused_with_its_file(tmp_path):
     name = "baseline-s27-seed1-lr0.002.json"
     cell = read_cell(CLAIM / "cut-1200", name)
     assert cell is not None
-    (tmp_path / name).write_text(json.dumps(cell | change))
-    with pytest.raises(ValueError, match=f"{name}: {message}.*run scripts/ablation.py again"):
+    messages = refusals(cell, tmp_path / name, lambda: figures.read_cells(tmp_path), 2, share=0.5)
+    assert len(messages) > 20
+    assert all(f"{name}: " in message for message in messages), messages
+    del cell["training"]["curve"]
+    (tmp_path / name).write_text(json.dumps(cell))
+    with pytest.raises(ValueError, match="training.curve is missing.*scripts/ablation.py again"):
         figures.read_cells(tmp_path)

@@ -9,14 +9,13 @@ from typing import Any
 
 import numpy as np
 import pytest
-import torch
 from scipy import stats
 
 from scripts import score as script
 from src.evaluation import fitness
+from src.evaluation.likelihoods import score_proteins
 from src.evaluation.mutants import read_mutants
 from src.models.loading import ProteinModel
-from src.proteins.encoding import encode
 
 WILD = "MKTAYIAKQRQISFVKSHFSRQLEERLGLIEVQ"
 TABLE = """mutant,mutated_sequence,DMS_score,DMS_score_bin
@@ -160,18 +159,15 @@ def test_mavedbs_table(tmp_path):
     assert found.clusters == ["2", "1:2", "row 2", "row 3"]
 
 
-def test_scores_equal_a_plain_pass(tiny_lm, tiny_tokenizer, random_proteins):
-    model = tiny_lm()
+def test_each_protein_gets_its_own_score(tiny_lm, tiny_tokenizer, random_proteins):
+    """The last one is longer than the model's positions."""
+    model = ProteinModel(tiny_lm(), tiny_tokenizer)
     proteins = [*random_proteins(5), "MK", "MK", "A" * 1000]
-    found = fitness.score_columns({"": ProteinModel(model, tiny_tokenizer)}, proteins, batch_size=3)
-    for i, protein in enumerate(proteins[:-1]):
-        ids = torch.tensor(encode(tiny_tokenizer, [protein]))
-        with torch.no_grad():
-            logits = model(ids).logits[0, :-1]
-        nll = float(torch.nn.functional.cross_entropy(logits, ids[0, 1:], reduction="sum"))
-        assert found["log_likelihood"][i] == pytest.approx(-nll, rel=1e-5)
-        assert found["log_likelihood_per_residue"][i] == pytest.approx(-nll / len(protein))
-    assert math.isnan(found["log_likelihood"][-1])  # longer than the model's positions
+    found = fitness.score_columns({"": model}, proteins, batch_size=3)
+    alone = [-score_proteins(*model, [protein]).nll[0] for protein in proteins]
+    assert found["log_likelihood"] == pytest.approx(alone, rel=1e-5, nan_ok=True)
+    each = [score / len(protein) for score, protein in zip(alone, proteins, strict=True)]
+    assert found["log_likelihood_per_residue"] == pytest.approx(each, rel=1e-5, nan_ok=True)
 
 
 @pytest.mark.parametrize("ties", [False, True])
@@ -230,10 +226,9 @@ def test_the_interval_covers_and_duplicates_do_not_narrow_it():
 
 
 @pytest.fixture
-def folder(tmp_path, tiny_lm, tiny_tokenizer):
+def folder(tmp_path, tiny_lm, saved_model):
     for name, seed in (("student", 0), ("teacher", 1)):
-        tiny_lm(seed=seed).save_pretrained(tmp_path / name)
-        tiny_tokenizer.save_pretrained(tmp_path / name)
+        saved_model(tmp_path / name, tiny_lm(seed=seed))
     rng = np.random.default_rng(0)
     lines = ["mutant,mutated_sequence,DMS_score"]
     for i in range(len(WILD)):
@@ -267,8 +262,6 @@ def test_the_script_scores_both_models(folder, capsys):
     assert found["spearman"]["teacher"] == pytest.approx(expected, abs=1e-6)
     assert found["clusters"] == 33
     assert found["intervals"]["spearman.difference"][0] < found["spearman"]["difference"]
-    assert call(*arguments) == 2
-    assert "--overwrite" in capsys.readouterr().err
 
 
 def test_user_errors_are_one_line(folder, refusal):
@@ -300,29 +293,6 @@ def test_too_few_for_a_correlation_that_nobody_asked_for(folder, capsys):
     assert call(*given, "--output", folder / "o.csv") == 0
     assert "no correlation: fewer than 3 variants" in capsys.readouterr().out
     assert (folder / "o.csv").read_text().count("\n") == 3
-
-
-@pytest.mark.parametrize("flag", ["--output", "--correlations"])
-def test_the_input_is_never_replaced(folder, capsys, flag):
-    before = (folder / "dms.csv").read_text()
-    outputs = {"--output": folder / "o.csv", flag: folder / "student" / ".." / "dms.csv"}
-    given = ["--model", folder / "student", "--input", folder / "dms.csv", "--overwrite"]
-    assert call(*given, *[word for pair in outputs.items() for word in pair]) == 2
-    assert "dms.csv is an input: name another file" in capsys.readouterr().err
-    assert (folder / "dms.csv").read_text() == before
-
-
-def test_a_wild_type_and_its_mutants_are_never_replaced(folder, capsys):
-    files = {"--wildtype": folder / "wild.fasta", "--mutants": folder / "list.txt"}
-    files["--wildtype"].write_text(">w\nMKVL\n")
-    files["--mutants"].write_text("K2A\n")
-    given = [word for pair in files.items() for word in pair]
-    for path in files.values():
-        before = path.read_text()
-        run = ["--model", folder / "student", *given, "--output", path, "--overwrite"]
-        assert call(*run) == 2
-        assert f"{path.name} is an input" in capsys.readouterr().err
-        assert path.read_text() == before
 
 
 def test_a_protein_that_the_tokenizer_does_not_know_has_no_score(folder, capsys):

@@ -16,10 +16,8 @@ from src.models.loading import load_causal_lm, load_tokenizer, model_fingerprint
 
 
 @pytest.fixture
-def folder(tiny_lm, tiny_tokenizer, tmp_path) -> Path:
-    tiny_lm().save_pretrained(tmp_path / "model")
-    tiny_tokenizer.save_pretrained(tmp_path / "model")
-    return tmp_path / "model"
+def folder(saved_model, tmp_path) -> Path:
+    return saved_model(tmp_path / "model")
 
 
 def refused(action, *arguments) -> str:

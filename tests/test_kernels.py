@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import os
 import random
-import subprocess
 import sys
 from pathlib import Path
 from types import SimpleNamespace
@@ -19,6 +17,7 @@ from src.loss.divergences import Divergence
 from src.loss.elementwise import Scratch
 from src.loss.fused import StudentStates, fused_distillation_losses, teacher_statistics
 from tests import loss_cases
+from tests.conftest import run_python
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 triton = pytest.importorskip("triton")
@@ -277,9 +276,7 @@ for kernel, fixed in ((kernels._losses, LOSSES), (kernels._statistics, {})):
 @pytest.mark.parametrize("kind", range(5))
 def test_they_compile_for_a_gpu_that_is_not_there(kind):
     """Down to machine code, and with wide loads although 50,257 is odd: one logit is read alone."""
-    environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
-    command = [sys.executable, "-c", COMPILE, str(kind)]
-    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
+    done = run_python("-c", COMPILE, kind, variables={"TRITON_INTERPRET": None})
     assert done.returncode == 0, done.stderr[-2000:]
     losses, statistics = (tuple(map(int, line.split())) for line in done.stdout.splitlines())
     assert losses[0] == 1

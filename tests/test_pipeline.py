@@ -21,7 +21,7 @@ from scripts import pipeline as script
 from src.common.runs import locked, write_run
 from src.evaluation.results import write_results
 from src.experiments import pipeline as p
-from tests.conftest import write_parts
+from tests.conftest import run_python, write_parts
 from tests.test_comparison import results
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -286,13 +286,16 @@ def test_results_are_known_though_their_paths_were_shortened(evaluated, tmp_path
         p.evaluation_state(output, {**asked, "data": str(theirs / "others")}, model)
 
 
-def test_an_evaluation_by_hand_counts(evaluated):
-    """The owner types ./models/x and no --per_protein."""
+def test_half_an_evaluation_is_made_again_and_one_by_hand_counts(evaluated):
+    """By hand the owner types ./models/x and no --per_protein."""
     model, output, arguments = evaluated
+    output.with_suffix(".parquet").unlink()
+    assert p.evaluation_state(output, arguments, model) == "replace"
+    output.unlink()
+    assert p.evaluation_state(output, arguments, model) == "new"
     typed = {**arguments, "student_model": f"./{model}", "output": "./x.json", "per_protein": None}
     run_record = {"arguments": typed, "student": {"fingerprint": "w"}}
-    write_results(output, results(run=run_record), overwrite=True)
-    output.with_suffix(".parquet").unlink()
+    write_results(output, results(run=run_record))
     assert p.evaluation_state(output, arguments, model) == "finished"
 
 
@@ -304,14 +307,6 @@ def test_a_published_student_is_known_by_its_name(evaluated):
     assert p.evaluation_state(output, made, tiny) == "finished"
     with pytest.raises(ValueError, match="student_model"):
         p.evaluation_state(output, {**made, "student_model": small}, small)
-
-
-def test_half_an_evaluation_is_made_again(evaluated):
-    model, output, arguments = evaluated
-    output.with_suffix(".parquet").unlink()
-    assert p.evaluation_state(output, arguments, model) == "replace"
-    output.unlink()
-    assert p.evaluation_state(output, arguments, model) == "new"
 
 
 @pytest.mark.parametrize(
@@ -573,11 +568,9 @@ done
     assert len(runs) == 2, done.stderr
     assert runs[0].startswith("protgpt2-distilled-t1.0-a0.5-l4-h4-e256-p0.1-lr1e-03.uniprot")
 
-    sweep = [sys.executable, "scripts/pipeline.py", "--sweep", "temperature", "--values", "1", "2"]
-    sweep += ["--device", "cpu", "--", *small.replace(" --device cpu", "").split()]
-    swept = subprocess.run(
-        sweep, cwd=workplace, capture_output=True, text=True, timeout=600, check=False
-    )
+    sweep = ["--sweep", "temperature", "--values", "1", "2", "--device", "cpu", "--"]
+    sweep += small.replace(" --device cpu", "").split()
+    swept = run_python("scripts/pipeline.py", *sweep, cwd=workplace)
     assert swept.returncode == 0, swept.stdout[-2000:] + swept.stderr
     assert "best on validation at tiny: temperature" in swept.stdout
     record = json.loads((workplace / "results/sweep_temperature/learning_rates.json").read_text())

@@ -1,4 +1,4 @@
-"""Figures from plain data: what is drawn is what was given."""
+"""Figures as files and within a page: one element, no requests, the same bytes."""
 
 from __future__ import annotations
 
@@ -8,7 +8,6 @@ import matplotlib
 import numpy as np
 import pytest
 
-from src.proteins.layouts import STANDARD_RESIDUES
 from src.publishing import plots
 
 
@@ -34,48 +33,6 @@ def calibration(counts: list[int]) -> dict:
             "accuracy": [m and m * 0.9 for m in middle],
         },
     }
-
-
-def test_learning_curves_show_training_and_validation_of_each_run():
-    axes = plots.learning_curves({"a": records(), "b": records(0.2)}).axes[0]
-    assert [line.get_label() for line in axes.lines] == [
-        "a, training", "a, validation", "b, training", "b, validation",
-    ]  # fmt: skip
-    assert np.asarray(axes.lines[1].get_xydata()).tolist() == [[50, 3.1], [100, 3.1]]
-    low, high = axes.get_ylim()
-    assert low <= 3.005
-    assert high > 3.4
-    assert plots.learning_curves({"demo": records()}).axes[0].lines[0].get_label() == "training"
-
-
-def test_a_diverged_run_is_drawn_and_an_empty_one_refused():
-    broken = [*records(), {"step": 110, "loss": float("nan")}]
-    assert np.size(plots.learning_curves({"a": broken}).axes[0].lines[0].get_xdata()) == 10
-    with pytest.raises(ValueError, match="soft_loss"):
-        plots.learning_curves({"a": records()}, "soft_loss")
-
-
-def test_reliability_diagram_marks_bins_with_few_tokens():
-    student, histogram = plots.reliability_diagram("student", calibration([500, 200, 0, 20])).axes
-    points = {line.get_label(): np.asarray(line.get_xydata()).tolist() for line in student.lines}
-    assert points["student"] == [[0.125, 0.1125], [0.375, 0.3375]]
-    assert points["fewer than 100 tokens"] == [[0.875, 0.7875]]
-    many = plots.reliability_diagram("teacher", calibration([500, 200, 100, 100])).axes[0]
-    assert "fewer than 100 tokens" not in {line.get_label() for line in many.lines}
-    heights = [bar.get_height() for bar in histogram.patches]  # type: ignore[attr-defined]
-    assert heights == pytest.approx([500 / 720, 200 / 720, 0, 20 / 720])
-    assert "0.050" in student.get_title(loc="left")
-
-
-def test_composition_is_ordered_by_the_natural_one():
-    natural = {letter: (i + 1) / 210 for i, letter in enumerate(STANDARD_RESIDUES)}
-    student = dict.fromkeys(STANDARD_RESIDUES, 0.05)
-    figure = plots.composition_bars({"student": student, "teacher": natural, "natural": natural})
-    letters = [label.get_text() for axes in figure.axes for label in axes.get_xticklabels()]
-    assert "".join(letters) == STANDARD_RESIDUES[::-1]
-    assert len(figure.axes[0].patches) == 20
-    with pytest.raises(ValueError, match="--num_samples"):
-        plots.composition_bars({"natural": natural})
 
 
 def test_inline_svg_is_one_element_without_requests():

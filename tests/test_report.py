@@ -14,8 +14,7 @@ import pytest
 from scripts import report as script
 from src.evaluation.results import REQUIRED
 from src.publishing import report
-from src.publishing.pages import short_name
-from src.publishing.report import build_report, command_line
+from src.publishing.report import build_report
 from src.trainer.callbacks import read_metrics
 from tests.finished_run import finished  # noqa: F401 - a fixture
 from tests.spoiling import refusals
@@ -173,13 +172,10 @@ def test_a_fine_tuned_model_is_not_called_distilled(folders):
     assert "stopped after step 8: no improvement" in text
 
 
-def test_a_run_alone_says_how_to_measure_it(folders):
+def test_a_run_or_results_alone_make_a_page(folders):
     text = Page(build_report(folders / "run")).text
     assert "Not measured yet" in text
     assert "scripts/evaluate.py --student_model" in text
-
-
-def test_results_alone(folders):
     text = Page(build_report(None, folders / "results.json")).text
     assert text.startswith("models/demo: report")
     assert "1.250" in text
@@ -192,6 +188,8 @@ def test_the_first_results_files_are_reported_too(folders):
     text = Page(build_report(None, folders / "old.json")).text
     assert "18.950" in text
     assert "These results have no intervals" in text
+    (folders / "old.json").write_text('{"perplexity_ratio": 18.95, "data": {"proteins": 12}}')
+    assert "12 held-out proteins. Intervals" in Page(build_report(None, folders / "old.json")).text
 
 
 def test_sequences_of_a_file_are_shown(folders):
@@ -226,13 +224,11 @@ def test_user_errors_are_one_line(folders, monkeypatch, refusal, arguments, mess
     assert not (folders / "r.html").exists()
 
 
-def test_the_script_writes_and_does_not_overwrite(folders, monkeypatch, capsys):
+def test_the_script_writes_and_overwrites_when_asked(folders, monkeypatch):
     monkeypatch.chdir(folders)
     arguments = ["--run", "run", "-o", "r.html"]
     assert script.main(arguments) == 0
     assert (folders / "r.html").read_text().startswith("<!doctype html>")
-    assert script.main(arguments) == 2
-    assert "--overwrite" in capsys.readouterr().err
     assert script.main([*arguments, "--overwrite"]) == 0
 
 
@@ -259,7 +255,7 @@ def undrawn(monkeypatch):
     monkeypatch.setattr(report, "make_drawing", lambda draw, name, text: report.Drawing("", text))
 
 
-@pytest.mark.parametrize("of_each", [2, pytest.param(7, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("of_each", [3, pytest.param(10, marks=pytest.mark.slow)])
 def test_a_run_with_anything_wrong_is_shown_or_refused(finished, tmp_path, undrawn, of_each):  # noqa: F811
     record = json.loads((finished / "student" / "run.json").read_text())
     stopped = {"best_step": 1, "best_eval_loss": 1.0, "last_step": 2, "reason": "no improvement"}
@@ -267,7 +263,7 @@ def test_a_run_with_anything_wrong_is_shown_or_refused(finished, tmp_path, undra
     check_spoiled(record, tmp_path / "run.json", of_each, tmp_path)
 
 
-@pytest.mark.parametrize("of_each", [1, pytest.param(7, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("of_each", [1, pytest.param(10, marks=pytest.mark.slow)])
 def test_results_with_anything_wrong_are_shown_or_refused(tmp_path, undrawn, of_each):
     path = tmp_path / "results.json"
     check_spoiled(measured(), path, of_each, None, path)
@@ -281,30 +277,6 @@ def test_what_is_drawn_with_anything_wrong_is_drawn_or_refused(tmp_path, monkeyp
     drawn = {"student_ece": calibration([500, 200]), "teacher_ece": None, "generation": sets}
     required = {key: RESULTS[key] for key in REQUIRED}
     check_spoiled({"schema_version": 1, **required, **drawn}, path, 3, None, path)
-
-
-@pytest.mark.parametrize(
-    ("change", "key"),
-    [
-        ({"data": {"validation": "x"}}, "data.validation must be an object"),
-        ({"peak_memory_bytes": "x"}, "peak_memory_bytes must be a number"),
-        ({"command": "x"}, "command must be a list"),
-        ({"teacher": {"parameters": -1}}, "teacher.parameters must be above 0"),
-        ({"settings": {"loss": {"alpha": []}}}, "settings.loss.alpha must be a number"),
-        ({"train_seconds": float("inf")}, "train_seconds is not a finite number"),
-    ],
-)
-def test_what_is_wrong_in_a_run_is_named(folders, capsys, change, key):
-    path = folders / "run" / "run.json"
-    path.write_text(json.dumps(RUN | change))
-    assert script.main(["--run", str(folders / "run"), "-o", str(folders / "r.html")]) == 2
-    assert f"{path}: {key}" in capsys.readouterr().err
-
-
-def test_the_first_results_files_need_not_count_everything(folders):
-    old = {"perplexity_ratio": 18.95, "data": {"proteins": 12}}
-    (folders / "old.json").write_text(json.dumps(old))
-    assert "12 held-out proteins. Intervals" in Page(build_report(None, folders / "old.json")).text
 
 
 @pytest.mark.parametrize(
@@ -349,14 +321,3 @@ def test_a_killed_runs_last_line_is_left_out_and_a_diverged_run_is_shown(folders
         assert read_metrics(folders / "run") == [{"step": 1, "hard_loss": 2.0}]
     path.write_text('{"step": 1, "hard_loss": NaN, "soft_loss": Infinity}\n')
     assert "Learning curves" not in Page(build_report(folders / "run")).text
-
-
-def test_names_lose_the_directories_of_this_machine():
-    assert short_name("/home/me/models/x") == "x"
-    assert short_name("nferruz/ProtGPT2") == "nferruz/ProtGPT2"
-    assert short_name(None) == ""
-    assert short_name("../../x/alice/home/models/v2") == "v2"
-    assert command_line(["a.py", "--x", "/tmp/y/z", "two words"]) == "a.py --x z 'two words'"
-    token = "hf" + "_" + "a1" * 17
-    typed = ["a.py", "--cache_dir=/home/alice/c/d", "../../../home/alice/data/p", f"--k={token}"]
-    assert command_line(typed) == "a.py --cache_dir=d p --k=(secret)"

@@ -3,6 +3,7 @@ from __future__ import annotations
 import importlib
 import json
 import random
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -64,14 +65,6 @@ def test_directories_of_others_are_left_out_of_what_made_it(tmp_path):
     assert found["settings"] == {"key": "0" * 64, "train": {"data": "p.fasta"}}
 
 
-def test_the_keys_that_the_commands_read_are_where_they_look(tmp_path):
-    write_results(tmp_path / "r.json", good())
-    data = json.loads((tmp_path / "r.json").read_text())
-    assert data["perplexity_ratio"] == 1.5
-    assert data["kl_divergence"] == 0.2
-    assert data["student_ece"]["ece"] == 0.03
-
-
 def test_a_file_is_not_overwritten_without_leave(tmp_path):
     path = tmp_path / "r.json"
     path.write_text("precious")
@@ -103,25 +96,51 @@ def test_an_input_is_never_replaced(tmp_path):
     check_outputs(tmp_path / "r.json", overwrite=True, inputs=[None, str(tmp_path)])
 
 
-@pytest.mark.parametrize(
-    ("script", "given"),
-    [
-        ("evaluate", "--student_model data/small_teacher --data {} --output {}"),
-        (
-            "evaluate",
-            "--student_model data/small_teacher --profiles {} --output r --per_protein {}",
-        ),
-        ("report", "--results {} --output {}"),
-        ("report", "--fasta {} --output {}"),
-    ],
-)
-def test_no_script_replaces_what_it_reads(script, given, tmp_path, capsys):
+MODEL = "data/small_teacher"
+REPLACING = """
+evaluate --student_model MODEL --data {} --output {}
+evaluate --student_model MODEL --profiles {} --output r --per_protein {}
+generate --model MODEL --max_identity 0.5 --against {} --output {}
+report --results {} --output {}
+report --fasta {} --output {}
+score --model MODEL --input {} --output {}
+score --model MODEL --input {} --output r --correlations {}
+score --model MODEL --wildtype {} --mutants M1A --output {}
+score --model MODEL --wildtype MKV --mutants {} --output {}
+"""
+NEW = """
+compare results/students/recommended_1500.json --output {}
+evaluate --student_model MODEL --output {}
+generate --model MODEL --output {}
+report --results results/students/recommended_1500.json --output {}
+score --model MODEL --wildtype MKV --mutants M1A --output {}
+"""
+
+
+def typed(line: str, path: Path) -> tuple[Callable[[list[str]], int], list[str]]:
+    """Return a script's main and the arguments of a line, with a file's name filled in."""
+    script, *words = line.replace("MODEL", MODEL).replace("{}", str(path)).split()
+    return importlib.import_module(f"scripts.{script}").main, words
+
+
+@pytest.mark.parametrize("line", REPLACING.strip().splitlines())
+def test_no_script_replaces_what_it_reads(line, tmp_path, capsys):
     path = tmp_path / "precious.txt"
     path.write_text("MKV\n")
-    main = importlib.import_module(f"scripts.{script}").main
-    assert main([*given.format(path, path).split(), "--overwrite"]) == 2
+    main, words = typed(line, path)
+    assert main([*words, "--overwrite"]) == 2
     assert "precious.txt is an input" in capsys.readouterr().err
     assert path.read_text() == "MKV\n"
+
+
+@pytest.mark.parametrize("line", NEW.strip().splitlines())
+def test_no_script_overwrites_unasked(line, tmp_path, capsys):
+    path = tmp_path / "precious.md"
+    path.write_text("mine")
+    main, words = typed(line, path)
+    assert main(words) == 2
+    assert "--overwrite" in capsys.readouterr().err
+    assert path.read_text() == "mine"
 
 
 def test_two_outputs_of_one_name_are_refused(tmp_path):
@@ -148,6 +167,9 @@ def test_two_outputs_of_one_name_are_refused(tmp_path):
         ("run", [], "run must be an object"),
         ("top1_agreement", 1.2, "top1_agreement must be at most 1"),
         ("run", {"a": [{"b": float("nan")}]}, r"run\.a\[0\]\.b is not a finite"),
+        ("run", {"b" * 5000: float("inf")}, "is not a finite"),
+        ("perplexity_ratio", 10**400, "perplexity_ratio must be"),
+        ("intervals", {"\x1b[2J": 3}, "intervals"),
     ],
 )
 def test_what_is_wrong_is_named_with_its_file(tmp_path, key, value, message):
@@ -155,7 +177,8 @@ def test_what_is_wrong_is_named_with_its_file(tmp_path, key, value, message):
     with pytest.raises(ValueError, match=message) as caught:
         write_results(path, {**good(), key: value})
     assert "bad.json" in str(caught.value)
-    assert "\n" not in str(caught.value)
+    assert str(caught.value).isprintable()
+    assert len(str(caught.value)) < 500
     assert not path.exists()
 
 

@@ -11,42 +11,15 @@ import time
 from pathlib import Path
 
 import pytest
-from small_runs import assert_same_bits, make_trainer, resume
+from small_runs import assert_same_bits, make_trainer, resume, signal_at
 from transformers import TrainerCallback
 
 from src.trainer import interruption
 from src.trainer.checkpoints import checkpoints_of, fault_of, newest_valid
 from src.trainer.interruption import stops_on_signals
+from tests.conftest import run_python
 
 ROOT = Path(__file__).resolve().parents[1]
-
-
-class Signal(TrainerCallback):
-    """Sends this process a signal at the n-th event of a kind."""
-
-    def __init__(self, event, at, number=signal.SIGTERM):
-        self.left, self.number = at, number
-        setattr(self, event, self.count)
-
-    def count(self, *arguments, **options):
-        self.left -= 1
-        if self.left == 0:
-            os.kill(os.getpid(), self.number)
-
-
-@pytest.fixture(scope="module")
-def whole(tmp_path_factory):
-    """Return a function that trains undisturbed, once for each choice of options."""
-    trained = {}
-
-    def build(tiny_lm, **options):
-        key = str(options)
-        if key not in trained:
-            trained[key] = make_trainer(tiny_lm, tmp_path_factory.mktemp("whole"), **options)
-            trained[key].train()
-        return trained[key]
-
-    return build
 
 
 @pytest.mark.parametrize(
@@ -62,16 +35,16 @@ def whole(tmp_path_factory):
         ("on_log", 2, 3),  # in the middle of bookkeeping
     ],
 )
-def test_stopped_and_resumed_is_undisturbed(tiny_lm, tmp_path, whole, event, at, step):
+def test_stopped_and_resumed_is_undisturbed(tiny_lm, tmp_path, undisturbed, event, at, step):
     cut = make_trainer(tiny_lm, tmp_path)
-    cut.add_callback(Signal(event, at))
+    cut.add_callback(signal_at(event, at))
     with pytest.raises(SystemExit) as stop:
         stops_on_signals(cut.train)()
     assert stop.value.code == 143
     newest = newest_valid(tmp_path)
     assert (newest.name if newest else "checkpoint-0") == f"checkpoint-{step}"
     assert interruption.requested() is None
-    assert_same_bits(whole(tiny_lm), resume(make_trainer(tiny_lm, tmp_path)))
+    assert_same_bits(undisturbed(make_trainer), resume(make_trainer(tiny_lm, tmp_path)))
 
 
 @pytest.fixture
@@ -96,7 +69,7 @@ def test_signals_of_schedulers_and_lost_terminals(
 ):
     cut = make_trainer(tiny_lm, tmp_path)
     for at in (2, 3):  # schedulers repeat them: that does not end the run at once
-        cut.add_callback(Signal("on_substep_end", at, number))
+        cut.add_callback(signal_at("on_substep_end", at, number))
     with pytest.raises(SystemExit) as stop:
         stops_on_signals(cut.train)()
     assert stop.value.code == status
@@ -128,9 +101,7 @@ def test_workers_end_with_their_parent_and_with_nobody_else():
         "next(again)\n"
         "sys.exit(143)\n"
     )
-    done = subprocess.run(
-        [sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=60
-    )
+    done = run_python("-c", code)
     assert done.stdout == "999\n"
     assert done.returncode == 143, done.stderr
 
@@ -170,13 +141,13 @@ def test_a_lost_terminal_does_not_break_what_is_printed():
             process.kill()
 
 
-def test_stopped_again_and_again(tiny_lm, tmp_path, whole):
+def test_stopped_again_and_again(tiny_lm, tmp_path, undisturbed):
     """A signal in every step, in the validation owed from the last one too."""
     statuses = []
     for number in range(60):
         cut = make_trainer(tiny_lm, tmp_path, packed=True)
         event = ("on_step_end", "on_prediction_step", "on_substep_end")[number % 3]
-        cut.add_callback(Signal(event, 1, signal.SIGINT))
+        cut.add_callback(signal_at(event, 1, signal.SIGINT))
         try:
             stops_on_signals(resume)(cut)
             break
@@ -184,7 +155,7 @@ def test_stopped_again_and_again(tiny_lm, tmp_path, whole):
             statuses.append(stop.code)
     assert statuses
     assert set(statuses) == {130}
-    assert_same_bits(whole(tiny_lm, packed=True), resume(cut))
+    assert_same_bits(undisturbed(make_trainer, packed=True), resume(cut))
 
 
 def test_a_signal_outside_the_loop_ends_at_once(capsys):

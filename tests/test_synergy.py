@@ -18,6 +18,7 @@ from src.experiments.synergy import (
     EXPLANATIONS,
     HOLDS,
     INCONCLUSIVE,
+    MARGIN,
     REFUTED,
     analyse,
     claim_verdict,
@@ -120,20 +121,24 @@ def test_much_noise_is_inconclusive(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("estimate", "error", "sign", "verdict"),
+    ("estimate", "error", "sign", "margin", "verdict"),
     [
-        (0.5, 0.01, 1, HOLDS),
-        (0.5, 0.01, -1, REFUTED),
-        (-0.5, 0.01, -1, HOLDS),
-        (0.001, 0.001, 1, REFUTED),
-        (0.01, 0.001, 1, REFUTED),
-        (0.03, 0.1, 1, INCONCLUSIVE),
+        (0.5, 0.01, 1, MARGIN, HOLDS),
+        (0.5, 0.01, -1, MARGIN, REFUTED),
+        (-0.5, 0.01, -1, MARGIN, HOLDS),
+        (-0.5, 0.05, 0, None, HOLDS),
+        (0.001, 0.001, 1, MARGIN, REFUTED),
+        (0.01, 0.001, 1, MARGIN, REFUTED),
+        (-0.01, 0.001, -1, MARGIN, REFUTED),
+        (-0.01, 0.001, -1, None, HOLDS),
+        (0.03, 0.1, 1, MARGIN, INCONCLUSIVE),
+        (0.5, 0.5, 0, None, INCONCLUSIVE),
     ],
 )
-def test_parts_of_the_claim(estimate, error, sign, verdict):
+def test_parts_of_the_claim(estimate, error, sign, margin, verdict):
     half = 1.96 * error
     found = Estimate(estimate, estimate - half, estimate + half, standard_error=error)
-    assert part_verdict(found, sign) == verdict
+    assert part_verdict(found, sign, margin) == verdict
 
 
 def test_the_claim_falls_with_any_part():

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import errno
 import json
 import os
 import pickle
@@ -235,11 +234,8 @@ def test_a_cache_that_another_process_fills_is_waited_for(teacher, tmp_path):
     assert lines[0].startswith(f"waiting for {folder}, in use by process {os.getpid()}")
 
 
-def test_a_full_disk_is_named_with_a_way_out(teacher, tmp_path, monkeypatch):
-    def full(*_):
-        raise OSError(errno.ENOSPC, "No space left on device")
-
-    monkeypatch.setattr(tc, "_write_shard", full)
+def test_a_full_disk_is_named_with_a_way_out(teacher, tmp_path, full_disk):
+    full_disk("src.models.teacher_cache._write_shard")
     with pytest.raises(ValueError, match=r"-float32: no space left .* another --teacher_cache"):
         captured(teacher, tmp_path)
 

@@ -63,13 +63,6 @@ def test_the_card_of_the_bundled_teacher(small_teacher_dir):
     assert set(rows) <= set((small_teacher_dir / "README.md").read_text().splitlines())
 
 
-def test_a_record_that_lacks_something_is_named(tmp_path):
-    (tmp_path / "run.json").write_text(json.dumps(RUN | {"settings": {}}))
-    (tmp_path / "config.json").write_text("{}")
-    with pytest.raises(ValueError, match=r"run\.json: 'learning_rate' is missing"):
-        training_facts(tmp_path)
-
-
 def test_top_1_accuracy(small_tokenizer):
     text = layout("MKVAAA")
     ids = np.array(small_tokenizer(text, add_special_tokens=False)["input_ids"])

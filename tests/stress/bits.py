@@ -21,13 +21,11 @@ import csv
 import gzip
 import hashlib
 import importlib
-import io
 import json
 import os
 import platform
 import re
 import shutil
-import signal
 import sys
 import tempfile
 import time
@@ -40,6 +38,7 @@ ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT))
 
 from tests.stress.bits_runs import RUNS  # noqa: E402
+from tests.stress.in_process import run_main  # noqa: E402
 
 TABLE = Path(__file__).with_suffix(".json")
 PROTEINS = {"train": 400, "validation": 24, "test": 24}
@@ -120,45 +119,12 @@ def make_inputs(root: Path, work: Path) -> None:
             writer.writerow([i, residues[:i] + letter + residues[i + 1 :], i * 7 % 11])
 
 
-@contextlib.contextmanager
-def stopped_at(step: int) -> Iterator[None]:
-    """Send this process SIGTERM when a training has made so many steps."""
-    from transformers import TrainerCallback, trainer
-
-    class Stop(TrainerCallback):
-        def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-            if state.global_step == step:
-                os.kill(os.getpid(), signal.SIGTERM)
-
-    callbacks: list[Any] = trainer.DEFAULT_CALLBACKS
-    callbacks.append(Stop)
-    try:
-        yield
-    finally:
-        callbacks.remove(Stop)
-
-
 def execute(command: str) -> None:
-    """Run one command line of ``scripts/`` in this process.
-
-    Raises:
-        RuntimeError: it ends with another exit status than expected; the message has its output.
-    """
+    """Run one command line of ``scripts/`` in this process, to a signal where it names a step."""
     stop = re.match(r"SIGTERM@(\d+) ", command)
     script, *arguments = command[stop.end() if stop else 0 :].split()
     main = importlib.import_module(f"scripts.{script}").main
-    output = io.StringIO()
-    with (
-        stopped_at(int(stop[1])) if stop else contextlib.nullcontext(),
-        contextlib.redirect_stdout(output),
-        contextlib.redirect_stderr(output),
-    ):
-        try:
-            status = main(arguments)
-        except SystemExit as ended:
-            status = ended.code
-    if status != (128 + signal.SIGTERM if stop else 0):
-        raise RuntimeError(f"exit status {status} of {command}\n{output.getvalue()[-2000:]}")
+    run_main(main, arguments, int(stop[1]) if stop else None)
 
 
 def make_run(folder: Path, commands: Sequence[str]) -> dict[str, str]:

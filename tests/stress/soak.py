@@ -16,21 +16,17 @@ Examples:
 from __future__ import annotations
 
 import argparse
-import contextlib
 import ctypes
 import gc
-import io
 import json
 import os
 import shutil
-import signal
 import sys
 import tempfile
-import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 
@@ -42,34 +38,21 @@ if __name__ == "__main__":
 from src.common.cli import HelpFormatter, positive_float, run_script, say
 from src.common.files import check_outputs, write_json
 from src.common.settings import BUNDLED_DATA, BUNDLED_TEACHER
+from tests.stress.in_process import run_main
 
 MEGABYTE = 1e6
 WARM_UP = 1 / 3
 FEWEST = 12
 """Cycles before growth is stated."""
-POLL_SECONDS = 0.005
 ASKED_TO_STOP = "asked to stop"
 
 
-class Quantity(NamedTuple):
-    """Something that a process holds: its label and unit, and from which growth on it grows."""
-
-    label: str
-    unit: str
-    bound: float
-
-
-QUANTITIES = {
-    "memory": Quantity("resident memory", "MB", 20.0),
-    "handles": Quantity("open file handles", "", 0.5),
-    "threads": Quantity("threads", "", 0.5),
-    "children": Quantity("child processes", "", 0.5),
-    "disk": Quantity("work directory and cache", "MB", 0.5),
-}
+BOUNDS = {"memory": 20.0, "handles": 0.5, "threads": 0.5, "children": 0.5, "disk": 0.5}
+"""From which growth on a quantity grows; memory (resident) and disk are in megabytes."""
 
 
 def holdings(work: Path) -> dict[str, float]:
-    """Return what this process holds now, by the keys of QUANTITIES.
+    """Return what this process holds now, by the keys of BOUNDS.
 
     Garbage is collected and the C library gives freed memory back first: the number of pages that
     a heap keeps for the next request varies, which would hide, or look like, a leak.
@@ -146,19 +129,17 @@ def growth(values: Sequence[float], bound: float) -> dict[str, Any]:
 def verdict(samples: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     """Return what the samples of a soak say.
 
-    ``grows`` names the quantities above their bound, ``creeps`` those that rise steadily below it
-    (the interval of their slope is above zero), ``unlike`` the kinds of cycles that did not all end
-    alike. ``passed`` is None if there are too few cycles.
+    ``grows`` names the quantities above their bound, ``unlike`` the kinds of cycles that did not
+    all end alike. ``passed`` is None if there are too few cycles.
     """
     kinds: dict[str, list[str]] = {}
     for sample in samples:
         kinds.setdefault(sample["kind"], []).append(sample["outcome"])
     quantities: dict[str, dict[str, Any]] = {}
     if len(samples) >= FEWEST:
-        for name, quantity in QUANTITIES.items():
-            quantities[name] = growth([sample[name] for sample in samples], quantity.bound)
+        for name, bound in BOUNDS.items():
+            quantities[name] = growth([sample[name] for sample in samples], bound)
     grows = [name for name, q in quantities.items() if q["grows"]]
-    rises = [name for name, q in quantities.items() if q["growth_interval"][0] > 0]
     unlike = [kind for kind, outcomes in kinds.items() if len(set(outcomes)) > 1]
     return {
         "minutes": round(samples[-1]["seconds"] / 60, 2) if samples else 0.0,
@@ -166,7 +147,6 @@ def verdict(samples: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
         "cycles_by_kind": {kind: len(outcomes) for kind, outcomes in kinds.items()},
         "quantities": quantities,
         "grows": grows,
-        "creeps": [name for name in rises if name not in grows],
         "unlike": unlike,
         "passed": not grows and not unlike if quantities else None,
     }
@@ -194,14 +174,6 @@ EVALUATE = (
 )
 
 
-def status_of(main: Callable[[list[str]], int], typed: str) -> int:
-    """Run a script's ``main`` and return its exit status."""
-    try:
-        return main(typed.split())
-    except SystemExit as stop:
-        return int(stop.code or 0)
-
-
 def train_and_evaluate(number: int, work: Path, teacher: str, data: str) -> dict[str, Any]:
     """Run a cycle; return its kind and its outcome, which all cycles of a kind share."""
     from scripts import evaluate, train
@@ -209,20 +181,13 @@ def train_and_evaluate(number: int, work: Path, teacher: str, data: str) -> dict
     kind = list(KINDS)[number % len(KINDS)]
     folder = work / f"cycle-{number}"
     names = {"work": work, "folder": folder, "teacher": teacher, "data": data}
-    typed = (TRAIN + KINDS[kind]).format(**names)
-    printed = io.StringIO()
+    typed = (TRAIN + KINDS[kind]).format(**names).split()
     try:
-        with contextlib.redirect_stdout(printed), contextlib.redirect_stderr(printed):
-            status = 0
-            if kind == STOPPED_KIND:
-                with asked_to_stop_once_there(folder / "run" / "checkpoint-4"):
-                    status = status_of(train.main, typed)
-                typed += " --resume"
-            if status in (0, 128 + signal.SIGTERM):
-                status = status_of(train.main, typed)
-            status = status or status_of(evaluate.main, EVALUATE.format(**names))
-        if status:
-            raise RuntimeError(f"status {status}: {printed.getvalue()[-500:]}")
+        if kind == STOPPED_KIND:
+            run_main(train.main, typed, stop_at=4)
+            typed.append("--resume")
+        run_main(train.main, typed)
+        run_main(evaluate.main, EVALUATE.format(**names).split())
         record = json.loads((folder / "run" / "run.json").read_text())
         results = json.loads((folder / "results.json").read_text())
     finally:
@@ -230,29 +195,6 @@ def train_and_evaluate(number: int, work: Path, teacher: str, data: str) -> dict
     scores = [results["student_perplexity"], results["kl_divergence"]]
     outcome = f"{record['student']['fingerprint'][:16]} {scores[0]:.12g} {scores[1]:.12g}"
     return {"kind": kind, "outcome": outcome, "resumed": len(record.get("resumed", []))}
-
-
-@contextlib.contextmanager
-def asked_to_stop_once_there(path: Path):
-    """Send this process SIGTERM when a path appears, as a scheduler might during training."""
-    ended = threading.Event()
-
-    def wait() -> None:
-        while not ended.wait(POLL_SECONDS):
-            if path.exists():
-                os.kill(os.getpid(), signal.SIGTERM)
-                return
-
-    # The signal must not end the soak if the training finished just before it.
-    before = signal.signal(signal.SIGTERM, lambda number, frame: None)
-    thread = threading.Thread(target=wait)
-    thread.start()
-    try:
-        yield
-    finally:
-        ended.set()
-        thread.join()
-        signal.signal(signal.SIGTERM, before)
 
 
 # Command line -------------------------------------------------------------------------------------
@@ -291,14 +233,11 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
     record |= {**verdict(samples), "run": made_by}
     write_json(args.record, record)
     for name, q in record["quantities"].items():
-        label, unit, bound = QUANTITIES[name]
         low, high = q["growth_interval"]
         say(
-            f"{label:<26}{q['first']:10.2f} → {q['last']:10.2f} {unit:<3}"
-            f" growth {q['growth']:8.3f} ({low:.3f} to {high:.3f}, bound {bound:g})"
+            f"{name:<9}{q['first']:10.2f} → {q['last']:10.2f}"
+            f" growth {q['growth']:8.3f} ({low:.3f} to {high:.3f}, bound {q['bound']:g})"
         )
-    for name in record["creeps"]:
-        say(f"rises steadily, below its bound: {QUANTITIES[name].label}")
     if ended:
         say(f"ended early: {ended}")
     wrong = ", ".join([*record["grows"], *record["unlike"]]) or "nothing"
