@@ -49,7 +49,11 @@ def build_parser() -> argparse.ArgumentParser:
     add("--score_column", help="measured fitness (default: DMS_score where there is one)")
 
     add = parser.add_argument_group("how").add_argument
-    add("--windows", action="store_true", help="longer than the model: in overlapping windows")
+    add(
+        "--windows",
+        action="store_true",
+        help="longer than the model: in overlapping windows; with --wildtype all, if one is",
+    )
     add("--batch_size", type=positive_int, default=32, help="proteins of a batch, at most")
     add("--bootstrap", type=natural, default=2000, help="replicates for intervals; 0: none")
     add("--seed", type=natural, default=0, help="of the bootstrap")
@@ -132,7 +136,7 @@ def run(args: argparse.Namespace) -> dict:
         prefix: ProteinModel.load(name, device, announce=say, tokenizer=tokenizers[prefix])
         for prefix, name in names.items()
     }
-    scores = f.score_columns(models, variants.residues, args.batch_size, wild, args.windows)
+    scores = f.score_columns(models, variants.residues, args.batch_size, wild, args.windows, say)
     if not processes.is_first():
         return {}
     columns = of_models(scores, kinds[1])

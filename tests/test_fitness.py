@@ -416,6 +416,25 @@ def test_windows_score_what_does_not_fit(folder, capsys):
     assert float(row["log_likelihood_per_residue"]) < 0
 
 
+def test_a_wild_type_and_its_mutants_are_scored_in_the_same_windows(tiny_lm, tiny_tokenizer):
+    """Here an insertion makes one mutant too long; the others fit as a whole, in few tokens."""
+    loaded = ProteinModel(tiny_lm(n_positions=140), tiny_tokenizer)
+    wild = WILD * 4
+    close, long = f"A{wild[1:]}", wild + WILD * 3
+    lines: list[str] = []
+    found = fitness.score_columns(
+        {"": loaded}, [close, long], wild=wild, windows=True, announce=lines.append
+    )
+    nll = fitness.windowed_nll(loaded, [wild, close, long])
+    np.testing.assert_allclose(found["log_ratio"], nll[0] - nll[1:], rtol=1e-4)
+    assert lines == ["scores: 3 different proteins in windows"]
+    lines.clear()
+    apart = fitness.score_columns({"": loaded}, [close, long], windows=True, announce=lines.append)
+    whole = fitness.score_columns({"": loaded}, [close])["log_likelihood"]
+    assert apart["log_likelihood"][0] == pytest.approx(whole[0], rel=1e-5)
+    assert "1 different proteins in windows, 1 as a whole" in lines[0]
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [

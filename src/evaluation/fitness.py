@@ -14,14 +14,14 @@ import csv
 import io
 import math
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from src.common.cli import printable
+from src.common.cli import printable, unheard
 from src.common.files import write_text
 from src.evaluation.likelihoods import score_proteins
 from src.evaluation.mutants import Substitution, mutated, numbering, parse_mutant
@@ -222,6 +222,7 @@ def score_columns(
     batch_size: int = 32,
     wild: str | None = None,
     windows: bool = False,
+    announce: Callable[[str], None] = unheard,
 ) -> dict[str, np.ndarray]:
     """Return log-likelihoods of proteins under models, as columns of a table.
 
@@ -233,7 +234,10 @@ def score_columns(
         batch_size: proteins scored at a time.
         wild: the protein that all are variants of: what they share with it is computed once.
         windows: score proteins longer than the model in overlapping windows
-            (:func:`src.evaluation.variants.windowed_nll`).
+            (:func:`src.evaluation.variants.windowed_nll`). Given ``wild``, all are scored so as
+            soon as one of them is too long: substitutions change the number of tokens, and a
+            protein is many nats less likely in windows than as a whole.
+        announce: called with a line on how many proteins of a model were scored in windows.
 
     Returns:
         ``{prefix}log_likelihood`` (nats) and ``{prefix}log_likelihood_per_residue``, ``(P,)`` each;
@@ -252,15 +256,44 @@ def score_columns(
             nll = score_proteins(*loaded, unique, batch_size=batch_size, shared=True).nll
         else:
             nll = variant_nll(loaded, wild, unique)
-        long = np.flatnonzero(np.isnan(nll))
-        if windows and len(long):
-            nll[long] = windowed_nll(loaded, [unique[i] for i in long])
+        if windows:
+            _score_long(loaded, unique, nll, wild is not None, announce, prefix)
         nll = np.append(nll, math.nan)  # of an empty protein
         columns[f"{prefix}log_likelihood"] = -nll[back]
         columns[f"{prefix}log_likelihood_per_residue"] = -nll[back] / sizes
         if wild is not None:
             columns[f"{prefix}log_ratio"] = nll[0] - nll[back]
     return columns
+
+
+def _score_long(
+    loaded: ProteinModel,
+    proteins: Sequence[str],
+    nll: np.ndarray,
+    alike: bool,
+    announce: Callable[[str], None],
+    prefix: str,
+) -> None:
+    """Fill in, window by window, the NLL ``(P,)`` of proteins that do not fit the model.
+
+    ``alike``: where there is such a protein, the others are scored in windows as well.
+    """
+    long = [i for i, value in enumerate(nll.tolist()) if math.isnan(value)]
+    if not long:
+        return
+    nll[long] = windowed_nll(loaded, [proteins[i] for i in long])
+    # One that stays NaN is not too long: the tokenizer does not spell it.
+    count = int(np.isfinite(nll[long]).sum())
+    if not count:
+        return
+    if alike and len(long) < len(nll):
+        nll[:] = windowed_nll(loaded, proteins)
+        count = int(np.isfinite(nll).sum())
+    kept = int(np.isfinite(nll).sum()) - count
+    line = f"{prefix.replace('_', ' ')}scores: {count:,} different proteins in windows"
+    if kept:
+        line += f", {kept:,} as a whole: a whole protein is more likely, so the two do not compare"
+    announce(line)
 
 
 def write_scores(path: str | Path, variants: Variants, scores: Mapping[str, np.ndarray]) -> None:
