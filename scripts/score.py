@@ -27,7 +27,7 @@ from src.common import processes
 from src.common.cli import LAYOUT_HELP, HelpFormatter, natural, positive_int, run_script
 from src.common.files import check_outputs
 from src.common.processes import say
-from src.evaluation.results import put_estimate, with_interval
+from src.evaluation.results import few_clusters, put_estimate, with_interval
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -194,15 +194,20 @@ def correlations(args: argparse.Namespace, variants: Any, scores: Mapping[str, A
     estimates, count = f.spearman(
         columns, variants.measured, variants.clusters, args.bootstrap, args.seed
     )
+    compared = f.comparable(variants.measured, *columns.values())
+    clusters = {c for c, known in zip(variants.clusters, compared, strict=True) if known}
     found: dict[str, Any] = {
         "compared": count,
-        "clusters": len(set(variants.clusters)),
+        "clusters": len(clusters),
         "intervals": {},
     }
     for name, estimate in estimates.items():
         put_estimate(found, f"spearman.{name}", estimate)
         shown = with_interval(found, f"spearman.{name}")
         say(f"Spearman, {name}: {shown} over {count:,} variants")
+    if any(found["intervals"].values()):
+        for warning in few_clusters(len(clusters), "mutated positions"):
+            say(warning)
     if f.lengths_differ(variants.residues):
         totals = of_models(scores, "log_likelihood")
         by_total, _ = f.spearman(totals, variants.measured, variants.clusters, 0)

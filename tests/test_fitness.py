@@ -302,6 +302,16 @@ def test_too_few_for_a_correlation_that_nobody_asked_for(folder, capsys):
     assert (folder / "o.csv").read_text().count("\n") == 3
 
 
+def test_intervals_over_few_positions_are_warned_of(folder, capsys):
+    rows = ["M1A,AKV,1", "M1C,CKV,3", "K2A,MAV,2", "K2C,MCV,6", "V3A,MKA,5", "V3C,MKC,4"]
+    text = "\n".join(["mutant,mutated_sequence,DMS_score", *rows])
+    (folder / "few.csv").write_text(text + "\n")
+    given = ["--model", folder / "student", "--input", folder / "few.csv", "--bootstrap", 20]
+    assert call(*given, "--output", folder / "o.csv") == 0
+    shown = capsys.readouterr().out
+    assert "intervals are too narrow: 3 mutated positions, at least 5 are needed" in shown
+
+
 @pytest.mark.parametrize("flag", ["--output", "--correlations"])
 def test_the_input_is_never_replaced(folder, capsys, flag):
     before = (folder / "dms.csv").read_text()

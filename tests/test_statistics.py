@@ -63,6 +63,19 @@ def test_bootstrap_agrees_with_scipy():
     assert ours.high == pytest.approx(theirs.confidence_interval.high, rel=0.03)
 
 
+def test_the_bootstrap_covers_with_few_clusters():
+    """Of a mean of 8 normal values the interval is about Student's."""
+    hits, runs = 0, 300
+    for seed in range(runs):
+        x = np.random.default_rng([seed, 8]).normal(0.5, 0.3, 8)
+        arrays = {"x": x, "n": np.ones(8)}
+        found = cluster_bootstrap(ratio, arrays, range(8), n=500, seed=seed)["ratio"]
+        hits += found.low <= 0.5 <= found.high
+    assert 0.91 <= hits / runs <= 0.98
+    assert found.degrees_of_freedom == 7
+    assert found.standard_error == pytest.approx(x.std(ddof=1) / math.sqrt(8), rel=0.15)
+
+
 def test_duplicated_data_leave_clustered_intervals_as_they_are():
     rng = np.random.default_rng(2)
     arrays = {"x": rng.normal(1, 1, 60), "n": rng.integers(1, 5, 60).astype(float)}

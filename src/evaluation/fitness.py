@@ -25,7 +25,7 @@ from src.common.cli import printable, unheard
 from src.common.files import write_text
 from src.evaluation.likelihoods import score_proteins
 from src.evaluation.mutants import Substitution, mutated, numbering, parse_mutant
-from src.evaluation.statistics import TAILS, Estimate, cluster_codes, cluster_weights
+from src.evaluation.statistics import Estimate, cluster_codes, cluster_weights, percentiles
 from src.evaluation.variants import variant_nll, windowed_nll
 from src.models.loading import ProteinModel
 from src.proteins.columns import (
@@ -390,8 +390,8 @@ def spearman(
 ) -> tuple[dict[str, Estimate], int]:
     """Return Spearman's correlation of scores with measurements, and of two scores the difference.
 
-    Intervals are percentiles of a bootstrap over clusters (positions) that all scores share; they
-    speak of other variants of this protein, not of other proteins.
+    Intervals are expanded percentiles of a bootstrap over clusters (positions) that all scores
+    share; they speak of other variants of this protein, not of other proteins.
 
     Args:
         scores: ``(P,)`` by name; of two, the first less the second is given as ``difference``.
@@ -429,7 +429,7 @@ def spearman(
     for name, estimate in point.items():
         low = high = math.nan
         if groups > 1 and len(replicates[name]) and np.isfinite(replicates[name]).all():
-            low, high = map(float, np.quantile(replicates[name], TAILS))
+            low, high = map(float, percentiles(replicates[name], groups))
         estimates[name] = Estimate(estimate, low, high)
     return estimates, count
 
