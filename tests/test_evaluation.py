@@ -299,6 +299,11 @@ def test_exact_duplicates_share_a_cluster_without_a_table():
     assert protein_clusters(["a", "b"], ["MKV", "AAA"], {"a": "x", "b": "x"}) == ["x", "x"]
 
 
+def test_exact_duplicates_share_the_cluster_that_the_table_has_for_any_of_them():
+    assert protein_clusters(["a", "b"], ["MKV", "MKV"], {"b": "C7"}) == ["C7", "C7"]
+    assert protein_clusters(["a", "b"], ["MKV"] * 2, {"a": "C1", "b": "C7"}) == ["C1", "C1"]
+
+
 def test_natural_proteins_beat_shuffled_ones(teacher, tokenizer, tokens):
     found = check_teacher(teacher, tokenizer, tokens, ordered_proteins(100, seed=4))
     assert found["natural"] < found["unigram"]

@@ -50,15 +50,16 @@ def protein_clusters(
         names: of the proteins.
         residues: of the proteins.
         table: cluster by name; a protein that is not in it is its own cluster, but exact
-            duplicates always share one.
+            duplicates always share one: the first that the table has for any of them.
     """
-    first: dict[str, str] = {}
-    clusters = []
+    known: dict[str, str] = {}
     for name, sequence in zip(names, residues, strict=True):
-        cluster = (table or {}).get(name)
-        own = first.setdefault(sequence, cluster if cluster is not None else name)
-        clusters.append(cluster if cluster is not None else own)
-    return clusters
+        if table and name in table:
+            known.setdefault(sequence, table[name])
+    own: dict[str, str] = {}
+    for name, sequence in zip(names, residues, strict=True):
+        own.setdefault(sequence, known.get(sequence, name))
+    return [own[sequence] for sequence in residues]
 
 
 class HeldOut(NamedTuple):
