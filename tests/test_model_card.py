@@ -145,6 +145,7 @@ def test_training_settings_and_origin():
     assert "weighted by the teacher's entropy" in text
     assert "mixed with the uniform one, by at most 0.1" in text
     assert "| rows of a step | 32 |" in text
+    assert "| rows of a step | 128 |" in card_of(make_record(settings) | {"processes": 4})
     assert "| seed | 7 |" in text
     assert "| device | NVIDIA H100 |" in text
     assert "0123456789abcdef0123456789abcdef01234567" in text

@@ -173,6 +173,11 @@ def test_a_fine_tuned_model_is_not_called_distilled(folders):
     assert "stopped after step 8: no improvement" in text
 
 
+def test_the_rows_of_a_step_are_those_of_all_processes(folders):
+    (folders / "run" / "run.json").write_text(json.dumps({**RUN, "processes": 4}))
+    assert "100 of 32 rows" in Page(build_report(folders / "run")).text
+
+
 def test_a_run_alone_says_how_to_measure_it(folders):
     text = Page(build_report(folders / "run")).text
     assert "Not measured yet" in text

@@ -41,6 +41,7 @@ TRAINED = {
     "train_seconds": NonNegative,
     "peak_memory_bytes": NonNegative,
     "steps": NonNegative,
+    "processes": Positive,
     **{f"{model}.parameters": Positive for model in MODELS},
     **{f"settings.student.{name}": Positive for name in ("n_layer", "n_head", "n_embd")},
     **{f"settings.loss.{name}": Number for name in ("temperature", "alpha")},
@@ -262,7 +263,7 @@ def _training(run: Mapping[str, Any]) -> list[tuple[str, str]]:
         rows.append(("learning rate", _joined(rate, settings.get("lr_schedule"))))
     if run.get("steps"):
         batch = settings.get("batch_size") or 1
-        batch *= settings.get("gradient_accumulation_steps") or 1
+        batch *= (settings.get("gradient_accumulation_steps") or 1) * (run.get("processes") or 1)
         made = f"{run['steps']:,} of {batch:,} rows"
         rows.append(("steps", _joined(made, settings.get("batching"))))
     stopped = run.get("early_stopping") or {}
