@@ -177,6 +177,19 @@ def test_fine_tuning_without_a_teacher_is_not_called_distillation():
     assert "trained without a teacher" in card.text
 
 
+def test_a_model_with_a_tokenizer_and_no_teacher_has_a_card():
+    settings = TrainSettings(
+        loss=LossSettings(alpha=1.0), teacher_model=None, tokenizer="me/tokenizer"
+    )
+    record = make_record(settings) | {"teacher": None, "compression": None}
+    assert m.chosen_licence(record, "mit") == "mit"
+    with pytest.raises(ValueError, match="this model had no teacher.*--license"):
+        m.chosen_licence(record, None)
+    card = ModelCard(card_of(record, license="mit"))
+    assert "with the tokenizer of [me/tokenizer](https://huggingface.co/me/tokenizer)" in card.text
+    assert "mit. The training data" in card.text
+
+
 @pytest.mark.parametrize(
     ("name", "expected"),
     [
