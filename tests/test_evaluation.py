@@ -496,6 +496,27 @@ def test_generated_proteins_beside_their_controls(run_folders, tmp_path):
     assert natural["composition"] == shuffled["composition"]
 
 
+def test_samples_of_a_model_that_states_no_longest_input(run_folders, tmp_path, tokenizer):
+    """``--max_length`` stands in for its positions in every part of an evaluation."""
+    from transformers import BloomConfig, BloomForCausalLM
+
+    torch.manual_seed(0)
+    config = BloomConfig(vocab_size=64, hidden_size=16, n_layer=1, n_head=2, bos_token_id=0)
+    BloomForCausalLM(config).save_pretrained(tmp_path / "bloom")
+    tokenizer.save_pretrained(tmp_path / "bloom")
+    output = tmp_path / "r.json"
+    arguments = [
+        "--student_model", tmp_path / "bloom", "--teacher_model", run_folders / "teacher",
+        "--data", run_folders / "proteins", "--max_length", 100, "--num_samples", 2, "--output",
+        output, "--cache_dir", tmp_path / "cache", "--bootstrap", 0, "--device", "cpu",
+    ]  # fmt: skip
+    assert call(*arguments) == 0
+    generation = read_results(output)["generation"]
+    assert generation["student"]["counts"]["kept"] == 2
+    assert generation["student"]["sampling"]["max_length"] == 100
+    assert generation["teacher"]["sampling"]["max_length"] is None
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [

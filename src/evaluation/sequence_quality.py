@@ -345,6 +345,7 @@ def measure_generation(
     settings: DescriptionSettings | None = None,
     *,
     batch_size: int = 32,
+    max_length: int | None = None,
     train: Sequence[str] | None = None,
     clusters: Sequence[Any] | None = None,
 ) -> None:
@@ -360,11 +361,18 @@ def measure_generation(
         count: sequences that each model generates, with tags drawn from those of ``natural``.
         settings: of the description.
         batch_size: proteins sampled and scored at a time.
+        max_length: residues of a sampled protein, at most, where a model states no longest input;
+            others are sampled as long as they take.
         train: training proteins, for novelty.
         clusters: of the natural proteins.
+
+    Raises:
+        ValueError: a model cannot be sampled, or states no longest input without ``max_length``.
     """
     from src.evaluation.generation import GenerationSettings, sample_proteins
     from src.evaluation.likelihoods import score_proteins
+    from src.evaluation.sampler import fitted_length
+    from src.models.forward import stated_positions
 
     settings = settings or DescriptionSettings()
     wanted = GenerationSettings(count, seed=settings.seed, batch_size=batch_size).suited(tokenizer)
@@ -375,14 +383,15 @@ def measure_generation(
     for name, model in models.items():
         started = time.monotonic()
         generated[name], counts = [], Counter()
+        limit = None if stated_positions(model.config) else max_length
         for number, (tag, share) in enumerate(drawn.items()):
             seed = settings.seed + number
-            part = replace(wanted, num_sequences=share, tag=tag, seed=seed)
-            sampled = sample_proteins(model, tokenizer, part)
+            part = replace(wanted, num_sequences=share, max_length=limit, tag=tag, seed=seed)
+            sampled = sample_proteins(model, tokenizer, fitted_length(model, tokenizer, part))
             generated[name] += sampled.sequences
             counts.update(sampled.counts)
         extra[name] = {
-            "sampling": asdict(wanted),
+            "sampling": asdict(replace(wanted, max_length=limit)),
             "counts": dict(counts),
             "sequences_per_second": len(generated[name]) / (time.monotonic() - started),
             "examples": generated[name][:EXAMPLES],
