@@ -496,6 +496,20 @@ def test_generated_proteins_beside_their_controls(run_folders, tmp_path):
     assert natural["composition"] == shuffled["composition"]
 
 
+def test_proteins_that_are_too_long_are_counted(run_folders, tmp_path, tokenizer):
+    lengths = np.array([len(row) for row in encode(tokenizer, ordered_proteins(30, 3))])
+    limit = int(np.median(lengths))
+    output = tmp_path / "r.json"
+    arguments = [
+        "--student_model", run_folders / "student", "--max_length", limit, "--output", output,
+        "--cache_dir", tmp_path / "cache", "--bootstrap", 0, "--device", "cpu",
+    ]  # fmt: skip
+    assert call(*arguments) == 0
+    counts = read_results(output)["data"]
+    assert counts["too_long"] == (lengths > limit).sum() > 0
+    assert counts["proteins"] == (lengths <= limit).sum()
+
+
 def test_samples_of_a_model_that_states_no_longest_input(run_folders, tmp_path, tokenizer):
     """``--max_length`` stands in for its positions in every part of an evaluation."""
     from transformers import BloomConfig, BloomForCausalLM

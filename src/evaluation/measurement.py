@@ -28,6 +28,7 @@ from src.evaluation.statistics import Estimate, bootstrap_or_plain
 from src.evaluation.student_record import longest
 from src.models.inspection import count_parameters
 from src.models.sizes import threshold_for
+from src.proteins.tokens import LONGER_THAN
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -105,7 +106,8 @@ def evaluate_students(
         students: causal language models in eval mode, by name.
         teacher: one with the same vocabulary, on the same device.
         tokenizer: of all.
-        test: held-out proteins: token ids by index, with ``len``; ``names`` where they have any.
+        test: held-out proteins: token ids by index, with ``len``; ``names`` where they have any,
+            and a ``report`` where some were left out when they were read.
         settings: what is measured and how.
         train: training proteins, residues or tokens, to fit the n-gram floors on.
         clusters: cluster of related proteins by name.
@@ -151,7 +153,7 @@ def evaluate_students(
         results["gates"] = gates
         results["data"] = {
             "proteins": len(held_out.sizes),
-            "too_long": len(test) - len(held_out.sizes),
+            "too_long": _dropped(test) + len(test) - len(held_out.sizes),
             "residues": int(held_out.sizes.sum()),
             "tokens": int(scores.tokens.sum()),
             "clusters": number_of_clusters,
@@ -166,6 +168,13 @@ def evaluate_students(
         }
         evaluations[name] = Evaluation(results, held_out.table(scores))
     return evaluations
+
+
+def _dropped(test: Any) -> int:
+    """Return how many proteins were left out as too long when the others were tokenised."""
+    report = getattr(test, "report", None)
+    dropped = {} if report is None else report.dropped
+    return sum(e["count"] for why, e in dropped.items() if why.startswith(LONGER_THAN))
 
 
 def _held_out(test: Any, tokenizer: Any, limit: int, clusters: Mapping[str, str] | None) -> HeldOut:
