@@ -306,6 +306,27 @@ def test_what_is_wrong_in_a_run_is_named(folders, capsys, change, key):
     assert f"{path}: {key}" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize(
+    ("gates", "said", "unsaid"),
+    [
+        (None, "The teacher was not checked", "cannot tell"),
+        (
+            {"passed": False, "summary": "checked, cannot tell: x"},
+            "Checked, cannot tell: x.",
+            "not checked",
+        ),
+        ({"passed": False}, "The teacher was checked, and did not pass.", "not checked"),
+        ({"passed": True, "summary": "checked"}, "These results", "The teacher was"),
+    ],
+)
+def test_a_check_of_the_teacher_that_cannot_tell_is_no_missing_check(folders, gates, said, unsaid):
+    given = {k: v for k, v in RESULTS.items() if k not in ("generation", "floors")}
+    (folders / "g.json").write_text(json.dumps(given | {"gates": gates, "intervals": {}}))
+    text = Page(build_report(None, folders / "g.json")).text
+    assert said in text
+    assert unsaid not in text
+
+
 def test_the_first_results_files_need_not_count_everything(folders):
     old = {"perplexity_ratio": 18.95, "data": {"proteins": 12}}
     (folders / "old.json").write_text(json.dumps(old))

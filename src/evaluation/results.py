@@ -89,6 +89,7 @@ SECTIONS: dict[str, Any] = {
     "floors.uniform.perplexity_per_residue": Positive,
     "floors.uniform.nats_per_residue": NonNegative,
     "gates": Object,
+    "gates.summary": str,
     "data": Object,
     **{f"data.{c}": NonNegative for c in ("proteins", "clusters", "residues", "tokens")},
     "data.cluster_kind": Literal["clusters", "families"],

@@ -205,12 +205,15 @@ def _headlines(results: Mapping[str, Any]) -> list[dict[str, Any]]:
 
 
 def _warnings(run: Mapping[str, Any], results: Mapping[str, Any]) -> list[str]:
-    """Return warnings about the results: no check of the teacher, no intervals, changed code."""
+    """Return warnings about the results: the teacher's check, no intervals, changed code."""
     warnings = []
-    if results and not lookup(results, "gates.passed"):
+    if results and not results.get("gates"):
         warnings.append(
             "The teacher was not checked on natural and shuffled proteins before it was measured."
         )
+    elif results and not lookup(results, "gates.passed"):
+        found = lookup(results, "gates.summary") or "the teacher was checked, and did not pass"
+        warnings.append(f"{found[0].upper()}{found[1:]}.")
     warnings += [f"{line[0].upper()}{line[1:]}." for line in cautions(results)]
     if results and not any((results.get("intervals") or {}).values()):
         warnings.append("These results have no intervals: differences may be chance.")
