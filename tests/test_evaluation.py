@@ -5,10 +5,12 @@ import json
 import math
 import random
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
+from scipy import stats
 
 from scripts import evaluate as script
 from src.evaluation.gates import check_teacher
@@ -313,6 +315,30 @@ def test_natural_proteins_beat_shuffled_ones(teacher, tokenizer, tokens):
     assert teacher.training is False
 
 
+def test_the_recorded_check_counts_relatives_once(teacher, tokenizer, monkeypatch):
+    """Twelve variants of one protein beside ten others: eleven groups, as the decision has them."""
+    rng = random.Random(0)
+    others = ["".join(rng.choices(STANDARD_RESIDUES, k=60)) for _ in range(11)]
+    first = others.pop()
+    given = [*(first[:i] + "C" + first[i + 1 :] for i in range(12)), *others]
+    gain = np.random.default_rng(0).normal(0.1, 0.1, len(given))
+
+    def nats(model, rows, settings, what):
+        return 60 * (2 + (gain if what == "shuffled proteins" else 0 * gain))
+
+    monkeypatch.setattr("src.evaluation.gates.protein_nll", nats)
+    found = check_teacher(teacher, tokenizer, Tokens(encode(tokenizer, given)))
+    recorded = found["shuffled_minus_natural"]
+    assert (recorded["groups"], recorded["pairs"]) == (11, 22)
+    means = np.array([gain[:12].mean(), *gain[12:]])
+    assert recorded["mean"] == pytest.approx(means.mean())
+    one_sided: Any = stats.ttest_1samp(means, 0, alternative="greater")
+    assert recorded["p_value"] == pytest.approx(one_sided.pvalue)
+    both: Any = stats.ttest_1samp(means, 0)
+    interval = both.confidence_interval(0.95)
+    assert (recorded["low"], recorded["high"]) == pytest.approx((interval.low, interval.high))
+
+
 @pytest.mark.parametrize(
     ("proteins", "refused"),
     [
@@ -353,6 +379,9 @@ def test_being_wrong_about_one_protein_is_no_proof(
         found = check_teacher(teacher, tokenizer, rows)
         assert "too few or too short proteins to tell" in found["summary"]
         assert not found["passed"]
+        recorded = found["shuffled_minus_natural"]
+        assert (recorded["groups"], recorded["pairs"]) == (1, len(given))
+        assert recorded["low"] is recorded["high"] is recorded["p_value"] is None
 
 
 def test_a_random_teacher_is_stopped(tiny_lm, tokenizer, tokens):

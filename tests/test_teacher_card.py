@@ -24,7 +24,15 @@ PARTS = {
         "teacher_perplexity_per_residue": 12.18,
         "accuracy": {"teacher": 0.251, "unigram": 0.052},
         "intervals": {"teacher_nats_per_residue": [2.4, 2.6]},
-        "gates": {"shuffled_minus_natural": {"mean": 0.3, "low": 0.2, "high": 0.4, "pairs": 8}},
+        "gates": {
+            "shuffled_minus_natural": {
+                "mean": 0.3,
+                "low": 0.2,
+                "high": 0.4,
+                "groups": 5,
+                "pairs": 8,
+            }
+        },
     }
 }
 RUN = {
@@ -53,6 +61,7 @@ def test_the_card_of_a_run(tmp_path):
     assert "5,000 steps of 32 proteins from 1,000 training proteins" in card
     assert "matrices with Muon (rate 0.004), the rest with AdamW (0.003), seed 1, in bf16" in card
     assert "| test | **this model** | 12.18 | 2.500 [2.400, 2.600] |" in card
+    assert "[0.200, 0.400], 8 pairs in 5 groups of relatives." in card
     assert "25.1% of the tokens of `test`; the most\nfrequent one for 5.2%" in card
 
 

@@ -420,36 +420,3 @@ def holm(p_values: Mapping[str, float]) -> dict[str, float]:
         running = max(running, min(1.0, (len(order) - rank) * p_values[name]))
         adjusted[name] = running
     return {name: adjusted[name] for name in p_values}
-
-
-@dataclass(frozen=True)
-class PairedTest:
-    """A one-sided paired comparison: mean difference, its interval, and the p-value."""
-
-    difference: float
-    low: float
-    high: float
-    p_value: float
-    pairs: int
-
-
-def paired_test(differences: np.ndarray) -> PairedTest:
-    """Test whether differences are above 0 on average (paired t test, one-sided).
-
-    Args:
-        differences: ``(n,)``, one for each independent unit.
-
-    Returns:
-        Mean, two-sided interval and one-sided p-value; with fewer than two pairs the p-value is 1.
-    """
-    differences = np.asarray(differences, dtype=np.float64)
-    n = len(differences)
-    mean = float(differences.mean()) if n else math.nan
-    if n < 2:
-        return PairedTest(mean, math.nan, math.nan, 1.0, n)
-    found = mean_interval(differences)
-    error = found.standard_error
-    if error == 0:
-        return PairedTest(mean, mean, mean, 0.0 if mean > 0 else 1.0, n)
-    p_value = float(stats.t.sf(mean / error, n - 1))
-    return PairedTest(mean, found.low, found.high, p_value, n)

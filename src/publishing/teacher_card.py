@@ -102,6 +102,9 @@ def teacher_card(facts: Mapping[str, Any], parts: Mapping[str, Mapping[str, Any]
     """
     first = next(iter(parts.values()))
     mixed = first["gates"]["shuffled_minus_natural"]
+    counted = f"{mixed['pairs']} pairs"
+    if "groups" in mixed:  # the first records took relatives one by one
+        counted += f" in {mixed['groups']} groups of relatives"
     accuracy = first["accuracy"]
     shape = "{n_layer} layers, {n_head} heads, {n_embd} wide, vocabulary {vocab_size}".format(
         **facts
@@ -139,7 +142,7 @@ were fitted on {first["floors"]["fitted_proteins"]:,} training proteins. All of 
 {score_rows(parts)}
 
 Natural proteins against the same residues shuffled: {mixed["mean"]:.3f} nats per residue more for
-the shuffled ones [{mixed["low"]:.3f}, {mixed["high"]:.3f}], {mixed["pairs"]} pairs.
+the shuffled ones [{mixed["low"]:.3f}, {mixed["high"]:.3f}], {counted}.
 The likeliest token is the right one for {accuracy["teacher"]:.1%} of the tokens of `test`; the most
 frequent one for {accuracy["unigram"]:.1%}.
 
