@@ -268,3 +268,13 @@ def test_holm():
     assert list(adjusted) == ["a", "b", "c", "d"]
     assert holm({"a": 0.9, "b": 0.8}) == {"a": 1.0, "b": 1.0}
     assert holm({}) == {}
+    with pytest.raises(ValueError, match="b has no p-value"):
+        holm({"a": 0.01, "b": math.nan})
+
+
+def test_what_is_not_known_has_no_p_value():
+    nan = math.nan
+    assert math.isnan(Estimate(nan, nan, nan, nan).p_value)
+    assert math.isnan(Estimate(0.5, 0.4, 0.6).p_value)
+    assert Estimate(0.5, 0.5, 0.5, 0.0).p_value == 0.0
+    assert Estimate(0.0, 0.0, 0.0, 0.0).p_value == 1.0

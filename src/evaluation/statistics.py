@@ -45,7 +45,9 @@ class Estimate:
 
     @property
     def p_value(self) -> float:
-        """Two-sided p-value of the hypothesis that the value is 0."""
+        """Two-sided p-value of the hypothesis that the value is 0; NaN where it or its error is."""
+        if math.isnan(self.estimate) or math.isnan(self.standard_error):
+            return math.nan
         if not self.standard_error > 0:
             return 1.0 if self.estimate == 0 else 0.0
         t = abs(self.estimate) / self.standard_error
@@ -412,7 +414,13 @@ def holm(p_values: Mapping[str, float]) -> dict[str, float]:
     Returns:
         Adjusted p-values under the same names: reject those at most α, and at most a share α of
         such families holds any false rejection, however the tests depend on each other.
+
+    Raises:
+        ValueError: a p-value is NaN: that of the others depends on its rank.
     """
+    for name, value in p_values.items():
+        if math.isnan(value):
+            raise ValueError(f"{name} has no p-value to correct")
     order = sorted(p_values, key=lambda name: p_values[name])
     adjusted: dict[str, float] = {}
     running = 0.0
