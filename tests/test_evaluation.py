@@ -406,6 +406,19 @@ def test_a_broken_layout_is_stopped(teacher, tokenizer, proteins):
             evaluate(teacher, teacher, tokenizer, broken, EvaluationSettings(bootstrap=0))
 
 
+def test_a_student_beyond_all_numbers_has_not_passed(student, teacher, tokenizer, tokens):
+    """e^(nats a token) overflows: the ratio is null."""
+    from copy import deepcopy
+
+    lost = deepcopy(student)
+    with torch.no_grad():
+        lost.transformer.ln_f.weight *= 1e6
+    settings = EvaluationSettings(bootstrap=0, check=False)
+    found = evaluate(lost, teacher, tokenizer, tokens, settings).results
+    assert found["perplexity_ratio"] is None
+    assert found["threshold"]["passed"] is False
+
+
 def test_vocabularies_must_match(teacher, tiny_lm, tokenizer, tokens):
     settings = EvaluationSettings(check=False)
     with pytest.raises(ValueError, match="vocabulary"):

@@ -85,7 +85,13 @@ def _mean(key: str, unit: str = "tokens") -> Compute:
 
 
 def _perplexity(unit: str) -> Compute:
-    return lambda sums, model: np.exp(sums[f"nll_{model}"] / sums[unit])
+    return lambda sums, model: _exp(sums[f"nll_{model}"] / sums[unit])
+
+
+def _exp(nats: np.ndarray) -> np.ndarray:
+    """Return e to the given powers; infinite, without a warning, where that is beyond numbers."""
+    with np.errstate(over="ignore"):
+        return np.exp(nats)
 
 
 def _bits_per_residue(sums: Sums, model: str) -> np.ndarray:
@@ -93,7 +99,7 @@ def _bits_per_residue(sums: Sums, model: str) -> np.ndarray:
 
 
 def _perplexity_ratio(unit: str) -> Compute:
-    return lambda sums, _: np.exp((sums["nll_student"] - sums["nll_teacher"]) / sums[unit])
+    return lambda sums, _: _exp((sums["nll_student"] - sums["nll_teacher"]) / sums[unit])
 
 
 def _kept_advantage(sums: Sums, _: str) -> np.ndarray:
