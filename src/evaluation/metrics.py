@@ -36,10 +36,8 @@ class Metric:
         values: pydantic type of the value.
         compute: returns ``(R,)`` from sums ``(R, ...)`` and the model's name ("" if the metric has
             no ``{model}``); for generated proteins the second argument holds the residue counts of
-            natural proteins. None: the mean of ``per_token`` over tokens, or computed elsewhere.
+            natural proteins. None: computed elsewhere.
         needs: the sum without which the metric is not computed.
-        per_token: returns ``(N,)`` from the log-probabilities ``(N, V)`` by model, the ids of the
-            true tokens ``(N,)`` and the model's name. Its sums carry the metric's name.
         ratio: name of the metric that compares student and teacher.
         column: heading in the comparison; "": not there.
         index: type in the model index of the hub; "": not there.
@@ -53,7 +51,6 @@ class Metric:
     values: Any = Number
     compute: Compute | None = None
     needs: str = ""
-    per_token: Callable[[Mapping[str, Any], Any, str], Any] | None = None
     ratio: str = ""
     column: str = ""
     index: str = ""
@@ -274,10 +271,8 @@ def compute_metrics(sums: Sums) -> dict[str, np.ndarray]:
         computed = [metric for metric in group if not metric.needs or metric.needs in sums]
         for model in MODELS if per_model else ("",):
             for metric in computed:
-                name = metric.name.format(model=model)
-                compute = metric.compute or (_mean(name) if metric.per_token else None)
-                if compute:
-                    values[name] = compute(sums, model)
+                if metric.compute:
+                    values[metric.name.format(model=model)] = metric.compute(sums, model)
     return values
 
 

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from src.evaluation.metrics import METRICS
 from src.loss.reference import at_least_float32, check_vocabularies, divergence, entropy
 
 
@@ -28,7 +27,7 @@ def token_statistics(
         ``(N,)`` each: ``kl`` KL(teacher‖student), ``reverse_kl`` KL(student‖teacher), ``js`` their
         Jensen-Shannon divergence (at most ln 2), ``agree`` (both rank the same token first); and
         for ``student`` and ``teacher`` the keys of :func:`model_statistics` with that ending,
-        ``nll_student`` for example. A metric with a ``per_token`` function adds its own name.
+        ``nll_student`` for example.
 
     Raises:
         ValueError: the vocabularies differ.
@@ -46,11 +45,6 @@ def token_statistics(
     for name, log_probs in (("student", log_q), ("teacher", log_p)):
         for key, value in model_statistics(log_probs, targets).items():
             statistics[f"{key}_{name}"] = value
-    log_probs = {"student": log_q, "teacher": log_p}
-    for metric in METRICS:
-        if metric.per_token:
-            for name, model in metric.names():
-                statistics[name] = metric.per_token(log_probs, targets, model)
     return statistics
 
 
