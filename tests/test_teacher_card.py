@@ -3,13 +3,10 @@
 from __future__ import annotations
 
 import json
-from collections import Counter
 
-import numpy as np
 import pytest
 
-from src.proteins.layouts import layout
-from src.publishing.teacher_card import teacher_card, top_1_accuracy, training_facts
+from src.publishing.teacher_card import teacher_card, training_facts
 
 PARTS = {
     "test": {
@@ -22,7 +19,8 @@ PARTS = {
         },
         "teacher_nats_per_residue": 2.5,
         "teacher_perplexity_per_residue": 12.18,
-        "accuracy": {"teacher": 0.251, "unigram": 0.052},
+        "teacher_accuracy": 0.251,
+        "teacher_ece": {"accuracy_floor": 0.052},
         "intervals": {"teacher_nats_per_residue": [2.4, 2.6]},
         "gates": {
             "shuffled_minus_natural": {
@@ -77,21 +75,3 @@ def test_a_record_that_lacks_something_is_named(tmp_path):
     (tmp_path / "config.json").write_text("{}")
     with pytest.raises(ValueError, match=r"run\.json: 'learning_rate' is missing"):
         training_facts(tmp_path)
-
-
-def test_top_1_accuracy(small_tokenizer):
-    text = layout("MKVAAA")
-    ids = np.array(small_tokenizer(text, add_special_tokens=False)["input_ids"])
-    curve = {"count": [6, 0, 2], "accuracy": [0.5, None, 1.0]}
-    measured = {"teacher_ece": {"reliability": curve}}
-    accuracy = top_1_accuracy(measured, ["MKVAAA"], [ids], small_tokenizer)
-    commonest = Counter(ids.tolist()).most_common()
-    first = min(token for token, count in commonest if count == commonest[0][1])
-    assert accuracy == {"teacher": 5 / 8, "unigram": float(np.mean(ids[1:] == first))}
-
-
-@pytest.fixture
-def small_tokenizer(small_teacher_dir):
-    from src.models.loading import load_tokenizer
-
-    return load_tokenizer(small_teacher_dir)

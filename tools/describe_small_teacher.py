@@ -49,7 +49,7 @@ def run(args: argparse.Namespace) -> dict:
     from src.models.loading import ProteinModel, load_causal_lm, max_positions, model_fingerprint
     from src.proteins.sources import has_split, read_proteins
     from src.proteins.tokens import tokenise
-    from src.publishing.teacher_card import teacher_card, top_1_accuracy, training_facts
+    from src.publishing.teacher_card import teacher_card, training_facts
 
     quiet_libraries()
     facts = training_facts(args.model)
@@ -80,8 +80,6 @@ def run(args: argparse.Namespace) -> dict:
             cluster_kind=cluster_kind(args.data),
             announce=say,
         ).results
-        if part == "test":
-            measured["accuracy"] = top_1_accuracy(measured, train, proteins, tokenizer)
         results[part] = {k: v for k, v in measured.items() if k not in ("student_ece", "threshold")}
     record = {"parts": results, "run": {**provenance(), "fingerprint": model_fingerprint(model)}}
     write_json(args.model / "evaluation.json", record)
