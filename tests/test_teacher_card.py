@@ -4,9 +4,7 @@ from __future__ import annotations
 
 import json
 
-import pytest
-
-from src.publishing.teacher_card import teacher_card, training_facts
+from tools.describe_small_teacher import teacher_card, training_facts
 
 PARTS = {
     "test": {
@@ -68,10 +66,3 @@ def test_the_card_of_the_bundled_teacher(small_teacher_dir):
     card = teacher_card(training_facts(small_teacher_dir), parts)
     rows = [line for line in card.splitlines() if line.startswith("| test")]
     assert set(rows) <= set((small_teacher_dir / "README.md").read_text().splitlines())
-
-
-def test_a_record_that_lacks_something_is_named(tmp_path):
-    (tmp_path / "run.json").write_text(json.dumps(RUN | {"settings": {}}))
-    (tmp_path / "config.json").write_text("{}")
-    with pytest.raises(ValueError, match=r"run\.json: 'learning_rate' is missing"):
-        training_facts(tmp_path)
