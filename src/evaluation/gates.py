@@ -281,17 +281,6 @@ def token_unigram_nll(
     return np.array([-log_probs[np.asarray(row)[1:]].sum() for row in proteins])
 
 
-def floor_warning(teacher: np.ndarray, unigram: np.ndarray, residues: np.ndarray) -> str | None:
-    """Return a warning where the teacher is worse than the unigram floor over all proteins."""
-    mine, floor = teacher.sum() / residues.sum(), unigram.sum() / residues.sum()
-    if mine < floor:
-        return None
-    return (
-        f"the teacher predicts these proteins worse than a unigram model does ({mine:.3f} against "
-        f"{floor:.3f} nats per residue): weak for them, or in another layout"
-    )
-
-
 def floors_record(
     measured: dict[str, Any] | None, fitted_on: str, train: Sequence[str] | None
 ) -> dict[str, Any]:

@@ -17,7 +17,6 @@ from src.evaluation.gates import (
     check_teacher,
     draw_proteins,
     floor_nll,
-    floor_warning,
     floors_record,
     residues_of_tokens,
 )
@@ -139,11 +138,6 @@ def evaluate_students(
         )
         announce(gates["summary"])
     all_scores = score_students(list(students.values()), teacher, held_out.proteins, settings)
-    if settings.check and "unigram" in floors:
-        nll = all_scores[0].sums["nll_teacher"]
-        warning = floor_warning(nll, floors["unigram"], held_out.sizes)
-        if warning:
-            announce(warning)
     number_of_clusters = len(set(held_out.clusters))
     announce(f"intervals over {number_of_clusters:,} {cluster_kind}")
     evaluations = {}
