@@ -244,7 +244,6 @@ def _results(
             "rule": "5 % of the teacher: 3.0, 11 %: 2.5, 27 %: 2.0; linear between, nearest beyond",
         },
         "kl_from_natural": {"student": None, "teacher": None},
-        "kl_from_natural_uniprot": {"student": None, "teacher": None},
         "generation": None,
     }
 

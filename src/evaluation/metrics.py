@@ -193,7 +193,6 @@ METRICS: list[Metric] = [
     # Computed elsewhere, from generated proteins and from the models' sizes.
     Metric("kl_from_natural.{model}", "composition KL from held-out", better="lower",
            column="KL from natural", index="kl_from_natural"),
-    Metric("kl_from_natural_uniprot.{model}", "composition KL from UniProt", better="lower"),
     Metric("compression_ratio", values=Positive, column="compression", spec="{:.1f}x"),
 ]  # fmt: skip
 
@@ -208,14 +207,10 @@ def _quotient(above: str, below: str) -> Compute:
     return compute
 
 
-def _composition_kl(uniprot: bool) -> Compute:
-    def compute(sums: Sums, natural: np.ndarray) -> np.ndarray:
-        from src.evaluation.composition import composition_kl, swissprot_frequencies
+def _composition_kl(sums: Sums, natural: np.ndarray) -> np.ndarray:
+    from src.evaluation.composition import composition_kl
 
-        reference = swissprot_frequencies() if uniprot else natural
-        return np.where(sums["residues"] > 0, composition_kl(sums["counts"], reference), np.nan)
-
-    return compute
+    return np.where(sums["residues"] > 0, composition_kl(sums["counts"], natural), np.nan)
 
 
 def _teacher_perplexity(sums: Sums, _: Any) -> np.ndarray:
@@ -239,8 +234,7 @@ GENERATION_METRICS: list[Metric] = [
            compute=_quotient("tandem", "residues")),
     Metric("repetitiveness.low_complexity_share", "residues of low complexity",
            compute=_quotient("low_complexity", "residues")),
-    Metric("kl_from_natural", "composition KL from held-out", compute=_composition_kl(False)),
-    Metric("kl_from_natural_uniprot", compute=_composition_kl(True)),
+    Metric("kl_from_natural", "composition KL from held-out", compute=_composition_kl),
     Metric("teacher_perplexity_per_residue", "teacher's perplexity per residue", needs="nll",
            compute=_teacher_perplexity),
     Metric("diversity.word_distance", "distance in words of three residues"),

@@ -378,8 +378,8 @@ def measure_generation(
 
     Args:
         results: of ``src.evaluation.measurement.evaluate``; changed in place: ``generation``
-            (the records of :func:`describe_all`, and the ``reference``), ``kl_from_natural``,
-            ``kl_from_natural_uniprot`` and their intervals.
+            (the records of :func:`describe_all`, and the ``reference``), ``kl_from_natural`` and
+            its intervals.
         models: ``student`` and ``teacher``.
         tokenizer: of both.
         natural: held-out proteins, the reference of composition.
@@ -430,8 +430,8 @@ def measure_generation(
     )
     for name, more in extra.items():
         generation[name] |= more
-        for key in ("kl_from_natural", "kl_from_natural_uniprot"):
-            results[key][name] = generation[name][key]
-            results["intervals"][f"{key}.{name}"] = generation[name]["intervals"][key]
+        key = "kl_from_natural"
+        results[key][name] = generation[name][key]
+        results["intervals"][f"{key}.{name}"] = generation[name]["intervals"][key]
     reference = {"proteins": len(natural), "composition": composition_shares(natural)}
     results["generation"] = {**generation, "reference": reference}
