@@ -251,7 +251,7 @@ def _results(
 def _describe_calibration(
     record: dict[str, Any], sums: CalibrationSums, interval: Sequence[float] | None
 ) -> None:
-    """Add whether calibration means anything, and the curves of the reliability diagram.
+    """Add whether calibration means anything, and the curve of the reliability diagram.
 
     It does where the accuracy beats always naming the most frequent token, beyond chance where
     there is an ``interval`` of the difference: else confidence has nothing to be right about.
@@ -260,4 +260,3 @@ def _describe_calibration(
     record["calibration_meaningful"] = bool(least > 0)
     record["bins"] = len(sums.width_edges) - 1
     record["reliability"] = reliability_curve(sums.width.sum(0), sums.width_edges)
-    record["reliability_equal_mass"] = reliability_curve(sums.mass.sum(0), sums.mass_edges)

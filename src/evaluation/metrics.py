@@ -182,8 +182,6 @@ METRICS: list[Metric] = [
                         column="ECE"),
     _calibration_metric("ece_equal_mass"),
     _calibration_metric("ece_debiased", "ECE, debiased"),
-    _calibration_metric("l2"),
-    _calibration_metric("l2_debiased"),
     _calibration_metric("smooth_ece", "smooth ECE"),
     _calibration_metric("accuracy"),
     _calibration_metric("mean_confidence"),
