@@ -127,8 +127,10 @@ def run(args: argparse.Namespace) -> dict:
     for line in report:
         say(line)
     if args.correlations:
-        f.require_comparable(variants)
-    kinds = ("log_likelihood", "log_likelihood_per_residue")
+        f.require_measured(variants)
+    kinds = ["log_likelihood", "log_likelihood_per_residue"]
+    if wild is not None:
+        kinds.append("log_ratio")
     long = "" if args.windows else " (--windows scores long ones)"
     f.check_columns(variants, [prefix + kind for prefix in names for kind in kinds])
     device = choose_device(args.device)
@@ -143,8 +145,10 @@ def run(args: argparse.Namespace) -> dict:
     scored = f.comparable(*columns.values())
     if not any(scored):
         raise ValueError(f"nothing to write: all proteins {NOT_TAKEN}" + long)
-    if args.correlations:  # before anything is written
-        f.require_comparable(variants, *columns.values())
+    # Correlations first: where they cannot be had, nothing is written.
+    summary: dict[str, Any] = (
+        {} if variants.measured is None else correlations(args, variants, scores)
+    )
     f.write_scores(args.output, variants, scores)
     empty = variants.residues.count("")
     if empty:
@@ -161,10 +165,7 @@ def run(args: argparse.Namespace) -> dict:
         save_figure(scan_map(wild, every_substitution(wild), scores["log_ratio"]), args.heat_map)  # type: ignore[arg-type]
         say(f"written: {args.heat_map}")
     say(f"written: {args.output}")
-    summary: dict[str, Any] = {"proteins": len(variants.rows), "not_scored": lost + empty}
-    if variants.measured is None:
-        return summary
-    summary |= correlations(args, variants, scores)
+    summary = {"proteins": len(variants.rows), "not_scored": lost + empty, **summary}
     if args.correlations:
         summary["run"] = {
             **provenance(),
@@ -184,17 +185,20 @@ def of_models(scores: Mapping[str, Any], kind: str) -> dict[str, Any]:
 
 
 def correlations(args: argparse.Namespace, variants: Any, scores: Mapping[str, Any]) -> dict:
-    """Print and return rank correlations with the measurements; empty where there are too few."""
+    """Print and return rank correlations with the measurements.
+
+    Empty where there are too few, which is an error where a file of them is asked for.
+    """
     from src.evaluation import fitness as f
 
     columns = of_models(scores, "log_likelihood_per_residue")
-    if sum(f.comparable(variants.measured, *columns.values())) < f.LEAST_COMPARED:
+    compared = f.comparable(variants.measured, *columns.values())
+    if sum(compared) < f.LEAST_COMPARED and not args.correlations:
         say(f"no correlation: fewer than {f.LEAST_COMPARED} variants have measurement and score")
         return {}
     estimates, count = f.spearman(
         columns, variants.measured, variants.clusters, args.bootstrap, args.seed
     )
-    compared = f.comparable(variants.measured, *columns.values())
     clusters = {c for c, known in zip(variants.clusters, compared, strict=True) if known}
     found: dict[str, Any] = {
         "compared": count,

@@ -274,6 +274,7 @@ def test_the_script_scores_both_models(folder, capsys):
 def test_user_errors_are_one_line(folder, refusal):
     (folder / "a.fasta").write_text(">a\nMKV\n")
     (folder / "scored.csv").write_text("sequence,log_likelihood\nMKV,1\n")
+    (folder / "ratio.csv").write_text("mutant,log_ratio\nM1A,1\n")
     (folder / "two.csv").write_text("sequence,DMS_score\nMKV,1\nMKA,2\nMKL,\n")
     (folder / "long.csv").write_text(
         f"sequence,DMS_score\nMKV,1\nMKA,2\n{'A' * 1000},3\n{'V' * 1000},4\n"
@@ -286,6 +287,7 @@ def test_user_errors_are_one_line(folder, refusal):
         (["--input", folder / "long.csv", *correlations], "2 variants have both"),
         (["--input", folder / "a.fasta", "--correlations", folder / "c.json"], "--score_column"),
         (["--input", folder / "scored.csv"], "'log_likelihood' already"),
+        (["--input", folder / "ratio.csv", "--wildtype", "MKV"], "'log_ratio' already"),
         (["--input", folder / "a.fasta", "--model", folder / "none"], "no such directory"),
     ):
         given = ["--model", folder / "student", "--output", folder / "o.csv", *arguments]

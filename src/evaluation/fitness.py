@@ -299,10 +299,8 @@ def _score_long(
 def write_scores(path: str | Path, variants: Variants, scores: Mapping[str, np.ndarray]) -> None:
     """Write the table that was read with columns of scores behind its own, as CSV, atomically.
 
-    Raises:
-        ValueError: the table has such a column already.
+    :func:`check_columns` tells beforehand where the table has such a column already.
     """
-    check_columns(variants, scores)
     table = io.StringIO()
     writer = csv.writer(table, lineterminator="\n")
     writer.writerow([*variants.columns, *scores])
@@ -350,7 +348,7 @@ def wild_type(given: str, tag: str | None = None) -> str:
     return cleaned
 
 
-def check_columns(variants: Variants, names: Sequence[str] | Mapping[str, Any]) -> None:
+def check_columns(variants: Variants, names: Sequence[str]) -> None:
     """Raise ``ValueError`` where a table already has a column of one of these names."""
     for name in names:
         if name in variants.columns:
@@ -362,15 +360,15 @@ def comparable(*columns: np.ndarray) -> np.ndarray:
     return np.all([np.isfinite(column) for column in columns], axis=0)
 
 
-def require_comparable(variants: Variants, *scores: np.ndarray) -> None:
-    """Check that variants can be compared with measurements, as far as their scores are known.
+def require_measured(variants: Variants) -> None:
+    """Check that there are measurements to compare with, before anything is scored.
 
     Raises:
-        ValueError: there are no measurements, or fewer than three variants with all of these.
+        ValueError: there are none, or of fewer than three variants.
     """
     if variants.measured is None:
         raise ValueError("--correlations: needs --input with measured fitness: --score_column?")
-    _require_enough(int(comparable(variants.measured, *scores).sum()))
+    _require_enough(int(np.isfinite(variants.measured).sum()))
 
 
 def _require_enough(count: int) -> None:
