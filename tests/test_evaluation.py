@@ -172,10 +172,11 @@ def test_an_independent_evaluator_agrees(evaluation, student, teacher, tokens, p
 
 
 @pytest.mark.parametrize(("rows", "budget", "chunk"), [(1, 100, 7), (5, 150, 1024), (64, 9000, 50)])
-def test_batches_and_chunks_do_not_matter(teacher, tokens, rows, budget, chunk):
+def test_batches_and_chunks_do_not_matter(teacher, tokens, monkeypatch, rows, budget, chunk):
     usual = protein_nll(teacher, tokens)
-    settings = EvaluationSettings(batch_size=rows, batch_tokens=budget, chunk_tokens=chunk)
-    other = protein_nll(teacher, tokens, settings)
+    monkeypatch.setattr("src.evaluation.scoring.BATCH_TOKENS", {"cpu": budget, "cuda": budget})
+    monkeypatch.setattr("src.evaluation.scoring.CHUNK_TOKENS", chunk)
+    other = protein_nll(teacher, tokens, EvaluationSettings(batch_size=rows))
     np.testing.assert_allclose(other, usual, rtol=1e-5)
     with torch.no_grad():
         plain = [

@@ -172,7 +172,7 @@ def check_teacher(
         train: training proteins (residues or tokens) that the unigram floor is fitted on; None:
             the checked proteins themselves, which makes the floor a little harder.
         seed: draws and shuffles the proteins.
-        settings: batches and chunks.
+        settings: batches.
 
     Returns:
         ``summary`` (one line of text); ``natural``, ``shuffled``, ``unigram`` (of residues) and

@@ -27,7 +27,10 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 BATCH_TOKENS = {"cpu": 2048, "cuda": 16_384}
-"""Tokens of a batch; larger ones do not fit a CPU's caches and gain no speed there."""
+"""Tokens of a batch with its padding, at most (one protein may exceed it), by kind of device;
+larger ones do not fit a CPU's caches and gain no speed there."""
+CHUNK_TOKENS = 1024
+"""Tokens whose logits exist at a time."""
 KEPT = ("confidence", "correct")
 """Statistics that are kept of every token, for calibration."""
 
@@ -43,9 +46,6 @@ class EvaluationSettings:
 
     Attributes:
         batch_size: proteins of a batch, at most.
-        batch_tokens: tokens of a batch with its padding, at most (one protein may exceed it);
-            None: what suits the device (:data:`BATCH_TOKENS`).
-        chunk_tokens: tokens whose logits exist at a time.
         max_length: longest protein in tokens; None: what both models can take.
         compute_ece: measure calibration.
         bootstrap: replicates for the intervals; 0: none.
@@ -54,8 +54,6 @@ class EvaluationSettings:
     """
 
     batch_size: int = 32
-    batch_tokens: int | None = None
-    chunk_tokens: int = 1024
     max_length: int | None = None
     compute_ece: bool = True
     bootstrap: int = 2000
@@ -64,10 +62,8 @@ class EvaluationSettings:
 
     def __post_init__(self) -> None:
         """Check every setting. Raises ``ValueError``."""
-        for name in ("batch_size", "batch_tokens", "chunk_tokens"):
-            value = getattr(self, name)
-            if value is not None and value < 1:
-                raise ValueError(f"--{name} must be at least 1, got {value}")
+        if self.batch_size < 1:
+            raise ValueError(f"--batch_size must be at least 1, got {self.batch_size}")
         if self.bootstrap < 0:
             raise ValueError(f"--bootstrap must not be negative, got {self.bootstrap}")
 
@@ -120,7 +116,7 @@ def _chunks_of_states(
     heads = [output_head(model) for model in models]
     check_vocabularies(student=models[-1].config.vocab_size, teacher=models[0].config.vocab_size)
     device = models[0].device
-    tokens = settings.batch_tokens or BATCH_TOKENS.get(device.type, BATCH_TOKENS["cuda"])
+    tokens = BATCH_TOKENS.get(device.type, BATCH_TOKENS["cuda"])
     batches = length_batches(lengths, settings.batch_size, tokens)
     if shared:
         batches = processes.mine(batches)
@@ -130,8 +126,8 @@ def _chunks_of_states(
         targets = ids[:, 1:][predicts]  # (n,)
         owners = batch[predicts.nonzero()[:, 0].cpu().numpy()]
         states = [final_hidden_states(m, ids, mask)[:, :-1][predicts] for m in models]  # (n, E)
-        for start in range(0, len(targets), settings.chunk_tokens):
-            part = slice(start, start + settings.chunk_tokens)
+        for start in range(0, len(targets), CHUNK_TOKENS):
+            part = slice(start, start + CHUNK_TOKENS)
             logits = [
                 head.logits(state[part]).float()  # (chunk, V)
                 for state, head in zip(states, heads, strict=True)
@@ -152,7 +148,7 @@ def protein_nll(
     Args:
         model: a causal language model.
         proteins: token ids of each protein.
-        settings: batches and chunks.
+        settings: batches.
         description: for the progress.
         shared: all processes call this together, and each runs a share of the batches. They are
             the batches of one process, so the sums are its sums, bit by bit.
@@ -184,7 +180,7 @@ def score_students(
         students: causal language models.
         teacher: one with the same vocabulary, on the same device; it runs once for all students.
         proteins: token ids of each protein.
-        settings: batches, chunks, and whether confidences are kept for calibration.
+        settings: batches, and whether confidences are kept for calibration.
 
     Returns:
         For each student sums over each protein, in float64.
