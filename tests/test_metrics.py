@@ -28,7 +28,7 @@ def outcomes(n=4000, seed=0, shift=0.1):
 
 def bins(confidence, correct, edges=None) -> np.ndarray:
     """Return the sums of each bin, by default of 15 equally wide ones."""
-    edges = calibration.equal_width_edges() if edges is None else edges
+    edges = calibration.WIDTH_EDGES if edges is None else edges
     return calibration.bin_sums(confidence, correct, edges, np.zeros(len(correct), int), 1)[0]
 
 
@@ -107,7 +107,7 @@ def test_ece_by_hand():
     correct = np.array([1.0, 0.0, 1.0, 1.0])
     sums = bins(confidence, correct)
     assert float(calibration.calibration_error(sums)) == pytest.approx(0.5 * 0.2 + 0.5 * 0.1)
-    curve = calibration.reliability_curve(sums, calibration.equal_width_edges())
+    curve = calibration.reliability_curve(sums, calibration.WIDTH_EDGES)
     assert sum(curve["count"]) == 4
     assert [a for a in curve["accuracy"] if a is not None] == [0.5, 1.0]
     assert [c for c in curve["confidence"] if c is not None] == pytest.approx([0.3, 0.9])

@@ -10,13 +10,10 @@ import numpy as np
 from scipy import fft, special
 
 BINS = 15
+WIDTH_EDGES = np.linspace(0.0, 1.0, BINS + 1)
+"""Edges of bins of equal width, ``(B + 1,)``."""
 SMOOTH_CELLS = 250
 """Cells of [0, 1] on which residuals are smoothed: finer than any bandwidth that matters."""
-
-
-def equal_width_edges() -> np.ndarray:
-    """Return the 16 edges of bins of equal width over [0, 1]."""
-    return np.linspace(0.0, 1.0, BINS + 1)
 
 
 def equal_mass_edges(confidence: np.ndarray) -> np.ndarray:
@@ -186,13 +183,11 @@ class CalibrationSums:
         width: ``(P, B, 3)`` in bins of equal width.
         mass: ``(P, B, 3)`` in bins of equal mass; edges from all proteins, kept when resampling.
         residuals: ``(P, cells)``.
-        width_edges: ``(B + 1,)``.
     """
 
     width: np.ndarray
     mass: np.ndarray
     residuals: np.ndarray
-    width_edges: np.ndarray
 
     @classmethod
     def collect(
@@ -204,12 +199,10 @@ class CalibrationSums:
     ) -> CalibrationSums:
         """Sum ``(N,)`` confidences and outcomes by the protein ``(N,)`` that they belong to."""
         confidence = np.asarray(confidence, dtype=np.float64)
-        width = equal_width_edges()
         return cls(
-            bin_sums(confidence, correct, width, groups, count),
+            bin_sums(confidence, correct, WIDTH_EDGES, groups, count),
             bin_sums(confidence, correct, equal_mass_edges(confidence), groups, count),
             residual_sums(confidence, correct, groups, count),
-            width,
         )
 
     def arrays(self, prefix: str) -> dict[str, np.ndarray]:

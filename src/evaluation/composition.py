@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Iterable
 
@@ -95,13 +96,7 @@ def low_complexity_share(residues: str) -> float:
 
 def longest_run(residues: str) -> int:
     """Return the length of the longest stretch of one residue; 0 of an empty protein."""
-    longest = current = 0
-    before = ""
-    for letter in residues:
-        current = current + 1 if letter == before else 1
-        before = letter
-        longest = max(longest, current)
-    return longest
+    return max((sum(1 for _ in run) for _, run in itertools.groupby(residues)), default=0)
 
 
 def distinct_share(proteins: Iterable[str]) -> float:

@@ -11,7 +11,7 @@ import numpy as np
 
 from src.common.cli import unheard
 from src.common.devices import peak_memory
-from src.evaluation.calibration import CalibrationSums, reliability_curve
+from src.evaluation.calibration import BINS, WIDTH_EDGES, CalibrationSums, reliability_curve
 from src.evaluation.gates import (
     FLOOR_PROTEINS,
     check_teacher,
@@ -258,5 +258,5 @@ def _describe_calibration(
     """
     least = record["accuracy_over_floor"] if interval is None else interval[0]
     record["calibration_meaningful"] = bool(least > 0)
-    record["bins"] = len(sums.width_edges) - 1
-    record["reliability"] = reliability_curve(sums.width.sum(0), sums.width_edges)
+    record["bins"] = BINS
+    record["reliability"] = reliability_curve(sums.width.sum(0), WIDTH_EDGES)
