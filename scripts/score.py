@@ -159,8 +159,7 @@ def run(args: argparse.Namespace) -> dict:
     say(f.which_suits(variants.residues))
     if args.heat_map:
         from src.evaluation.mutants import every_substitution
-        from src.publishing.heatmap import scan_map
-        from src.publishing.plots import save_figure
+        from src.publishing.plots import save_figure, scan_map
 
         save_figure(scan_map(wild, every_substitution(wild), scores["log_ratio"]), args.heat_map)  # type: ignore[arg-type]
         say(f"written: {args.heat_map}")

@@ -24,7 +24,7 @@ from src.evaluation.generation import (
     Tally,
     sample_proteins,
 )
-from src.evaluation.likelihoods import score_proteins
+from src.evaluation.scoring import score_proteins
 from src.evaluation.sequence_quality import measure_generation
 from src.evaluation.variants import windowed_nll
 from src.models.loading import ProteinModel, load_tokenizer

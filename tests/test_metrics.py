@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from src.evaluation import calibration, composition
-from src.evaluation.token_statistics import model_statistics, token_statistics
+from src.evaluation.scoring import model_statistics, token_statistics
 
 
 def random_logits(rows=200, vocabulary=37, seed=0):

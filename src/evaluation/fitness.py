@@ -1,7 +1,7 @@
 """Scores variants of proteins by their likelihood and compares the scores with measurements.
 
 A protein's score is log p(tokens after the first | the first) of its layout, line breaks and end
-counted (:func:`src.evaluation.likelihoods.score_proteins`). Variants are read from FASTA or from
+counted (:func:`src.evaluation.scoring.score_proteins`). Variants are read from FASTA or from
 a table such as ProteinGym's substitution benchmark (Notin et al. 2023, NeurIPS): ``mutant``,
 ``mutated_sequence`` and ``DMS_score``. ProteinGym's own ProtGPT2 baseline scores bare sequences,
 averaged over both directions; ours are in the layout that the model was trained on, so the two are
@@ -23,8 +23,8 @@ import numpy as np
 
 from src.common.cli import printable, unheard
 from src.common.files import write_text
-from src.evaluation.likelihoods import score_proteins
 from src.evaluation.mutants import Substitution, mutated, numbering, parse_mutant
+from src.evaluation.scoring import score_proteins
 from src.evaluation.statistics import Estimate, cluster_codes, cluster_weights, percentiles
 from src.evaluation.variants import variant_nll, windowed_nll
 from src.models.loading import ProteinModel

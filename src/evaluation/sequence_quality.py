@@ -395,8 +395,8 @@ def measure_generation(
         ValueError: a model cannot be sampled, or states no longest input without ``max_length``.
     """
     from src.evaluation.generation import GenerationSettings, sample_proteins
-    from src.evaluation.likelihoods import score_proteins
     from src.evaluation.sampler import fitted_length
+    from src.evaluation.scoring import score_proteins
     from src.models.forward import stated_positions
 
     settings = settings or DescriptionSettings()
