@@ -176,7 +176,8 @@ def run(args: argparse.Namespace) -> dict:
         q.measure_generation(
             results, {"student": student, "teacher": teacher}, tokenizer,
             gates.residues_of_tokens(test, tokenizer), samples, description,
-            batch_size=args.batch_size, train=train, clusters=measured.per_protein["cluster"],
+            batch_size=args.batch_size, max_length=args.max_length, train=train,
+            clusters=measured.per_protein["cluster"],
         )  # fmt: skip
         write_results(args.output, results, overwrite=True)
     print_table(results)

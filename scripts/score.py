@@ -27,7 +27,7 @@ from src.common import processes
 from src.common.cli import LAYOUT_HELP, HelpFormatter, natural, positive_int, run_script
 from src.common.files import check_outputs
 from src.common.processes import say
-from src.evaluation.results import put_estimate, with_interval
+from src.evaluation.results import few_clusters, put_estimate, with_interval
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -49,7 +49,11 @@ def build_parser() -> argparse.ArgumentParser:
     add("--score_column", help="measured fitness (default: DMS_score where there is one)")
 
     add = parser.add_argument_group("how").add_argument
-    add("--windows", action="store_true", help="longer than the model: in overlapping windows")
+    add(
+        "--windows",
+        action="store_true",
+        help="longer than the model: in overlapping windows; with --wildtype all, if one is",
+    )
     add("--batch_size", type=positive_int, default=32, help="proteins of a batch, at most")
     add("--bootstrap", type=natural, default=2000, help="replicates for intervals; 0: none")
     add("--seed", type=natural, default=0, help="of the bootstrap")
@@ -123,8 +127,10 @@ def run(args: argparse.Namespace) -> dict:
     for line in report:
         say(line)
     if args.correlations:
-        f.require_comparable(variants)
-    kinds = ("log_likelihood", "log_likelihood_per_residue")
+        f.require_measured(variants)
+    kinds = ["log_likelihood", "log_likelihood_per_residue"]
+    if wild is not None:
+        kinds.append("log_ratio")
     long = "" if args.windows else " (--windows scores long ones)"
     f.check_columns(variants, [prefix + kind for prefix in names for kind in kinds])
     device = choose_device(args.device)
@@ -132,15 +138,17 @@ def run(args: argparse.Namespace) -> dict:
         prefix: ProteinModel.load(name, device, announce=say, tokenizer=tokenizers[prefix])
         for prefix, name in names.items()
     }
-    scores = f.score_columns(models, variants.residues, args.batch_size, wild, args.windows)
+    scores = f.score_columns(models, variants.residues, args.batch_size, wild, args.windows, say)
     if not processes.is_first():
         return {}
     columns = of_models(scores, kinds[1])
     scored = f.comparable(*columns.values())
     if not any(scored):
         raise ValueError(f"nothing to write: all proteins {NOT_TAKEN}" + long)
-    if args.correlations:  # before anything is written
-        f.require_comparable(variants, *columns.values())
+    # Correlations first: where they cannot be had, nothing is written.
+    summary: dict[str, Any] = (
+        {} if variants.measured is None else correlations(args, variants, scores)
+    )
     f.write_scores(args.output, variants, scores)
     empty = variants.residues.count("")
     if empty:
@@ -151,16 +159,12 @@ def run(args: argparse.Namespace) -> dict:
     say(f.which_suits(variants.residues))
     if args.heat_map:
         from src.evaluation.mutants import every_substitution
-        from src.publishing.heatmap import scan_map
-        from src.publishing.plots import save_figure
+        from src.publishing.plots import save_figure, scan_map
 
         save_figure(scan_map(wild, every_substitution(wild), scores["log_ratio"]), args.heat_map)  # type: ignore[arg-type]
         say(f"written: {args.heat_map}")
     say(f"written: {args.output}")
-    summary: dict[str, Any] = {"proteins": len(variants.rows), "not_scored": lost + empty}
-    if variants.measured is None:
-        return summary
-    summary |= correlations(args, variants, scores)
+    summary = {"proteins": len(variants.rows), "not_scored": lost + empty, **summary}
     if args.correlations:
         summary["run"] = {
             **provenance(),
@@ -180,25 +184,33 @@ def of_models(scores: Mapping[str, Any], kind: str) -> dict[str, Any]:
 
 
 def correlations(args: argparse.Namespace, variants: Any, scores: Mapping[str, Any]) -> dict:
-    """Print and return rank correlations with the measurements; empty where there are too few."""
+    """Print and return rank correlations with the measurements.
+
+    Empty where there are too few, which is an error where a file of them is asked for.
+    """
     from src.evaluation import fitness as f
 
     columns = of_models(scores, "log_likelihood_per_residue")
-    if sum(f.comparable(variants.measured, *columns.values())) < f.LEAST_COMPARED:
+    compared = f.comparable(variants.measured, *columns.values())
+    if sum(compared) < f.LEAST_COMPARED and not args.correlations:
         say(f"no correlation: fewer than {f.LEAST_COMPARED} variants have measurement and score")
         return {}
     estimates, count = f.spearman(
         columns, variants.measured, variants.clusters, args.bootstrap, args.seed
     )
+    clusters = {c for c, known in zip(variants.clusters, compared, strict=True) if known}
     found: dict[str, Any] = {
         "compared": count,
-        "clusters": len(set(variants.clusters)),
+        "clusters": len(clusters),
         "intervals": {},
     }
     for name, estimate in estimates.items():
         put_estimate(found, f"spearman.{name}", estimate)
         shown = with_interval(found, f"spearman.{name}")
         say(f"Spearman, {name}: {shown} over {count:,} variants")
+    if any(found["intervals"].values()):
+        for warning in few_clusters(len(clusters), "mutated positions"):
+            say(warning)
     if f.lengths_differ(variants.residues):
         totals = of_models(scores, "log_likelihood")
         by_total, _ = f.spearman(totals, variants.measured, variants.clusters, 0)

@@ -15,7 +15,7 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from src.common.settings import LossSettings
-from src.evaluation.likelihoods import score_proteins
+from src.evaluation.scoring import score_proteins
 from src.evaluation.variants import variant_nll
 from src.loss.fused import StudentStates, fused_distillation_losses
 from src.loss.reference import distillation_loss

@@ -362,6 +362,12 @@ def test_equivalence_at_the_margin_is_seldom_claimed(tmp_path):
     assert claimed <= 4  # binomial(20, 0.05): more in under 0.3 % of cases
 
 
+def test_a_verdict_from_few_clusters_says_so(tmp_path):
+    line = "intervals are too narrow: 4 clusters, at least 5 are needed"
+    assert line in v.verdict_on(*World(0, 4).pair(tmp_path, REFERENCE)).reasons
+    assert line not in v.verdict_on(*World(0, 5).pair(tmp_path, REFERENCE)).reasons
+
+
 def test_foreign_and_unlike_tables_are_not_paired(tmp_path):
     candidate, reference = World(0, clusters=20).pair(tmp_path, TRUE["best"])
     kept = pq.read_table(tmp_path / "candidate.parquet")

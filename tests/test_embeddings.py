@@ -134,6 +134,19 @@ def test_a_stopped_run_goes_on_with_smaller_batches(folder, capsys, monkeypatch)
             np.testing.assert_allclose(np.load(folder / "a.npz")[key], values, atol=1e-5)
 
 
+def test_parts_of_another_column_are_not_used(folder, capsys, monkeypatch, random_proteins):
+    """The file and the names are the same, the proteins are not."""
+    pairs = zip(random_proteins(10, 20, 90), random_proteins(10, 20, 90, seed=9), strict=True)
+    lines = [f"p{i},{heavy},{light}" for i, (heavy, light) in enumerate(pairs)]
+    (folder / "in.csv").write_text("\n".join(["name,heavy,light", *lines]) + "\n")
+    given = ["--input", folder / "in.csv", "--sequence_column"]
+    stopped_at(3, monkeypatch)
+    assert run(folder, "a.npz", *given, "heavy") == 130
+    assert run(folder, "a.npz", *given, "light") == 2
+    assert "other proteins" in capsys.readouterr().err
+    assert run(folder, "a.npz", *given, "heavy") == 0
+
+
 @pytest.mark.slow
 def test_two_processes_share_the_proteins(folder):
     assert run(folder, "one.npz") == 0

@@ -5,10 +5,12 @@ import json
 import math
 import random
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
+from scipy import stats
 
 from scripts import evaluate as script
 from src.evaluation.gates import check_teacher
@@ -170,10 +172,11 @@ def test_an_independent_evaluator_agrees(evaluation, student, teacher, tokens, p
 
 
 @pytest.mark.parametrize(("rows", "budget", "chunk"), [(1, 100, 7), (5, 150, 1024), (64, 9000, 50)])
-def test_batches_and_chunks_do_not_matter(teacher, tokens, rows, budget, chunk):
+def test_batches_and_chunks_do_not_matter(teacher, tokens, monkeypatch, rows, budget, chunk):
     usual = protein_nll(teacher, tokens)
-    settings = EvaluationSettings(batch_size=rows, batch_tokens=budget, chunk_tokens=chunk)
-    other = protein_nll(teacher, tokens, settings)
+    monkeypatch.setattr("src.evaluation.scoring.BATCH_TOKENS", {"cpu": budget, "cuda": budget})
+    monkeypatch.setattr("src.evaluation.scoring.CHUNK_TOKENS", chunk)
+    other = protein_nll(teacher, tokens, EvaluationSettings(batch_size=rows))
     np.testing.assert_allclose(other, usual, rtol=1e-5)
     with torch.no_grad():
         plain = [
@@ -289,7 +292,7 @@ def test_duplicates_leave_intervals_unchanged(student, teacher, tokenizer, token
     assert twice["data"]["proteins"] == 2 * once["data"]["proteins"]
     # Debiased figures depend on the number of tokens; everything else is a ratio of sums.
     for name, interval in once["intervals"].items():
-        if "debiased" not in name and "equal_mass" not in name and ".l2" not in name:
+        if "debiased" not in name and "equal_mass" not in name:
             assert twice["intervals"][name] == pytest.approx(interval, rel=1e-4, abs=1e-6), name
 
 
@@ -299,6 +302,11 @@ def test_exact_duplicates_share_a_cluster_without_a_table():
     assert protein_clusters(["a", "b"], ["MKV", "AAA"], {"a": "x", "b": "x"}) == ["x", "x"]
 
 
+def test_exact_duplicates_share_the_cluster_that_the_table_has_for_any_of_them():
+    assert protein_clusters(["a", "b"], ["MKV", "MKV"], {"b": "C7"}) == ["C7", "C7"]
+    assert protein_clusters(["a", "b"], ["MKV"] * 2, {"a": "C1", "b": "C7"}) == ["C1", "C1"]
+
+
 def test_natural_proteins_beat_shuffled_ones(teacher, tokenizer, tokens):
     found = check_teacher(teacher, tokenizer, tokens, ordered_proteins(100, seed=4))
     assert found["natural"] < found["unigram"]
@@ -306,6 +314,30 @@ def test_natural_proteins_beat_shuffled_ones(teacher, tokenizer, tokens):
     assert 0 < found["shuffled_minus_natural"]["low"] < found["shuffled_minus_natural"]["high"]
     assert "natural" in found["summary"]
     assert teacher.training is False
+
+
+def test_the_recorded_check_counts_relatives_once(teacher, tokenizer, monkeypatch):
+    """Twelve variants of one protein beside ten others: eleven groups, as the decision has them."""
+    rng = random.Random(0)
+    others = ["".join(rng.choices(STANDARD_RESIDUES, k=60)) for _ in range(11)]
+    first = others.pop()
+    given = [*(first[:i] + "C" + first[i + 1 :] for i in range(12)), *others]
+    gain = np.random.default_rng(0).normal(0.1, 0.1, len(given))
+
+    def nats(model, rows, settings, what):
+        return 60 * (2 + (gain if what == "shuffled proteins" else 0 * gain))
+
+    monkeypatch.setattr("src.evaluation.gates.protein_nll", nats)
+    found = check_teacher(teacher, tokenizer, Tokens(encode(tokenizer, given)))
+    recorded = found["shuffled_minus_natural"]
+    assert (recorded["groups"], recorded["pairs"]) == (11, 22)
+    means = np.array([gain[:12].mean(), *gain[12:]])
+    assert recorded["mean"] == pytest.approx(means.mean())
+    one_sided: Any = stats.ttest_1samp(means, 0, alternative="greater")
+    assert recorded["p_value"] == pytest.approx(one_sided.pvalue)
+    both: Any = stats.ttest_1samp(means, 0)
+    interval = both.confidence_interval(0.95)
+    assert (recorded["low"], recorded["high"]) == pytest.approx((interval.low, interval.high))
 
 
 @pytest.mark.parametrize(
@@ -348,6 +380,9 @@ def test_being_wrong_about_one_protein_is_no_proof(
         found = check_teacher(teacher, tokenizer, rows)
         assert "too few or too short proteins to tell" in found["summary"]
         assert not found["passed"]
+        recorded = found["shuffled_minus_natural"]
+        assert (recorded["groups"], recorded["pairs"]) == (1, len(given))
+        assert recorded["low"] is recorded["high"] is recorded["p_value"] is None
 
 
 def test_a_random_teacher_is_stopped(tiny_lm, tokenizer, tokens):
@@ -370,6 +405,19 @@ def test_a_broken_layout_is_stopped(teacher, tokenizer, proteins):
     for broken in (backwards, spaced, Tokens(foreign)):
         with pytest.raises(ValueError, match="wrong layout or tokenizer"):
             evaluate(teacher, teacher, tokenizer, broken, EvaluationSettings(bootstrap=0))
+
+
+def test_a_student_beyond_all_numbers_has_not_passed(student, teacher, tokenizer, tokens):
+    """e^(nats a token) overflows: the ratio is null."""
+    from copy import deepcopy
+
+    lost = deepcopy(student)
+    with torch.no_grad():
+        lost.transformer.ln_f.weight *= 1e6
+    settings = EvaluationSettings(bootstrap=0, check=False)
+    found = evaluate(lost, teacher, tokenizer, tokens, settings).results
+    assert found["perplexity_ratio"] is None
+    assert found["threshold"]["passed"] is False
 
 
 def test_vocabularies_must_match(teacher, tiny_lm, tokenizer, tokens):
@@ -489,6 +537,41 @@ def test_generated_proteins_beside_their_controls(run_folders, tmp_path):
     name = "teacher_perplexity_per_residue"
     assert natural[name] < generation["shuffled"][name]
     assert natural["composition"] == shuffled["composition"]
+
+
+def test_proteins_that_are_too_long_are_counted(run_folders, tmp_path, tokenizer):
+    lengths = np.array([len(row) for row in encode(tokenizer, ordered_proteins(30, 3))])
+    limit = int(np.median(lengths))
+    output = tmp_path / "r.json"
+    arguments = [
+        "--student_model", run_folders / "student", "--max_length", limit, "--output", output,
+        "--cache_dir", tmp_path / "cache", "--bootstrap", 0, "--device", "cpu",
+    ]  # fmt: skip
+    assert call(*arguments) == 0
+    counts = read_results(output)["data"]
+    assert counts["too_long"] == (lengths > limit).sum() > 0
+    assert counts["proteins"] == (lengths <= limit).sum()
+
+
+def test_samples_of_a_model_that_states_no_longest_input(run_folders, tmp_path, tokenizer):
+    """``--max_length`` stands in for its positions in every part of an evaluation."""
+    from transformers import BloomConfig, BloomForCausalLM
+
+    torch.manual_seed(0)
+    config = BloomConfig(vocab_size=64, hidden_size=16, n_layer=1, n_head=2, bos_token_id=0)
+    BloomForCausalLM(config).save_pretrained(tmp_path / "bloom")
+    tokenizer.save_pretrained(tmp_path / "bloom")
+    output = tmp_path / "r.json"
+    arguments = [
+        "--student_model", tmp_path / "bloom", "--teacher_model", run_folders / "teacher",
+        "--data", run_folders / "proteins", "--max_length", 100, "--num_samples", 2, "--output",
+        output, "--cache_dir", tmp_path / "cache", "--bootstrap", 0, "--device", "cpu",
+    ]  # fmt: skip
+    assert call(*arguments) == 0
+    generation = read_results(output)["generation"]
+    assert generation["student"]["counts"]["kept"] == 2
+    assert generation["student"]["sampling"]["max_length"] == 100
+    assert generation["teacher"]["sampling"]["max_length"] is None
 
 
 @pytest.mark.parametrize(

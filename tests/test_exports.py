@@ -65,6 +65,21 @@ def test_an_export_that_differs_is_not_kept(folder, refusal, monkeypatch):
     assert sorted(p.name for p in folder.iterdir()) == ["in.fasta", "model"]
 
 
+def test_a_model_that_states_no_longest_input_is_exported(folder, monkeypatch):
+    """PyTorch itself stands in for the other runtime."""
+    from transformers import BloomConfig, BloomForCausalLM
+
+    config = BloomConfig(vocab_size=70, hidden_size=16, n_layer=1, n_head=2, eos_token_id=0)
+    model = BloomForCausalLM(config).eval()
+    model.save_pretrained(folder / "model")
+    monkeypatch.setattr(x, "to_onnx", lambda model, path: path.write_text(""))
+    monkeypatch.setattr(x, "onnx_log_probs", lambda path: x.torch_log_probs(model))
+    lengths = []
+    monkeypatch.setattr(x, "sample_protein", lambda draw, tokenizer, n: lengths.append(n))
+    assert run(folder, "--to", "onnx") == 0
+    assert lengths == [x.SAMPLED_TOKENS]
+
+
 def test_a_missing_package_is_named(folder, refusal, monkeypatch):
     def missing(name):
         raise ImportError(name)

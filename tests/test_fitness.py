@@ -13,7 +13,7 @@ from scipy import stats
 
 from scripts import score as script
 from src.evaluation import fitness
-from src.evaluation.likelihoods import score_proteins
+from src.evaluation.scoring import score_proteins
 from src.evaluation.mutants import read_mutants
 from src.models.loading import ProteinModel
 
@@ -267,6 +267,7 @@ def test_the_script_scores_both_models(folder, capsys):
 def test_user_errors_are_one_line(folder, refusal):
     (folder / "a.fasta").write_text(">a\nMKV\n")
     (folder / "scored.csv").write_text("sequence,log_likelihood\nMKV,1\n")
+    (folder / "ratio.csv").write_text("mutant,log_ratio\nM1A,1\n")
     (folder / "two.csv").write_text("sequence,DMS_score\nMKV,1\nMKA,2\nMKL,\n")
     (folder / "long.csv").write_text(
         f"sequence,DMS_score\nMKV,1\nMKA,2\n{'A' * 1000},3\n{'V' * 1000},4\n"
@@ -279,6 +280,7 @@ def test_user_errors_are_one_line(folder, refusal):
         (["--input", folder / "long.csv", *correlations], "2 variants have both"),
         (["--input", folder / "a.fasta", "--correlations", folder / "c.json"], "--score_column"),
         (["--input", folder / "scored.csv"], "'log_likelihood' already"),
+        (["--input", folder / "ratio.csv", "--wildtype", "MKV"], "'log_ratio' already"),
         (["--input", folder / "a.fasta", "--model", folder / "none"], "no such directory"),
     ):
         given = ["--model", folder / "student", "--output", folder / "o.csv", *arguments]
@@ -293,6 +295,16 @@ def test_too_few_for_a_correlation_that_nobody_asked_for(folder, capsys):
     assert call(*given, "--output", folder / "o.csv") == 0
     assert "no correlation: fewer than 3 variants" in capsys.readouterr().out
     assert (folder / "o.csv").read_text().count("\n") == 3
+
+
+def test_intervals_over_few_positions_are_warned_of(folder, capsys):
+    rows = ["M1A,AKV,1", "M1C,CKV,3", "K2A,MAV,2", "K2C,MCV,6", "V3A,MKA,5", "V3C,MKC,4"]
+    text = "\n".join(["mutant,mutated_sequence,DMS_score", *rows])
+    (folder / "few.csv").write_text(text + "\n")
+    given = ["--model", folder / "student", "--input", folder / "few.csv", "--bootstrap", 20]
+    assert call(*given, "--output", folder / "o.csv") == 0
+    shown = capsys.readouterr().out
+    assert "intervals are too narrow: 3 mutated positions, at least 5 are needed" in shown
 
 
 def test_a_protein_that_the_tokenizer_does_not_know_has_no_score(folder, capsys):
@@ -384,6 +396,25 @@ def test_windows_score_what_does_not_fit(folder, capsys):
     assert call(*given, "--output", folder / "w.csv", "--windows") == 0
     (row,) = csv.DictReader((folder / "w.csv").open())
     assert float(row["log_likelihood_per_residue"]) < 0
+
+
+def test_a_wild_type_and_its_mutants_are_scored_in_the_same_windows(tiny_lm, tiny_tokenizer):
+    """Here an insertion makes one mutant too long; the others fit as a whole, in few tokens."""
+    loaded = ProteinModel(tiny_lm(n_positions=140), tiny_tokenizer)
+    wild = WILD * 4
+    close, long = f"A{wild[1:]}", wild + WILD * 3
+    lines: list[str] = []
+    found = fitness.score_columns(
+        {"": loaded}, [close, long], wild=wild, windows=True, announce=lines.append
+    )
+    nll = fitness.windowed_nll(loaded, [wild, close, long])
+    np.testing.assert_allclose(found["log_ratio"], nll[0] - nll[1:], rtol=1e-4)
+    assert lines == ["scores: 3 different proteins in windows"]
+    lines.clear()
+    apart = fitness.score_columns({"": loaded}, [close, long], windows=True, announce=lines.append)
+    whole = fitness.score_columns({"": loaded}, [close])["log_likelihood"]
+    assert apart["log_likelihood"][0] == pytest.approx(whole[0], rel=1e-5)
+    assert "1 different proteins in windows, 1 as a whole" in lines[0]
 
 
 @pytest.mark.parametrize(

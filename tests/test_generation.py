@@ -21,7 +21,6 @@ from transformers.generation.logits_process import (
 from src.evaluation.draws import Warp, attempt_stream, likeliest, pick
 from src.evaluation.filters import SEEN, TOO_CLOSE, Filters, banned_tokens
 from src.evaluation.generation import Tally, fasta_records, perplexities, sample, sample_proteins
-from src.evaluation.likelihoods import score_proteins
 from src.evaluation.sampler import (
     EMPTY,
     NO_PROTEIN,
@@ -32,6 +31,7 @@ from src.evaluation.sampler import (
     GenerationSettings,
     Sampler,
 )
+from src.evaluation.scoring import score_proteins
 from src.proteins.fasta import FastaRecord, fasta_text, format_header, write_fasta
 from src.proteins.layouts import PROTGPT2, layout
 from src.proteins.sources import read_proteins

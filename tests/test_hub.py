@@ -568,6 +568,24 @@ def test_the_card_of_another_class_and_layout(of_another_class, capsys):
     test_the_code_on_our_card_runs(of_another_class, capsys)
 
 
+def test_a_model_that_states_no_longest_input_is_packed(student):
+    from transformers import BloomConfig, BloomForCausalLM
+
+    from src.models.loading import load_tokenizer, model_fingerprint
+
+    size = len(load_tokenizer(student))
+    config = BloomConfig(vocab_size=size, hidden_size=16, n_layer=1, n_head=2, eos_token_id=0)
+    model = BloomForCausalLM(config)
+    model.save_pretrained(student)
+    run = json.loads((student / "run.json").read_text())
+    run["student"]["fingerprint"] = model_fingerprint(model)
+    run["settings"]["student"] = None
+    edit(student / "run.json", **run)
+    package = hub.pack(student, "me/student", license="mit")
+    assert "A bloom model of" in package.card
+    assert package.student.logits.shape[:2] == package.student.tokens.shape
+
+
 def test_the_code_on_our_card_runs(student, capsys):
     import torch
 

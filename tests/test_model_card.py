@@ -148,6 +148,7 @@ def test_training_settings_and_origin():
     assert "weighted by the teacher's entropy" in text
     assert "mixed with the uniform one, by at most 0.1" in text
     assert "| rows of a step | 32 |" in text
+    assert "| rows of a step | 128 |" in card_of(make_record(settings) | {"processes": 4})
     assert "| seed | 7 |" in text
     assert "| device | NVIDIA H100 |" in text
     assert "0123456789abcdef0123456789abcdef01234567" in text
@@ -177,6 +178,19 @@ def test_fine_tuning_without_a_teacher_is_not_called_distillation():
     card = ModelCard(card_of(make_record(scratch)))
     assert card.data.get("base_model") is None
     assert "trained without a teacher" in card.text
+
+
+def test_a_model_with_a_tokenizer_and_no_teacher_has_a_card():
+    settings = TrainSettings(
+        loss=LossSettings(alpha=1.0), teacher_model=None, tokenizer="me/tokenizer"
+    )
+    record = make_record(settings) | {"teacher": None, "compression": None}
+    assert m.chosen_licence(record, "mit") == "mit"
+    with pytest.raises(ValueError, match="this model had no teacher.*--license"):
+        m.chosen_licence(record, None)
+    card = ModelCard(card_of(record, license="mit"))
+    assert "with the tokenizer of [me/tokenizer](https://huggingface.co/me/tokenizer)" in card.text
+    assert "mit. The training data" in card.text
 
 
 @pytest.mark.parametrize(

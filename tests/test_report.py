@@ -172,6 +172,11 @@ def test_a_fine_tuned_model_is_not_called_distilled(folders):
     assert "stopped after step 8: no improvement" in text
 
 
+def test_the_rows_of_a_step_are_those_of_all_processes(folders):
+    (folders / "run" / "run.json").write_text(json.dumps({**RUN, "processes": 4}))
+    assert "100 of 32 rows" in Page(build_report(folders / "run")).text
+
+
 def test_a_run_or_results_alone_make_a_page(folders):
     text = Page(build_report(folders / "run")).text
     assert "Not measured yet" in text
@@ -277,6 +282,27 @@ def test_what_is_drawn_with_anything_wrong_is_drawn_or_refused(tmp_path, monkeyp
     drawn = {"student_ece": calibration([500, 200]), "teacher_ece": None, "generation": sets}
     required = {key: RESULTS[key] for key in REQUIRED}
     check_spoiled({"schema_version": 1, **required, **drawn}, path, 3, None, path)
+
+
+@pytest.mark.parametrize(
+    ("gates", "said", "unsaid"),
+    [
+        (None, "The teacher was not checked", "cannot tell"),
+        (
+            {"passed": False, "summary": "checked, cannot tell: x"},
+            "Checked, cannot tell: x.",
+            "not checked",
+        ),
+        ({"passed": False}, "The teacher was checked, and did not pass.", "not checked"),
+        ({"passed": True, "summary": "checked"}, "These results", "The teacher was"),
+    ],
+)
+def test_a_check_of_the_teacher_that_cannot_tell_is_no_missing_check(folders, gates, said, unsaid):
+    given = {k: v for k, v in RESULTS.items() if k not in ("generation", "floors")}
+    (folders / "g.json").write_text(json.dumps(given | {"gates": gates, "intervals": {}}))
+    text = Page(build_report(None, folders / "g.json")).text
+    assert said in text
+    assert unsaid not in text
 
 
 @pytest.mark.parametrize(

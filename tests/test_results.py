@@ -257,6 +257,14 @@ def test_table_for_a_person(capsys):
     assert summary_lines({}) == []
 
 
+def test_intervals_of_few_clusters_are_warned_of():
+    results = good() | {"intervals": {"kl_divergence": [0.1, 0.3]}}
+    line = "intervals are too narrow: 4 clusters, at least 5 are needed"
+    assert line in summary_lines(results)
+    assert line not in summary_lines(results | {"data": {"proteins": 5, "clusters": 5}})
+    assert line not in summary_lines(results | {"intervals": {}})
+
+
 @pytest.mark.parametrize(("gain", "said"), [(-0.2, True), (0.0, True), (0.1, False), (None, False)])
 def test_a_student_below_the_floor_is_named(gain, said):
     results = good() | {"floors": {"unigram": {"student_gain": gain, "teacher_gain": 0.3}}}

@@ -90,10 +90,32 @@ def test_the_interval_of_a_mean_over_pairs_is_that_of_a_mean():
     x = np.random.default_rng(0).normal(size=40)
     pairs = (x[:, None] + x) / 2
     np.fill_diagonal(pairs, 0)
-    found = quality.pair_mean(pairs.sum(1), np.full(40, 39.0))
+    found = quality.pair_mean(pairs.sum(1), np.full(40, 39.0), pairs.sum() / 2, 780)
     assert found.estimate == pytest.approx(x.mean())
     assert found.standard_error == pytest.approx(x.std(ddof=1) / np.sqrt(40))
-    assert np.isnan(quality.pair_mean(np.ones(2), np.ones(2)).low)
+    assert np.isnan(quality.pair_mean(np.ones(2), np.ones(2), 1.0, 1).low)
+
+
+def test_diversity_leaves_out_whole_clusters(random_proteins):
+    proteins = random_proteins(12, 20, 60, seed=4)
+    proteins[3], proteins[7] = mutated(proteins[0], 0.1), mutated(proteins[0], 0.1)
+    clusters = ["a", "b", "c", "a", "d", "e", "b", "a", "f", "g", "h", "i"]
+    found = quality.diversity(proteins, clusters=clusters)
+    plain = quality.diversity(proteins)
+    for name, estimate in found.items():
+        assert estimate.estimate == pytest.approx(plain[name].estimate)
+        without = []
+        for label in "abcdefghi":
+            kept = [p for p, c in zip(proteins, clusters, strict=True) if c != label]
+            without.append(quality.diversity(kept)[name].estimate)
+        error = np.sqrt(8 / 9 * np.sum((np.array(without) - np.mean(without)) ** 2))
+        assert estimate.standard_error == pytest.approx(error, rel=1e-6), name
+    settings = quality.DescriptionSettings(thorough=True, bootstrap=0)
+    described = quality.describe(["", *proteins], proteins, settings, clusters=["z", *clusters])
+    low, high = described["intervals"]["diversity.word_distance"]
+    assert (low, high) == (found["word_distance"].low, found["word_distance"].high)
+    again = quality.diversity(proteins, clusters=range(12))
+    assert again["word_distance"].low == pytest.approx(plain["word_distance"].low)
 
 
 def test_diversity_of_copies_and_of_nothing(random_proteins):

@@ -388,7 +388,7 @@ def test_a_layout_with_tags_is_refused_before_anything_is_made(tmp_path, family_
 
 
 def test_a_family_s_tag_is_written_in_the_layout_once(tmp_path, family_file, monkeypatch):
-    from src.evaluation.likelihoods import score_proteins
+    from src.evaluation.scoring import score_proteins
     from src.models.loading import ProteinModel
     from src.proteins.layouts import STANDARD_RESIDUES, TaggedProtein, layout_of
     from tests.test_layouts import loaded, model_of

@@ -3,13 +3,8 @@
 from __future__ import annotations
 
 import json
-from collections import Counter
 
-import numpy as np
-import pytest
-
-from src.proteins.layouts import layout
-from src.publishing.teacher_card import teacher_card, top_1_accuracy, training_facts
+from tools.describe_small_teacher import teacher_card, training_facts
 
 PARTS = {
     "test": {
@@ -22,9 +17,18 @@ PARTS = {
         },
         "teacher_nats_per_residue": 2.5,
         "teacher_perplexity_per_residue": 12.18,
-        "accuracy": {"teacher": 0.251, "unigram": 0.052},
+        "teacher_accuracy": 0.251,
+        "teacher_ece": {"accuracy_floor": 0.052},
         "intervals": {"teacher_nats_per_residue": [2.4, 2.6]},
-        "gates": {"shuffled_minus_natural": {"mean": 0.3, "low": 0.2, "high": 0.4, "pairs": 8}},
+        "gates": {
+            "shuffled_minus_natural": {
+                "mean": 0.3,
+                "low": 0.2,
+                "high": 0.4,
+                "groups": 5,
+                "pairs": 8,
+            }
+        },
     }
 }
 RUN = {
@@ -53,6 +57,7 @@ def test_the_card_of_a_run(tmp_path):
     assert "5,000 steps of 32 proteins from 1,000 training proteins" in card
     assert "matrices with Muon (rate 0.004), the rest with AdamW (0.003), seed 1, in bf16" in card
     assert "| test | **this model** | 12.18 | 2.500 [2.400, 2.600] |" in card
+    assert "[0.200, 0.400], 8 pairs in 5 groups of relatives." in card
     assert "25.1% of the tokens of `test`; the most\nfrequent one for 5.2%" in card
 
 
@@ -61,21 +66,3 @@ def test_the_card_of_the_bundled_teacher(small_teacher_dir):
     card = teacher_card(training_facts(small_teacher_dir), parts)
     rows = [line for line in card.splitlines() if line.startswith("| test")]
     assert set(rows) <= set((small_teacher_dir / "README.md").read_text().splitlines())
-
-
-def test_top_1_accuracy(small_tokenizer):
-    text = layout("MKVAAA")
-    ids = np.array(small_tokenizer(text, add_special_tokens=False)["input_ids"])
-    curve = {"count": [6, 0, 2], "accuracy": [0.5, None, 1.0]}
-    measured = {"teacher_ece": {"reliability": curve}}
-    accuracy = top_1_accuracy(measured, ["MKVAAA"], [ids], small_tokenizer)
-    commonest = Counter(ids.tolist()).most_common()
-    first = min(token for token, count in commonest if count == commonest[0][1])
-    assert accuracy == {"teacher": 5 / 8, "unigram": float(np.mean(ids[1:] == first))}
-
-
-@pytest.fixture
-def small_tokenizer(small_teacher_dir):
-    from src.models.loading import load_tokenizer
-
-    return load_tokenizer(small_teacher_dir)

@@ -7,8 +7,8 @@ import pytest
 import torch
 
 from src.evaluation import variants as v
-from src.evaluation.likelihoods import score_proteins
 from src.evaluation.mutants import every_substitution, mutated
+from src.evaluation.scoring import score_proteins
 from src.models.loading import ProteinModel
 from src.proteins.encoding import Spelling, encode
 

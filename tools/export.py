@@ -48,7 +48,8 @@ def run(args: argparse.Namespace) -> dict:
         raise ValueError("--int8 is CTranslate2's: --to ctranslate2")
     from src.common.cli import quiet_libraries
     from src.evaluation.student_record import choose_split
-    from src.models.loading import ProteinModel, max_positions
+    from src.models.forward import stated_positions
+    from src.models.loading import ProteinModel
     from src.proteins.layouts import stop_token
     from src.proteins.sources import read_proteins
     from src.publishing import exports as x
@@ -75,7 +76,7 @@ def run(args: argparse.Namespace) -> dict:
                 f"{args.to} gives a token another log-probability than PyTorch, by "
                 f"{found['largest_difference']:.2g} nats: the export was not kept"
             )
-        longest = min(x.SAMPLED_TOKENS, max_positions(model.config))
+        longest = min(x.SAMPLED_TOKENS, stated_positions(model.config) or x.SAMPLED_TOKENS)
         sampled = x.sample_protein(draw, tokenizer, longest)
         made.rename(args.output)
     factor = math.exp(found["nll"] - found["reference_nll"])

@@ -10,13 +10,10 @@ import numpy as np
 from scipy import fft, special
 
 BINS = 15
+WIDTH_EDGES = np.linspace(0.0, 1.0, BINS + 1)
+"""Edges of bins of equal width, ``(B + 1,)``."""
 SMOOTH_CELLS = 250
 """Cells of [0, 1] on which residuals are smoothed: finer than any bandwidth that matters."""
-
-
-def equal_width_edges() -> np.ndarray:
-    """Return the 16 edges of bins of equal width over [0, 1]."""
-    return np.linspace(0.0, 1.0, BINS + 1)
 
 
 def equal_mass_edges(confidence: np.ndarray) -> np.ndarray:
@@ -94,22 +91,6 @@ def debiased_calibration_error(sums: np.ndarray) -> np.ndarray:
     )
     folded = np.where(spread > 0, folded, np.abs(gap))
     return np.maximum(0.0, (share * (2 * np.abs(gap) - folded)).sum(-1))
-
-
-def l2_calibration_error(sums: np.ndarray, debiased: bool = True) -> np.ndarray:
-    """Return the root of Σ_b n_b/N (accuracy_b - confidence_b)².
-
-    Args:
-        sums: ``(..., B, 3)``.
-        debiased: subtract accuracy (1 - accuracy) / (n - 1), what chance adds to each square
-            (Kumar et al. 2019, arXiv:1909.10155, definition 5.1).
-
-    Returns:
-        ``(...)``; 0 where the debiased sum is negative.
-    """
-    share, gap, variance = _bins(sums)
-    squares = gap**2 - variance if debiased else gap**2
-    return np.sqrt(np.maximum(0.0, (share * squares).sum(-1)))
 
 
 def _bins(sums: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
@@ -202,15 +183,11 @@ class CalibrationSums:
         width: ``(P, B, 3)`` in bins of equal width.
         mass: ``(P, B, 3)`` in bins of equal mass; edges from all proteins, kept when resampling.
         residuals: ``(P, cells)``.
-        width_edges: ``(B + 1,)``.
-        mass_edges: ``(B + 1,)``.
     """
 
     width: np.ndarray
     mass: np.ndarray
     residuals: np.ndarray
-    width_edges: np.ndarray
-    mass_edges: np.ndarray
 
     @classmethod
     def collect(
@@ -222,13 +199,10 @@ class CalibrationSums:
     ) -> CalibrationSums:
         """Sum ``(N,)`` confidences and outcomes by the protein ``(N,)`` that they belong to."""
         confidence = np.asarray(confidence, dtype=np.float64)
-        width, mass = equal_width_edges(), equal_mass_edges(confidence)
         return cls(
-            bin_sums(confidence, correct, width, groups, count),
-            bin_sums(confidence, correct, mass, groups, count),
+            bin_sums(confidence, correct, WIDTH_EDGES, groups, count),
+            bin_sums(confidence, correct, equal_mass_edges(confidence), groups, count),
             residual_sums(confidence, correct, groups, count),
-            width,
-            mass,
         )
 
     def arrays(self, prefix: str) -> dict[str, np.ndarray]:
@@ -259,8 +233,6 @@ MEASURES: dict[str, Callable[[Sums, str], np.ndarray]] = {
     "ece": lambda sums, prefix: calibration_error(sums[f"{prefix}width"]),
     "ece_equal_mass": lambda sums, prefix: calibration_error(sums[f"{prefix}mass"]),
     "ece_debiased": lambda sums, prefix: debiased_calibration_error(sums[f"{prefix}mass"]),
-    "l2": lambda sums, prefix: l2_calibration_error(sums[f"{prefix}mass"], debiased=False),
-    "l2_debiased": lambda sums, prefix: l2_calibration_error(sums[f"{prefix}mass"]),
     "smooth_ece": lambda sums, prefix: smooth_calibration_error(
         sums[f"{prefix}residuals"], _tokens(sums, prefix)
     ),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Iterable
 
@@ -21,14 +22,6 @@ LEAST_COPIES = 3
 LEAST_REPEAT = LONG_RUN
 """A repeat is at least three copies of its unit and at least six residues."""
 PSEUDOCOUNT = 0.5
-
-SWISSPROT_PERCENT = {
-    "A": 8.25, "R": 5.53, "N": 4.06, "D": 5.45, "C": 1.37, "Q": 3.93, "E": 6.75, "G": 7.07,
-    "H": 2.27, "I": 5.96, "L": 9.66, "K": 5.84, "M": 2.42, "F": 3.86, "P": 4.70, "S": 6.56,
-    "T": 5.34, "W": 1.08, "Y": 2.92, "V": 6.87,
-}  # fmt: skip
-"""Amino-acid composition of UniProtKB/Swiss-Prot in percent, from the statistics in the notes of
-release 2013_04 (A. Bairoch; also ExPASy ProtScale, scale "A.A. composition in Swiss-Prot")."""
 
 
 def residue_counts(proteins: Iterable[str]) -> np.ndarray:
@@ -57,27 +50,19 @@ def repeat_share(residues: str) -> float:
     return float((covered.cumsum()[:-1] > 0).mean()) if len(letters) else 0.0
 
 
-def swissprot_frequencies() -> np.ndarray:
-    """Return the published frequencies ``(20,)``, scaled to add up to one."""
-    percent = np.array([SWISSPROT_PERCENT[letter] for letter in STANDARD_RESIDUES])
-    return percent / percent.sum()
-
-
 def composition_kl(generated: np.ndarray, natural: np.ndarray) -> np.ndarray:
     """Return KL(generated‖natural) of two amino-acid compositions, in nats.
 
     Args:
         generated: ``(..., 20)`` counts; half a count is added to each residue (Jeffreys), so that
             a residue never generated adds a finite amount.
-        natural: ``(20,)`` counts, smoothed alike, or frequencies that add up to one, taken as they
-            are.
+        natural: ``(20,)`` counts, smoothed alike.
 
     Returns:
         ``(...)``. A sample of N residues of the natural composition itself scores about 19 / (2 N).
     """
     p = _shares(np.asarray(generated, dtype=np.float64))
-    natural = np.asarray(natural, dtype=np.float64)
-    q = natural if np.isclose(natural.sum(), 1.0) else _shares(natural)
+    q = _shares(np.asarray(natural, dtype=np.float64))
     return special.rel_entr(p, q).sum(-1)
 
 
@@ -111,13 +96,7 @@ def low_complexity_share(residues: str) -> float:
 
 def longest_run(residues: str) -> int:
     """Return the length of the longest stretch of one residue; 0 of an empty protein."""
-    longest = current = 0
-    before = ""
-    for letter in residues:
-        current = current + 1 if letter == before else 1
-        before = letter
-        longest = max(longest, current)
-    return longest
+    return max((sum(1 for _ in run) for _, run in itertools.groupby(residues)), default=0)
 
 
 def distinct_share(proteins: Iterable[str]) -> float:

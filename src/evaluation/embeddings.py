@@ -12,6 +12,7 @@ stopped goes on at the next part; several processes share the parts.
 
 from __future__ import annotations
 
+import hashlib
 import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -125,7 +126,8 @@ def write_embeddings(
         loaded: the model, in eval mode, and its tokenizer.
         proteins: names and residues.
         settings: of the embeddings.
-        identity: what else decides the result; parts with another identity are not used.
+        identity: what decides the result beside settings and proteins: of the model and its
+            layout. Parts with another identity are not used.
         say: called with lines for a person, in the first process.
 
     Raises:
@@ -136,7 +138,11 @@ def write_embeddings(
     starts = range(0, len(proteins), PART)
     # The batch size is left out: one who ran out of memory goes on with smaller batches.
     kind = {"layer": settings.layer, "per_residue": settings.per_residue}
-    wanted = json.loads(json.dumps({"settings": kind, "part": PART, **identity}))
+    wanted = json.loads(
+        json.dumps(
+            {"settings": kind, "part": PART, "proteins": proteins_sha256(proteins), **identity}
+        )
+    )
     if processes.is_first():
         manifest = folder / MANIFEST
         if manifest.exists() and read_json(manifest) != wanted:
@@ -159,6 +165,14 @@ def write_embeddings(
         processes.wait_until(lambda: all(file.exists() for file in files))
         (_join_parquet if path.suffix == ".parquet" else _join_npz)(path, files)
         remove_folder(folder)
+
+
+def proteins_sha256(proteins: Sequence[Protein]) -> str:
+    """Return the SHA-256 of names and residues, with their tags, in their order."""
+    digest = hashlib.sha256()
+    for name, residues, *_ in proteins:
+        digest.update(json.dumps([name, residues, getattr(residues, "tag", "")]).encode())
+    return digest.hexdigest()
 
 
 def _arrays(

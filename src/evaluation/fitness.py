@@ -1,7 +1,7 @@
 """Scores variants of proteins by their likelihood and compares the scores with measurements.
 
 A protein's score is log p(tokens after the first | the first) of its layout, line breaks and end
-counted (:func:`src.evaluation.likelihoods.score_proteins`). Variants are read from FASTA or from
+counted (:func:`src.evaluation.scoring.score_proteins`). Variants are read from FASTA or from
 a table such as ProteinGym's substitution benchmark (Notin et al. 2023, NeurIPS): ``mutant``,
 ``mutated_sequence`` and ``DMS_score``. ProteinGym's own ProtGPT2 baseline scores bare sequences,
 averaged over both directions; ours are in the layout that the model was trained on, so the two are
@@ -14,18 +14,18 @@ import csv
 import io
 import math
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from src.common.cli import printable
+from src.common.cli import printable, unheard
 from src.common.files import write_text
-from src.evaluation.likelihoods import score_proteins
 from src.evaluation.mutants import Substitution, mutated, numbering, parse_mutant
-from src.evaluation.statistics import TAILS, Estimate, cluster_codes, cluster_weights
+from src.evaluation.scoring import score_proteins
+from src.evaluation.statistics import Estimate, cluster_codes, cluster_weights, percentiles
 from src.evaluation.variants import variant_nll, windowed_nll
 from src.models.loading import ProteinModel
 from src.proteins.columns import (
@@ -222,6 +222,7 @@ def score_columns(
     batch_size: int = 32,
     wild: str | None = None,
     windows: bool = False,
+    announce: Callable[[str], None] = unheard,
 ) -> dict[str, np.ndarray]:
     """Return log-likelihoods of proteins under models, as columns of a table.
 
@@ -233,7 +234,10 @@ def score_columns(
         batch_size: proteins scored at a time.
         wild: the protein that all are variants of: what they share with it is computed once.
         windows: score proteins longer than the model in overlapping windows
-            (:func:`src.evaluation.variants.windowed_nll`).
+            (:func:`src.evaluation.variants.windowed_nll`). Given ``wild``, all are scored so as
+            soon as one of them is too long: substitutions change the number of tokens, and a
+            protein is many nats less likely in windows than as a whole.
+        announce: called with a line on how many proteins of a model were scored in windows.
 
     Returns:
         ``{prefix}log_likelihood`` (nats) and ``{prefix}log_likelihood_per_residue``, ``(P,)`` each;
@@ -252,9 +256,8 @@ def score_columns(
             nll = score_proteins(*loaded, unique, batch_size=batch_size, shared=True).nll
         else:
             nll = variant_nll(loaded, wild, unique)
-        long = np.flatnonzero(np.isnan(nll))
-        if windows and len(long):
-            nll[long] = windowed_nll(loaded, [unique[i] for i in long])
+        if windows:
+            _score_long(loaded, unique, nll, wild is not None, announce, prefix)
         nll = np.append(nll, math.nan)  # of an empty protein
         columns[f"{prefix}log_likelihood"] = -nll[back]
         columns[f"{prefix}log_likelihood_per_residue"] = -nll[back] / sizes
@@ -263,13 +266,41 @@ def score_columns(
     return columns
 
 
+def _score_long(
+    loaded: ProteinModel,
+    proteins: Sequence[str],
+    nll: np.ndarray,
+    alike: bool,
+    announce: Callable[[str], None],
+    prefix: str,
+) -> None:
+    """Fill in, window by window, the NLL ``(P,)`` of proteins that do not fit the model.
+
+    ``alike``: where there is such a protein, the others are scored in windows as well.
+    """
+    long = [i for i, value in enumerate(nll.tolist()) if math.isnan(value)]
+    if not long:
+        return
+    nll[long] = windowed_nll(loaded, [proteins[i] for i in long])
+    # One that stays NaN is not too long: the tokenizer does not spell it.
+    count = int(np.isfinite(nll[long]).sum())
+    if not count:
+        return
+    if alike and len(long) < len(nll):
+        nll[:] = windowed_nll(loaded, proteins)
+        count = int(np.isfinite(nll).sum())
+    kept = int(np.isfinite(nll).sum()) - count
+    line = f"{prefix.replace('_', ' ')}scores: {count:,} different proteins in windows"
+    if kept:
+        line += f", {kept:,} as a whole: a whole protein is more likely, so the two do not compare"
+    announce(line)
+
+
 def write_scores(path: str | Path, variants: Variants, scores: Mapping[str, np.ndarray]) -> None:
     """Write the table that was read with columns of scores behind its own, as CSV, atomically.
 
-    Raises:
-        ValueError: the table has such a column already.
+    :func:`check_columns` tells beforehand where the table has such a column already.
     """
-    check_columns(variants, scores)
     table = io.StringIO()
     writer = csv.writer(table, lineterminator="\n")
     writer.writerow([*variants.columns, *scores])
@@ -317,7 +348,7 @@ def wild_type(given: str, tag: str | None = None) -> str:
     return cleaned
 
 
-def check_columns(variants: Variants, names: Sequence[str] | Mapping[str, Any]) -> None:
+def check_columns(variants: Variants, names: Sequence[str]) -> None:
     """Raise ``ValueError`` where a table already has a column of one of these names."""
     for name in names:
         if name in variants.columns:
@@ -329,15 +360,15 @@ def comparable(*columns: np.ndarray) -> np.ndarray:
     return np.all([np.isfinite(column) for column in columns], axis=0)
 
 
-def require_comparable(variants: Variants, *scores: np.ndarray) -> None:
-    """Check that variants can be compared with measurements, as far as their scores are known.
+def require_measured(variants: Variants) -> None:
+    """Check that there are measurements to compare with, before anything is scored.
 
     Raises:
-        ValueError: there are no measurements, or fewer than three variants with all of these.
+        ValueError: there are none, or of fewer than three variants.
     """
     if variants.measured is None:
         raise ValueError("--correlations: needs --input with measured fitness: --score_column?")
-    _require_enough(int(comparable(variants.measured, *scores).sum()))
+    _require_enough(int(np.isfinite(variants.measured).sum()))
 
 
 def _require_enough(count: int) -> None:
@@ -357,8 +388,8 @@ def spearman(
 ) -> tuple[dict[str, Estimate], int]:
     """Return Spearman's correlation of scores with measurements, and of two scores the difference.
 
-    Intervals are percentiles of a bootstrap over clusters (positions) that all scores share; they
-    speak of other variants of this protein, not of other proteins.
+    Intervals are expanded percentiles of a bootstrap over clusters (positions) that all scores
+    share; they speak of other variants of this protein, not of other proteins.
 
     Args:
         scores: ``(P,)`` by name; of two, the first less the second is given as ``difference``.
@@ -396,7 +427,7 @@ def spearman(
     for name, estimate in point.items():
         low = high = math.nan
         if groups > 1 and len(replicates[name]) and np.isfinite(replicates[name]).all():
-            low, high = map(float, np.quantile(replicates[name], TAILS))
+            low, high = map(float, percentiles(replicates[name], groups))
         estimates[name] = Estimate(estimate, low, high)
     return estimates, count
 

@@ -27,8 +27,8 @@ from src.common import processes
 from src.common.cli import progress, unheard
 from src.common.files import atomic_write, read_json_lines
 from src.evaluation.filters import SEEN, Filters
-from src.evaluation.likelihoods import score_proteins
 from src.evaluation.sampler import LEAST_ATTEMPTS, GeneratedProtein, GenerationSettings, Sampler
+from src.evaluation.scoring import score_proteins
 from src.models.loading import ProteinModel, model_fingerprint
 from src.proteins.fasta import FastaRecord
 from src.proteins.layouts import TaggedProtein

@@ -11,13 +11,12 @@ import numpy as np
 
 from src.common.cli import unheard
 from src.common.devices import peak_memory
-from src.evaluation.calibration import CalibrationSums, reliability_curve
+from src.evaluation.calibration import BINS, WIDTH_EDGES, CalibrationSums, reliability_curve
 from src.evaluation.gates import (
     FLOOR_PROTEINS,
     check_teacher,
     draw_proteins,
     floor_nll,
-    floor_warning,
     floors_record,
     residues_of_tokens,
 )
@@ -28,6 +27,7 @@ from src.evaluation.statistics import Estimate, bootstrap_or_plain
 from src.evaluation.student_record import longest
 from src.models.inspection import count_parameters
 from src.models.sizes import threshold_for
+from src.proteins.tokens import LONGER_THAN
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -50,15 +50,16 @@ def protein_clusters(
         names: of the proteins.
         residues: of the proteins.
         table: cluster by name; a protein that is not in it is its own cluster, but exact
-            duplicates always share one.
+            duplicates always share one: the first that the table has for any of them.
     """
-    first: dict[str, str] = {}
-    clusters = []
+    known: dict[str, str] = {}
     for name, sequence in zip(names, residues, strict=True):
-        cluster = (table or {}).get(name)
-        own = first.setdefault(sequence, cluster if cluster is not None else name)
-        clusters.append(cluster if cluster is not None else own)
-    return clusters
+        if table and name in table:
+            known.setdefault(sequence, table[name])
+    own: dict[str, str] = {}
+    for name, sequence in zip(names, residues, strict=True):
+        own.setdefault(sequence, known.get(sequence, name))
+    return [own[sequence] for sequence in residues]
 
 
 class HeldOut(NamedTuple):
@@ -104,7 +105,8 @@ def evaluate_students(
         students: causal language models in eval mode, by name.
         teacher: one with the same vocabulary, on the same device.
         tokenizer: of all.
-        test: held-out proteins: token ids by index, with ``len``; ``names`` where they have any.
+        test: held-out proteins: token ids by index, with ``len``; ``names`` where they have any,
+            and a ``report`` where some were left out when they were read.
         settings: what is measured and how.
         train: training proteins, residues or tokens, to fit the n-gram floors on.
         clusters: cluster of related proteins by name.
@@ -136,11 +138,6 @@ def evaluate_students(
         )
         announce(gates["summary"])
     all_scores = score_students(list(students.values()), teacher, held_out.proteins, settings)
-    if settings.check and "unigram" in floors:
-        nll = all_scores[0].sums["nll_teacher"]
-        warning = floor_warning(nll, floors["unigram"], held_out.sizes)
-        if warning:
-            announce(warning)
     number_of_clusters = len(set(held_out.clusters))
     announce(f"intervals over {number_of_clusters:,} {cluster_kind}")
     evaluations = {}
@@ -150,7 +147,7 @@ def evaluate_students(
         results["gates"] = gates
         results["data"] = {
             "proteins": len(held_out.sizes),
-            "too_long": len(test) - len(held_out.sizes),
+            "too_long": _dropped(test) + len(test) - len(held_out.sizes),
             "residues": int(held_out.sizes.sum()),
             "tokens": int(scores.tokens.sum()),
             "clusters": number_of_clusters,
@@ -165,6 +162,13 @@ def evaluate_students(
         }
         evaluations[name] = Evaluation(results, held_out.table(scores))
     return evaluations
+
+
+def _dropped(test: Any) -> int:
+    """Return how many proteins were left out as too long when the others were tokenised."""
+    report = getattr(test, "report", None)
+    dropped = {} if report is None else report.dropped
+    return sum(e["count"] for why, e in dropped.items() if why.startswith(LONGER_THAN))
 
 
 def _held_out(test: Any, tokenizer: Any, limit: int, clusters: Mapping[str, str] | None) -> HeldOut:
@@ -227,7 +231,7 @@ def _results(
         model: count_parameters(m) for model, m in (("student", student), ("teacher", teacher))
     }
     share = sizes["student"] / sizes["teacher"]
-    bound = threshold_for(share)
+    bound, ratio = threshold_for(share), results["perplexity_ratio"]
     return results | {
         "student_parameters": sizes["student"],
         "teacher_parameters": sizes["teacher"],
@@ -235,11 +239,11 @@ def _results(
         "compression_ratio": sizes["teacher"] / sizes["student"],
         "threshold": {
             "perplexity_ratio_below": bound,
-            "passed": bool(results["perplexity_ratio"] < bound),
+            # The ratio is null where it is too large for a number.
+            "passed": ratio is not None and bool(ratio < bound),
             "rule": "5 % of the teacher: 3.0, 11 %: 2.5, 27 %: 2.0; linear between, nearest beyond",
         },
         "kl_from_natural": {"student": None, "teacher": None},
-        "kl_from_natural_uniprot": {"student": None, "teacher": None},
         "generation": None,
     }
 
@@ -247,13 +251,12 @@ def _results(
 def _describe_calibration(
     record: dict[str, Any], sums: CalibrationSums, interval: Sequence[float] | None
 ) -> None:
-    """Add whether calibration means anything, and the curves of the reliability diagram.
+    """Add whether calibration means anything, and the curve of the reliability diagram.
 
     It does where the accuracy beats always naming the most frequent token, beyond chance where
     there is an ``interval`` of the difference: else confidence has nothing to be right about.
     """
     least = record["accuracy_over_floor"] if interval is None else interval[0]
     record["calibration_meaningful"] = bool(least > 0)
-    record["bins"] = len(sums.width_edges) - 1
-    record["reliability"] = reliability_curve(sums.width.sum(0), sums.width_edges)
-    record["reliability_equal_mass"] = reliability_curve(sums.mass.sum(0), sums.mass_edges)
+    record["bins"] = BINS
+    record["reliability"] = reliability_curve(sums.width.sum(0), WIDTH_EDGES)

@@ -36,10 +36,8 @@ class Metric:
         values: pydantic type of the value.
         compute: returns ``(R,)`` from sums ``(R, ...)`` and the model's name ("" if the metric has
             no ``{model}``); for generated proteins the second argument holds the residue counts of
-            natural proteins. None: the mean of ``per_token`` over tokens, or computed elsewhere.
+            natural proteins. None: computed elsewhere.
         needs: the sum without which the metric is not computed.
-        per_token: returns ``(N,)`` from the log-probabilities ``(N, V)`` by model, the ids of the
-            true tokens ``(N,)`` and the model's name. Its sums carry the metric's name.
         ratio: name of the metric that compares student and teacher.
         column: heading in the comparison; "": not there.
         index: type in the model index of the hub; "": not there.
@@ -53,7 +51,6 @@ class Metric:
     values: Any = Number
     compute: Compute | None = None
     needs: str = ""
-    per_token: Callable[[Mapping[str, Any], Any, str], Any] | None = None
     ratio: str = ""
     column: str = ""
     index: str = ""
@@ -85,7 +82,13 @@ def _mean(key: str, unit: str = "tokens") -> Compute:
 
 
 def _perplexity(unit: str) -> Compute:
-    return lambda sums, model: np.exp(sums[f"nll_{model}"] / sums[unit])
+    return lambda sums, model: _exp(sums[f"nll_{model}"] / sums[unit])
+
+
+def _exp(nats: np.ndarray) -> np.ndarray:
+    """Return e to the given powers; infinite, without a warning, where that is beyond numbers."""
+    with np.errstate(over="ignore"):
+        return np.exp(nats)
 
 
 def _bits_per_residue(sums: Sums, model: str) -> np.ndarray:
@@ -93,7 +96,7 @@ def _bits_per_residue(sums: Sums, model: str) -> np.ndarray:
 
 
 def _perplexity_ratio(unit: str) -> Compute:
-    return lambda sums, _: np.exp((sums["nll_student"] - sums["nll_teacher"]) / sums[unit])
+    return lambda sums, _: _exp((sums["nll_student"] - sums["nll_teacher"]) / sums[unit])
 
 
 def _kept_advantage(sums: Sums, _: str) -> np.ndarray:
@@ -179,8 +182,6 @@ METRICS: list[Metric] = [
                         column="ECE"),
     _calibration_metric("ece_equal_mass"),
     _calibration_metric("ece_debiased", "ECE, debiased"),
-    _calibration_metric("l2"),
-    _calibration_metric("l2_debiased"),
     _calibration_metric("smooth_ece", "smooth ECE"),
     _calibration_metric("accuracy"),
     _calibration_metric("mean_confidence"),
@@ -190,7 +191,6 @@ METRICS: list[Metric] = [
     # Computed elsewhere, from generated proteins and from the models' sizes.
     Metric("kl_from_natural.{model}", "composition KL from held-out", better="lower",
            column="KL from natural", index="kl_from_natural"),
-    Metric("kl_from_natural_uniprot.{model}", "composition KL from UniProt", better="lower"),
     Metric("compression_ratio", values=Positive, column="compression", spec="{:.1f}x"),
 ]  # fmt: skip
 
@@ -205,14 +205,10 @@ def _quotient(above: str, below: str) -> Compute:
     return compute
 
 
-def _composition_kl(uniprot: bool) -> Compute:
-    def compute(sums: Sums, natural: np.ndarray) -> np.ndarray:
-        from src.evaluation.composition import composition_kl, swissprot_frequencies
+def _composition_kl(sums: Sums, natural: np.ndarray) -> np.ndarray:
+    from src.evaluation.composition import composition_kl
 
-        reference = swissprot_frequencies() if uniprot else natural
-        return np.where(sums["residues"] > 0, composition_kl(sums["counts"], reference), np.nan)
-
-    return compute
+    return np.where(sums["residues"] > 0, composition_kl(sums["counts"], natural), np.nan)
 
 
 def _teacher_perplexity(sums: Sums, _: Any) -> np.ndarray:
@@ -236,8 +232,7 @@ GENERATION_METRICS: list[Metric] = [
            compute=_quotient("tandem", "residues")),
     Metric("repetitiveness.low_complexity_share", "residues of low complexity",
            compute=_quotient("low_complexity", "residues")),
-    Metric("kl_from_natural", "composition KL from held-out", compute=_composition_kl(False)),
-    Metric("kl_from_natural_uniprot", compute=_composition_kl(True)),
+    Metric("kl_from_natural", "composition KL from held-out", compute=_composition_kl),
     Metric("teacher_perplexity_per_residue", "teacher's perplexity per residue", needs="nll",
            compute=_teacher_perplexity),
     Metric("diversity.word_distance", "distance in words of three residues"),
@@ -268,10 +263,8 @@ def compute_metrics(sums: Sums) -> dict[str, np.ndarray]:
         computed = [metric for metric in group if not metric.needs or metric.needs in sums]
         for model in MODELS if per_model else ("",):
             for metric in computed:
-                name = metric.name.format(model=model)
-                compute = metric.compute or (_mean(name) if metric.per_token else None)
-                if compute:
-                    values[name] = compute(sums, model)
+                if metric.compute:
+                    values[metric.name.format(model=model)] = metric.compute(sums, model)
     return values
 
 

@@ -23,7 +23,7 @@ from src.common.cli import progress
 from src.evaluation import composition
 from src.evaluation.metrics import compute_generation_metrics
 from src.evaluation.results import put_estimate
-from src.evaluation.statistics import LEVEL, TAILS, Estimate, bootstrap_or_plain
+from src.evaluation.statistics import LEVEL, TAILS, Estimate, bootstrap_or_plain, cluster_codes
 from src.proteins.layouts import STANDARD_RESIDUES, shuffled
 from src.proteins.relatives import (
     aligned,
@@ -70,13 +70,19 @@ def composition_shares(proteins: Iterable[str]) -> dict[str, float]:
     return dict(zip(STANDARD_RESIDUES, shares, strict=True))
 
 
-def diversity(proteins: Sequence[str], pairs: int = PAIRS, seed: int = 0) -> dict[str, Estimate]:
+def diversity(
+    proteins: Sequence[str],
+    pairs: int = PAIRS,
+    seed: int = 0,
+    clusters: Sequence[Any] | None = None,
+) -> dict[str, Estimate]:
     """Return how much proteins differ from each other.
 
     Args:
         proteins: residues of each, at least two.
         pairs: pairs to align, at most; drawn without replacement where there are more.
         seed: of the draw.
+        clusters: ``(P,)`` of related proteins, for the intervals; None: each is its own.
 
     Returns:
         ``word_distance``, the mean over all pairs of one less the Jaccard similarity of their sets
@@ -84,9 +90,10 @@ def diversity(proteins: Sequence[str], pairs: int = PAIRS, seed: int = 0) -> dic
         residues in the best local alignment, as a share of the shorter protein.
     """
     count = len(proteins)
+    codes, groups = cluster_codes(range(count) if clusters is None else clusters)
     words = word_sets(proteins)
     sizes = np.asarray(words.sum(1), dtype=np.float64).ravel()
-    distances = np.zeros(count)
+    distances, within = np.zeros(count), np.zeros(count)
     for start in range(0, count, 512):  # blocks bound the memory
         shared = (words[start : start + 512] @ words.T).toarray().astype(np.float64)
         union = sizes[start : start + 512, None] + sizes - shared
@@ -94,6 +101,7 @@ def diversity(proteins: Sequence[str], pairs: int = PAIRS, seed: int = 0) -> dic
         block = np.arange(start, start + len(shared))
         similarity[np.arange(len(block)), block] = 1.0  # a protein and itself are no pair
         distances[block] = (1 - similarity).sum(1)
+        within[block] = ((1 - similarity) * (codes[block, None] == codes)).sum(1)
     all_pairs = count * (count - 1) // 2
     chosen = np.random.default_rng(seed).choice(all_pairs, min(pairs, all_pairs), replace=False)
     first = np.floor((1 + np.sqrt(1 + 8 * chosen.astype(np.float64))) / 2).astype(np.int64)
@@ -104,29 +112,43 @@ def diversity(proteins: Sequence[str], pairs: int = PAIRS, seed: int = 0) -> dic
     for pair in progress(range(len(chosen)), len(chosen), "aligning", "pairs"):
         left, right = proteins[int(first[pair])], proteins[int(second[pair])]
         identity.append(aligned(aligner, left, right)[0] / min(len(left), len(right)))
-    members = np.concatenate([first, second])
-    identities = np.bincount(members, weights=np.tile(identity, 2), minlength=count)
+    sizes = np.bincount(codes, minlength=groups)
+    left_codes, right_codes = codes[first], codes[second]
+    touched = np.concatenate([left_codes, right_codes[left_codes != right_codes]])
+    values = np.concatenate([identity, np.array(identity)[left_codes != right_codes]])
     return {
-        "word_distance": pair_mean(distances, np.full(count, count - 1.0)),
-        "pairwise_identity": pair_mean(identities, np.bincount(members, minlength=count)),
+        "word_distance": pair_mean(
+            np.bincount(codes, distances - within / 2, groups),
+            sizes * (count - 1) - sizes * (sizes - 1) / 2,
+            distances.sum() / 2,
+            all_pairs,
+        ),
+        "pairwise_identity": pair_mean(
+            np.bincount(touched, values, groups),
+            np.bincount(touched, minlength=groups),
+            sum(identity),
+            len(identity),
+        ),
     }
 
 
-def pair_mean(sums: np.ndarray, counts: np.ndarray) -> Estimate:
-    """Return the mean of a value of pairs of proteins, with its interval over proteins.
+def pair_mean(sums: np.ndarray, counts: np.ndarray, total: float, pairs: int) -> Estimate:
+    """Return the mean of a value of pairs of proteins, with its interval over clusters.
 
-    Pairs that share a protein are not independent, so proteins are left out one at a time with all
-    their pairs (jackknife of a U-statistic; Arvesen 1969, Annals of Mathematical Statistics
-    40:2076). Where only some pairs were measured the interval is a little wide.
+    Pairs that share a protein, or have proteins of one cluster, are not independent, so clusters
+    are left out one at a time with all pairs that have a member (jackknife of a U-statistic;
+    Arvesen 1969, Annals of Mathematical Statistics 40:2076). Where only some pairs were measured
+    the interval is a little wide.
 
     Args:
-        sums: ``(P,)`` sum of the value over the pairs that each protein is in.
-        counts: ``(P,)`` number of those pairs.
+        sums: ``(C,)`` sum of the value over the pairs that have a member of each cluster.
+        counts: ``(C,)`` number of those pairs.
+        total: sum over all pairs.
+        pairs: number of all pairs.
 
     Returns:
-        The mean over pairs; the interval is NaN where one protein is in all pairs.
+        The mean over pairs; the interval is NaN where one cluster has a member in all pairs.
     """
-    total, pairs = sums.sum() / 2, counts.sum() / 2
     estimate = float(total / pairs)
     left = pairs - counts
     if not (left > 0).all():
@@ -222,7 +244,10 @@ def describe(
     for name, estimate in _estimates(arrays, natural, settings, clusters).items():
         put_estimate(record, name, estimate)
     if settings.thorough and len(whole) > 1:
-        differences = diversity(whole, seed=settings.seed)
+        related = None
+        if clusters is not None:
+            related = [c for c, p in zip(clusters, proteins, strict=True) if p]
+        differences = diversity(whole, seed=settings.seed, clusters=related)
         for name, estimate in differences.items():
             put_estimate(record, f"diversity.{name}", estimate)
     return record
@@ -345,6 +370,7 @@ def measure_generation(
     settings: DescriptionSettings | None = None,
     *,
     batch_size: int = 32,
+    max_length: int | None = None,
     train: Sequence[str] | None = None,
     clusters: Sequence[Any] | None = None,
 ) -> None:
@@ -352,19 +378,26 @@ def measure_generation(
 
     Args:
         results: of ``src.evaluation.measurement.evaluate``; changed in place: ``generation``
-            (the records of :func:`describe_all`, and the ``reference``), ``kl_from_natural``,
-            ``kl_from_natural_uniprot`` and their intervals.
+            (the records of :func:`describe_all`, and the ``reference``), ``kl_from_natural`` and
+            its intervals.
         models: ``student`` and ``teacher``.
         tokenizer: of both.
         natural: held-out proteins, the reference of composition.
         count: sequences that each model generates, with tags drawn from those of ``natural``.
         settings: of the description.
         batch_size: proteins sampled and scored at a time.
+        max_length: residues of a sampled protein, at most, where a model states no longest input;
+            others are sampled as long as they take.
         train: training proteins, for novelty.
         clusters: of the natural proteins.
+
+    Raises:
+        ValueError: a model cannot be sampled, or states no longest input without ``max_length``.
     """
     from src.evaluation.generation import GenerationSettings, sample_proteins
-    from src.evaluation.likelihoods import score_proteins
+    from src.evaluation.sampler import fitted_length
+    from src.evaluation.scoring import score_proteins
+    from src.models.forward import stated_positions
 
     settings = settings or DescriptionSettings()
     wanted = GenerationSettings(count, seed=settings.seed, batch_size=batch_size).suited(tokenizer)
@@ -375,14 +408,15 @@ def measure_generation(
     for name, model in models.items():
         started = time.monotonic()
         generated[name], counts = [], Counter()
+        limit = None if stated_positions(model.config) else max_length
         for number, (tag, share) in enumerate(drawn.items()):
             seed = settings.seed + number
-            part = replace(wanted, num_sequences=share, tag=tag, seed=seed)
-            sampled = sample_proteins(model, tokenizer, part)
+            part = replace(wanted, num_sequences=share, max_length=limit, tag=tag, seed=seed)
+            sampled = sample_proteins(model, tokenizer, fitted_length(model, tokenizer, part))
             generated[name] += sampled.sequences
             counts.update(sampled.counts)
         extra[name] = {
-            "sampling": asdict(wanted),
+            "sampling": asdict(replace(wanted, max_length=limit)),
             "counts": dict(counts),
             "sequences_per_second": len(generated[name]) / (time.monotonic() - started),
             "examples": generated[name][:EXAMPLES],
@@ -396,8 +430,8 @@ def measure_generation(
     )
     for name, more in extra.items():
         generation[name] |= more
-        for key in ("kl_from_natural", "kl_from_natural_uniprot"):
-            results[key][name] = generation[name][key]
-            results["intervals"][f"{key}.{name}"] = generation[name]["intervals"][key]
+        key = "kl_from_natural"
+        results[key][name] = generation[name][key]
+        results["intervals"][f"{key}.{name}"] = generation[name]["intervals"][key]
     reference = {"proteins": len(natural), "composition": composition_shares(natural)}
     results["generation"] = {**generation, "reference": reference}

@@ -45,7 +45,9 @@ class Estimate:
 
     @property
     def p_value(self) -> float:
-        """Two-sided p-value of the hypothesis that the value is 0."""
+        """Two-sided p-value of the hypothesis that the value is 0; NaN where it or its error is."""
+        if math.isnan(self.estimate) or math.isnan(self.standard_error):
+            return math.nan
         if not self.standard_error > 0:
             return 1.0 if self.estimate == 0 else 0.0
         t = abs(self.estimate) / self.standard_error
@@ -106,7 +108,9 @@ def cluster_bootstrap(
     sums each array with those weights; arrays of one call share the weights, so differences and
     ratios between models are paired. Intervals are bias-corrected and accelerated (BCa; Efron 1987,
     JASA 82:171); the acceleration comes from leaving out one cluster at a time. Where almost all
-    replicates lie on one side of the estimate they are percentiles less twice the bias.
+    replicates lie on one side of the estimate they are percentiles less twice the bias. Percentiles
+    are expanded for the number of clusters (:func:`expanded_quantiles`), and standard errors are
+    those of the replicates times √(C/(C - 1)), with C - 1 degrees of freedom.
 
     Args:
         statistic: maps weighted sums ``(R, ...)`` under the names of ``arrays`` to values
@@ -153,8 +157,11 @@ def cluster_bootstrap(
         low = high = math.nan
         if jackknife is not None:
             low, high = _bootstrap_interval(estimate, replicates, jackknife)
-        error = float(np.std(replicates, ddof=1)) if n > 1 else math.nan
-        results[name] = Estimate(estimate, low, high, error)
+        error, freedom = math.nan, math.inf
+        if count > 1 and n > 1:
+            error = float(np.std(replicates, ddof=1)) * math.sqrt(count / (count - 1))
+            freedom = count - 1
+        results[name] = Estimate(estimate, low, high, error, freedom)
     return results
 
 
@@ -184,37 +191,61 @@ def _weighted(weights: np.ndarray, sums: np.ndarray) -> np.ndarray:
     return product.reshape(len(weights), *sums.shape[1:])
 
 
+def expanded_quantiles(count: int) -> np.ndarray:
+    """Return the normal quantiles ``(2,)`` that a bootstrap of C clusters reads its ends at.
+
+    ±t(97.5 %, C - 1) √(C/(C - 1)) in place of ±1.96: replicates vary by (C - 1)/C of the variance
+    that the estimate has, and their percentiles stand for normal quantiles although the spread
+    between clusters is itself estimated. For a mean of values that are about normal the interval is
+    then Student's (expanded percentiles; Hesterberg 2015, The American Statistician 69:371).
+
+    Args:
+        count: number of clusters C, at least two.
+    """
+    return stats.t.ppf(TAILS, count - 1) * math.sqrt(count / (count - 1))
+
+
+def percentiles(replicates: np.ndarray, count: int) -> np.ndarray:
+    """Return the ends ``(2,)`` of the expanded percentile interval of replicates ``(R,)``.
+
+    ``count`` are the clusters that they resample, at least two.
+    """
+    return np.quantile(replicates, stats.norm.cdf(expanded_quantiles(count)))
+
+
 def _bootstrap_interval(
     estimate: float, replicates: np.ndarray, jackknife: np.ndarray
 ) -> tuple[float, float]:
     """Return the percentile interval, corrected for bias and acceleration if that is finite."""
     if not math.isfinite(estimate) or not np.isfinite(replicates).all():
         return math.nan, math.nan
-    tails = np.array(TAILS)
+    count = len(jackknife)
     if np.isfinite(jackknife).all():
         n = len(replicates)
         below = np.sum(replicates < estimate) + 0.5 * np.sum(replicates == estimate)
         # Half a replicate away from 0 and 1, so that a one-sided bootstrap stays finite.
         bias = stats.norm.ppf(np.clip(below / n, 0.5 / n, 1 - 0.5 / n))
         if abs(bias) > LARGEST_BIAS:
-            return _shifted_interval(estimate, replicates)
+            return _shifted_interval(estimate, replicates, count)
         deviation = jackknife.mean() - jackknife
         spread = np.sum(deviation**2)
         acceleration = np.sum(deviation**3) / (6 * spread**1.5) if spread > 0 else 0.0
-        z = bias + stats.norm.ppf(tails)
+        z = bias + expanded_quantiles(count)
         tails = stats.norm.cdf(bias + z / (1 - acceleration * z))
-    low, high = np.quantile(replicates, tails)
+        low, high = np.quantile(replicates, tails)
+    else:
+        low, high = percentiles(replicates, count)
     return float(low), float(high)
 
 
-def _shifted_interval(estimate: float, replicates: np.ndarray) -> tuple[float, float]:
+def _shifted_interval(estimate: float, replicates: np.ndarray, count: int) -> tuple[float, float]:
     """Return percentiles less twice the bias, widened to hold the estimate.
 
     A value that noise can only raise (a divergence, an ECE) is higher in replicates than in the
     data by about as much as it is higher in the data than in truth.
     """
     shift = 2 * (float(replicates.mean()) - estimate)
-    low, high = np.quantile(replicates, TAILS) - shift
+    low, high = percentiles(replicates, count) - shift
     if estimate >= 0 and replicates.min() >= 0:
         low = max(low, 0.0)
     return float(min(low, estimate)), float(max(high, estimate))
@@ -383,7 +414,13 @@ def holm(p_values: Mapping[str, float]) -> dict[str, float]:
     Returns:
         Adjusted p-values under the same names: reject those at most α, and at most a share α of
         such families holds any false rejection, however the tests depend on each other.
+
+    Raises:
+        ValueError: a p-value is NaN: that of the others depends on its rank.
     """
+    for name, value in p_values.items():
+        if math.isnan(value):
+            raise ValueError(f"{name} has no p-value to correct")
     order = sorted(p_values, key=lambda name: p_values[name])
     adjusted: dict[str, float] = {}
     running = 0.0
@@ -391,36 +428,3 @@ def holm(p_values: Mapping[str, float]) -> dict[str, float]:
         running = max(running, min(1.0, (len(order) - rank) * p_values[name]))
         adjusted[name] = running
     return {name: adjusted[name] for name in p_values}
-
-
-@dataclass(frozen=True)
-class PairedTest:
-    """A one-sided paired comparison: mean difference, its interval, and the p-value."""
-
-    difference: float
-    low: float
-    high: float
-    p_value: float
-    pairs: int
-
-
-def paired_test(differences: np.ndarray) -> PairedTest:
-    """Test whether differences are above 0 on average (paired t test, one-sided).
-
-    Args:
-        differences: ``(n,)``, one for each independent unit.
-
-    Returns:
-        Mean, two-sided interval and one-sided p-value; with fewer than two pairs the p-value is 1.
-    """
-    differences = np.asarray(differences, dtype=np.float64)
-    n = len(differences)
-    mean = float(differences.mean()) if n else math.nan
-    if n < 2:
-        return PairedTest(mean, math.nan, math.nan, 1.0, n)
-    found = mean_interval(differences)
-    error = found.standard_error
-    if error == 0:
-        return PairedTest(mean, mean, mean, 0.0 if mean > 0 else 1.0, n)
-    p_value = float(stats.t.sf(mean / error, n - 1))
-    return PairedTest(mean, found.low, found.high, p_value, n)

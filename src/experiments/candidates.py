@@ -25,8 +25,8 @@ from src.evaluation.filters import (
     WHY,
 )
 from src.evaluation.generation import GenerationSettings, sample_proteins
-from src.evaluation.likelihoods import score_proteins
 from src.evaluation.sampler import fitted_length
+from src.evaluation.scoring import score_proteins
 from src.evaluation.sequence_quality import DescriptionSettings, describe_all
 from src.models.loading import ProteinModel
 from src.proteins.fasta import FastaRecord, write_fasta

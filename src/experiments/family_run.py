@@ -26,7 +26,7 @@ from src.common.devices import choose_device
 from src.common.files import sha256_file, write_json, write_text
 from src.common.runs import locked, read_run
 from src.common.settings import DEFAULTS
-from src.evaluation.likelihoods import score_proteins
+from src.evaluation.scoring import score_proteins
 from src.experiments import candidates as c
 from src.experiments import specialist as s
 from src.experiments.family_inputs import Family, FamilyRun, identity, prepare

@@ -28,9 +28,9 @@ from src.common.runs import (
     write_run,
 )
 from src.common.settings import LossSettings, StudentSettings, TrainSettings
-from src.evaluation.likelihoods import score_proteins
 from src.evaluation.per_protein import write_per_protein
 from src.evaluation.results import put_estimate
+from src.evaluation.scoring import score_proteins
 from src.evaluation.statistics import cluster_bootstrap
 from src.models.inspection import (
     explain_loading,

@@ -56,6 +56,8 @@ BATCH_RESIDUES = 1 << 18
 SMALL_BYTES = 1 << 26
 """Smaller sources are identified by their content, larger ones by path, size and time."""
 BEYOND = "beyond --max_proteins"
+LONGER_THAN = "longer than"
+"""How the reason begins for which ``long_proteins="drop"`` leaves out too long a protein."""
 UNKNOWN_RESIDUES = "residues, or a tag, that the tokenizer does not know"
 
 
@@ -287,7 +289,8 @@ def _append_batch(
         if not spelling.spells(row, entry.residues):
             report.drop(UNKNOWN_RESIDUES, entry.name)
         elif settings["long_proteins"] == "drop" and (too_long or not entry.whole):
-            report.drop(f"longer than {limit:,} tokens" if too_long else CUT_IN_SOURCE, entry.name)
+            reason = f"{LONGER_THAN} {limit:,} tokens" if too_long else CUT_IN_SOURCE
+            report.drop(reason, entry.name)
         else:
             if too_long:
                 report.fix(f"cut to {limit:,} tokens", entry.name)

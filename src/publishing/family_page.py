@@ -15,7 +15,7 @@ from src.common.cli import duration
 from src.common.runs import RUN_FILE, read_run
 from src.evaluation.filters import WHY
 from src.evaluation.metrics import GENERATION_METRICS
-from src.evaluation.results import with_interval
+from src.evaluation.results import few_clusters, with_interval
 from src.proteins.layouts import lines_of
 from src.publishing import plots
 from src.publishing.pages import Cell, Drawing, make_drawing, render, short_name, split_cell
@@ -114,6 +114,8 @@ def _judged(judgement: Mapping[str, Any]) -> dict[str, Any] | None:
         parameters = f"{model['parameters']:,}" if model else ""
         rows.append((name, nats, gain, parameters, f"{speed:.1f}" if speed else ""))
     counts = f"{held_out['proteins']:,} members in {held_out['clusters']:,} clusters"
+    for warning in few_clusters(held_out["clusters"]):
+        counts += f"; {warning}"
     if held_out["not_fitting"]:
         counts += f"; {held_out['not_fitting']:,} more do not fit a model"
     if unknown := held_out["not_recognised_by_profile"]:

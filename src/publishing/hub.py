@@ -91,12 +91,13 @@ def example_logits(folder: Path) -> tuple[Any, Tensor, Tensor]:
     """
     import torch
 
-    from src.models.loading import ProteinModel, max_positions
+    from src.models.forward import stated_positions
+    from src.models.loading import ProteinModel
 
     model, tokenizer = loaded = ProteinModel.load(folder)
     text = loaded.layout.untagged.text(EXAMPLE_PROTEIN)
     ids = tokenizer(text, add_special_tokens=False, return_tensors="pt")["input_ids"]
-    ids = ids[:, : max_positions(model.config)]  # type: ignore[index]
+    ids = ids[:, : stated_positions(model.config)]  # type: ignore[index]
     if int(ids.max()) >= model.config.vocab_size:
         raise ValueError(f"{folder}: the tokenizer has tokens that the model does not know")
     with torch.inference_mode():

@@ -39,8 +39,13 @@ def hub_id(name: str | None) -> str | None:
     return name
 
 
-def teacher_licence(name: str) -> str | None:
-    """Return the licence of a teacher: from the table, or from the card in its directory."""
+def teacher_licence(name: str | None) -> str | None:
+    """Return the licence of a teacher: from the table, or from the card in its directory.
+
+    None where it is not known, or where there was no teacher.
+    """
+    if name is None:
+        return None
     card = Path(name) / "README.md"
     if card.is_file():
         from huggingface_hub import ModelCard
@@ -56,14 +61,16 @@ def chosen_licence(record: Mapping[str, Any], wanted: str | None) -> str:
     """Return the licence that the card states.
 
     Raises:
-        ValueError: none was given and the teacher's is not known.
+        ValueError: none was given, and the teacher's is not known or there was no teacher.
     """
     teacher = record["settings"]["teacher_model"]
     licence = wanted or teacher_licence(teacher)
     if not licence:
+        why = "this model had no teacher whose licence it could take"
+        if teacher is not None:
+            why = f"the licence of {teacher}, from which this student was distilled, is not known"
         raise ValueError(
-            f"the licence of {teacher}, from which this student was distilled, is not known: pass "
-            "--license with an identifier of the hub, for example apache-2.0"
+            f"{why}: pass --license with an identifier of the hub, for example apache-2.0"
         )
     return licence
 
@@ -192,13 +199,15 @@ def training_rows(record: Mapping[str, Any]) -> list[tuple[str, str]]:
     device, stopped = record["device"], record.get("early_stopping")
     commit = lookup(record, "git.commit")
     changes = " with local changes" if lookup(record, "git.dirty") else ""
+    # Each process takes its own batch; records of the first versions do not count the processes.
+    batch = settings["batch_size"] * settings["gradient_accumulation_steps"]
     rows = [
         ("training proteins", f"{train['proteins']:,} ({train['tokens']:,} tokens)"),
         ("data", settings["data"]),
         ("share of the data", f"{settings['train_size_prop']:g}"),
         ("steps", f"{record['steps']:,}"),
         ("early stopping", stopped and outcome_line(stopped)),
-        ("rows of a step", settings["batch_size"] * settings["gradient_accumulation_steps"]),
+        ("rows of a step", batch * (record.get("processes") or 1)),
         ("initial weights", settings.get("init_from") or "random"),
         ("learning rate", f"{settings['learning_rate']:g}, {settings['lr_schedule']}"),
         ("weight decay", f"{settings['weight_decay']:g}"),
@@ -227,7 +236,10 @@ def origin_text(record: Mapping[str, Any]) -> str:
     teacher, start = settings["teacher_model"], settings.get("init_from")
     begun = f"It began with the weights of {_link(start)}." if start else ""
     if settings["loss"]["alpha"] == 1:
-        return begun or f"It was trained without a teacher, with the tokenizer of {_link(teacher)}."
+        tokenizer = settings.get("tokenizer") or teacher
+        return (
+            begun or f"It was trained without a teacher, with the tokenizer of {_link(tokenizer)}."
+        )
     text = (
         f"It was distilled from {_link(teacher)}, which has {record['teacher']['parameters']:,} "
         f"parameters: {record['compression']:.1f} times as many."

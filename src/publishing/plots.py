@@ -1,4 +1,4 @@
-"""Draws learning curves, reliability diagrams and compositions as matplotlib figures.
+"""Draws learning curves, reliability diagrams, compositions and scans as matplotlib figures.
 
 Every function takes records as they are in the project's files. Colours are those of Okabe and Ito
 (2008), which the colour-blind tell apart; series also differ in markers, dashes or hatching, so
@@ -20,6 +20,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator, PercentFormatter
 
 from src.common.files import atomic_write
+from src.evaluation.mutants import Substitution
 from src.proteins.layouts import STANDARD_RESIDUES
 
 Parameters = ParamSpec("Parameters")
@@ -40,6 +41,8 @@ FEW_TOKENS = 100
 """A bin of a reliability diagram with fewer is drawn hollow."""
 WIDTH = 4.4
 """Inches of a figure: it fills a phone's screen, or half a page, with text of nine points."""
+MAP_ROW = 60
+"""Positions in a row of a scan's map, as in a line of FASTA."""
 LAST_PART = 0.6
 """Share of a run whose losses a learning curve's axis must show; earlier ones may leave it."""
 
@@ -294,3 +297,42 @@ def inline_svg(figure: Figure, name: str, description: str) -> str:
     text = re.sub(r"font: ([^;\"']*?[\d.]+px) '[^;\"]+", _font_parts, text)
     label = description.replace("&", "&amp;").replace("<", "&lt;").replace('"', "&quot;")
     return text.replace("<svg", f'<svg role="img" aria-label="{label}"', 1)
+
+
+@styled
+def scan_map(residues: str, scan: Sequence[Substitution], ratios: np.ndarray) -> Figure:
+    """Return a map of positions × residues, in rows of 60 positions.
+
+    Args:
+        residues: the wild type.
+        scan: substitutions, numbered from 1.
+        ratios: ``(P,)`` log p(mutant) - log p(wild type), in nats. The colours end at the value
+            that 98 % of the sizes are below.
+    """
+    table = np.full((len(STANDARD_RESIDUES), len(residues)), np.nan)
+    for substitution, value in zip(scan, ratios, strict=True):
+        table[STANDARD_RESIDUES.index(substitution.new), substitution.number - 1] = value
+    rows = -(-len(residues) // MAP_ROW)
+    known = np.abs(ratios[np.isfinite(ratios)])
+    limit = float(np.quantile(known, 0.98)) if len(known) else 1.0
+    figure = Figure(figsize=(10, 0.6 + 2.6 * rows), layout="constrained")
+    axes = figure.subplots(rows, 1, squeeze=False)[:, 0]
+    for row, ax in enumerate(axes):
+        start, stop = row * MAP_ROW, min((row + 1) * MAP_ROW, len(residues))
+        image = ax.imshow(
+            table[:, start:stop], cmap="RdBu", vmin=-limit, vmax=limit, aspect="auto",
+            extent=(start + 0.5, stop + 0.5, len(STANDARD_RESIDUES) - 0.5, -0.5),
+        )  # fmt: skip
+        ax.plot(
+            range(start + 1, stop + 1),
+            [STANDARD_RESIDUES.find(letter) for letter in residues[start:stop]],
+            linestyle="", marker=".", markersize=2.5, color="black",
+        )  # fmt: skip
+        ax.set(xlim=(start + 0.5, start + MAP_ROW + 0.5), ylim=(len(STANDARD_RESIDUES) - 0.5, -0.5))
+        ax.set_yticks(range(len(STANDARD_RESIDUES)), list(STANDARD_RESIDUES), fontsize=6)
+        ax.grid(False)
+    axes[-1].set_xlabel("position (dots: the wild type)")
+    figure.colorbar(
+        image, ax=list(axes), label="log p(mutant) − log p(wild type), nats", fraction=0.02
+    )
+    return figure

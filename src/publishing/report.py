@@ -41,6 +41,7 @@ TRAINED = {
     "train_seconds": NonNegative,
     "peak_memory_bytes": NonNegative,
     "steps": NonNegative,
+    "processes": Positive,
     **{f"{model}.parameters": Positive for model in MODELS},
     **{f"settings.student.{name}": Positive for name in ("n_layer", "n_head", "n_embd")},
     **{f"settings.loss.{name}": Number for name in ("temperature", "alpha")},
@@ -204,12 +205,15 @@ def _headlines(results: Mapping[str, Any]) -> list[dict[str, Any]]:
 
 
 def _warnings(run: Mapping[str, Any], results: Mapping[str, Any]) -> list[str]:
-    """Return warnings about the results: no check of the teacher, no intervals, changed code."""
+    """Return warnings about the results: the teacher's check, no intervals, changed code."""
     warnings = []
-    if results and not lookup(results, "gates.passed"):
+    if results and not results.get("gates"):
         warnings.append(
             "The teacher was not checked on natural and shuffled proteins before it was measured."
         )
+    elif results and not lookup(results, "gates.passed"):
+        found = lookup(results, "gates.summary") or "the teacher was checked, and did not pass"
+        warnings.append(f"{found[0].upper()}{found[1:]}.")
     warnings += [f"{line[0].upper()}{line[1:]}." for line in cautions(results)]
     if results and not any((results.get("intervals") or {}).values()):
         warnings.append("These results have no intervals: differences may be chance.")
@@ -262,7 +266,7 @@ def _training(run: Mapping[str, Any]) -> list[tuple[str, str]]:
         rows.append(("learning rate", _joined(rate, settings.get("lr_schedule"))))
     if run.get("steps"):
         batch = settings.get("batch_size") or 1
-        batch *= settings.get("gradient_accumulation_steps") or 1
+        batch *= (settings.get("gradient_accumulation_steps") or 1) * (run.get("processes") or 1)
         made = f"{run['steps']:,} of {batch:,} rows"
         rows.append(("steps", _joined(made, settings.get("batching"))))
     stopped = run.get("early_stopping") or {}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import dataclass
 from typing import Any
 
@@ -86,8 +87,7 @@ class Usage:
 
 def _literal(text: str) -> str:
     """Return Python code for a text in double quotes; empty for no text."""
-    escaped = text.replace("\\", "\\\\").replace('"', '\\"').replace("\n", "\\n")
-    return f'"{escaped}"' if text else ""
+    return json.dumps(text, ensure_ascii=False) if text else ""
 
 
 def _before(layout: Layout) -> str:

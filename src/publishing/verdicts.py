@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from src.evaluation.results import interval_of, lookup
+from src.evaluation.results import few_clusters, interval_of, lookup
 
 if TYPE_CHECKING:
     from src.evaluation.statistics import Estimate
@@ -322,7 +322,8 @@ def _paired_estimates(
         replicates,
         seed,
     )
-    return len(set(ours["cluster"].tolist())), estimates, []
+    clusters = len(set(ours["cluster"].tolist()))
+    return clusters, estimates, few_clusters(clusters)
 
 
 def verdict_lines(verdict: Verdict) -> list[str]:

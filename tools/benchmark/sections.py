@@ -25,8 +25,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from src.common.devices import describe_device
 from src.common.settings import LossSettings, StudentSettings
-from src.evaluation.scoring import score_students
-from src.evaluation.token_statistics import token_statistics
+from src.evaluation.scoring import score_students, token_statistics
 from src.loss.fused import elementwise_for
 from src.models.loading import build_student, model_fingerprint, student_config
 from src.training.cohort import CohortTrainer, Member
