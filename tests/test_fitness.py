@@ -13,8 +13,8 @@ from scipy import stats
 
 from scripts import score as script
 from src.evaluation import fitness
-from src.evaluation.scoring import score_proteins
 from src.evaluation.mutants import read_mutants
+from src.evaluation.scoring import score_proteins
 from src.models.loading import ProteinModel
 
 WILD = "MKTAYIAKQRQISFVKSHFSRQLEERLGLIEVQ"
