@@ -13,7 +13,6 @@ from src.evaluation.statistics import (
     contrast,
     holm,
     is_equivalent,
-    seeds_for_half_width,
     two_way_interval,
 )
 
@@ -255,11 +254,6 @@ def test_equivalence():
         p = stats.t.cdf((0.001 - 0.02) / error, 20)
         assert is_equivalent(near, 0.02) == equivalent == (p < 0.05)
     assert not is_equivalent(Estimate(0.03, math.nan, math.nan, 0.0), 0.02)
-
-
-def test_seeds_for_a_half_width():
-    assert seeds_for_half_width(0.05, 0.05, 0.01) == 7
-    assert seeds_for_half_width(0.05, 0.05, 1.0) is None
 
 
 def test_holm():

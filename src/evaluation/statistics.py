@@ -29,19 +29,13 @@ Statistic = Callable[[Sums], Mapping[str, np.ndarray]]
 
 @dataclass(frozen=True)
 class Estimate:
-    """A value with its 95 % interval; the error is in the unit of the value.
-
-    ``variance_seeds`` and ``variance_clusters`` are what seeds and test clusters add to the
-    variance of the estimate; None where they were not separated.
-    """
+    """A value with its 95 % interval; the error is in the unit of the value."""
 
     estimate: float
     low: float
     high: float
     standard_error: float = math.nan
     degrees_of_freedom: float = math.inf
-    variance_seeds: float | None = None
-    variance_clusters: float | None = None
 
     @property
     def p_value(self) -> float:
@@ -336,7 +330,7 @@ def two_way_interval(
     error = math.sqrt(variance)
     half = stats.t.ppf(TAILS[1], freedom) * error
     low, high = float(estimate - half), float(estimate + half)
-    return Estimate(estimate, low, high, error, float(freedom), v_seeds, v_clusters)
+    return Estimate(estimate, low, high, error, float(freedom))
 
 
 def _seed_cluster_sums(
@@ -386,26 +380,6 @@ def is_equivalent(estimate: Estimate, margin: float) -> bool:
     quantile = stats.t.ppf(0.95, estimate.degrees_of_freedom)
     half = quantile * estimate.standard_error
     return bool(-margin < estimate.estimate - half and estimate.estimate + half < margin)
-
-
-def seeds_for_half_width(half_width: float, seed_sd: float, cluster_error: float) -> int | None:
-    """Return the fewest seeds whose expected interval is no wider than ±half_width.
-
-    Args:
-        half_width: in the unit of the value.
-        seed_sd: standard deviation of the value between seeds.
-        cluster_error: standard error that the test clusters add, whatever the number of seeds.
-
-    Returns:
-        None where 1,000 seeds are not enough, as when the test clusters alone are too few.
-    """
-    for seeds in range(2, 1001):
-        between = seed_sd**2 / seeds
-        variance = between + cluster_error**2
-        freedom = variance**2 / (between**2 / (seeds - 1)) if between > 0 else math.inf
-        if stats.t.ppf(TAILS[1], freedom) * math.sqrt(variance) <= half_width:
-            return seeds
-    return None
 
 
 def holm(p_values: Mapping[str, float]) -> dict[str, float]:

@@ -12,46 +12,17 @@ from typing import Any
 
 import numpy as np
 
-from src.common.cli import say
-from src.common.files import write_text
+from src.common.cli import one_line, say
+from src.common.files import read_json, write_text
 from src.common.tables import latex_lines, markdown_lines
-from src.evaluation.metrics import MODELS
 from src.evaluation.results import interval_of, lookup
-from src.evaluation.schema import (
-    Number,
-    Object,
-    Positive,
-    Share,
-    check_record,
-    maybe,
-    object_type,
-    record_type,
-)  # fmt: skip
-from src.experiments import charts, synergy
+from src.experiments import charts
 from src.experiments.cells import cell_files, read_cell
 from src.experiments.synergy import ANALYSIS_FILE, EXPLANATIONS, MARGIN, shown
 from src.publishing import plots
 
 SIZE_NAMES = {"s27": "27 %", "s11": "11 %", "s05": "5 %"}
 PUBLISHED_ARMS = ("baseline", "uncertainty", "calibration", "both")
-POINT = object_type({"step": Number, "eval_hard_loss": maybe(Number), "grad_norm": maybe(Number)})
-CELL = record_type(
-    {
-        **{f"settings.{name}": str for name in ("arm", "size")},
-        **{f"settings.{name}": Number for name in ("seed", "learning_rate", "train.max_steps")},
-        "training.curve": list[POINT],
-        "share_of_teacher": Positive,
-        "teacher_nats_per_residue": Number,
-        "student_nats_per_residue": Number,
-        "kl_per_residue": Number,
-        "floors.unigram.nats_per_residue": Number,
-        **{f"{model}_ece.ece": Share for model in MODELS},
-        **{f"{model}_ece.reliability": Object for model in MODELS},
-    },
-    required=True,
-)
-"""Values that figures and tables need of a cell, beside those of all results files."""
-
 Cells = list[dict[str, Any]]
 Table = tuple[list[str], list[list[str]]]
 
@@ -65,16 +36,14 @@ def read_cells(folder: Path) -> Cells:
 
     Raises:
         Missing: there are no such cells.
-        ValueError: a cell lacks a value that figures need.
+        ValueError: a cell is broken.
     """
     cells = []
-    advice = "move it away and run scripts/ablation.py again"
     for file in cell_files(folder):
-        results, path = read_cell(folder, file), folder / file
+        results = read_cell(folder, file)
         assert results is not None
         if str(lookup(results, "settings.grid")).endswith("-tuning"):
             continue
-        check_record(results, CELL, path, advice)
         cells.append(results)
     if not cells:
         raise Missing(f"{folder}: no cells: python scripts/ablation.py --results {folder} ...")
@@ -95,7 +64,7 @@ def read_analyses(results: Path) -> dict[Path, dict[str, Any]]:
     found = [path.parent for path in paths]
     # cut-400 before cut-1200
     found.sort(key=lambda folder: (folder.name.split("-")[0], len(folder.name), folder.name))
-    return {folder: synergy.read_analysis(folder / ANALYSIS_FILE) for folder in found}
+    return {folder: read_json(folder / ANALYSIS_FILE)["sizes"] for folder in found}
 
 
 def _title(size: str, experiment: str) -> str:
@@ -184,9 +153,9 @@ def contrast_tables(results: Path) -> Iterator[tuple[str, Table]]:
         for size, record in analysis.items():
             for name, design in record["designs"].items():
                 for key, entry in design["contrasts"].items():
-                    verdict = design["parts"][key]
+                    verdict = str(design["parts"][key])
                     rows.append([f"{size} {name} {key}", shown(entry), verdict])
-                rows.append([f"{size} {name}: the claim", "", design["verdict"]])
+                rows.append([f"{size} {name}: the claim", "", str(design["verdict"])])
             for name, entry in record["explanations"].items():
                 arms = " less ".join(EXPLANATIONS[name])
                 cells = [f"{size} {name}", arms, shown(entry), f"{entry['p_holm']:.2g}"]
@@ -249,6 +218,9 @@ def make_all(results: Path, output: Path) -> dict[str, Sequence[str]]:
 
     Returns:
         ``written`` and ``missing``.
+
+    Raises:
+        ValueError: a cell or an analysis lacks what a figure needs.
     """
     written: list[str] = []
     missing: list[str] = []
@@ -259,6 +231,11 @@ def make_all(results: Path, output: Path) -> dict[str, Sequence[str]]:
         except Missing as why:
             missing.append(f"{maker.__name__}: {why}")
             return []
+        except (ArithmeticError, AttributeError, LookupError, TypeError, ValueError) as error:
+            raise ValueError(
+                f"{results}: {maker.__name__} cannot be made ({one_line(error)[:200]}): run "
+                "scripts/ablation.py and scripts/analyse_ablation.py again"
+            ) from None
 
     for name, drawn in (pair for maker in FIGURES for pair in made(maker)):
         for ending in (".png", ".pdf"):

@@ -7,24 +7,20 @@ random effects and pair the arms (``src.evaluation.statistics.two_way_interval``
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from src.common.files import read_json
 from src.common.tables import markdown_lines
-from src.evaluation.schema import Interval, Number, check_record, object_type, record_type
-from src.evaluation.statistics import Estimate, contrast, holm, is_equivalent, seeds_for_half_width
+from src.evaluation.statistics import Estimate, contrast, holm, is_equivalent
 from src.experiments.cells import read_tables
 from src.experiments.grids import ARMS
 
 MARGIN = 0.02
 """Nats per residue: a contrast within ±0.02 of 0 counts as no effect."""
-HALF_WIDTH = 0.05
-"""Seeds are added until the interval of the published interaction is at most ± this wide."""
 PUBLISHED_INTERACTION = -2.16
 
 DESIGNS = {
@@ -176,8 +172,8 @@ def analyse(runs: Mapping[str, Runs], references: Sequence[str] = ("baseline",))
     Returns:
         For each size ``seeds``, ``clusters``, ``arms`` (mean y of each with its interval, and y of
         each seed), ``designs`` (contrasts, parts, verdict, whether the published interaction is
-        excluded, ``seeds_needed`` for the wanted half-width), ``explanations``, and ``against``
-        (every arm less a reference) with Holm's correction.
+        excluded), ``explanations``, and ``against`` (every arm less a reference) with Holm's
+        correction.
 
     Raises:
         ValueError: a reference is not an arm.
@@ -212,7 +208,6 @@ def _analyse_size(runs: Runs, references: Sequence[str]) -> dict[str, Any]:
             "published_interaction_excluded": not (
                 interaction.low <= PUBLISHED_INTERACTION <= interaction.high
             ),
-            "seeds_needed": _seeds_needed(interaction, len(runs.seeds)),
         }
     # In other experiments, arms of the same names may differ in more than the loss.
     record["explanations"] = _explanations(runs, estimate) if record["designs"] else {}
@@ -307,13 +302,6 @@ def _p_values(family: Mapping[str, Estimate]) -> dict[str, dict[str, float]]:
     return {name: {"p_value": e.p_value, "p_holm": adjusted[name]} for name, e in family.items()}
 
 
-def _seeds_needed(interaction: Estimate, seeds: int) -> int | None:
-    """Return how many seeds the half-width needs, None if the clusters alone are too few."""
-    between = (interaction.variance_seeds or 0.0) * seeds
-    clusters = interaction.variance_clusters or 0.0
-    return seeds_for_half_width(HALF_WIDTH, between**0.5, clusters**0.5)
-
-
 def _explanations(runs: Runs, estimate: Any) -> dict[str, Any]:
     """Return the exploratory contrasts whose arms were run."""
     estimates = {
@@ -335,63 +323,7 @@ def _record(estimate: Estimate) -> dict[str, Any]:
     }
 
 
-ESTIMATE = {"estimate": Number, "interval": Interval}
-DIFFERENCE = object_type(
-    {unit: object_type(ESTIMATE) for unit in ("nats", "kl")} | {"p_holm": Number}
-)
-DESIGN = object_type(
-    {
-        "arms": list[str],
-        "contrasts": dict[Any, object_type(ESTIMATE)],
-        "parts": dict[Any, str],
-        "verdict": str,
-    }
-)
-SIZE = object_type(
-    {
-        "seeds": list[Number],
-        "arms": dict[Any, object_type({**ESTIMATE, "by_seed": list[Number]})],
-        "designs": dict[Any, DESIGN],
-        "explanations": dict[Any, object_type({**ESTIMATE, "p_holm": Number})],
-        "against": dict[Any, dict[Any, DIFFERENCE]],
-    }
-)
 ANALYSIS_FILE = "analysis.json"
-ANALYSIS = record_type({"sizes": dict[Any, SIZE]}, required=True)
-
-
-def read_analysis(path: Path) -> dict[str, Any]:
-    """Return the record of each size in a file of scripts/analyse_ablation.py.
-
-    Raises:
-        ValueError: the file is broken or not such an analysis.
-    """
-    advice = "run scripts/analyse_ablation.py again"
-
-    def require_names(names: Iterable[str], expected: Iterable[str], where: str) -> None:
-        if set(names) != set(expected):
-            wanted = ", ".join(sorted(expected))
-            raise ValueError(f"{path}: {where} must hold {wanted:.200}: {advice}")
-
-    analysis = read_json(path)
-    check_record(analysis, ANALYSIS, path, advice)
-    for size, record in analysis["sizes"].items():
-        where, arms = f"sizes.{size}", record["arms"]
-        for arm, entry in arms.items():
-            if len(entry["by_seed"]) != len(record["seeds"]):
-                raise ValueError(f"{path}: {where}.arms.{arm} lacks seeds: {advice}")
-        for name, design in record["designs"].items():
-            at = f"{where}.designs.{name}"
-            if tuple(design["arms"]) != DESIGNS.get(name):
-                raise ValueError(f"{path}: {at}.arms are not those of a design: {advice}")
-            require_names(set(design["arms"]) & set(arms), design["arms"], f"{where}.arms")
-            for part in ("contrasts", "parts"):
-                require_names(design[part], EXPECTED_SIGN, f"{at}.{part}")
-        known = set(record["explanations"]) & set(EXPLANATIONS)
-        require_names(known, record["explanations"], f"{where}.explanations")
-        for reference, others in record["against"].items():
-            require_names({reference, *others}, arms, f"{where}.against.{reference}")
-    return analysis["sizes"]
 
 
 def analysis_lines(analysis: Mapping[str, Any]) -> list[str]:
