@@ -41,8 +41,12 @@ def test_a_resumed_run_ends_in_the_same_bits(
     torch.rand(5)
     random.random()
     np.random.rand(3)
+    before = newest_valid(tmp_path)
     resumed = resume(make_trainer(tiny_lm, tmp_path, **options))
     assert_same_bits(undisturbed(make_trainer, **options), resumed)
+    if before is not None:  # seconds of both sessions count
+        spent = json.loads((before / "training_state.json").read_text())["trainer"]["runtime"]
+        assert resumed.seconds_before == spent > 0
 
 
 def test_old_checkpoints_go_and_no_pickle_is_written(tiny_lm, tmp_path):

@@ -40,7 +40,7 @@ def test_a_student_of_the_same_shape_computes_the_same(tiny_lm):
         assert torch.allclose(small(ids).logits, large(ids).logits, atol=1e-3)
 
 
-@pytest.fixture
+@pytest.fixture(scope="module")
 def taught(tiny_lm):
     """A model of two heads and 32 features that has learned cycles of tokens of several lengths."""
     rng = np.random.default_rng(0)
@@ -52,7 +52,7 @@ def taught(tiny_lm):
         large(ids, labels=ids).loss.backward()
         optimizer.step()
         optimizer.zero_grad()
-    return large.eval(), rows
+    return large.eval(), rows  # cutting leaves it as it is
 
 
 def divergence(large, small, rows):
