@@ -26,8 +26,8 @@ def hub_fault(error: BaseException) -> tuple[str, str]:
     while link is not None:
         texts += f" {' '.join(parent.__name__ for parent in type(link).__mro__)} {link}"
         link = link.__cause__ or link.__context__
-    found = (fault for fault, marks in _MARKS.items() if any(mark in texts for mark in marks))
-    return next(found, OTHER), texts
+    faults = (fault for fault, marks in _MARKS.items() if any(mark in texts for mark in marks))
+    return next(faults, OTHER), texts
 
 
 def hub_advice(fault: str, kind: str, name: object) -> str | None:

@@ -76,23 +76,23 @@ def measured(rows: Sequence[Mapping[str, Any]]) -> dict[str, Values]:
         start, unit = (row["start"], row["members"]), (row["family"], row["draw"])
         if judged.setdefault(row["family"], row["residues"]) != row["residues"]:
             raise ValueError(f"{row['family']}: {start[0]} was judged on other members than others")
-        found = {
+        measures = {
             name: row.get(name)
             for name in ("identity", "distinct_share", "distinct_4mers", "train_seconds")
         }
-        found["nats"] = row["nll"] / row["residues"]
+        measures["nats"] = row["nll"] / row["residues"]
         if row.get("nll_before") is not None:
-            found["nats_before"] = row["nll_before"] / row["residues"]
+            measures["nats_before"] = row["nll_before"] / row["residues"]
         if row.get("samples"):
             # Cells of the first four families lack the count; all of their samples differ.
             hits = row["hits"] if row.get("distinct_hits") is None else row["distinct_hits"]
             share = (hits + 0.5) / (row["samples"] + 1)
-            found["hits"] = row["hits"] / row["samples"]
-            found["log_speed"] = math.log(row["proteins_per_second"])
-            found["log_hits_per_second"] = math.log(share) + found["log_speed"]
+            measures["hits"] = row["hits"] / row["samples"]
+            measures["log_speed"] = math.log(row["proteins_per_second"])
+            measures["log_hits_per_second"] = math.log(share) + measures["log_speed"]
         elif row.get("samples") == 0:
-            found["hits"] = 0.0
-        for name, value in found.items():
+            measures["hits"] = 0.0
+        for name, value in measures.items():
             if value is not None:
                 values[name][start][unit] = float(value)
     return values
@@ -183,8 +183,8 @@ def analyse(rows: Sequence[Mapping[str, Any]], members: Sequence[int]) -> dict[s
         question: str, values: Values, pairs: Mapping[str, Terms], sign: int, margin: float | None
     ) -> None:
         """Judge contrasts of one question together."""
-        found = {name: contrast(values, terms) for name, terms in pairs.items()}
-        estimates = {name: value for name, value in found.items() if value is not None}
+        contrasts = {name: contrast(values, terms) for name, terms in pairs.items()}
+        estimates = {name: value for name, value in contrasts.items() if value is not None}
         adjusted = holm({name: value.p_value for name, value in estimates.items()})
         for name, value in estimates.items():
             judged = part_verdict(value, sign, margin)
@@ -278,8 +278,8 @@ def points(
                 continue
             for n in sorted(members):
                 terms = less(start, TEACHER, [n]) if paired else {(start, n): 1.0}
-                if found := contrast(values[name], terms):
-                    point = (n, found.estimate, found.low, found.high)
+                if estimate := contrast(values[name], terms):
+                    point = (n, estimate.estimate, estimate.low, estimate.high)
                     panel.setdefault(start, []).append(point)
         if panel:
             panels[title] = panel

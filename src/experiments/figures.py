@@ -61,10 +61,10 @@ def read_analyses(results: Path) -> dict[Path, dict[str, Any]]:
     if not paths:
         how = "python scripts/analyse_ablation.py --results ..."
         raise Missing(f"{results}: no {ANALYSIS_FILE}: {how}")
-    found = [path.parent for path in paths]
+    folders = [path.parent for path in paths]
     # cut-400 before cut-1200
-    found.sort(key=lambda folder: (folder.name.split("-")[0], len(folder.name), folder.name))
-    return {folder: read_json(folder / ANALYSIS_FILE)["sizes"] for folder in found}
+    folders.sort(key=lambda folder: (folder.name.split("-")[0], len(folder.name), folder.name))
+    return {folder: read_json(folder / ANALYSIS_FILE)["sizes"] for folder in folders}
 
 
 def _title(size: str, experiment: str) -> str:

@@ -286,14 +286,14 @@ class Students:
         """
         if other := self.recipes[recipe].rate_of:
             return self.tuned(other, shape, steps)
-        found: dict[float, float] = {}
+        losses: dict[float, float] = {}
         wanted = list(self.recipes[recipe].rates)
         for _ in range(1 + BEYOND):
             for rate in wanted:
                 tried = self.run(recipe, shape, rate, steps, TUNING_SEED)
-                found[rate] = tried["curve"][-1]["kl_per_residue"]
-            best = min(found, key=lambda rate: found[rate])
-            ends = {min(found): best / 2, max(found): best * 2}
+                losses[rate] = tried["curve"][-1]["kl_per_residue"]
+            best = min(losses, key=lambda rate: losses[rate])
+            ends = {min(losses): best / 2, max(losses): best * 2}
             if best not in ends:
                 break
             wanted = [ends[best]]

@@ -67,8 +67,8 @@ POSITIONS = ("n_positions", "max_position_embeddings", "n_ctx", "max_seq_len", "
 
 def stated_positions(config: Any) -> int | None:
     """Return the longest input of a model in tokens; None where its configuration does not say."""
-    found = (getattr(config, name, None) for name in POSITIONS)
-    return next((int(value) for value in found if value), None)
+    stated = (getattr(config, name, None) for name in POSITIONS)
+    return next((int(value) for value in stated if value), None)
 
 
 def positions_from_mask(attention_mask: Tensor) -> Tensor:

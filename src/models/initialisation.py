@@ -155,14 +155,14 @@ def low_rank(left: Tensor, right: Tensor, rank: int) -> tuple[Tensor, Tensor]:
     q_right, r_right = torch.linalg.qr(right.double().t())
     u, s, v = torch.linalg.svd(r_left @ r_right.t())
     root = s[:rank].sqrt()
-    found = len(root)
-    first = (q_left @ u[:, :found] * root).to(left.dtype)
-    second = (root[:, None] * (v[:found] @ q_right.t())).to(right.dtype)
-    if rank > found:
+    full_rank = len(root)
+    first = (q_left @ u[:, :full_rank] * root).to(left.dtype)
+    second = (root[:, None] * (v[:full_rank] @ q_right.t())).to(right.dtype)
+    if rank > full_rank:
         generator = torch.Generator().manual_seed(rank)
-        spare = 0.02 * torch.randn(len(first), rank - found, generator=generator)
+        spare = 0.02 * torch.randn(len(first), rank - full_rank, generator=generator)
         first = torch.cat([first, spare.to(first)], dim=1)
-        second = functional.pad(second, (0, 0, 0, rank - found))
+        second = functional.pad(second, (0, 0, 0, rank - full_rank))
     return first, second
 
 

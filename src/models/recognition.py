@@ -61,12 +61,12 @@ _MARKER = re.compile(r"<[^<>\s]+>|\[[A-Z]+\]|[0-9]")
 
 def candidates(tokenizer: Any) -> list[Layout]:
     """Return the layouts of the table that a tokenizer can write, in the table's order."""
-    found: list[Layout] = []
+    possible: list[Layout] = []
     vocabulary = tokenizer.get_vocab()
     for name, template in LAYOUTS.items():
         if name == "progen" and "3" in vocabulary:  # digits are text there, not markers
             continue
-        if name == "spaced" and any(layout.body == "residues" for layout in found):
+        if name == "spaced" and any(layout.body == "residues" for layout in possible):
             continue
         try:
             layout = spelt_out(template, tokenizer)
@@ -74,8 +74,8 @@ def candidates(tokenizer: Any) -> list[Layout]:
             continue
         markers = _MARKER.findall("".join(layout.parts))
         if all(marker in vocabulary for marker in markers) and writes(tokenizer, layout):
-            found.append(layout)
-    return found
+            possible.append(layout)
+    return possible
 
 
 def writes(tokenizer: Any, layout: Layout) -> bool:
@@ -126,13 +126,13 @@ def settle_layout(
         chosen, cost = possible[0], None
         for other in possible[1:]:
             cost = nats_per_residue(model, tokenizer, chosen) if cost is None else cost
-            found = nats_per_residue(model, tokenizer, other)
-            if (found < cost).all() and found.mean() < cost.mean() - CLEARLY:
+            other_cost = nats_per_residue(model, tokenizer, other)
+            if (other_cost < cost).all() and other_cost.mean() < cost.mean() - CLEARLY:
                 how = (
-                    f"natural proteins cost {found.mean():.2f} nats per residue in it, "
+                    f"natural proteins cost {other_cost.mean():.2f} nats per residue in it, "
                     f"{cost.mean():.2f} in {chosen.name}"
                 )
-                chosen, cost = other, found
+                chosen, cost = other, other_cost
         set_layout(tokenizer, chosen)
     layout = layout_of(tokenizer)
     if layout != PROTGPT2:

@@ -48,14 +48,14 @@ def find_column(
     keys = [key(name) for name in columns]
     for name in (wanted,) if wanted else usual:
         exact = [i for i, column in enumerate(columns) if wanted and column == wanted]
-        found = exact or [i for i, column in enumerate(keys) if column == key(name)]
-        if len(found) > 1:
+        matches = exact or [i for i, column in enumerate(keys) if column == key(name)]
+        if len(matches) > 1:
             raise ValueError(
-                f"{place}: {len(found)} columns are named {printable(name)!r}: rename or drop all "
-                "but one"
+                f"{place}: {len(matches)} columns are named {printable(name)!r}: rename or drop "
+                "all but one"
             )
-        if found:
-            return found[0]
+        if matches:
+            return matches[0]
     if wanted:
         raise ValueError(
             f"{place}: no column {printable(wanted)!r} among its columns ({_shown(columns)}): "

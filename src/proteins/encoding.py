@@ -77,8 +77,8 @@ class Spelling:
         size = len(self._opening)
         if len(row) < size:
             return len(row)
-        found = (sliding_window_view(np.asarray(row), size) == self._opening).all(-1)
-        return int(np.flatnonzero(found)[-1]) + size if found.any() else len(row)
+        openings = (sliding_window_view(np.asarray(row), size) == self._opening).all(-1)
+        return int(np.flatnonzero(openings)[-1]) + size if openings.any() else len(row)
 
     def sizes(self, row: Sequence[int] | np.ndarray) -> np.ndarray:
         """Return the residues of each token of a row, ``(T,)``."""

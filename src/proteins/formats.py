@@ -181,11 +181,11 @@ def opened(path: Path) -> Iterator[tuple[io.BufferedReader, str, Callable[[], in
                 raw, name = stack.enter_context(packed.open(member)), member.filename
             elif archive == "tar":
                 tar = stack.enter_context(tarfile.open(fileobj=raw))
-                found = {}
+                members = {}
                 for entry in tar:
-                    refuse_bomb(path, len(found) + 1, entry.offset_data + entry.size, size)
-                    found |= {entry.name: entry} if entry.isfile() else {}
-                member = _only(found, path, archive)
+                    refuse_bomb(path, len(members) + 1, entry.offset_data + entry.size, size)
+                    members |= {entry.name: entry} if entry.isfile() else {}
+                member = _only(members, path, archive)
                 raw, name = tar.extractfile(member), member.name
         except (*BROKEN, RuntimeError, NotImplementedError) as error:
             raise ValueError(f"{path}: broken or locked archive ({reason(error)})") from None

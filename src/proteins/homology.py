@@ -134,7 +134,7 @@ def clusters_of_names(clusters: Mapping[str, str], names: Sequence[str]) -> dict
     Raises:
         ValueError: two proteins have the same shorter name.
     """
-    found: dict[str, str] = {}
+    cluster_of: dict[str, str] = {}
     owner: dict[str, str] = {}
     for name in names:
         fields = [name, *(field for field in name.split("|")[1:] if field)]
@@ -146,8 +146,8 @@ def clusters_of_names(clusters: Mapping[str, str], names: Sequence[str]) -> dict
                 f"--clusters: {known[:MAX_NAME]} may be {owner[known]} or {name}: give both names "
                 "in full"
             )
-        found[name] = clusters[known]
-    return found
+        cluster_of[name] = clusters[known]
+    return cluster_of
 
 
 def alignments(
@@ -184,12 +184,12 @@ def alignments(
         )
         with (work / "hits.tsv").open() as handle:
             rows = [line.rstrip("\n").split("\t") for line in handle]
-    found = [
+    hits = [
         Hit(queries[int(query)], targets[int(target)], float(identity), float(coverage))
         for query, target, identity, coverage in rows
     ]
     short = peptide_hits(proteins, queries, targets, settings.search_evalue)
-    return found + [Hit(*hit) for hit in short]
+    return hits + [Hit(*hit) for hit in short]
 
 
 def best_identities(

@@ -59,14 +59,14 @@ def _stem(path: Path) -> str | None:
 def unread_files(folder: Path) -> list[str]:
     """Return the files of a directory that look like proteins and belong to no part."""
     known = {name for names in PART_NAMES.values() for name in names}
-    found = []
+    unread = []
     for path in sorted(folder.iterdir()):
         stem = _stem(path) if path.is_file() else None
         part = path.name.split("-")[0] if PIECE.fullmatch(path.name) else stem
         own = part is None or part in known or part.startswith("test_")
         if not own and part not in OWN_FILES and path.suffix.lower() != ".json":
-            found.append(path.name)
-    return found
+            unread.append(path.name)
+    return unread
 
 
 def _several(source: str) -> list[Path]:
@@ -86,16 +86,16 @@ def _several(source: str) -> list[Path]:
         # A name may hold commas itself: then its first pieces are nothing that is there.
         for count in range(1, len(pieces) + 1):
             name = ",".join(pieces[:count])
-            found = [Path(name)] if os.path.exists(name) else sorted(map(Path, glob(name)))
-            if found:
+            matched = [Path(name)] if os.path.exists(name) else sorted(map(Path, glob(name)))
+            if matched:
                 break
         else:
             raise ValueError(f"{pieces[0]}: there is no such file")
         del pieces[:count]
-        folders = [path for path in found if not path.is_file()]
+        folders = [path for path in matched if not path.is_file()]
         if folders:
             raise ValueError(f"{folders[0]}: is no file: several sources have to be files")
-        files += [path for path in found if path not in files]
+        files += [path for path in matched if path not in files]
     return files
 
 

@@ -40,11 +40,11 @@ def peptide(text: str) -> tuple[str, str] | None:
     where three are joined and each has a capital. If one word is no code, the residues are empty
     and the second value is the fault: letter by letter they would be another protein.
     """
-    if found := _JOINED.fullmatch(text):
-        codes = re.findall("[A-Z][a-z]{2}", found[1])
+    if match := _JOINED.fullmatch(text):
+        codes = re.findall("[A-Z][a-z]{2}", match[1])
         return "".join(CODES[code.upper()] for code in codes), THREE_LETTERS
-    if found := _LETTERS.fullmatch(text):
-        return found[1] or found[2], TERMINI
+    if match := _LETTERS.fullmatch(text):
+        return match[1] or match[2], TERMINI
     words = [part for word in _WORD.split(text) for part in _codes(word.upper())]
     residues = [KNOWN.get(word, "") for word in words]
     if sum(map(bool, residues)) < max(2, len(words) / 2):

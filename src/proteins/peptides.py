@@ -33,7 +33,7 @@ def peptide_hits(
         Query, target, share of the shorter one's residues that are equal, and share of the query
         that is compared.
     """
-    found = []
+    similar = []
     short_queries = [name for name in queries if len(proteins[name]) < SHORT]
     short_targets = [name for name in targets if len(proteins[name]) < SHORT]
     for shorts, others, swapped in (
@@ -45,8 +45,8 @@ def peptide_hits(
         for short, other, identity in _along(proteins, shorts, others, evalue):
             query, target = (other, short) if swapped else (short, other)
             compared = min(1.0, len(proteins[short]) / len(proteins[query]))
-            found.append((query, target, identity, compared))
-    return found
+            similar.append((query, target, identity, compared))
+    return similar
 
 
 def _along(
@@ -61,7 +61,7 @@ def _along(
     mixed = np.frombuffer("".join(proteins[n] for n in shorts).encode(), np.uint8)
     frequencies = [np.bincount(a, minlength=256)[1:] for a in (text, mixed)]
     chance = float(np.prod([f / f.sum() for f in frequencies], axis=0).sum())
-    found = []
+    similar = []
     items = progress(shorts, len(shorts), "comparing peptides", "peptides")
     for name in items if len(shorts) * residues > 1e9 else shorts:
         peptide = np.frombuffer(proteins[name].encode(), np.uint8)
@@ -80,5 +80,5 @@ def _along(
             twin = place == starts[index] and size == lengths[index] and size >= LEAST_TWIN
             if count >= least or (twin and count >= size - 1):
                 best[index] = max(best.get(index, 0), count)
-        found += [(name, others[index], count / size) for index, count in best.items()]
-    return found
+        similar += [(name, others[index], count / size) for index, count in best.items()]
+    return similar

@@ -303,14 +303,14 @@ def pieces(
     text: str, name: str, place: str, report: ReadReport, title: str = ""
 ) -> Iterator[Record]:
     """Yield the proteins of a text that may have end-of-text markers."""
-    found = [text]
+    parts = [text]
     if END_OF_TEXT in text:
         # Line breaks belong to the layout and are not counted as fixed.
-        found = ["".join(p.split()) for p in text.split(END_OF_TEXT) if p.strip()] or [""]
-        if len(found) > 1:
+        parts = ["".join(p.split()) for p in text.split(END_OF_TEXT) if p.strip()] or [""]
+        if len(parts) > 1:
             report.fix(MARKERS, place)
-    for number, piece in enumerate(found, start=1):
-        own = name if len(found) == 1 else f"{name}_{number}"
+    for number, piece in enumerate(parts, start=1):
+        own = name if len(parts) == 1 else f"{name}_{number}"
         if len(piece) > MAX_RESIDUES:
             yield Record(own, place, fault=TOO_LONG, title=title)
         else:

@@ -246,8 +246,8 @@ def profile_scores(proteins: Sequence[str], profiles: str | Path) -> dict[str, n
     scores: dict[str, np.ndarray] = {}
     for profile, hits in _searched(proteins, profiles, count, gathering):
         if hits:
-            found = scores[profile_key(profile)] = np.zeros(len(proteins))
-            found[list(hits)] = np.log(2) * np.array(list(hits.values()))
+            nats = scores[profile_key(profile)] = np.zeros(len(proteins))
+            nats[list(hits)] = np.log(2) * np.array(list(hits.values()))
     return scores
 
 

@@ -260,11 +260,11 @@ def usable(
         return None
     residues = clean(record.text, report, record.place, keep_ambiguous)
     if residues is not None and tag is not None:
-        found = record.tag or tag_in(record.title, tag)
-        if not found:
+        value = record.tag or tag_in(record.title, tag)
+        if not value:
             report.drop(f"no {tag}=... in the header, or an empty cell {tag}", record.place)
             return None
-        residues = TaggedProtein(residues, found)
+        residues = TaggedProtein(residues, value)
     if residues is not None:
         report.kept += 1
         report.residues += len(residues)

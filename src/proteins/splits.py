@@ -168,12 +168,12 @@ def _without_relatives(
 
 def leakage_counts(best: Mapping[str, float], names: Sequence[str]) -> dict[str, int]:
     """Count proteins by the highest identity of those with a hit: any, at ≥ 30 % and ≥ 50 %."""
-    found = [best[name] for name in names if name in best]
+    identities = [best[name] for name in names if name in best]
     return {
         "proteins": len(names),
-        "any_hit": len(found),
-        "identity_30": sum(identity >= 0.3 for identity in found),
-        "identity_50": sum(identity >= 0.5 for identity in found),
+        "any_hit": len(identities),
+        "identity_30": sum(identity >= 0.3 for identity in identities),
+        "identity_50": sum(identity >= 0.5 for identity in identities),
     }
 
 

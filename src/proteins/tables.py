@@ -77,10 +77,10 @@ class Table(NamedTuple):
 
     def sequence(self, wanted: str | None) -> int:
         """Return the place of the column of residues. Raises ``ValueError`` where there is none."""
-        found = self.find(wanted, SEQUENCE_COLUMNS, "--sequence_column")
-        if found is None:
+        column = self.find(wanted, SEQUENCE_COLUMNS, "--sequence_column")
+        if column is None:
             raise no_sequence_column(self.columns, self.place, self.advice)
-        return found
+        return column
 
 
 def open_table(

@@ -212,8 +212,8 @@ def _warnings(run: Mapping[str, Any], results: Mapping[str, Any]) -> list[str]:
             "The teacher was not checked on natural and shuffled proteins before it was measured."
         )
     elif results and not lookup(results, "gates.passed"):
-        found = lookup(results, "gates.summary") or "the teacher was checked, and did not pass"
-        warnings.append(f"{found[0].upper()}{found[1:]}.")
+        summary = lookup(results, "gates.summary") or "the teacher was checked, and did not pass"
+        warnings.append(f"{summary[0].upper()}{summary[1:]}.")
     warnings += [f"{line[0].upper()}{line[1:]}." for line in cautions(results)]
     if results and not any((results.get("intervals") or {}).values()):
         warnings.append("These results have no intervals: differences may be chance.")

@@ -230,10 +230,12 @@ class TrainerAdapter(Trainer):
         """
         model: Any = self.accelerator.unwrap_model(self.model)
         for path in sorted(folder.glob("model*.safetensors")):
-            found = model.load_state_dict(read_tensors(path), strict=False)  # a tied head is absent
-            if found.unexpected_keys:
+            loaded = model.load_state_dict(
+                read_tensors(path), strict=False
+            )  # a tied head is absent
+            if loaded.unexpected_keys:
                 raise ValueError(
-                    f"{path}: the model has no {found.unexpected_keys[0]}: an older version wrote "
+                    f"{path}: the model has no {loaded.unexpected_keys[0]}: an older version wrote "
                     "this checkpoint, and lost such weights: train again in another --output_dir"
                 )
 

@@ -70,8 +70,8 @@ def fault_of(folder: Path) -> str | None:
 def checkpoints_of(run: Path) -> list[Path]:
     """Return a run's checkpoint directories, newest (highest step) first."""
     paths = run.iterdir() if run.is_dir() else []
-    found = [p for p in paths if CHECKPOINT_NAME.fullmatch(p.name) and p.is_dir()]
-    return sorted(found, key=step_of, reverse=True)
+    folders = [p for p in paths if CHECKPOINT_NAME.fullmatch(p.name) and p.is_dir()]
+    return sorted(folders, key=step_of, reverse=True)
 
 
 def step_of(checkpoint: Path) -> int:
