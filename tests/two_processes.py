@@ -69,7 +69,6 @@ def trainer_of(folder: Path, processes: int, dropout: float = 0.0, **options) ->
         dropout=dropout,
         loss=loss,
         gradient_accumulation_steps=2 // processes,
-        use_cpu=True,
         **options,
     )
 
