@@ -215,7 +215,7 @@ def test_the_page_says_what_the_committed_cells_say():
         low, high = (f"{of(x):{sign}.{digits}f}" for x in entry["interval"])
         return f"{of(entry['estimate']):{sign}.{digits}f}", f"[{low}, {high}]"
 
-    for student in (f.PUBLISHED, f.STUDENT):
+    for student in f.STUDENTS:
         estimate, interval = shown(asked[f.LOWER][student], 3, "+")
         assert f"{estimate} {interval}" in page
         for n in (10, 30, 100):
