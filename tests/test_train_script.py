@@ -360,6 +360,7 @@ def test_a_finished_run_without_its_weights_is_named(finished, tmp_path, train, 
 def test_dry_run_trains_nothing(tmp_path, small_teacher_dir, proteins_dir, capsys):
     arguments = ["--dry_run", "--teacher_model", str(small_teacher_dir), "--data"]
     arguments += [str(proteins_dir), "--cache_dir", str(tmp_path / "cache"), "--preset", "tiny"]
+    arguments += ["--batch_size", "2"]  # a quick one to time
     assert script.main([*arguments, "--output_dir", str(tmp_path / "run")]) == 0
     shown = capsys.readouterr().out
     assert "tiny " in shown
