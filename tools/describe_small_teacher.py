@@ -21,7 +21,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from src.common.cli import HelpFormatter, folder, run_script, say
 from src.common.files import read_json, write_json, write_text
-from src.common.runs import provenance, read_run
+from src.common.runs import provenance, read_run, rows_of_step
 
 PARTS = ("test", "test_new")
 
@@ -47,13 +47,12 @@ def training_facts(folder: Path) -> dict[str, Any]:
     if settings.get("optimizer") == "muon":
         other = settings.get("other_learning_rate") or settings["learning_rate"]
         optimizer = f"matrices with Muon (rate {rate}), the rest with AdamW ({other:g})"
-    rows = settings["batch_size"] * settings["gradient_accumulation_steps"] * record["processes"]
     return {
         "parameters": record["student"]["parameters"],
         "vocab_size": config["vocab_size"],
         "n_positions": config["n_positions"],
         **{name: settings["student"][name] for name in ("n_layer", "n_head", "n_embd")},
-        "training": f"{record['steps']:,} steps of {rows} proteins from "
+        "training": f"{record['steps']:,} steps of {rows_of_step(record)} proteins from "
         f"{record['data']['train']['proteins']:,} training proteins, {optimizer}, seed "
         f"{settings['seed']}, in {record['precision']}",
     }

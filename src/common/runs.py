@@ -181,6 +181,13 @@ def claim_folder(
     return "resume"
 
 
+def rows_of_step(record: Mapping[str, Any]) -> int:
+    """Return the proteins or packed rows of an optimiser step, of all processes, from a record."""
+    settings = record["settings"]
+    rows = settings["batch_size"] * settings["gradient_accumulation_steps"]
+    return rows * (record.get("processes") or 1)  # the first records do not count the processes
+
+
 def changes_of_run(
     recorded: Mapping[str, Any], settings: Mapping[str, Any], began_in: str = os.curdir
 ) -> list[str]:

@@ -264,7 +264,7 @@ def changes(longer: Mapping[str, Runs], shorter: Mapping[str, Runs]) -> dict[str
     Raises:
         ValueError: they were measured on other proteins, or have no seed in common.
     """
-    changes: dict[str, dict[str, Any]] = {}
+    by_size: dict[str, dict[str, Any]] = {}
     for size in (size for size in longer if size in shorter):
         late, early = longer[size], shorter[size]
         seeds = [seed for seed in late.seeds if seed in early.seeds]
@@ -275,14 +275,14 @@ def changes(longer: Mapping[str, Runs], shorter: Mapping[str, Runs]) -> dict[str
         difference = {
             arm: late.nll[arm][at] - early.nll[arm][before] for arm in late.nll if arm in early.nll
         }
-        changes[size] = {
+        by_size[size] = {
             name: {
                 key: _record(estimates[key]) | p_values
                 for key, p_values in _p_values(estimates).items()
             }
             for name, estimates in _contrasts(replace(late, nll=difference)).items()
         }
-    return changes
+    return by_size
 
 
 def change_lines(change: Mapping[str, Mapping[str, Any]]) -> list[str]:

@@ -10,6 +10,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from src.common.runs import rows_of_step
 from src.common.settings import BUNDLED_DATA, BUNDLED_TEACHER, DEFAULT_TEACHER
 from src.evaluation.metrics import METRICS
 from src.evaluation.results import lookup, metric_rows, summary_lines
@@ -199,15 +200,13 @@ def training_rows(record: Mapping[str, Any]) -> list[tuple[str, str]]:
     device, stopped = record["device"], record.get("early_stopping")
     commit = lookup(record, "git.commit")
     changes = " with local changes" if lookup(record, "git.dirty") else ""
-    # Each process takes its own batch; records of the first versions do not count the processes.
-    batch = settings["batch_size"] * settings["gradient_accumulation_steps"]
     rows = [
         ("training proteins", f"{train['proteins']:,} ({train['tokens']:,} tokens)"),
         ("data", settings["data"]),
         ("share of the data", f"{settings['train_size_prop']:g}"),
         ("steps", f"{record['steps']:,}"),
         ("early stopping", stopped and outcome_line(stopped)),
-        ("rows of a step", batch * (record.get("processes") or 1)),
+        ("rows of a step", rows_of_step(record)),
         ("initial weights", settings.get("init_from") or "random"),
         ("learning rate", f"{settings['learning_rate']:g}, {settings['lr_schedule']}"),
         ("weight decay", f"{settings['weight_decay']:g}"),

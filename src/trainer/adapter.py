@@ -230,9 +230,8 @@ class TrainerAdapter(Trainer):
         """
         model: Any = self.accelerator.unwrap_model(self.model)
         for path in sorted(folder.glob("model*.safetensors")):
-            loaded = model.load_state_dict(
-                read_tensors(path), strict=False
-            )  # a tied head is absent
+            # Not strict, because a tied head is left out.
+            loaded = model.load_state_dict(read_tensors(path), strict=False)
             if loaded.unexpected_keys:
                 raise ValueError(
                     f"{path}: the model has no {loaded.unexpected_keys[0]}: an older version wrote "
