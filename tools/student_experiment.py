@@ -33,7 +33,12 @@ def build_parser() -> argparse.ArgumentParser:
         default=["published", "plain", "cut", "small", "recommended"],
         help="published, plain, cut, small, recommended, cached (batches of 4), gkd (needs trl)",
     )
-    add("--sizes", nargs="+", default=["s27", "s11"], help="s27, s11, s05: percent of the teacher")
+    add(
+        "--sizes",
+        nargs="+",
+        default=["s27", "s11"],
+        help="s27, s11, s05: percent of the teacher; deep11, deep05: as deep as it",
+    )
     add("--steps", type=positive_int, required=True, help="of 16 proteins; four times as many of 4")
     add(
         "--tuning_steps",

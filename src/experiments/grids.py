@@ -61,8 +61,10 @@ SIZES = {
     "s27": StudentSettings(4, 4, 128),
     "s11": StudentSettings(2, 4, 104),
     "s05": StudentSettings(2, 4, 64),
+    "deep11": StudentSettings(4, 4, 80),
+    "deep05": StudentSettings(4, 4, 52),
 }
-"""Students of about 27, 11 and 5 % of the bundled teacher's parameters."""
+"""Students of about 27, 11 and 5 % of the bundled teacher's parameters; the last two keep its depth."""
 
 RATES_FILE = "learning_rates.json"
 """File with the choice of a tuning grid or a sweep, in the directory of its results."""
