@@ -64,7 +64,7 @@ SIZES = {
     "deep11": StudentSettings(4, 4, 80),
     "deep05": StudentSettings(4, 4, 52),
 }
-"""Students of about 27, 11 and 5 % of the bundled teacher's parameters; the last two are as deep."""
+"""Students of about 27, 11 and 5 % of the bundled teacher, the last two as deep as it is."""
 
 RATES_FILE = "learning_rates.json"
 """File with the choice of a tuning grid or a sweep, in the directory of its results."""
