@@ -37,7 +37,7 @@ def build_parser() -> argparse.ArgumentParser:
         "--sizes",
         nargs="+",
         default=["s27", "s11"],
-        help="s27, s11, s05: percent of the teacher; deep11, deep05: as deep as it",
+        help="s27, s11, s05: percent of the teacher; deep11, deep05: of three layers",
     )
     add("--steps", type=positive_int, required=True, help="of 16 proteins; four times as many of 4")
     add(

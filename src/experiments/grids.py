@@ -61,10 +61,10 @@ SIZES = {
     "s27": StudentSettings(4, 4, 128),
     "s11": StudentSettings(2, 4, 104),
     "s05": StudentSettings(2, 4, 64),
-    "deep11": StudentSettings(4, 4, 80),
-    "deep05": StudentSettings(4, 4, 52),
+    "deep11": StudentSettings(3, 4, 92),
+    "deep05": StudentSettings(3, 4, 60),
 }
-"""Students of about 27, 11 and 5 % of the bundled teacher, the last two as deep as it is."""
+"""Students of about 27, 11 and 5 % of the bundled teacher, the last two a layer deeper."""
 
 RATES_FILE = "learning_rates.json"
 """File with the choice of a tuning grid or a sweep, in the directory of its results."""
