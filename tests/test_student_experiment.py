@@ -175,6 +175,18 @@ def teacher_parameters(folder):
 def test_unknown_names(teacher, capsys):
     assert main(options(teacher, "--recipes", "magic")) == 2
     assert "--recipes: must be some of published" in capsys.readouterr().err
+    assert main(options(teacher, "--recipes", "plain", "--sizes", "3x88")) == 2
+    assert "--sizes 3x88: must be one of s27" in capsys.readouterr().err
+
+
+def test_a_shape_and_a_rate_of_ones_own(teacher):
+    """Layers, heads and width instead of a size; a given rate is not tuned."""
+    wanted = options(teacher, "--recipes", "plain", "--learning_rate", "3e-3")
+    assert main([*wanted, "--sizes", "1x2x16"]) == 0
+    (path,) = (teacher / "results").glob("*.json")
+    assert path.name == "plain-1x2x16-steps20-seed1-lr0.003.json"
+    shape = json.loads(path.read_text())["settings"]["student"]
+    assert (shape["n_layer"], shape["n_head"], shape["n_embd"]) == (1, 2, 16)
 
 
 def test_the_batches_of_gkd_hold_prompts():

@@ -20,7 +20,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from src.common import settings as s
-from src.common.cli import HelpFormatter, positive_int, run_script, say
+from src.common.cli import HelpFormatter, positive_float, positive_int, run_script, say
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -45,6 +45,7 @@ def build_parser() -> argparse.ArgumentParser:
         type=positive_int,
         help="steps of the runs that choose rates (default: a tenth of --steps)",
     )
+    add("--learning_rate", type=positive_float, help="of all runs (default: chosen by short runs)")
     add("--seeds", type=positive_int, nargs="+", default=[1], help="of weights and data order")
     add("--teacher_model", default=s.BUNDLED_TEACHER, help="directory")
     add("--data", default=s.BUNDLED_DATA, help="directory of parts")
@@ -57,23 +58,22 @@ def build_parser() -> argparse.ArgumentParser:
 
 def run(args: argparse.Namespace) -> dict:
     """Tune, train and compare. Returns the runs by recipe, size and seed."""
-    from src.experiments.grids import SIZES
+    from src.experiments.grids import shape_named
     from src.experiments.students import COMPARED, Students
 
-    known = {"--recipes": (args.recipes, COMPARED), "--sizes": (args.sizes, SIZES)}
-    for flag, (names, table) in known.items():
-        if wrong := sorted(set(names) - set(table)):
-            raise ValueError(f"{flag}: must be some of {', '.join(table)}, got {wrong[0]!r}")
+    if wrong := sorted(set(args.recipes) - set(COMPARED)):
+        raise ValueError(f"--recipes: must be some of {', '.join(COMPARED)}, got {wrong[0]!r}")
     base = s.TrainSettings(
         data=args.data, teacher_model=args.teacher_model, train_size_prop=1.0,
         batch_size=16, precision=args.precision, validation_proteins=1,
     )  # fmt: skip
-    shapes = {name: SIZES[name] for name in args.sizes}
+    shapes = {name: shape_named(name) for name in args.sizes}
     experiment = Students(base, shapes, COMPARED, args.results, args.work, args.summary)
     runs = {}
     for size in args.sizes:
         for recipe in args.recipes:
-            rate = experiment.tuned(recipe, size, args.tuning_steps or max(1, args.steps // 10))
+            tuning = args.tuning_steps or max(1, args.steps // 10)
+            rate = args.learning_rate or experiment.tuned(recipe, size, tuning)
             for seed in args.seeds:
                 runs[recipe, size, seed] = experiment.run(recipe, size, rate, args.steps, seed)
     show(args, runs)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -65,6 +66,24 @@ SIZES = {
     "deep05": StudentSettings(3, 4, 60),
 }
 """Students of about 27, 11 and 5 % of the bundled teacher, the last two a layer deeper."""
+
+
+def shape_named(name: str) -> StudentSettings:
+    """Return the shape of a name in :data:`SIZES`, or of ``LAYERSxHEADSxWIDTH``.
+
+    Raises:
+        ValueError: it is neither, or the heads do not divide the width.
+    """
+    if name in SIZES:
+        return SIZES[name]
+    numbers = re.fullmatch(r"([1-9]\d*)x([1-9]\d*)x([1-9]\d*)", name)
+    if numbers is None:
+        raise ValueError(
+            f"--sizes {name}: must be one of {', '.join(SIZES)}, or layers, heads and width such "
+            "as 3x4x88"
+        )
+    return StudentSettings(*map(int, numbers.groups()))
+
 
 RATES_FILE = "learning_rates.json"
 """File with the choice of a tuning grid or a sweep, in the directory of its results."""
