@@ -68,7 +68,7 @@ def read_analyses(results: Path) -> dict[Path, dict[str, Any]]:
 
 
 def _title(size: str, experiment: str) -> str:
-    start, _, steps = experiment.partition("-")
+    start, _, steps = experiment.removesuffix(f"-{size}").partition("-")
     size = SIZE_NAMES.get(size, size)
     return (
         f"{size}, {start}, {int(steps):,} steps" if steps.isdecimal() else f"{size}, {experiment}"
