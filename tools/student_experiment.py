@@ -37,7 +37,8 @@ def build_parser() -> argparse.ArgumentParser:
         "--sizes",
         nargs="+",
         default=["s27", "s11"],
-        help="s27, s11, s05: percent of the teacher; deep11, deep05: of three layers",
+        help="s27, s11, s05: percent of the bundled teacher; deep11: 11 with three layers; "
+        "or layers, heads and width, such as 3x4x88",
     )
     add("--steps", type=positive_int, required=True, help="of 16 proteins; four times as many of 4")
     add(

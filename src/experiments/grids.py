@@ -63,9 +63,8 @@ SIZES = {
     "s11": StudentSettings(2, 4, 104),
     "s05": StudentSettings(2, 4, 64),
     "deep11": StudentSettings(3, 4, 92),
-    "deep05": StudentSettings(3, 4, 60),
 }
-"""Students of about 27, 11 and 5 % of the bundled teacher, the last two a layer deeper."""
+"""Students of about 27, 11 and 5 % of the bundled teacher, the last one a layer deeper."""
 
 
 def shape_named(name: str) -> StudentSettings:
