@@ -25,7 +25,7 @@ TEACHER, PUBLISHED, STUDENT, SPECIALIST = (
     "student27",
     "specialist27",
 )
-STUDENTS = (PUBLISHED, STUDENT, "student11")
+STUDENTS = (PUBLISHED, STUDENT, "student11", "student11-three-layers")
 """Names of the starting points that the questions are about."""
 MARGIN_NATS, MARGIN_HITS, ALPHA = 0.02, 0.05, 0.05
 GOAL_KEPT, GOAL_SPEED = 0.9, 3.0
