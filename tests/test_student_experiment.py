@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import sys
 from dataclasses import replace
 from types import SimpleNamespace
@@ -187,6 +188,20 @@ def test_a_shape_and_a_rate_of_ones_own(teacher):
     assert path.name == "plain-1x2x16-steps20-seed1-lr0.003.json"
     shape = json.loads(path.read_text())["settings"]["student"]
     assert (shape["n_layer"], shape["n_head"], shape["n_embd"]) == (1, 2, 16)
+
+
+def test_a_start_that_is_not_the_teacher(teacher):
+    """Cut students come from it, random ones do not; the targets stay the teacher's."""
+    shutil.copytree(teacher / "teacher", teacher / "start")
+    wanted = options(teacher, "--recipes", "plain", "cut", "--learning_rate", "3e-3")
+    assert main([*wanted, "--init_from", str(teacher / "start")]) == 0
+    starts = {
+        path.name.split("-")[0]: json.loads(path.read_text())["settings"]
+        for path in (teacher / "results").glob("*.json")
+    }
+    assert starts["cut"]["init_from"] == str(teacher / "start")
+    assert starts["cut"]["teacher_model"] == str(teacher / "teacher")
+    assert starts["plain"]["init_from"] is None
 
 
 def test_the_batches_of_gkd_hold_prompts():

@@ -49,6 +49,7 @@ def build_parser() -> argparse.ArgumentParser:
     add("--learning_rate", type=positive_float, help="of all runs (default: chosen by short runs)")
     add("--seeds", type=positive_int, nargs="+", default=[1], help="of weights and data order")
     add("--teacher_model", default=s.BUNDLED_TEACHER, help="directory")
+    add("--init_from", help="what students are cut from (default: the teacher)")
     add("--data", default=s.BUNDLED_DATA, help="directory of parts")
     add("--precision", choices=s.PRECISIONS, default="auto", help="bf16 on a GPU, else fp32")
     add("--results", type=Path, required=True, help="directory of a file for each run")
@@ -65,8 +66,8 @@ def run(args: argparse.Namespace) -> dict:
     if wrong := sorted(set(args.recipes) - set(COMPARED)):
         raise ValueError(f"--recipes: must be some of {', '.join(COMPARED)}, got {wrong[0]!r}")
     base = s.TrainSettings(
-        data=args.data, teacher_model=args.teacher_model, train_size_prop=1.0,
-        batch_size=16, precision=args.precision, validation_proteins=1,
+        data=args.data, teacher_model=args.teacher_model, init_from=args.init_from,
+        train_size_prop=1.0, batch_size=16, precision=args.precision, validation_proteins=1,
     )  # fmt: skip
     shapes = {name: shape_named(name) for name in args.sizes}
     experiment = Students(base, shapes, COMPARED, args.results, args.work, args.summary)

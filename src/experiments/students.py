@@ -163,7 +163,8 @@ class Students:
     """An experiment on students of one teacher.
 
     Attributes:
-        base: settings of every run: teacher, data, batch, precision.
+        base: settings of every run: teacher, data, batch, precision, and what cut students are cut
+            from (None: the teacher).
         shapes: of the students, by name.
         recipes: by name.
         results: directory of a file for each run.
@@ -212,8 +213,8 @@ class Students:
         """Return a run's settings, as scripts/train.py would take them."""
         chosen = self.recipes[recipe]
         changes = dict(chosen.changes)
-        if changes.get("init_from") == OF_TEACHER:
-            changes["init_from"] = self.base.teacher_model
+        cut = changes.get("init_from") == OF_TEACHER
+        changes["init_from"] = (self.base.init_from or self.base.teacher_model) if cut else None
         own = self.own_steps(recipe, steps)
         return replace(
             self.base, student=self.shapes[shape], loss=chosen.loss, learning_rate=rate,
