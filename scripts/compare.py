@@ -51,7 +51,7 @@ def run(args: argparse.Namespace) -> dict:
     """Compare, print and write. Returns the entries and verdicts."""
     from src.common.files import check_outputs, write_text
     from src.publishing import comparison as c
-    from src.publishing.verdicts import verdicts_on
+    from src.publishing.verdicts import unlike, verdicts_on
 
     check_outputs(args.output, overwrite=args.overwrite)
     if args.output:
@@ -66,6 +66,8 @@ def run(args: argparse.Namespace) -> dict:
             entries, args.reference, args.margin, args.bootstrap, args.seed
         )
         notes += [problem] if problem else []
+    else:
+        notes += unlike(entries)
     if args.format in (None, "terminal") or args.output:
         c.print_comparison(entries, verdicts, notes)
     if args.format in c.FORMATS:

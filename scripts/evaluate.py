@@ -164,6 +164,7 @@ def run(args: argparse.Namespace) -> dict:
             "source": inputs.source,
             "split": inputs.part,
             "fingerprint": test.fingerprint,
+            "trained_on": inputs.seen,
         },
         "device": str(device),
         "seed": args.seed,

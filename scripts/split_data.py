@@ -75,7 +75,7 @@ def build_parser() -> argparse.ArgumentParser:
     add("--test_per_family", type=natural, default=12, help="at most, from each family")
     add("--new_families", type=Path, help="FASTA of other families, for a part test_new")
     add("--others", type=Path, help="FASTA of other proteins to add to train")
-    add("--num_others", type=positive_int, default=4000, help="how many (default: 4000)")
+    add("--num_others", type=positive_int, default=4000, help="how many")
     WITHIN.update(action.dest for action in group._group_actions)
     return parser
 

@@ -421,6 +421,19 @@ def test_the_script_prints_and_writes(files, capsys):
     assert len(list(csv.reader(capsys.readouterr().out.splitlines()))) == 2
 
 
+def test_rows_that_were_not_measured_alike_are_told_without_a_reference(files, capsys):
+    other = json.loads((files / "a.json").read_text())
+    other["data"] = other.get("data", {}) | {"fingerprint": "e" * 64}
+    first = other | {"data": other["data"] | {"fingerprint": "d" * 64}}
+    for name, results in (("x", first), ("y", other)):
+        (files / f"{name}.json").write_text(json.dumps(results))
+    assert script.main([str(files / "x.json"), str(files / "y.json")]) == 0
+    shown = " ".join(capsys.readouterr().out.split())
+    assert "x and y: they were measured on different proteins: evaluate both alike" in shown
+    assert script.main([str(files / "x.json"), str(files / "x.json")]) == 0
+    assert "different proteins" not in capsys.readouterr().out
+
+
 def test_the_script_judges(files, capsys):
     reference = ["--reference", str(files / "a.json")]
     assert script.main([str(files / "b_1.json"), str(files / "old.json"), *reference]) == 0

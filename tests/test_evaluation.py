@@ -518,6 +518,30 @@ def test_the_owners_command(run_folders, tmp_path, capsys):
     assert call(*arguments, "--overwrite", "--num_samples", 0) == 0
 
 
+def test_proteins_of_the_training_are_refused_or_told(run_folders, tmp_path, capsys):
+    """A student of one file has no held-out part to fall back on."""
+    one = tmp_path / "one.fasta"
+    one.write_text("".join(f">p{i}\n{p}\n" for i, p in enumerate(ordered_proteins(20, 4))))
+    path = run_folders / "student" / "run.json"
+    record = json.loads(path.read_text())
+    path.write_text(json.dumps(record | {"data": {"source": str(one)}}))
+    arguments = [
+        "--student_model", run_folders / "student", "--cache_dir", tmp_path / "cache",
+        "--bootstrap", 0, "--device", "cpu", "--skip_teacher_check",
+    ]  # fmt: skip
+    assert call(*arguments, "--output", tmp_path / "a.json") == 2
+    assert "pass --data with proteins that it has not seen" in capsys.readouterr().err
+    for data, seen in ((one, True), (run_folders / "proteins", False)):
+        output = tmp_path / f"{data.stem}.json"
+        assert call(*arguments, "--data", data, "--output", output) == 0
+        assert read_results(output)["run"]["data"]["trained_on"] is seen
+        assert ("trained on these proteins" in capsys.readouterr().out) is seen
+    path.write_text(json.dumps(record))
+    train = run_folders / "proteins" / "train.fasta.gz"
+    assert call(*arguments, "--data", train, "--output", tmp_path / "b.json") == 0
+    assert read_results(tmp_path / "b.json")["run"]["data"]["trained_on"]
+
+
 def test_generated_proteins_beside_their_controls(run_folders, tmp_path):
     output = tmp_path / "r.json"
     arguments = [

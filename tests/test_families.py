@@ -106,8 +106,10 @@ def test_a_family_with_few_test_proteins_is_left_out(made_up_search):
     for member in range(4, 20):
         del proteins[f"s0f1m{member}"]
     settings = replace(ROOMY, largest_neighbourhood=0.5, least_test=2)
-    split = split_within_families(proteins, families, settings)
+    said: list[str] = []
+    split = split_within_families(proteins, families, settings, announce=said.append)
     assert {families[name] for names in split.parts.values() for name in names} == {"F00"}
+    assert any("1 families are left out whole" in line and "F01" in line for line in said)
     assert split.report["left_out"]["in a family with too few members to hold out"] == 4
 
 

@@ -113,6 +113,9 @@ def test_a_wild_type_may_be_longer_than_a_file_name(tmp_path):
     assert read_mutants(",".join(["M1A"] * 90)) == ["M1A"] * 90
     with pytest.raises(ValueError, match="neither a file nor residues"):
         fitness.wild_type("gfp")
+    for name in ("GFP.fasta", "beta-lactamase.fasta", str(tmp_path / "CALMODULIN")):
+        with pytest.raises(ValueError, match="there is no such file"):
+            fitness.wild_type(name)
     path = tmp_path / "raw.seq"
     path.write_text("MKVLA\nMKV\n")
     with pytest.raises(ValueError, match="holds 2 proteins.*needs a '>' header"):

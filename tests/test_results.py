@@ -265,6 +265,27 @@ def test_intervals_of_few_clusters_are_warned_of():
     assert line not in summary_lines(results | {"intervals": {}})
 
 
+def test_proteins_that_the_student_was_trained_on_are_told():
+    line = "the student was trained on these proteins: the figures say nothing about new ones"
+    for seen in (True, False):
+        results = good() | {"run": {"data": {"trained_on": seen}}}
+        assert (line in summary_lines(results)) is seen
+
+
+def test_without_a_table_of_relatives_no_clusters_are_claimed():
+    results = good() | {"data": {"proteins": 9, "clusters": 9, "cluster_kind": "proteins"}}
+    (line,) = (line for line in summary_lines(results) if line.startswith("9 proteins"))
+    assert "clusters" not in line
+    assert "too narrow if many are relatives" in line
+
+
+def test_a_share_of_an_advantage_that_is_not_clear_is_not_told():
+    floors = {"floors": {"unigram": {"student_gain": 0.01, "teacher_gain": 0.02}}}
+    for kept, said in ((None, True), (0.5, False)):
+        results = good() | floors | {"kept_advantage": kept}
+        assert any("is not told" in line for line in summary_lines(results)) is said
+
+
 @pytest.mark.parametrize(("gain", "said"), [(-0.2, True), (0.0, True), (0.1, False), (None, False)])
 def test_a_student_below_the_floor_is_named(gain, said):
     results = good() | {"floors": {"unigram": {"student_gain": gain, "teacher_gain": 0.3}}}

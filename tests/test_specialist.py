@@ -298,6 +298,14 @@ def test_a_family_becomes_a_model_a_specialist_candidates_and_a_page(
     assert fr.run_family(run) == judgement
     assert sum("finished" in line for line in said) >= 6
 
+    # Without the specialist the models are judged again, and nothing else is done again.
+    monkeypatch.undo()
+    monkeypatch.setattr(fr, "SPEED_SAMPLES", 2)
+    again = fr.run_family(replace(run, specialist=None))
+    assert s.SPECIALIST not in again["held_out"]["nats"]
+    assert again["candidates"] == judgement["candidates"]
+    assert any("judging again" in line for line in said)
+
 
 def test_another_family_is_refused(tmp_path, family_file, model_dir, monkeypatch):
     run = small_run(family_file, model_dir, tmp_path / "out")

@@ -21,6 +21,8 @@ from src.common.cli import printable
 from src.common.files import is_temporary, names_full_disk, read_json, write_json
 from src.common.privacy import publishable
 
+GO_ON = "the same command goes on (train.py: with --resume)"
+"""How a stopped training goes on, whichever script began it."""
 RUN_FILE = "run.json"
 LOCK_FILE = ".lock"
 SCHEMA_VERSION = 1
@@ -295,5 +297,5 @@ def write_run(folder: Path, record: Mapping[str, Any]) -> None:
     directory = os.path.relpath(os.path.realpath(os.curdir), os.path.realpath(folder))
     if set(Path(directory).parts) <= {os.pardir}:
         record = {"directory": directory, **record}
-    with names_full_disk(folder, "make space and go on with --resume"):
+    with names_full_disk(folder, f"make space: {GO_ON}"):
         write_json(folder / RUN_FILE, relative_paths({"schema_version": SCHEMA_VERSION, **record}))

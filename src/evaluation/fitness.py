@@ -331,7 +331,8 @@ def wild_type(given: str, tag: str | None = None) -> str:
     With the key or column of a tag they have that tag, which only a file can say.
 
     Raises:
-        ValueError: they are neither, or the file holds several proteins.
+        ValueError: they are neither (a text with a dot is the name of a file that is not there),
+            or the file holds several proteins.
     """
     if os.path.isfile(given):  # False, too, where it is too long for a name
         proteins = {p.residues for p in read_proteins(given, keep_ambiguous=True, tag=tag)}
@@ -341,6 +342,8 @@ def wild_type(given: str, tag: str | None = None) -> str:
                 "lines it needs a '>' header)"
             )
         return proteins.pop()
+    if "." in given or os.sep in given:
+        raise ValueError(f"--wildtype {given}: there is no such file")
     report = ReadReport()
     cleaned = clean(given, report, "--wildtype", keep_ambiguous=True)
     if cleaned is None or (given.islower() and len(given) < LEAST_PROTEIN):

@@ -211,8 +211,11 @@ def _describe_student(
         compute_metrics, arrays, held_out.clusters, settings.bootstrap, settings.seed
     )
     results = _results(estimates, student, teacher)
+    intervals = results["intervals"]
+    if intervals.get("perplexity_ratio") and not intervals.get("kept_advantage"):
+        results["kept_advantage"] = None  # a share of what may be nothing
     for model, sums in calibration.items():
-        interval = results["intervals"][f"{model}_ece.accuracy_over_floor"]
+        interval = intervals[f"{model}_ece.accuracy_over_floor"]
         _describe_calibration(results[f"{model}_ece"], sums, interval)
     return results
 

@@ -92,7 +92,7 @@ SECTIONS: dict[str, Any] = {
     "gates.summary": str,
     "data": Object,
     **{f"data.{c}": NonNegative for c in ("proteins", "clusters", "residues", "tokens")},
-    "data.cluster_kind": Literal["clusters", "families"],
+    "data.cluster_kind": Literal["clusters", "families", "proteins"],
     "performance": Object,
     "settings": Object,
     "intervals": Intervals,
@@ -321,16 +321,23 @@ def summary_lines(results: Mapping[str, Any]) -> list[str]:
     lines += cautions(results)
     if lookup(results, "data.proteins") and lookup(results, "data.clusters") is not None:
         kind = lookup(results, "data.cluster_kind") or "clusters"
-        lines.append(
-            f"{results['data']['proteins']:,} proteins in {results['data']['clusters']:,} "
-            f"{kind}; intervals: 95 %, bootstrap over {kind}"
-        )
+        count = f"{results['data']['proteins']:,} proteins"
+        if kind == "proteins":
+            over = f"{kind}: too narrow if many are relatives (no table says which are)"
+        else:
+            count += f" in {results['data']['clusters']:,} {kind}"
+            over = kind
+        lines.append(f"{count}; intervals: 95 %, bootstrap over {over}")
     return lines
 
 
 def cautions(results: Mapping[str, Any]) -> list[str]:
-    """Return warnings: models no better than frequencies, calibration or intervals that mislead."""
+    """Return warnings: known proteins, models no better than frequencies, what misleads."""
     lines = []
+    if lookup(results, "run.data.trained_on"):
+        lines.append(
+            "the student was trained on these proteins: the figures say nothing about new ones"
+        )
     for model in MODELS:
         gain = lookup(results, f"floors.unigram.{model}_gain")
         if gain is not None and gain <= 0:
@@ -342,6 +349,12 @@ def cautions(results: Mapping[str, Any]) -> list[str]:
                 f"calibration of the {model} is not meaningful: it is right no more often than "
                 "always naming the most frequent token"
             )
+    gain = lookup(results, "floors.unigram.teacher_gain")
+    if gain and gain > 0 and lookup(results, "kept_advantage") is None:
+        lines.append(
+            "what the student kept is not told: the teacher is not clearly better than the "
+            "frequencies of residues on these proteins"
+        )
     clusters = lookup(results, "data.clusters")
     if clusters is not None and any((results.get("intervals") or {}).values()):
         lines += few_clusters(clusters, lookup(results, "data.cluster_kind") or "clusters")

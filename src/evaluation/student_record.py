@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -64,6 +65,20 @@ def choose_split(source: str, wanted: str | None) -> tuple[str | None, bool]:
     raise ValueError(f"--data {source} has no {missing} part: pass --data with held-out proteins")
 
 
+def trained_on(record: Mapping[str, Any], source: str, part: str | None) -> bool:
+    """Return whether these proteins are those that a run was trained on: a file of both."""
+    recorded = named_data(record)
+    if not recorded or part not in (None, "train"):
+        return False
+    if source == recorded:
+        return True
+    files = []
+    for name in (source, recorded):
+        with suppress(ValueError):  # gone since, or on the hub
+            files.append({os.path.realpath(path) for path in local_files(name, "train") or ()})
+    return len(files) == 2 and bool(files[0] & files[1])
+
+
 @dataclass(frozen=True)
 class Inputs:
     """What a student is measured against, and on.
@@ -74,6 +89,7 @@ class Inputs:
         column: of the residues, where the source is a table.
         part: of the source; None: all of it.
         has_train: whether the source has a training part beside that.
+        seen: whether the student was trained on these proteins.
     """
 
     teacher: str
@@ -81,6 +97,7 @@ class Inputs:
     column: str | None
     part: str | None
     has_train: bool
+    seen: bool
 
 
 def settle_inputs(
@@ -89,7 +106,8 @@ def settle_inputs(
     """Return the inputs of an evaluation: what is given, else what the student's record names.
 
     Raises:
-        ValueError: the student had no teacher and none is given, or the data have no such part.
+        ValueError: the student had no teacher and none is given, or the data have no such part, or
+            none are given and the student's are one file, which it was trained on.
     """
     record = run_of(student) if require_model_directory(student) else {}
     recorded = named_teacher(record)
@@ -100,9 +118,13 @@ def settle_inputs(
         )
     source = data or named_data(record) or DEFAULT_DATA
     column = column or (None if data else lookup(record, "settings.sequence_column"))
-    return Inputs(
-        teacher or recorded or DEFAULT_TEACHER, source, column, *choose_split(source, part)
-    )
+    part, has_train = choose_split(source, part)
+    seen = trained_on(record, source, part)
+    if seen and not data and part is None:
+        raise ValueError(
+            f"{student} was trained on {source}: pass --data with proteins that it has not seen"
+        )
+    return Inputs(teacher or recorded or DEFAULT_TEACHER, source, column, part, has_train, seen)
 
 
 def clusters_of(source: str | Path) -> dict[str, str] | None:
@@ -116,12 +138,16 @@ def clusters_of(source: str | Path) -> dict[str, str] | None:
 
 
 def cluster_kind(source: str | Path) -> str:
-    """Return what the clusters of a directory are: ``families``, or ``clusters`` of relatives.
+    """Return what intervals resample: ``families``, ``clusters`` of relatives, or ``proteins``.
+
+    The last where no table says which proteins are relatives.
 
     Raises:
         ValueError: the directory's ``split.json`` is broken.
     """
     folder = Path(source)
+    if not os.path.isfile(folder / CLUSTERS_FILE):
+        return "proteins"
     within = os.path.isfile(folder / SPLIT_FILE) and read_split(folder).get("within_families")
     return "families" if within else "clusters"
 

@@ -23,8 +23,8 @@ from typing import Any
 
 from src.common.cli import duration, quiet_libraries, unheard
 from src.common.devices import choose_device
-from src.common.files import sha256_file, write_json, write_text
-from src.common.runs import locked, read_run
+from src.common.files import remove_folder, sha256_file, write_json, write_text
+from src.common.runs import RUN_FILE, locked, read_run
 from src.common.settings import DEFAULTS
 from src.evaluation.scoring import score_proteins
 from src.experiments import candidates as c
@@ -250,7 +250,11 @@ def judge_models(
             },
         }
 
-    outcome = s.run_stage(folder, {**identity(family), "models": prints}, work, run.announce)
+    wanted = {**identity(family), "models": prints}
+    if (folder / RUN_FILE).is_file() and read_run(folder)["settings"].get("models") != prints:
+        run.announce("judging again: the models are others than before")
+        remove_folder(folder)
+    outcome = s.run_stage(folder, wanted, work, run.announce)
     profile = {
         "searched": named_profile(run, "the training members"),
         "counted": named_profile(run, "all members, held-out ones included"),

@@ -25,6 +25,8 @@ from src.proteins.split_files import FAMILY_KEY
 from src.proteins.splits import Split, SplitSettings, leakages
 
 NEW_FAMILIES = "test_new"
+NAMED = 5
+"""Families that a message names at most."""
 
 
 @dataclass(frozen=True)
@@ -165,10 +167,12 @@ def split_within_families(
     parts: dict[str, list[str]] = {"train": [], "validation": [], "test": []}
     left_out: Counter[str] = Counter()
     kept_out: set[str] = set()
+    lost: list[str] = []
     for family, names in drawn.items():
         test, validation, near = _held_out(names, relatives, len(members[family]), settings)
         if len(test) < min(settings.least_test, settings.test_per_family):
             left_out["in a family with too few members to hold out"] += len(members[family])
+            lost.append(family)
             continue
         parts["test"] += test
         parts["validation"] += validation
@@ -178,6 +182,12 @@ def split_within_families(
         raise ValueError(
             "no family has members whose relatives can be kept out of train: lower "
             "--least_score, or give families with more, and more diverse, members"
+        )
+    if lost:
+        more = f" and {len(lost) - NAMED:,} more" if len(lost) > NAMED else ""
+        announce(
+            f"{len(lost):,} families are left out whole, because their members are too few or too "
+            f"much alike to hold some out: {', '.join(lost[:NAMED])}{more}"
         )
     parts["train"] = [name for name in parts["train"] if name not in kept_out]
     held_out = len(parts["test"]) + len(parts["validation"])

@@ -237,6 +237,11 @@ def record_lines(record: Mapping[str, Any]) -> list[str]:
         f"{entry['clusters']:,} {groups}"
         for part, entry in record["parts"].items()
     ]
+    lines += [
+        f"left out: {count:,} proteins ({reason})"
+        for reason, count in record.get("left_out", {}).items()
+        if count
+    ]
     for title, leaks in (
         ("training part", record["leakage"]),
         ("whole training part before sampling", record.get("full_train", {}).get("leakage", {})),

@@ -314,12 +314,15 @@ def _evaluated(results: Mapping[str, Any]) -> str:
     split = lookup(results, "run.data.split")
     where = f" of {source}" + (f" ({split})" if split else "") if source else ""
     kind = lookup(results, "data.cluster_kind") or "clusters"
-    proteins = {"proteins": f"held-out proteins{where}", "clusters": kind}
+    proteins = {"proteins": f"held-out proteins{where}"}
+    over = kind if kind == "proteins" else f"{kind} of related proteins"
+    if kind != "proteins":
+        proteins["clusters"] = kind
     others = {"residues": "residues", "tokens": "predicted tokens"}
     counts = " in ".join(_counts(results, "data", proteins))
     return (
         f"{_joined(counts, *_counts(results, 'data', others))}. Intervals: 95 %, "
-        f"from a bootstrap over {kind} of related proteins."
+        f"from a bootstrap over {over}."
     )
 
 

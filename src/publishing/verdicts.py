@@ -184,6 +184,13 @@ def verdicts_on(
     return verdicts, None if verdicts else f"nothing to judge against {reference}"
 
 
+def unlike(entries: Sequence[ResultsFile]) -> list[str]:
+    """Return a line for each entry whose row of a table cannot be compared with the first one."""
+    there = [entry for entry in entries if entry.results is not None]
+    problems = ((entry.name, _incomparable(entry, there[0])) for entry in there[1:])
+    return [f"{there[0].name} and {name}: {problem}" for name, problem in problems if problem]
+
+
 def _incomparable(candidate: ResultsFile, reference: ResultsFile) -> str | None:
     """Return why two results cannot be compared at all, or None."""
     for entry in (candidate, reference):

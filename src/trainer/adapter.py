@@ -19,6 +19,7 @@ from transformers import Trainer, TrainerCallback
 
 from src.common.cli import say
 from src.common.files import names_full_disk
+from src.common.runs import GO_ON
 from src.trainer import interruption
 from src.trainer.checkpoints import CheckpointManager, fault_of, read_tensors
 from src.trainer.interruption import LeaveNow, quiet_workers
@@ -148,7 +149,7 @@ class TrainerAdapter(Trainer):
             self.save_checkpoint(owed)
         if self.args.should_save:
             where = f"{self.checkpoints.path(step).name} is written: " if step else ""
-            say(f"stopped after step {step}; {where}go on with --resume")
+            say(f"stopped after step {step}; {where}{GO_ON}")
         number = interruption.requested() or interruption.SIGNALS[0]
         raise SystemExit(interruption.exit_status(number))
 

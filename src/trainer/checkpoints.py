@@ -31,6 +31,7 @@ from src.common.files import (
     write_json,
 )
 from src.common.manifest import file_entry, first_fault, is_record
+from src.common.runs import GO_ON
 
 MANIFEST = "manifest.json"
 OPTIMIZER_FILE = "optimizer.safetensors"
@@ -226,4 +227,4 @@ class CheckpointManager:
         """Return what a person can do if the disk is full."""
         newest = self.newest()
         kept = f"{newest.name} is whole: " if newest else ""
-        return f"{kept}make space and go on with --resume"
+        return f"{kept}make space: {GO_ON}"

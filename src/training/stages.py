@@ -22,6 +22,7 @@ from src.common.devices import describe_device, peak_memory, require_one_gpu
 from src.common.files import check_outputs, names_full_disk, remove_unfinished
 from src.common.runs import (
     FINISHED,
+    GO_ON,
     RUN_FILE,
     RUNNING,
     claim_folder,
@@ -175,7 +176,7 @@ def train(settings: TrainSettings, output_dir: Path, **options: Any) -> dict[str
     inputs = gather(settings, run.device_name, run.cache_dir, run.shard_teacher)
     built = build(settings, run, claimed, inputs)
     with (
-        names_full_disk(output_dir, "make space and give the same command with --resume"),
+        names_full_disk(output_dir, f"make space: {GO_ON}"),
         processes.first_holds(lambda: locked(output_dir)),
     ):
         # Another process may have finished the run while this one read its data.
