@@ -125,5 +125,8 @@ def test_a_stepwise_sample_follows_the_runtime(tiny_tokenizer):
     draw = x.stepwise_draw(log_probs, text[-1])
     assert x.sample_protein(draw, tiny_tokenizer) == "MKVLA"
     assert calls[-1] == len(text)
-    with pytest.raises(ValueError, match="no whole protein among 20 samples"):
-        x.sample_protein(draw, tiny_tokenizer, longest=len(text) - 1)
+    assert x.sample_protein(draw, tiny_tokenizer, longest=len(text) - 1) == ""
+    empty = x.stepwise_draw(log_probs, text[-1])
+    text[2:] = text[-1:] * (len(text) - 2)  # it ends before the first residue
+    with pytest.raises(ValueError, match="no protein among 20 samples that ended"):
+        x.sample_protein(empty, tiny_tokenizer)

@@ -85,7 +85,7 @@ def run(args: argparse.Namespace) -> dict:
         f"log-probability {found['largest_difference']:.2g} nats, KL {found['kl']:.2g} nats a "
         f"token, perplexity x {factor:.5f}"
     )
-    say(f"sampled there: {sampled}")
+    say(f"sampled there: {sampled or f'no protein ended within {longest} tokens'}")
     say(f"written: {args.output}")
     return found
 
