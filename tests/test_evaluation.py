@@ -339,6 +339,17 @@ def test_the_recorded_check_counts_relatives_once(teacher, tokenizer, monkeypatc
     interval = both.confidence_interval(0.95)
     assert (recorded["low"], recorded["high"]) == pytest.approx((interval.low, interval.high))
 
+    # A table of families says more than the sequences, unless it has very few.
+    family = {protein: "A" if i < 16 else f"B{i % 4}" for i, protein in enumerate(given)}
+    tokens = Tokens(encode(tokenizer, given))
+    found = check_teacher(teacher, tokenizer, tokens, cluster_of=family)
+    recorded = found["shuffled_minus_natural"]
+    parts = [[i for i, p in enumerate(given) if family[p] == f] for f in set(family.values())]
+    assert recorded["groups"] == len(parts) == 5
+    assert recorded["mean"] == pytest.approx(np.mean([gain[part].mean() for part in parts]))
+    one = check_teacher(teacher, tokenizer, tokens, cluster_of=dict.fromkeys(given, "A"))
+    assert one["shuffled_minus_natural"]["groups"] == 11
+
 
 @pytest.mark.parametrize(
     ("proteins", "refused"),

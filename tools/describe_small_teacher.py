@@ -92,7 +92,7 @@ def teacher_card(facts: Mapping[str, Any], parts: Mapping[str, Mapping[str, Any]
     accuracy, floor = first["teacher_accuracy"], first["teacher_ece"]["accuracy_floor"]
     counted = f"{mixed['pairs']} pairs"
     if "groups" in mixed:  # the first records took relatives one by one
-        counted += f" in {mixed['groups']} groups of relatives"
+        counted += f" in {mixed['groups']} groups of relatives, each of which counts the same"
     shape = "{n_layer} layers, {n_head} heads, {n_embd} wide, vocabulary {vocab_size}".format(
         **facts
     )

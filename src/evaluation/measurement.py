@@ -134,8 +134,9 @@ def evaluate_students(
     if settings.check:
         announce("checking the teacher on natural and shuffled proteins")
         gates = check_teacher(
-            teacher, tokenizer, held_out.proteins, drawn, seed=settings.seed, settings=settings
-        )
+            teacher, tokenizer, held_out.proteins, drawn, seed=settings.seed, settings=settings,
+            cluster_of=clusters and dict(zip(held_out.residues, held_out.clusters, strict=True)),
+        )  # fmt: skip
         announce(gates["summary"])
     all_scores = score_students(list(students.values()), teacher, held_out.proteins, settings)
     number_of_clusters = len(set(held_out.clusters))
