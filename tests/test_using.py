@@ -29,6 +29,7 @@ PYTHON = [block for kind, block in BLOCKS if kind == "python"]
 ELSEWHERE = {
     "pip install": "installs",
     "torchrun": "test_distributed.py",
+    "--preset hf-": "takes the model hub: test_train_script.py, test_initialisation.py",
     "scripts/specialise.py": "test_specialist.py",
     "--profiles": "needs Pfam and minutes: test_sequence_quality.py",
     "scripts/compare.py": "test_comparison.py",
