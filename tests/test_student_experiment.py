@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import shutil
-import sys
 from dataclasses import replace
 from types import SimpleNamespace
 
@@ -13,7 +12,6 @@ import torch
 from safetensors.torch import load_file
 
 from src.experiments import students
-from src.experiments.gkd import PromptCollator
 from src.experiments.students import compute_ratios, reached
 from tools.student_experiment import main
 
@@ -202,31 +200,3 @@ def test_a_start_that_is_not_the_teacher(teacher):
     assert starts["cut"]["init_from"] == str(teacher / "start")
     assert starts["cut"]["teacher_model"] == str(teacher / "teacher")
     assert starts["plain"]["init_from"] is None
-
-
-def test_the_batches_of_gkd_hold_prompts():
-    batch = PromptCollator(pad_token_id=9, prompt_tokens=1)(
-        [{"input_ids": [1, 2, 3]}, {"input_ids": [1, 4]}]
-    )
-    assert batch["input_ids"].tolist() == [[1, 2, 3], [1, 4, 9]]
-    assert batch["labels"].tolist() == [[-100, 2, 3], [-100, 4, -100]]
-    assert batch["prompts"].tolist() == [[1], [1]]
-    assert batch["prompt_attention_mask"].tolist() == [[1], [1]]
-
-
-@pytest.mark.slow
-def test_gkd_trains_from_the_cut_student(teacher, capsys, monkeypatch):
-    pytest.importorskip("trl")
-    monkeypatch.setattr(students, "BEYOND", 0)
-    assert main(options(teacher, "--recipes", "gkd")) == 0
-    result = json.loads(next((teacher / "results").glob("gkd-s05-steps20-*.json")).read_text())
-    assert result["curve"][-1]["step"] == 40  # batches of 8
-    assert result["curve"][-1]["kl_per_residue"] > 0
-    assert "gkd" in capsys.readouterr().out
-
-
-def test_gkd_without_trl_is_told(teacher, capsys, monkeypatch):
-    monkeypatch.setitem(sys.modules, "trl", None)
-    monkeypatch.setitem(sys.modules, "trl.experimental.gkd", None)
-    assert main(options(teacher, "--recipes", "gkd")) == 2
-    assert "trl is not installed: pip install trl" in capsys.readouterr().err

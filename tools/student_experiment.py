@@ -31,7 +31,7 @@ def build_parser() -> argparse.ArgumentParser:
         "--recipes",
         nargs="+",
         default=["published", "plain", "cut", "small", "recommended"],
-        help="published, plain, cut, small, recommended, cached (batches of 4), gkd (needs trl)",
+        help="published, plain, cut, small, recommended, cached (batches of 4)",
     )
     add(
         "--sizes",

@@ -33,7 +33,6 @@ from src.common.settings import (
     as_recorded,
 )
 from src.evaluation.scoring import EvaluationSettings, score_students
-from src.experiments.gkd import train_with_gkd
 from src.models.initialisation import CALIBRATION_TOKENS
 from src.models.loading import ProteinModel
 from src.proteins.tokens import TokenisedProteins, tokenise
@@ -55,14 +54,12 @@ class Recipe:
         loss: settings of the loss.
         changes: other settings of the run.
         rates: tried, ascending.
-        gkd: train with TRL's GKD trainer, which has a loss of its own.
         rate_of: the recipe whose chosen rate it takes; None: it has one chosen for itself.
     """
 
     loss: LossSettings
     changes: Mapping[str, Any]
     rates: tuple[float, ...]
-    gkd: bool = False
     rate_of: str | None = None
 
     @classmethod
@@ -88,12 +85,11 @@ COMPARED = {
         changes={**RECOMMENDED.changes, "cached_teacher": True},
         rate_of="recommended",
     ),
-    "gkd": Recipe(LossSettings(), {**CUT, "batch_size": 8}, (5e-4, 1e-3, 2e-3), gkd=True),
 }
 """The published recipe and plain distillation, both from random weights; students cut from the
 teacher with the soft loss alone, the same in batches of four, and as recommended, which adds Muon
-and a rate that is constant until it falls; the same from a cache of the teacher, for many epochs;
-TRL's GKD trainer with its defaults, from the cut student."""
+and a rate that is constant until it falls; the same from a cache of the teacher, for many
+epochs."""
 
 
 def clock() -> float:
@@ -190,11 +186,6 @@ class Students:
         longest = self.base.max_length
         return tokenise(self.base.data, "validation", self.teacher.tokenizer, longest)
 
-    @cached_property
-    def training(self) -> TokenisedProteins:
-        """The proteins that students are trained on."""
-        return tokenise(self.base.data, "train", self.teacher.tokenizer, self.base.max_length)
-
     def divergence(self, student: Any) -> dict[str, float]:
         """Return KL(teacher‖student) and the student's NLL on validation, nats per residue."""
         rows = self.validation
@@ -250,23 +241,17 @@ class Students:
         steps_of_points = np.unique(np.geomspace(max(1, own // 100), own, POINTS).astype(int))
         self.work.mkdir(parents=True, exist_ok=True)
         curve = Curve(steps_of_points.tolist(), self.divergence, self.work / f"{name}.curve.json")
-        if self.recipes[recipe].gkd:
-            curve.points = []  # a stopped run of TRL's begins again
-            record = train_with_gkd(
-                settings, self.teacher, self.training, self.work / name, [curve]
-            )
-        else:
-            cache = self.work / f"{name}.cache"
-            record = train(
-                settings,
-                self.work / name,
-                resume=(self.work / name).exists(),
-                skip_teacher_check=True,
-                callbacks=[curve],
-                teacher_cache=cache if settings.cached_teacher else None,
-            )
-            if cache.exists():
-                remove_folder(cache)
+        cache = self.work / f"{name}.cache"
+        record = train(
+            settings,
+            self.work / name,
+            resume=(self.work / name).exists(),
+            skip_teacher_check=True,
+            callbacks=[curve],
+            teacher_cache=cache if settings.cached_teacher else None,
+        )
+        if cache.exists():
+            remove_folder(cache)
         result = {
             "recipe": recipe, "shape": shape, "rate": rate, "steps": steps, "seed": seed,
             "model": str(self.work / name), "curve": curve.points,
