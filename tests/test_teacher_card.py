@@ -57,7 +57,7 @@ def test_the_card_of_a_run(tmp_path):
     assert "5,000 steps of 32 proteins from 1,000 training proteins" in card
     assert "matrices with Muon (rate 0.004), the rest with AdamW (0.003), seed 1, in bf16" in card
     assert "| test | **this model** | 12.18 | 2.500 [2.400, 2.600] |" in card
-    assert "[0.200, 0.400], 8 pairs in 5 groups of relatives, each of which counts the same." in card
+    assert "[0.200, 0.400], 8 pairs in 5 groups of relatives, each of which counts the" in card
     assert "25.1% of the tokens of `test`; the most\nfrequent one for 5.2%" in card
 
 
