@@ -411,6 +411,18 @@ def test_a_sweep_of_alpha_takes_the_best_temperature():
     assert [(loss.alpha, loss.temperature) for loss in grid.arms.values()] == [(0.1, 4)]
 
 
+def test_one_file_is_not_both_trained_on_and_evaluated(tmp_path, refusal):
+    (tmp_path / "my.fasta").write_text(">a\nMKV\n")
+    (tmp_path / "train.fasta").write_text(">a\nMKV\n")
+    given = ["--presets", "xs", "--models_dir", str(tmp_path / "m"), "--data"]
+    message = refusal(script.main([*given, str(tmp_path / "my.fasta")]))
+    assert "measured on what they were trained on: split it" in message
+    assert "has no test or validation part" in refusal(script.main([*given, str(tmp_path)]))
+    assert not (tmp_path / "m").exists()
+    other = ["--evaluate_args", f"--data {tmp_path}/other.fasta"]
+    assert stages_of(*given[2:], str(tmp_path / "my.fasta"), *other)
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
