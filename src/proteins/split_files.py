@@ -162,6 +162,7 @@ def read_split(folder: Path) -> dict[str, Any]:
         )
     full = record.get("full_train", {})
     within = record.get("within_families", False)
+    left_out = record.get("left_out", {})
     problem: Any = (
         _counts_problem("parts", record.get("parts"), PART_COUNTS)
         or (not record["parts"] and "parts names none")
@@ -169,6 +170,8 @@ def read_split(folder: Path) -> dict[str, Any]:
         or (not isinstance(full, dict) and "full_train is no object")
         or ("leakage" in full and _counts_problem("leakage", full["leakage"], LEAKAGE_COUNTS))
         or (not isinstance(record.get("split_hash"), str) and "split_hash is no text")
+        or (not isinstance(left_out, dict) and "left_out is no object")
+        or (not all(map(_is_count, left_out.values())) and "left_out has no whole numbers")
         or (not isinstance(within, bool) and "within_families is neither true nor false")
     )
     if problem:
@@ -238,7 +241,7 @@ def record_lines(record: Mapping[str, Any]) -> list[str]:
         for part, entry in record["parts"].items()
     ]
     lines += [
-        f"left out: {count:,} proteins ({reason})"
+        f"left out: {count:,} proteins ({printable(reason)})"
         for reason, count in record.get("left_out", {}).items()
         if count
     ]
