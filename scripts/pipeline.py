@@ -110,8 +110,7 @@ def require_free(words: Sequence[str], own: Sequence[str], where: str) -> None:
 
 def preset_stages(args: argparse.Namespace, name: str) -> list[Stage]:
     """Return trainings and evaluations of the presets, then of the published students."""
-    from src.evaluation.student_record import choose_split
-    from src.proteins.locations import on_hub
+    from src.proteins.locations import has_split, on_hub
 
     presets = args.presets or (BASELINES if args.baselines else ENHANCED)
     sizes = [preset.removeprefix("hf-") for preset in presets]
@@ -129,14 +128,13 @@ def preset_stages(args: argparse.Namespace, name: str) -> list[Stage]:
     evaluate_args = ["--num_samples", "100", "--compute_ece"]
     evaluate_args += ["--max_proteins", HUB_PROTEINS] if hub else []
     evaluate_args += [*both, *shlex.split(args.evaluate_args)]
-    elsewhere = evaluate_arguments(["--student_model", "", "--output", "", *evaluate_args])
-    if Path(settings.data).exists() and not elsewhere.get("data") and not elsewhere.get("split"):
-        part, _ = choose_split(settings.data, None)
-        if part is None:
-            raise ValueError(
-                f"--data {settings.data}: students would be measured on what they were trained on: "
-                "split it with scripts/split_data.py, or pass --evaluate_args '--data FILE'"
-            )
+    given_there = evaluate_arguments(["--student_model", "", "--output", "", *evaluate_args])
+    own = Path(settings.data).exists() and not (given_there["data"] or given_there["split"])
+    if own and not any(has_split(settings.data, part) for part in ("test", "validation")):
+        raise ValueError(
+            f"--data {settings.data} has no test or validation part to measure students on: "
+            "split it with scripts/split_data.py, or pass --evaluate_args '--data FILE'"
+        )
 
     def evaluation(title: str, student: Path | str, output: Path, *more: object) -> Stage:
         words = ["--student_model", student, *more, *evaluate_args, "--output", output]

@@ -415,9 +415,9 @@ def test_one_file_is_not_both_trained_on_and_evaluated(tmp_path, refusal):
     (tmp_path / "my.fasta").write_text(">a\nMKV\n")
     (tmp_path / "train.fasta").write_text(">a\nMKV\n")
     given = ["--presets", "xs", "--models_dir", str(tmp_path / "m"), "--data"]
-    message = refusal(script.main([*given, str(tmp_path / "my.fasta")]))
-    assert "measured on what they were trained on: split it" in message
-    assert "has no test or validation part" in refusal(script.main([*given, str(tmp_path)]))
+    for data in (tmp_path / "my.fasta", tmp_path):
+        message = refusal(script.main([*given, str(data)]))
+        assert f"--data {data} has no test or validation part to measure students on" in message
     assert not (tmp_path / "m").exists()
     other = ["--evaluate_args", f"--data {tmp_path}/other.fasta"]
     assert stages_of(*given[2:], str(tmp_path / "my.fasta"), *other)
