@@ -247,6 +247,23 @@ def test_kept_advantage_and_floors_follow_their_definition(evaluation, proteins)
     assert found["floors"]["uniform"]["perplexity_per_residue"] == 20.0
 
 
+def test_a_kept_share_without_an_interval_is_not_reported(
+    student, teacher, tokenizer, tokens, monkeypatch
+):
+    """In some replicates the teacher is no better than a unigram model."""
+    from src.evaluation import measurement as m
+
+    def unclear(*given):
+        return real(*given) | {"kept_advantage": m.Estimate(-36.6, float("nan"), float("nan"))}
+
+    real = m.bootstrap_or_plain
+    monkeypatch.setattr(m, "bootstrap_or_plain", unclear)
+    for replicates, kept in ((50, None), (0, -36.6)):
+        settings = EvaluationSettings(bootstrap=replicates)
+        found = evaluate(student, teacher, tokenizer, tokens, settings)
+        assert found.results["kept_advantage"] == kept
+
+
 def test_single_proteins_add_up_to_the_whole(evaluation, tmp_path):
     table = evaluation.per_protein
     found = evaluation.results

@@ -145,6 +145,12 @@ def printable(text: str) -> str:
     return "".join(c if c.isprintable() else ascii(c)[1:-1] for c in text)
 
 
+def listed(items: Sequence[str], separator: str = ", ", most: int = 5) -> str:
+    """Return the first of some items, and how many more there are."""
+    more = f" and {len(items) - most:,} more" if len(items) > most else ""
+    return separator.join(items[:most]) + more
+
+
 def positive_int(text: str) -> int:
     """Argparse type: a whole number of at least 1."""
     value = natural(text)

@@ -206,11 +206,10 @@ def check_teacher(
         )
     vocabulary = int(model.config.vocab_size)
     guess = KNOWS_NOTHING * math.log(vocabulary) * tokens
-    groups = relatives_of(residues)
-    if cluster_of is not None:
-        families, of_family = np.unique([cluster_of[r] for r in residues], return_inverse=True)
-        if len(families) >= LEAST_FAMILIES:
-            groups = of_family
+    labels = [] if cluster_of is None else [cluster_of[r] for r in residues]
+    families, groups = np.unique(labels, return_inverse=True)
+    if len(families) < LEAST_FAMILIES:
+        groups = relatives_of(residues)
     better = _group_means((nll["shuffled"] - nll["natural"]) / lengths, groups)
     ignorant = _group_means((nll["natural"] - guess) / lengths, groups)
     p_better, p_worse, p_ignorant = map(_p_above_zero, (better, -better, ignorant))

@@ -15,7 +15,7 @@ from pathlib import Path
 
 import numpy as np
 
-from src.common.cli import unheard
+from src.common.cli import listed, unheard
 from src.common.files import gzipped, write_text
 from src.proteins.homology import alignments
 from src.proteins.readers import guarded_lines
@@ -25,8 +25,6 @@ from src.proteins.split_files import FAMILY_KEY
 from src.proteins.splits import Split, SplitSettings, leakages
 
 NEW_FAMILIES = "test_new"
-NAMED = 5
-"""Families that a message names at most."""
 
 
 @dataclass(frozen=True)
@@ -184,10 +182,9 @@ def split_within_families(
             "--least_score, or give families with more, and more diverse, members"
         )
     if lost:
-        more = f" and {len(lost) - NAMED:,} more" if len(lost) > NAMED else ""
         announce(
             f"{len(lost):,} families are left out whole, because their members are too few or too "
-            f"much alike to hold some out: {', '.join(lost[:NAMED])}{more}"
+            f"much alike to hold some out: {listed(lost)}"
         )
     parts["train"] = [name for name in parts["train"] if name not in kept_out]
     held_out = len(parts["test"]) + len(parts["validation"])

@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from src.common.cli import quiet_libraries, say
+from src.common.cli import listed, quiet_libraries, say
 from src.common.files import read_json, sha256_file
 from src.common.privacy import SHORTEST_SECRET, find_secrets, known_secrets, without_private_paths
 from src.common.runs import FINISHED, RUN_FILE, read_run
@@ -236,9 +236,8 @@ def refuse_secrets(files: Iterable[OutgoingFile]) -> None:
         known.setdefault(home, "the path of the home directory")
     secrets = [finding for file in files for finding in find_secrets(file.name, file.text(), known)]
     if secrets:
-        more = f" and {len(secrets) - 5} more" if len(secrets) > 5 else ""
         raise ValueError(
-            f"nothing was sent, because it would give away: {'; '.join(secrets[:5])}{more}. "
+            f"nothing was sent, because it would give away: {listed(secrets, '; ')}. "
             "Remove it (and renew the secret, if it was ever published)"
         )
 
